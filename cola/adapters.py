@@ -1,0 +1,159 @@
+"""Attach, read, detach and save a link's trainable weights. The only file that imports peft."""
+
+import difflib
+import warnings
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cola.errors import ModelError
+from cola.plan import Link
+from cola.residual import LinkWeights, Pair
+
+ADAPTER = "default"
+
+
+def attach(model: PreTrainedModel, link: Link) -> None:
+    """Give the model the weights that the link trains, in place; everything else is frozen.
+
+    A low-rank pair is drawn from the link's own seed (A Kaiming-uniform, B zero: PEFT's default), whatever state
+    the global generator is in, and kept in float32. Method `full` makes all weights trainable, in float32.
+
+    Raises:
+        ModelError: target_modules match nothing, or a matrix that is shared with another module.
+    """
+    if link.method == "full":
+        model.float()
+        model.requires_grad_(True)
+        return
+    names = target_names(model, link)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(link.seed)
+        # PEFT sets fan_in_fan_out by itself for Conv1D and warns that it did.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        inject_adapter_in_model(_lora_config(link, names), model, ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _lora_config(link: Link, names: list[str]) -> LoraConfig:
+    assert link.rank is not None and link.alpha is not None
+    return LoraConfig(
+        r=link.rank,
+        lora_alpha=link.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
+        lora_dropout=link.dropout,
+        target_modules=names,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def target_names(model: PreTrainedModel, link: Link) -> list[str]:
+    """Full names of the linear modules that the link's target_modules mean, in the model's order.
+
+    Raises:
+        ModelError: a name that matches no linear layer (the message lists what the model has), or a tied head.
+    """
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    if link.target_modules == "all-linear":
+        return [name for name, module in linear.items() if module is not head]
+    assert isinstance(link.target_modules, tuple)
+    found = []
+    for target in link.target_modules:
+        matches = [name for name in linear if name == target or name.endswith("." + target)]
+        if not matches:
+            kinds = sorted({name.rpartition(".")[2] for name in linear if not name.rpartition(".")[2].isdigit()})
+            near = difflib.get_close_matches(target, kinds, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ModelError(
+                f"target_modules: {target!r} matches no linear layer; {hint}the model has {', '.join(kinds)}, "
+                "or write all-linear"
+            )
+        found += matches
+    tied = model.get_input_embeddings()
+    for name in found:
+        if linear[name] is head and getattr(tied, "weight", None) is linear[name].weight:
+            raise ModelError(f"target_modules: {name} shares its matrix with the input embeddings; leave it out")
+    return [name for name in linear if name in set(found)]
+
+
+def count_parameters(model: PreTrainedModel, link: Link) -> int:
+    """Parameters that a link trains, from shapes alone (a model on the meta device will do)."""
+    if link.method == "full":
+        return sum(parameter.numel() for parameter in model.parameters())
+    assert link.rank is not None
+    return sum(link.rank * sum(model.get_submodule(name).weight.shape) for name in target_names(model, link))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a link trains, in the model's order, a shared one once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def read_pair(model: nn.Module) -> LinkWeights:
+    """A float32 CPU copy of the attached pair; empty where nothing low-rank is attached."""
+    return {
+        name: Pair(
+            A_RI=layer.lora_A[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True),
+            B_OR=layer.lora_B[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True),
+            scale=float(layer.scaling[ADAPTER]),
+        )
+        for name, layer in _lora_layers(model)
+    }
+
+
+def detach(model: nn.Module) -> LinkWeights:
+    """Take the pair off again, in place, and return it: the model is as it was before `attach`."""
+    pair = read_pair(model)
+    for name, layer in _lora_layers(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(False)
+    return pair
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def save_pair(folder: Path, pair: LinkWeights, link: Link, base_name: str, fan_in_fan_out: bool) -> None:
+    """Write the pair as a standard PEFT adapter: `PeftModel.from_pretrained(base, folder)` loads it.
+
+    Note that a knot adapts the model as it was when the link began: the base plus the knots before it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, factors in pair.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A_RI.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.B_OR.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = _lora_config(link, _short_names(list(pair)))
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    config.fan_in_fan_out = fan_in_fan_out
+    config.save_pretrained(str(folder))
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """The last parts (`q_proj`) as other tools write them; PEFT matches them as suffixes."""
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def load_pair(folder: Path, scale: float) -> LinkWeights:
+    """Read back what `save_pair` wrote."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    return {
+        name: Pair(tensors[f"{prefix}{name}{suffix}"], tensors[f"{prefix}{name}.lora_B.weight"], scale)
+        for name in names
+    }

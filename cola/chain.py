@@ -1,0 +1,93 @@
+"""Chain of LoRA: residual learning on weights (Xia, Qin & Hazan, arXiv 2401.04151).
+
+    W_k = W_0 + Σ_{i<=k} s_i B_i A_i          s_i = alpha_i / rank_i
+
+    extend     put a fresh pair beside the frozen weights; B A = 0, so the function is unchanged
+    tune       train that pair and nothing else
+    tie_knot   fold the pair into the weights, exactly; the function is unchanged again
+
+and again. Each pair has rank r; the sum of k pairs has rank up to k r, and never more than one pair is trained.
+A chain of one link is LoRA, a chain of none is the base, and full fine-tuning is a link whose method is `full`,
+which leaves no pair to tie.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cola import adapters, residual
+from cola.errors import KnotDrift
+from cola.plan import Link
+from cola.residual import Base, LinkWeights, Residual
+
+
+@dataclass
+class Chain:
+    """A model, the base it came from, and the links tied so far."""
+
+    model: PreTrainedModel
+    base: Base
+    learned: Residual = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Knot:
+    """What tying one link did.
+
+    Attributes:
+        weights: The link's pairs; empty for full fine-tuning.
+        drift: Largest change of a logit across the knot, divided by the largest logit (no unit).
+        relative_size: ||s B A||_F / ||W_0||_F of each matrix.
+    """
+
+    weights: LinkWeights
+    drift: float
+    relative_size: dict[str, float]
+
+
+def run_chain(
+    chain: Chain,
+    links: Sequence[Link],
+    tune: Callable[[PreTrainedModel, Link], None],
+    probe: Callable[[PreTrainedModel], Tensor],
+    max_drift: float,
+) -> Iterator[Knot]:
+    """Train the links one after the other; `tune` trains what `extend` attached, and each knot is yielded."""
+    for link in links:
+        extend(chain, link)
+        tune(chain.model, link)
+        yield tie_knot(chain, probe, max_drift)
+
+
+def extend(chain: Chain, link: Link) -> None:
+    """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
+    if link.method == "lora":
+        chain.base.remember(adapters.target_names(chain.model, link))
+    adapters.attach(chain.model, link)
+
+
+def tie_knot(chain: Chain, probe: Callable[[PreTrainedModel], Tensor], max_drift: float) -> Knot:
+    """Merge the attached pair: W <- cast(float32(W_0) + Σ s B A), from the pristine base, rounded once.
+
+    Args:
+        chain: Its model carries a tuned link.
+        probe: The model's logits on fixed inputs, in eval mode, to measure what the knot changed.
+        max_drift: Largest relative change of a logit that rounding can explain.
+
+    Raises:
+        KnotDrift: the outputs changed by more than that, so the knot is not what was trained.
+    """
+    before = probe(chain.model)
+    weights = adapters.detach(chain.model)
+    chain.learned.append(weights)
+    residual.write(chain.model, chain.base, chain.learned, list(weights))
+    after = probe(chain.model)
+    drift = ((after - before).abs().max() / before.abs().max()).item()
+    if not drift <= max_drift:  # also catches nan
+        raise KnotDrift(
+            f"knot {len(chain.learned)}: a logit moved by {drift:.2g} of the largest logit where {max_drift:.2g} is "
+            "allowed (knot.max_drift); float32 keeps it near 1e-6"
+        )
+    return Knot(weights, drift, residual.relative_size(chain.base, weights))

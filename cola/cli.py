@@ -1,0 +1,174 @@
+"""cola run | report. Nothing heavy is imported before it is needed: `cola --help` loads neither torch nor wandb."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cola.errors import ColaError, RunFolderError
+
+if TYPE_CHECKING:
+    from cola.recipe import Recipe
+    from cola.record import RunFolder
+    from cola.terminal import Terminal
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Chain of LoRA, compared honestly: a chain of LoRAs, a single LoRA and full fine-tuning "
+    "on the same data, order and seeds.",
+)
+
+INTERRUPTED = 130
+
+
+@app.callback()
+def main() -> None:
+    """Makes `cola run` a subcommand even while it has few siblings."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted.key=value, for example arms.chain3.links=4", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights and no data, use no network.")
+    ] = False,
+    run_folder: Annotated[
+        Path | None, typer.Option(help="The run's own folder. Default: a new one under the recipe's output.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder: what it holds is not trained again.")
+    ] = None,
+) -> None:
+    """Train and compare every arm of a recipe, and report.
+
+    Exit code: 0 all arms are there, 1 some failed, 2 the recipe, data or model cannot be used, 130 interrupted.
+    """
+    with _one_line_errors():
+        if resume is not None:
+            if recipe is not None or run_folder is not None:
+                raise ColaError("--resume takes the recipe from the run's folder; give neither a recipe nor a folder")
+            code = _resume(resume)
+        elif recipe is None:
+            raise ColaError("name a recipe, for example: cola run recipes/quickstart.yaml")
+        elif dry_run:
+            code = _dry_run(recipe, overrides or [])
+        else:
+            code = _run(recipe, overrides or [], run_folder)
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Build summary.json and report.html anew from a run's results, and print the table."""
+    with _one_line_errors():
+        import json
+
+        import numpy as np
+
+        from cola.compare import summarize
+        from cola.record import RunFolder
+        from cola.terminal import Terminal
+
+        folder, recipe = RunFolder.open(run_folder)
+        path = run_folder / "summary.json"
+        if not path.is_file():
+            raise RunFolderError(f"{run_folder} holds no finished run; go on with it by `cola run --resume {run_folder}`")
+        summary = json.loads(path.read_text(encoding="utf-8")) | summarize(recipe, folder, np.random.default_rng(0))
+        folder.write_json("summary.json", summary)
+        _print_results(folder, summary, Terminal())
+
+
+def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
+    from cola.recipe import read_recipe
+    from cola.record import RunFolder
+
+    recipe = read_recipe(recipe_path, overrides)
+    folder = RunFolder.create(recipe, run_folder)
+    return _train(recipe, folder, fresh=True)
+
+
+def _resume(path: Path) -> int:
+    from cola.record import RunFolder
+
+    folder, recipe = RunFolder.open(path)
+    return _train(recipe, folder, fresh=False)
+
+
+def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
+    from cola.terminal import Terminal
+
+    terminal = Terminal()
+    terminal.say(f"{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from cola.run import run as run_recipe
+
+        summary = run_recipe(recipe, folder, terminal)
+    except (ColaError, KeyboardInterrupt):
+        if fresh:
+            folder.remove_if_untrained()
+        raise
+    _print_results(folder, summary, terminal)
+    if summary["interrupted"]:
+        terminal.say(f"interrupted; what is finished is kept. Go on with: cola run --resume {folder.path}")
+        return INTERRUPTED
+    if any(arm["errors"] for arm in summary["arms"].values()):
+        terminal.say(f"some arms failed; try them again with: cola run --resume {folder.path}")
+        return 1
+    return 0
+
+
+def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal") -> None:
+    from cola.report import write_report
+    from cola.tables import result_tables, verdict
+
+    # Ctrl-C while the last files are written would leave them behind the results: it takes a second.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        page = write_report(folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for table in result_tables(summary):
+        terminal.table(table.title, table.columns, table.rows)
+    for line in verdict(summary):
+        terminal.say(line)
+    terminal.say(f"report   {page}")
+    terminal.say(f"results  {folder.path / 'summary.json'}")
+    wandb = summary["wandb"]
+    if wandb["sync"]:
+        terminal.say(f"W&B      offline; upload with: {wandb['sync']}")
+    elif wandb["mode"] == "online":
+        terminal.say(f"W&B      online, group {folder.path.name}")
+
+
+def _dry_run(recipe_path: Path, overrides: list[str]) -> int:
+    from cola.preview import preview
+    from cola.recipe import read_recipe
+    from cola.terminal import Terminal
+
+    preview(read_recipe(recipe_path, overrides), Terminal())
+    return 0
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """The user's mistakes without a traceback; defects of cola keep theirs."""
+    try:
+        yield
+    except ColaError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted before anything was trained", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None

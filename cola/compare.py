@@ -1,0 +1,186 @@
+"""From results to the numbers of the table. numpy only; the generator is passed in; no torch.
+
+    gap_loss   test loss - train loss, nats per target token
+    gap_acc    train score - test score
+    ft_gap     score(full) - score(arm), on test
+    closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
+               the denominator contains 0
+
+Arms are paired by seed and example. An interval is a percentile bootstrap over test examples (over groups of
+them where the recipe names a group) and, from two seeds on, over seeds as well; with one seed it says nothing
+about another seed, and the table says so.
+
+Axes: S seeds, N examples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cola.recipe import Recipe
+from cola.record import RunFolder
+from cola.sources import SPLITS
+
+RESAMPLES = 4000
+METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "-loss"}
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; the interval is None where the data cannot give one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def as_dict(self) -> dict[str, float | None]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def estimate(
+    statistic: Callable[..., Any],
+    scores: Sequence[Scores],
+    groups: Sequence[str | int],
+    rng: np.random.Generator,
+) -> Estimate:
+    """A statistic of paired score matrices, with a percentile bootstrap interval.
+
+    Args:
+        statistic: Takes the mean score of each matrix and gives a number.
+        scores: Matrices (S, N) of the arms, rows and columns paired.
+        groups: Group of each of the N examples; examples of one group are drawn together.
+        rng: Source of the resamples.
+    """
+    matrices_SN = np.stack(scores)  # (arms, S, N)
+    n_seeds = matrices_SN.shape[1]
+    value = float(statistic(*matrices_SN.mean(axis=(1, 2))))
+    names, member_N = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
+    sums = np.zeros((*matrices_SN.shape[:2], len(names)))
+    for a, s in np.ndindex(*sums.shape[:2]):
+        sums[a, s] = np.bincount(member_N, weights=matrices_SN[a, s], minlength=len(names))
+    sizes = np.bincount(member_N, minlength=len(names)).astype(float)
+    draws = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
+        seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds)) / n_seeds
+        means = np.einsum("asg,s,g->a", sums, seeds, weights, optimize=False) / (sizes @ weights)
+        draws[i] = statistic(*means)
+    finite = draws[np.isfinite(draws)]
+    # Where all resamples agree (one example, or no difference anywhere) the data says nothing about spread.
+    if len(finite) < RESAMPLES or np.ptp(finite) == 0:
+        return Estimate(value, None, None)
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return Estimate(value, float(low), float(high))
+
+
+def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> dict[str, Any]:
+    """Everything the table and the page show, from the results of a run folder."""
+    results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results()}
+    arms = {name: _arm(recipe, name, results) for name in recipe.arms}
+    contrasts = _contrasts(recipe, folder, results, rng)
+    for name, contrast in contrasts.pop("arms").items():
+        arms[name] |= contrast
+    return {
+        "metric": METRICS[recipe.data.task],
+        "checkpoint": recipe.evaluation.checkpoint,
+        "select_by": recipe.evaluation.select_by,
+        "seeds": list(recipe.seeds),
+        "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
+        "arms": arms,
+        **contrasts,
+    }
+
+
+def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dict[str, Any]:
+    mine = [results[name, seed] for seed in recipe.seeds if (name, seed) in results]
+    states = {seed: results[name, seed]["status"] if (name, seed) in results else "missing" for seed in recipe.seeds}
+    done = [r for r in mine if r["status"] == "ok"]
+    summary: dict[str, Any] = {
+        "links": recipe.arms[name].n_links,
+        "states": states,
+        "errors": {r["run_info"]["seed"]: r["run_info"]["error"] for r in mine if r["status"] == "failed"},
+        "n_seeds": len(done),
+    }
+    if not done:
+        return summary
+    for split in SPLITS:
+        for key in ("loss", "score"):
+            summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])
+    summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
+    summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
+    for key in ("num_trainable_params", "steps", "tokens", "train_seconds", "total_seconds"):
+        summary[key] = float(np.mean([r["train_info"][key] for r in done]))
+    summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
+    summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
+    summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
+    summary["max_drift"] = max((k["drift"] for r in done for k in r["train_info"]["knots"]), default=None)
+    return summary
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and standard deviation over seeds (None with one seed); None where the task has no such number."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return None
+    return {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None}
+
+
+def _contrasts(
+    recipe: Recipe, folder: RunFolder, results: dict[tuple[str, int], dict], rng: np.random.Generator
+) -> dict[str, Any]:
+    ok = {arm: [s for s in recipe.seeds if results.get((arm, s), {}).get("status") == "ok"] for arm in recipe.arms}
+    full, lora = recipe.comparison.full, recipe.comparison.lora
+    out: dict[str, Any] = {"arms": {name: {} for name in recipe.arms}, "primary": None}
+    for name in recipe.arms:
+        if ok.get(full) and ok[name] and name != full:
+            pair = _paired(folder, [full, name], ok)
+            if pair:
+                out["arms"][name]["ft_gap"] = estimate(lambda f, a: f - a, *pair, rng).as_dict()
+        if ok.get(full) and ok.get(lora) and ok[name] and name not in (full, lora):
+            three = _paired(folder, [full, lora, name], ok)
+            if three:
+                gap = estimate(lambda f, lo, _: f - lo, *three, rng)
+                closed = estimate(lambda f, lo, a: (a - lo) / (f - lo) if f != lo else np.nan, *three, rng)
+                out["arms"][name]["closed"] = closed.as_dict() if gap.excludes_zero else "undefined"
+    if recipe.comparison.primary:
+        first, second = recipe.comparison.primary
+        pair = _paired(folder, [first, second], ok) if ok[first] and ok[second] else None
+        if pair:
+            difference = estimate(lambda a, b: a - b, *pair, rng)
+            out["primary"] = {
+                "arms": [first, second],
+                **difference.as_dict(),
+                "excludes_zero": difference.excludes_zero,
+                "n_seeds": pair[0][0].shape[0],
+                "n_examples": pair[0][0].shape[1],
+            }
+    return out
+
+
+def _paired(
+    folder: RunFolder, arms: Sequence[str], ok: dict[str, list[int]]
+) -> tuple[list[Scores], list[str]] | None:
+    """Score matrices of the arms over their common seeds and examples, and each example's group."""
+    seeds = [s for s in ok[arms[0]] if all(s in ok[arm] for arm in arms)]
+    if not seeds:
+        return None
+    tables = {(arm, s): {row["id"]: row for row in folder.scores(arm, s, "test")} for arm in arms for s in seeds}
+    ids = [i for i in tables[arms[0], seeds[0]] if all(i in table for table in tables.values())]
+    if not ids:
+        return None
+    groups = [tables[arms[0], seeds[0]][i]["group"] or i for i in ids]
+    return [np.array([[_value(tables[arm, s][i]) for i in ids] for s in seeds]) for arm in arms], groups
+
+
+def _value(row: dict[str, Any]) -> float:
+    """What a higher value is better of: the score, or minus the loss per token of plain text."""
+    return row["score"] if row["score"] is not None else -row["loss"] / row["tokens"]

@@ -1,0 +1,377 @@
+"""Rows -> prompts and answers -> tokens, drawn into splits that share nothing, and cached.
+
+A row becomes a prompt and one or more answers (the choices of a multiple choice, or the one right answer). The
+two are tokenized together and cut at the prompt's end, as lm-evaluation-harness does, so that the tokens are
+those of the whole text.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import string
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cola.errors import DataError
+from cola.recipe import Data, label_text
+from cola.sources import SPLITS, Pool, Row, open_pools
+
+CHUNK = 512  # rows tokenized in one call
+CACHE_VERSION = 1  # part of every cached file's name: raise it when the same recipe must give other tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready for the model.
+
+    Attributes:
+        id: Split and place in the source, `test-17`.
+        prompt: Token ids before the answer, special tokens included.
+        answers: Token ids of each choice; one entry for tasks `answer` and `text`.
+        gold: Index of the right answer.
+        texts: The answers as text.
+        group: What the row shares with others, where the recipe names such a field.
+    """
+
+    id: str
+    prompt: list[int]
+    answers: list[list[int]]
+    gold: int
+    texts: list[str]
+    group: str | None
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of prompt and right answer."""
+        return len(self.prompt) + len(self.answers[self.gold])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits, what there is to say about them, and a fingerprint of their tokens."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    notes: list[str]
+    fingerprint: str
+
+    def items(self) -> Iterator[tuple[str, list[Example]]]:
+        for name in SPLITS:
+            yield name, getattr(self, name)
+
+
+def cache_dir() -> Path:
+    """`$COLA_CACHE`, else `$XDG_CACHE_HOME/cola`, else `~/.cache/cola`."""
+    if own := os.environ.get("COLA_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cola"
+
+
+def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """Draw, render and tokenize the recipe's rows, or read them back from the cache.
+
+    Raises:
+        DataError: a source, a field, a label, a length or a split's size does not fit.
+    """
+    if data.chat and tokenizer.chat_template is None:
+        raise DataError("data.chat: the model's tokenizer has no chat template; remove chat: true")
+    pools = open_pools(data)
+    causes = {
+        "version": CACHE_VERSION,
+        "pools": [pools[split].fingerprint for split in SPLITS],
+        "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym"}),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    key = hashlib.sha256(json.dumps(causes, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / "tokens" / f"{key[:32]}.json"
+    if (cached := _read_cache(path)) is not None:
+        return cached
+    splits = _draw(data, pools, tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(asdict(splits)))
+    aside.replace(path)
+    return splits
+
+
+def _read_cache(path: Path) -> Splits | None:
+    try:
+        raw = json.loads(path.read_text())
+        splits = {name: [Example(**example) for example in raw[name]] for name in SPLITS}
+        same = _fingerprint(splits) == raw["fingerprint"]
+        return Splits(**splits, notes=raw["notes"], fingerprint=raw["fingerprint"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged: it is made anew
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes when the tokenizer could cut a text differently."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cuts = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{cuts}\n{special}\n{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def _fingerprint(splits: dict[str, list[Example]]) -> str:
+    return hashlib.sha256(json.dumps({k: [asdict(e) for e in v] for k, v in splits.items()}).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase) -> Splits:
+    encode = _Encoder(data, tokenizer)
+    orders: dict[int, Iterator[int]] = {}
+    seen: dict[str, set[str]] = {}
+    drawn: dict[str, list[Example]] = {}
+    notes: list[str] = []
+    # Test first, so that neither more training rows nor a larger validation split change it.
+    for split in ("test", "validation", "train"):
+        pool = pools[split]
+        wanted = getattr(data.rows, split)
+        shared = [other for other in SPLITS if other != split and pools[other] is pool]
+        if wanted is None and (pool.size is None or (shared and split != "train")):
+            why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
+            raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
+        order = orders.setdefault(id(pool), pool.order(data.seed))
+        drawn[split], prompts, said = _draw_split(split, pool, order, wanted, encode, data, seen)
+        seen[split] = prompts
+        notes += said
+    splits = {name: drawn[name] for name in SPLITS}
+    return Splits(**splits, notes=notes[::-1], fingerprint=_fingerprint(splits))
+
+
+def _draw_split(
+    split: str,
+    pool: Pool,
+    order: Iterator[int],
+    wanted: int | None,
+    encode: "_Encoder",
+    data: Data,
+    seen: dict[str, set[str]],
+) -> tuple[list[Example], set[str], list[str]]:
+    examples: list[Example] = []
+    prompts: set[str] = set()
+    rows = too_long = overlapping = 0
+    while wanted is None or rows < wanted:
+        chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - rows)))
+        if not chunk:
+            break
+        for encoded in encode.rows(split, pool, chunk):
+            if any(encoded.text in others for others in seen.values()):
+                overlapping += 1
+                if data.overlap != "allow":
+                    continue
+            if not encoded.fits:
+                too_long += 1
+                if not encoded.examples:
+                    continue
+            examples += encoded.examples
+            prompts.add(encoded.text)
+            rows += 1
+        if pool.size is None and overlapping + too_long > 10_000 + 20 * rows:
+            break  # the generator has no more rows that differ
+    if too_long and data.too_long == "error":
+        raise DataError(
+            f"data.max_length: {too_long} of {rows + too_long} {split} rows of {pool.name} are longer than "
+            f"{data.max_length} tokens; raise it, or set data.too_long to drop or truncate"
+        )
+    if overlapping and data.overlap == "error":
+        raise DataError(f"data.overlap: {overlapping} {split} rows of {pool.name} have a prompt that is in another split")
+    notes = []
+    if too_long:
+        done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[data.too_long or "drop"]
+        if data.task == "text" and data.too_long == "truncate":
+            done = "cut at the end"
+        notes.append(f"{split}: {too_long} rows longer than {data.max_length} tokens were {done}")
+    if overlapping:
+        done = "kept" if data.overlap == "allow" else "left out"
+        notes.append(f"{split}: {overlapping} rows whose prompt is in another split were {done}")
+    if wanted is not None and rows < wanted or rows == 0:
+        rest = f" ({'; '.join(notes)})" if notes else ""
+        raise DataError(
+            f"data.rows.{split}: {wanted or 'some'} rows are wanted and {pool.name} has {rows} left for {split}{rest}"
+        )
+    return examples, prompts, notes
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One row's examples (several where a long text is split; none where it is passed over)."""
+
+    text: str
+    fits: bool
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    prompt: str
+    answers: list[str]
+    texts: list[str]
+    gold: int
+    group: str | None
+
+
+class _Encoder:
+    """Rows to tokens with one recipe's templates and one tokenizer."""
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.data = data
+        self.tokenizer = tokenizer
+        plain = self._tokens(["a"])[0]
+        special = tokenizer("a").input_ids
+        start = next(
+            (n for n in range(len(special) - len(plain) + 1) if special[n : n + len(plain)] == plain), 0
+        )
+        # A chat template writes its own special tokens; an end token has no place between prompt and answer.
+        self.bos = [] if data.chat else list(special[:start])
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
+
+    def rows(self, split: str, pool: Pool, indices: list[int]) -> Iterator[_Encoded]:
+        rows = [pool.row(i) for i in indices]
+        rendered = [self._render(row, f"{pool.name} row {i + 1}") for i, row in zip(indices, rows, strict=True)]
+        if self.data.task == "text":
+            pieces = self._tokens([r.prompt for r in rendered])
+            for index, row, tokens in zip(indices, rendered, pieces, strict=True):
+                yield self._text(f"{split}-{index}", row, tokens)
+            return
+        prompts = self._tokens([r.prompt for r in rendered])
+        wholes = iter(self._tokens([r.prompt + answer for r in rendered for answer in r.answers]))
+        for index, row, prompt in zip(indices, rendered, prompts, strict=True):
+            answers = []
+            for answer in row.answers:
+                whole = next(wholes)
+                # Where a token would span the boundary the two are tokenized apart.
+                joined = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+                answers.append(whole[len(prompt) :] if joined else self._tokens([answer])[0])
+            yield self._pair(f"{split}-{index}", row, prompt, answers)
+
+    def _pair(self, name: str, row: _Rendered, prompt: list[int], answers: list[list[int]]) -> _Encoded:
+        if self.data.task == "answer":
+            eos = self.tokenizer.eos_token_id
+            if eos is None:
+                raise DataError("the tokenizer has no end-of-text token, which task answer needs to end an answer")
+            answers = [[*answer, eos] for answer in answers]
+        room = self.data.max_length - len(self.bos) - max(map(len, answers))
+        fits = len(prompt) <= room
+        if not fits and (self.data.too_long != "truncate" or room < 1):
+            return _Encoded(row.prompt, False, [])
+        cut = prompt if fits else prompt[len(prompt) - room :]
+        example = Example(name, [*self.bos, *cut], answers, row.gold, row.texts, row.group)
+        return _Encoded(row.prompt, fits, [example])
+
+    def _text(self, name: str, row: _Rendered, tokens: list[int]) -> _Encoded:
+        # The first token has nothing before it to be predicted from, unless the tokenizer starts with one.
+        limit = self.data.max_length - len(self.bos)
+        fits = len(tokens) <= limit
+        if not fits and self.data.too_long in ("drop", "error"):
+            return _Encoded(row.prompt, False, [])
+        starts = range(0, len(tokens), limit) if self.data.too_long == "split" else [0]
+        examples = []
+        for number, start in enumerate(starts):
+            piece = [*self.bos, *tokens[start : start + limit]]
+            if len(piece) > 1:
+                whole = len(starts) == 1
+                label, group = (name, row.group) if whole else (f"{name}.{number}", row.group or name)
+                examples.append(Example(label, piece[:1], [piece[1:]], 0, [], group))
+        return _Encoded(row.prompt, fits, examples)
+
+    def _render(self, row: Row, place: str) -> _Rendered:
+        data = self.data
+        group = label_text(lookup(row, data.group, place, "data.group")) if data.group else None
+        if data.task == "text":
+            assert data.text is not None
+            return _Rendered(fill(data.text, row, place, "data.text"), [], [], 0, group)
+        assert data.prompt is not None
+        prompt = fill(data.prompt, row, place, "data.prompt")
+        if data.task == "multiple_choice":
+            texts, gold = self._choices(row, place)
+        else:
+            assert data.answer is not None
+            texts, gold = [fill(data.answer, row, place, "data.answer")], 0
+        if not all(text.strip() for text in texts):
+            raise DataError(f"{place}: the answer is empty")
+        if data.chat:
+            messages = [{"role": "system", "content": data.system}] if data.system else []
+            messages.append({"role": "user", "content": prompt})
+            prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        # Most vocabularies hold " Yes" and not "Yes", so blanks at the prompt's end go to the answer.
+        blanks = "" if data.chat else prompt[len(prompt.rstrip(" ")) :]
+        prompt = prompt.removesuffix(blanks) if blanks else prompt
+        answers = [blanks + (data.answer_prefix or "") + text for text in texts]
+        return _Rendered(prompt, answers, texts, gold, group)
+
+    def _choices(self, row: Row, place: str) -> tuple[list[str], int]:
+        data = self.data
+        assert data.label is not None
+        value = lookup(row, data.label, place, "data.label")
+        label = label_text(value)
+        if isinstance(data.choices, dict):
+            texts, labels = list(data.choices.values()), list(data.choices)
+        elif isinstance(data.choices, list):
+            texts, labels = data.choices, data.choices
+        else:
+            assert data.choices is not None
+            own = lookup(row, data.choices, place, "data.choices")
+            if not isinstance(own, list | tuple) or len(own) < 2:
+                raise DataError(f"{place}: data.choices: field {data.choices!r} is no list of two or more answers")
+            texts = labels = [label_text(text) for text in own]
+            if data.choice_labels:
+                labels = [label_text(x) for x in lookup(row, data.choice_labels, place, "data.choice_labels")]
+        if label in labels:
+            return texts, labels.index(label)
+        folded = [name.casefold() for name in labels]
+        if folded.count(label.casefold()) == 1:  # CSV writes True where JSON writes true
+            return texts, folded.index(label.casefold())
+        if labels is texts and label.isdigit() and int(label) < len(texts):
+            return texts, int(label)
+        raise DataError(f"{place}: data.label: {label!r} is none of the choices: {', '.join(labels)}")
+
+
+def lookup(row: Row, field: str, place: str, key: str) -> Any:
+    """A field of a row; dots go into nested mappings.
+
+    Raises:
+        DataError: names the row, the recipe's key and the fields that there are.
+    """
+    value: Any = row
+    for part in [field] if field in row else field.split("."):
+        if not isinstance(value, dict) or part not in value:
+            names = list(row)
+            near = difflib.get_close_matches(field, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise DataError(f"{key}: {place} has no field {field!r}; it has {', '.join(names)}{hint}")
+        value = value[part]
+    if value is None:
+        raise DataError(f"{key}: {place}: field {field!r} is empty")
+    return value
+
+
+def fill(template: str, row: Row, place: str, key: str) -> str:
+    """The template with `{field}` and `{nested.field}` filled in; `{{` and `}}` are braces.
+
+    Only fields are looked up: no format specification, index or attribute of Python's own str.format.
+    """
+    parts = []
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(f"{key}: {template!r}: {error}; a brace of the text itself is written twice") from None
+    for literal, field, spec, conversion in pieces:
+        parts.append(literal)
+        if field is not None:
+            if spec or conversion or not field:
+                raise DataError(f"{key}: {template!r}: between braces stands a field's name, as in {{question}}")
+            parts.append(label_text(lookup(row, field, place, key)))
+    return "".join(parts)

@@ -1,0 +1,207 @@
+"""Loss and score of every example, in eval mode, with the prompts that were trained on.
+
+    loss    nats per target token: the tokens of the right answer (of the text)
+    score   multiple_choice: the right choice has the highest summed log-likelihood, 0 or 1
+            answer: greedy decoding gives the right answer after the stated normalization, 0 or 1
+            text: none; perplexity is exp(loss)
+
+Per-example results are kept, since arms are compared example by example.
+
+Axes: B rows, C choices, T tokens, N positions, V vocabulary.
+"""
+
+import math
+import string
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from cola.batches import by_tokens, collate, training_row
+from cola.data import Example
+from cola.forward import logits_at
+
+
+@dataclass(frozen=True)
+class ExampleScore:
+    """One example's result.
+
+    Attributes:
+        id: The example's.
+        loss: Sum over the right answer's tokens, in nats.
+        tokens: Their number.
+        score: 1.0 or 0.0; None for plain text.
+        prediction: Index of the chosen answer, or the decoded text.
+        group: The example's.
+    """
+
+    id: str
+    loss: float
+    tokens: int
+    score: float | None
+    prediction: int | str | None
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores examples of one task.
+
+    Attributes:
+        task: `multiple_choice`, `answer` or `text`.
+        tokenizer: Decodes generated answers.
+        normalize: What exact match ignores.
+        batch_tokens: Tokens in one forward pass.
+        autocast: Gives the context of the run's precision.
+        answer_tokens: Longest right answer of the data; decoding stops a little after it.
+    """
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    normalize: Sequence[str]
+    batch_tokens: int
+    autocast: Callable[[], AbstractContextManager]
+    answer_tokens: int
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[ExampleScore]:
+        """Results in the order of the examples; the model is left in eval mode."""
+        model.eval()
+        with self.autocast():
+            score = self._choices if self.task == "multiple_choice" else self._sequences
+            results = {result.id: result for result in score(model, examples)}
+        return [results[example.id] for example in examples]
+
+    def _sequences(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
+        missed = []
+        for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
+            batch = collate([training_row(e) for e in group]).to(model.device)
+            logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+            losses = _nats(logits_NV, batch.targets_N)
+            hits = logits_NV.argmax(-1) == batch.targets_N
+            lengths = [len(e.answers[e.gold]) for e in group]
+            for example, loss, hit in zip(group, losses.split(lengths), hits.split(lengths), strict=True):
+                result = ExampleScore(
+                    example.id, loss.sum().item(), len(example.answers[0]), None, None, example.group
+                )
+                if self.task == "text":
+                    yield result
+                elif hit.all():
+                    # Greedy decoding would walk through exactly these tokens, so it need not be run.
+                    yield _scored(result, 1.0, example.texts[0])
+                else:
+                    missed.append((example, result))
+        for (example, result), text in zip(missed, self._decode(model, [e for e, _ in missed]), strict=True):
+            right = normalized(text, self.normalize) == normalized(example.texts[0], self.normalize)
+            yield _scored(result, float(right), text)
+
+    def _decode(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
+        """Greedy continuations of the prompts, up to an end token or a little over the longest right answer."""
+        new_tokens = self.answer_tokens + 4
+        texts = {}
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        for group in by_tokens(examples, lambda e: len(e.prompt) + new_tokens, self.batch_tokens):
+            width = max(len(e.prompt) for e in group)
+            input_ids_BT = torch.full((len(group), width), pad)
+            mask_BT = torch.zeros_like(input_ids_BT)
+            for b, example in enumerate(group):
+                input_ids_BT[b, width - len(example.prompt) :] = torch.tensor(example.prompt)
+                mask_BT[b, width - len(example.prompt) :] = 1
+            output = model.generate(
+                input_ids=input_ids_BT.to(model.device),
+                attention_mask=mask_BT.to(model.device),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+            decoded = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            texts |= {example.id: text for example, text in zip(group, decoded, strict=True)}
+        return [texts[example.id] for example in examples]
+
+    def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
+        # Prompts of one length and one number of choices share a pass: nothing is padded, so the choices can
+        # continue from the cached prompt whatever kind of positions the model has.
+        alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
+        for example in examples:
+            alike[len(example.prompt), len(example.answers)].append(example)
+        for same in alike.values():
+            width = len(same[0].prompt) + len(same[0].answers) * max(len(a) for e in same for a in e.answers)
+            for group in by_tokens(same, lambda _, width=width: width, self.batch_tokens):
+                for example, scores in zip(group, choice_nats(model, group), strict=True):
+                    best = min(range(len(scores)), key=scores.__getitem__)
+                    yield ExampleScore(
+                        example.id,
+                        scores[example.gold],
+                        len(example.answers[example.gold]),
+                        float(best == example.gold),
+                        best,
+                        example.group,
+                    )
+
+
+def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[float]]:
+    """-log p of every choice, summed over its tokens, for examples with prompts of one length.
+
+    The prompt is read once; choices of more than one token continue from its cache.
+    """
+    n_choices = len(examples[0].answers)
+    prompts_BT = torch.tensor([example.prompt for example in examples], device=model.device)
+    last_BT = torch.zeros_like(prompts_BT, dtype=torch.bool)
+    last_BT[:, -1] = True
+    longest = max(len(answer) for example in examples for answer in example.answers)
+    cache = DynamicCache(config=model.config) if longest > 1 else None
+    inputs = {"past_key_values": cache, "use_cache": True} if cache else {}
+    logits_BV = logits_at(model, prompts_BT, last_BT, **inputs)
+    first_BC = torch.tensor([[answer[0] for answer in example.answers] for example in examples], device=model.device)
+    nats_BC = -logits_BV.log_softmax(-1).gather(1, first_BC)
+    if cache:
+        cache.batch_repeat_interleave(n_choices)
+        answers = [answer for example in examples for answer in example.answers]
+        rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for answer in answers])
+        real_QT = torch.tensor([[t < len(answer) - 1 for t in range(longest)] for answer in answers])
+        rest_ids_QT, real_QT = rest.input_ids_BT.to(model.device), real_QT.to(model.device)
+        logits_NV = logits_at(model, rest_ids_QT, real_QT, **inputs)
+        targets_N = torch.tensor([token for answer in answers for token in answer[1:]], device=model.device)
+        rest_Q = torch.zeros(len(answers), device=model.device)
+        rows_N = repeat(torch.arange(len(answers), device=model.device), "q -> q t", t=longest)[real_QT]
+        rest_Q.index_add_(0, rows_N, _nats(logits_NV, targets_N))
+        nats_BC = nats_BC + rearrange(rest_Q, "(b c) -> b c", c=n_choices)
+    return nats_BC.tolist()
+
+
+def _nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def _scored(result: ExampleScore, score: float, prediction: str) -> ExampleScore:
+    return ExampleScore(result.id, result.loss, result.tokens, score, prediction, result.group)
+
+
+def normalized(text: str, steps: Sequence[str]) -> str:
+    """The text with what exact match ignores taken out."""
+    if "lowercase" in steps:
+        text = text.lower()
+    if "punctuation" in steps:
+        text = text.translate(str.maketrans("", "", string.punctuation))
+    if "whitespace" in steps:
+        text = " ".join(text.split())
+    return text
+
+
+def mean_loss(scores: Iterable[ExampleScore]) -> float:
+    """Nats per target token over all examples: the sum of losses by the sum of tokens."""
+    scores = list(scores)
+    return math.fsum(s.loss for s in scores) / sum(s.tokens for s in scores)
+
+
+def mean_score(scores: Iterable[ExampleScore]) -> float | None:
+    """Mean of the examples' scores; None for plain text."""
+    values = [s.score for s in scores if s.score is not None]
+    return math.fsum(values) / len(values) if values else None

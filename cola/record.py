@@ -1,0 +1,212 @@
+"""The run folder: what is written where, and how a result says how it was made. No torch.
+
+    RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
+    RUN/provenance.json        versions, commit, machine, fingerprints of data and model
+    RUN/summary.json           every number of the table (also report.html)
+    RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
+    RUN/trials/ARM/lr-R/seed-S/  the same for the trainings that choose a learning rate (validation only)
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+
+from cola.errors import RunFolderError
+from cola.plan import Job
+from cola.recipe import Recipe, dump_recipe, read_recipe
+
+FORMAT = 1  # of result.json and summary.json
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
+
+
+class RunFolder:
+    """One run's folder on disk. Every file is written aside and renamed, so none is ever half there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, recipe: Recipe, path: Path | None = None) -> "RunFolder":
+        """A new folder with the resolved recipe in it; nothing that exists is touched.
+
+        Raises:
+            RunFolderError: the folder exists or cannot be made.
+        """
+        try:
+            if path is None:
+                stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+                path = _make_new(Path(recipe.output).expanduser(), stamp)
+            elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RunFolderError(
+                    f"{path} exists and is kept as it is; go on with it by `cola run --resume {path}`, or name another"
+                )
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+        except RunFolderError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"{path or recipe.output}: the run folder cannot be made: {error.strerror}") from None
+        folder = cls(path)
+        folder.write_text("recipe.yaml", dump_recipe(recipe))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
+        """An existing run and its recipe.
+
+        Raises:
+            RunFolderError: it is no run folder.
+        """
+        if not (path / "recipe.yaml").is_file():
+            raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
+        return cls(path), read_recipe(path / "recipe.yaml")
+
+    def job(self, job: Job) -> Path:
+        """Where a job's files lie."""
+        if job.trial:
+            return self.path / "trials" / job.arm / f"lr-{job.learning_rate:g}" / f"seed-{job.seed}"
+        return self.path / "arms" / job.arm / f"seed-{job.seed}"
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """The job's result, whatever its status; None where there is none yet."""
+        return _read_json(self.job(job) / "result.json")
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """The results of all arms and seeds (not of trials), as they were run."""
+        for path in sorted(self.path.glob("arms/*/seed-*/result.json")):
+            if (result := _read_json(path)) is not None:
+                yield result
+
+    def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
+        """Per-example results of one arm, seed and split."""
+        return read_jsonl(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl")
+
+    def start_job(self, job: Job) -> Path:
+        """An empty folder for the job; what an unfinished attempt left is cleared."""
+        path = self.job(job)
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        return path
+
+    def write_json(self, name: str | Path, value: Any) -> None:
+        """Write a JSON file of the run folder."""
+        self.write_text(name, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+    def write_jsonl(self, name: str | Path, rows: Iterable[Any]) -> None:
+        """Write a file of one JSON value per line."""
+        self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_text(self, name: str | Path, text: str) -> None:
+        """Write a text file atomically."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+    def remove_if_untrained(self) -> None:
+        """Delete the folder if no job has begun in it, so that a mistake in a recipe leaves nothing behind."""
+        if not (self.path / "arms").exists() and not (self.path / "trials").exists():
+            shutil.rmtree(self.path)
+
+    def need_room(self, n_bytes: int, what: str) -> None:
+        """Check that the disk has room for what is about to be written.
+
+        Raises:
+            RunFolderError: it has not.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < n_bytes:
+            raise RunFolderError(
+                f"{self.path}: the disk has {free / 1e9:.2f} GB free and {what} takes about {n_bytes / 1e9:.2f} GB; "
+                "make room, or set output to another disk"
+            )
+
+
+def _make_new(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise RunFolderError(f"{parent / name}: a thousand runs of this second exist")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged ({error}); delete it and run `cola run --resume` again") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; empty where there is none. A last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a run was made; nothing of the environment, which may hold secrets."""
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cola": _version("chain-of-lora"),
+        "commit": _commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+        "all_packages": sorted(f"{d.name}=={d.version}" for d in distributions()),
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The computer, without its name."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {"system": platform.platform(), "cpu": cpu, "cores": cores, "memory_bytes": memory}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the code that runs, whether it was changed since, and the changes themselves."""
+    where = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
+        return {"hash": None, "dirty": None, "diff": None}
+    diff = git("diff", "HEAD")
+    return {"hash": git("rev-parse", "HEAD"), "dirty": bool(diff), "diff": diff or None}

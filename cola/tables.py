@@ -1,0 +1,167 @@
+"""The numbers of a summary as text, the same in the terminal, on the page and in the README. No torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cola.recipe import Recipe, Search
+from cola.terminal import duration
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text; the first column names the row."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """The table for a README."""
+        lines = [self.columns, [":--", *["--:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def result_tables(summary: dict[str, Any]) -> list[Table]:
+    """Losses and scores of each arm, then its gaps and cost."""
+    metric = summary["metric"]
+    has_score = metric != "-loss"
+    losses = ["train loss", "val. loss", "test loss"]
+    scores = [f"train {metric}", f"val. {metric}", f"test {metric}"] if has_score else ["test perplexity"]
+    first, second = [], []
+    for name, arm in summary["arms"].items():
+        if not arm["n_seeds"]:
+            state = ", ".join(sorted(set(arm["states"].values())))
+            first.append([name, state, *[NONE] * (len(losses + scores) - 1)])
+            second.append([name, state, *[NONE] * 7])
+            continue
+        row = [_spread(arm[f"{split}_loss"]) for split in ("train", "validation", "test")]
+        if has_score:
+            row += [_spread(arm[f"{split}_score"]) for split in ("train", "validation", "test")]
+        else:
+            row.append(f"{2.718281828459045 ** arm['test_loss']['mean']:.2f}")
+        first.append([name, *row])
+        second.append(
+            [
+                name,
+                _spread(arm["gap_loss"], signed=True),
+                _spread(arm["gap_acc"], signed=True),
+                _interval(arm.get("ft_gap")),
+                _interval(arm.get("closed")),
+                _count(arm["num_trainable_params"]),
+                f"{arm['steps']:.0f}",
+                _steps(arm["scored_step"]),
+                duration(arm["total_seconds"]),
+            ]
+        )
+    gaps = ["arm", "gap_loss", "gap_acc", "ft_gap", "closed", "trained", "steps", "scored at", "time"]
+    return [
+        Table("Loss (nats per target token) and score", ["arm", *losses, *scores], first),
+        Table("Generalization gaps and cost", gaps, second),
+    ]
+
+
+def verdict(summary: dict[str, Any]) -> list[str]:
+    """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
+    lines = []
+    metric, primary = summary["metric"], summary.get("primary")
+    if primary:
+        first, second = primary["arms"]
+        difference = f"{first} − {second} = {primary['value']:+.3f} test {metric}"
+        if primary["low"] is None:
+            lines.append(f"{difference}; these results give it no interval, so nothing is claimed.")
+        else:
+            what = f"{difference}, 95 % interval [{primary['low']:+.3f}, {primary['high']:+.3f}]"
+            apart = f"{first if primary['value'] > 0 else second} is the better one within this interval's reach."
+            lines.append(f"{what}: " + (apart if primary["excludes_zero"] else "the two cannot be told apart."))
+    n_seeds = len(summary["seeds"])
+    if n_seeds == 1:
+        lines.append(
+            "One seed: intervals are over test examples only and say nothing about another seed; "
+            "give more seeds for a claim about a method."
+        )
+    else:
+        lines.append(f"± is the standard deviation over {n_seeds} seeds; intervals are over seeds and test examples.")
+    rule = "the last step" if summary["checkpoint"] == "last" else f"the step that was best on validation ({summary['select_by']})"
+    lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
+    rows = summary.get("rows")
+    if rows:
+        lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
+    for name, arm in summary["arms"].items():
+        if arm.get("at_grid_edge"):
+            lines.append(f"{name}: the chosen learning rate is at the edge of its grid; a better one may lie outside.")
+        for seed, error in arm["errors"].items():
+            lines.append(f"{name} seed {seed} failed: {error}")
+        if 0 < arm["n_seeds"] < n_seeds:
+            lines.append(f"{name}: {arm['n_seeds']} of {n_seeds} seeds are there; its means are over those.")
+    return lines
+
+
+def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: dict[str, int] | None) -> Table:
+    """What a run will do, before it does it.
+
+    Args:
+        recipe: The resolved recipe.
+        steps: Optimizer steps of each arm's links; None where the number of rows is not known yet.
+        parameters: Trainable parameters of each arm's largest link; None where the model is not on this disk.
+    """
+    rows = []
+    for name in recipe.arms:
+        links = recipe.links_of(name)
+        rate = recipe.learning_rate_of(name)
+        trains = f"{len(rate.search)} searched" if isinstance(rate, Search) else f"{rate:g}"
+        lengths = steps[name]
+        first = links[0] if links else None
+        modules = first.target_modules if first and first.method == "lora" else None
+        rows.append(
+            [
+                name,
+                str(len(links)),
+                first.method or NONE if first else NONE,
+                _alike(links, "rank"),
+                _alike(links, "alpha"),
+                ", ".join(modules) if isinstance(modules, list) else modules or NONE,
+                (" + ".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
+                trains if links else NONE,
+                _count(parameters[name]) if parameters else NONE,
+            ]
+        )
+    columns = ["arm", "links", "method", "rank", "alpha", "modules", "steps", "learning rate", "trained"]
+    return Table("Plan", columns, rows)
+
+
+def _alike(links: list[Any], key: str) -> str:
+    values = [getattr(link, key) for link in links if getattr(link, key) is not None]
+    if not values:
+        return NONE
+    return f"{values[0]:g}" if len(set(values)) == 1 else " → ".join(f"{v:g}" for v in values)
+
+
+def _spread(number: dict[str, Any] | None, signed: bool = False) -> str:
+    if number is None:
+        return NONE
+    mean = f"{number['mean']:+.3f}" if signed else f"{number['mean']:.3f}"
+    return mean if number["sd"] is None else f"{mean} ± {number['sd']:.3f}"
+
+
+def _interval(number: dict[str, Any] | str | None) -> str:
+    if number is None:
+        return NONE
+    if isinstance(number, str):
+        return number
+    if number["low"] is None:
+        return f"{number['value']:+.3f}"
+    return f"{number['value']:+.3f} [{number['low']:+.3f}, {number['high']:+.3f}]"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _steps(steps: list[int]) -> str:
+    low, high = min(steps), max(steps)
+    return f"step {low}" if low == high else f"step {low}–{high}"
