@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cola.errors import ModelError
 from cola.plan import Link
-from cola.residual import LinkWeights, Pair
+from cola.residual import LinkWeights, Pair, weight_of
 
 ADAPTER = "default"
 
@@ -43,7 +43,8 @@ def attach(model: PreTrainedModel, link: Link) -> None:
 
 
 def _lora_config(link: Link, names: list[str]) -> LoraConfig:
-    assert link.rank is not None and link.alpha is not None
+    assert link.rank is not None
+    assert link.alpha is not None
     return LoraConfig(
         r=link.rank,
         lora_alpha=link.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
@@ -89,7 +90,7 @@ def count_parameters(model: PreTrainedModel, link: Link) -> int:
     if link.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
     assert link.rank is not None
-    return sum(link.rank * sum(model.get_submodule(name).weight.shape) for name in target_names(model, link))
+    return sum(link.rank * sum(weight_of(model, name).shape) for name in target_names(model, link))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -101,8 +102,8 @@ def read_pair(model: nn.Module) -> LinkWeights:
     """A float32 CPU copy of the attached pair; empty where nothing low-rank is attached."""
     return {
         name: Pair(
-            A_RI=layer.lora_A[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True),
-            B_OR=layer.lora_B[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True),
+            A_RI=weight_of(layer.lora_A, ADAPTER).to("cpu", torch.float32, copy=True),
+            B_OR=weight_of(layer.lora_B, ADAPTER).to("cpu", torch.float32, copy=True),
             scale=float(layer.scaling[ADAPTER]),
         )
         for name, layer in _lora_layers(model)

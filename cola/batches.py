@@ -5,8 +5,8 @@ Axes: B rows, T tokens, N target tokens.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -41,10 +41,14 @@ class MicroBatch:
     def n_targets(self) -> int:
         return self.targets_N.numel()
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on a device."""
-        tensors = (t.to(device) for t in (self.input_ids_BT, self.predicts_BT, self.targets_N))
-        return type(self)(*tensors, self.ids, self.n_tokens)
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device),
+            predicts_BT=self.predicts_BT.to(device),
+            targets_N=self.targets_N.to(device),
+        )
 
 
 def collate(rows: Sequence[tuple[str, list[int], list[int]]]) -> MicroBatch:
@@ -78,7 +82,11 @@ def batch_order(lengths: Sequence[int], batch_size: int, n_steps: int, seed: int
         rows = list(range(len(lengths)))
         rng.shuffle(rows)
         size = BUCKET * batch_size
-        rows = [i for start in range(0, len(rows), size) for i in sorted(rows[start : start + size], key=lambda i: lengths[i])]
+        rows = [
+            i
+            for start in range(0, len(rows), size)
+            for i in sorted(rows[start : start + size], key=lambda i: lengths[i])
+        ]
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         steps += batches

@@ -82,14 +82,16 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")])
         folder, recipe = RunFolder.open(run_folder)
         path = run_folder / "summary.json"
         if not path.is_file():
-            raise RunFolderError(f"{run_folder} holds no finished run; go on with it by `cola run --resume {run_folder}`")
+            raise RunFolderError(
+                f"{run_folder} holds no finished run; go on with it by `cola run --resume {run_folder}`"
+            )
         summary = json.loads(path.read_text(encoding="utf-8")) | summarize(recipe, folder, np.random.default_rng(0))
         folder.write_json("summary.json", summary)
         _print_results(folder, summary, Terminal())
 
 
 def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
-    from cola.recipe import read_recipe
+    from cola.recipe_file import read_recipe
     from cola.record import RunFolder
 
     recipe = read_recipe(recipe_path, overrides)
@@ -153,7 +155,7 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
 
 def _dry_run(recipe_path: Path, overrides: list[str]) -> int:
     from cola.preview import preview
-    from cola.recipe import read_recipe
+    from cola.recipe_file import read_recipe
     from cola.terminal import Terminal
 
     preview(read_recipe(recipe_path, overrides), Terminal())

@@ -4,7 +4,7 @@
     gap_acc    train score - test score
     ft_gap     score(full) - score(arm), on test
     closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
-               the denominator contains 0
+               the denominator contains 0, and no gap where full fine-tuning is the worse one
 
 Arms are paired by seed and example. An interval is a percentile bootstrap over test examples (over groups of
 them where the recipe names a group) and, from two seeds on, over seeds as well; with one seed it says nothing
@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cola.recipe import Recipe
+from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
-from cola.sources import SPLITS
 
 RESAMPLES = 4000
-METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "-loss"}
+METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
 
 Scores = NDArray[np.float64]
 
@@ -150,7 +149,10 @@ def _contrasts(
             if three:
                 gap = estimate(lambda f, lo, _: f - lo, *three, rng)
                 closed = estimate(lambda f, lo, a: (a - lo) / (f - lo) if f != lo else np.nan, *three, rng)
-                out["arms"][name]["closed"] = closed.as_dict() if gap.excludes_zero else "undefined"
+                no_gap = gap.excludes_zero and gap.value < 0
+                out["arms"][name]["closed"] = (
+                    "no gap" if no_gap else closed.as_dict() if gap.excludes_zero else "undefined"
+                )
     if recipe.comparison.primary:
         first, second = recipe.comparison.primary
         pair = _paired(folder, [first, second], ok) if ok[first] and ok[second] else None
@@ -166,9 +168,7 @@ def _contrasts(
     return out
 
 
-def _paired(
-    folder: RunFolder, arms: Sequence[str], ok: dict[str, list[int]]
-) -> tuple[list[Scores], list[str]] | None:
+def _paired(folder: RunFolder, arms: Sequence[str], ok: dict[str, list[int]]) -> tuple[list[Scores], list[str]] | None:
     """Score matrices of the arms over their common seeds and examples, and each example's group."""
     seeds = [s for s in ok[arms[0]] if all(s in ok[arm] for arm in arms)]
     if not seeds:

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cola.errors import DataError
-from cola.recipe import Data, label_text
-from cola.sources import SPLITS, Pool, Row, open_pools
+from cola.recipe import SPLITS, Data, label_text
+from cola.sources import Pool, Row, open_pools
 
 CHUNK = 512  # rows tokenized in one call
 CACHE_VERSION = 1  # part of every cached file's name: raise it when the same recipe must give other tokens
@@ -185,7 +185,9 @@ def _draw_split(
             f"{data.max_length} tokens; raise it, or set data.too_long to drop or truncate"
         )
     if overlapping and data.overlap == "error":
-        raise DataError(f"data.overlap: {overlapping} {split} rows of {pool.name} have a prompt that is in another split")
+        raise DataError(
+            f"data.overlap: {overlapping} {split} rows of {pool.name} have a prompt that is in another split"
+        )
     notes = []
     if too_long:
         done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[data.too_long or "drop"]
@@ -195,7 +197,7 @@ def _draw_split(
     if overlapping:
         done = "kept" if data.overlap == "allow" else "left out"
         notes.append(f"{split}: {overlapping} rows whose prompt is in another split were {done}")
-    if wanted is not None and rows < wanted or rows == 0:
+    if (wanted is not None and rows < wanted) or rows == 0:
         rest = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
             f"data.rows.{split}: {wanted or 'some'} rows are wanted and {pool.name} has {rows} left for {split}{rest}"
@@ -228,10 +230,8 @@ class _Encoder:
         self.data = data
         self.tokenizer = tokenizer
         plain = self._tokens(["a"])[0]
-        special = tokenizer("a").input_ids
-        start = next(
-            (n for n in range(len(special) - len(plain) + 1) if special[n : n + len(plain)] == plain), 0
-        )
+        special = self.tokenizer(["a"]).input_ids[0]
+        start = next((n for n in range(len(special) - len(plain) + 1) if special[n : n + len(plain)] == plain), 0)
         # A chat template writes its own special tokens; an end token has no place between prompt and answer.
         self.bos = [] if data.chat else list(special[:start])
 

@@ -65,7 +65,7 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     normalize: Sequence[str]
     batch_tokens: int
-    autocast: Callable[[], AbstractContextManager]
+    autocast: Callable[[], AbstractContextManager[None]]
     answer_tokens: int
 
     @torch.no_grad()
@@ -86,9 +86,7 @@ class Evaluator:
             hits = logits_NV.argmax(-1) == batch.targets_N
             lengths = [len(e.answers[e.gold]) for e in group]
             for example, loss, hit in zip(group, losses.split(lengths), hits.split(lengths), strict=True):
-                result = ExampleScore(
-                    example.id, loss.sum().item(), len(example.answers[0]), None, None, example.group
-                )
+                result = ExampleScore(example.id, loss.sum().item(), len(example.answers[0]), None, None, example.group)
                 if self.task == "text":
                     yield result
                 elif hit.all():
@@ -104,22 +102,22 @@ class Evaluator:
         """Greedy continuations of the prompts, up to an end token or a little over the longest right answer."""
         new_tokens = self.answer_tokens + 4
         texts = {}
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
+        end = self.tokenizer.eos_token_id
+        assert isinstance(end, int)  # load_splits refuses task answer without one
         for group in by_tokens(examples, lambda e: len(e.prompt) + new_tokens, self.batch_tokens):
             width = max(len(e.prompt) for e in group)
-            input_ids_BT = torch.full((len(group), width), pad)
+            input_ids_BT = torch.full((len(group), width), end)
             mask_BT = torch.zeros_like(input_ids_BT)
             for b, example in enumerate(group):
                 input_ids_BT[b, width - len(example.prompt) :] = torch.tensor(example.prompt)
                 mask_BT[b, width - len(example.prompt) :] = 1
-            output = model.generate(
+            output = model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=input_ids_BT.to(model.device),
                 attention_mask=mask_BT.to(model.device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=end,
+                eos_token_id=end,
             )
             decoded = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             texts |= {example.id: text for example, text in zip(group, decoded, strict=True)}

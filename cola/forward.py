@@ -25,6 +25,7 @@ def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **
         (N, V), in the order of `where_BT`'s true entries, row by row.
     """
     head = model.get_output_embeddings()
+    assert head is not None  # Source.load refuses a model without one
 
     def select(_module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_BTH,) = args

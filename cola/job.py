@@ -23,10 +23,9 @@ from cola.evaluate import Evaluator, mean_loss, mean_score
 from cola.forward import logits_at
 from cola.model import Source
 from cola.plan import Job, Link, evaluation_steps, plan_arm
-from cola.recipe import Recipe, Search
+from cola.recipe import SPLITS, Recipe, Search
 from cola.record import FORMAT, RunFolder
 from cola.residual import Base, Residual
-from cola.sources import SPLITS
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
 from cola.train import Step, tune
@@ -121,9 +120,7 @@ class Training:
         tune(
             model,
             link,
-            training_batches(
-                bench.splits.train, order[link.first_step : link.last_step], training.micro_batch_tokens
-            ),
+            training_batches(bench.splits.train, order[link.first_step : link.last_step], training.micro_batch_tokens),
             bench.accelerator,
             lambda step: self._on_step(step, number),
             betas=training.betas,

@@ -57,7 +57,9 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"model.name_or_path: {self.name}: no tokenizer could be loaded: {_line(error)}") from error
+            raise ModelError(
+                f"model.name_or_path: {self.name}: no tokenizer could be loaded: {_line(error)}"
+            ) from error
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights (on the meta device): its modules can be looked at before anything is loaded."""
@@ -170,7 +172,7 @@ def _from_gguf(file: Path) -> Path:
         )
         model.save_pretrained(aside)
         AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(aside)
-        os.replace(aside, folder)
+        aside.replace(folder)
     except (OSError, ValueError, KeyError, NotImplementedError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise

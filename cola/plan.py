@@ -89,7 +89,9 @@ def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: f
     whole = schedule(training, sum(lengths), sum(lengths))
     links, first = [], 0
     for number, (link, length) in enumerate(zip(settings, lengths, strict=True)):
-        shape = whole[first : first + length] if training.schedule_scope == "run" else schedule(training, length, length)
+        shape = (
+            whole[first : first + length] if training.schedule_scope == "run" else schedule(training, length, length)
+        )
         modules = link.target_modules
         links.append(
             Link(

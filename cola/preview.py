@@ -6,8 +6,7 @@ from pathlib import Path
 
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.plan import jobs_of, plan_arm, trials_of
-from cola.recipe import Recipe, is_remote
-from cola.sources import SPLITS
+from cola.recipe import SPLITS, Recipe, is_remote
 from cola.tables import plan_table
 from cola.terminal import Terminal
 from cola.tracking import mode_of
@@ -40,7 +39,9 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     terminal.table(f"{recipe.name}: plan", table.columns, table.rows)
     jobs = jobs_of(recipe)
     trials = sum(len(trials_of(recipe, arm)) for arm in recipe.arms)
-    terminal.say(f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search")
+    terminal.say(
+        f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search"
+    )
     if all(lengths is not None for lengths in steps.values()):
         total = sum(sum(steps[job.arm] or []) for job in jobs)
         terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")
@@ -81,7 +82,11 @@ def _parameters(recipe: Recipe) -> dict[str, int] | None:
     skeleton = find_model(recipe.model).skeleton()
     counts = {}
     for arm in recipe.arms:
-        links = plan_arm(recipe, arm, 0, recipe.data.rows.train or 1) if recipe.training.steps or recipe.data.rows.train else []
+        links = (
+            plan_arm(recipe, arm, 0, recipe.data.rows.train or 1)
+            if recipe.training.steps or recipe.data.rows.train
+            else []
+        )
         sizes = [adapters.count_parameters(skeleton, link) for link in links]
         counts[arm] = max(sizes, default=0)
     return counts

@@ -1,10 +1,10 @@
 """The run folder: what is written where, and how a result says how it was made. No torch.
 
-    RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
-    RUN/provenance.json        versions, commit, machine, fingerprints of data and model
-    RUN/summary.json           every number of the table (also report.html)
-    RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
-    RUN/trials/ARM/lr-R/seed-S/  the same for the trainings that choose a learning rate (validation only)
+RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
+RUN/provenance.json        versions, commit, machine, fingerprints of data and model
+RUN/summary.json           every number of the table (also report.html)
+RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
+RUN/trials/ARM/lr-R/seed-S/  the same for the trainings that choose a learning rate (validation only)
 """
 
 import json
@@ -21,7 +21,8 @@ from typing import Any
 
 from cola.errors import RunFolderError
 from cola.plan import Job
-from cola.recipe import Recipe, dump_recipe, read_recipe
+from cola.recipe import Recipe
+from cola.recipe_file import dump_recipe, read_recipe
 
 FORMAT = 1  # of result.json and summary.json
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")

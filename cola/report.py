@@ -56,7 +56,7 @@ def loss_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
     """
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "cola",  # the same results give the same file
         "font.family": "sans-serif",

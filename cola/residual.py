@@ -49,24 +49,25 @@ class Base:
         self._remembered: set[str] = set()
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                self._files |= {name: file for name in opened.keys()}  # noqa: SIM118 - not a dict
+                self._files |= dict.fromkeys(opened.keys(), file)
 
     def remember(self, names: Sequence[str]) -> None:
         """Make sure the pristine weights of these modules can be had from now on."""
         for name in names:
             if name in self._remembered:
                 continue
-            weight = self._model.get_submodule(name).weight
+            weight = weight_of(self._model, name)
             stored = self._stored(name)
-            if stored is None or not torch.equal(stored.to(weight.dtype), weight.detach().cpu()):
-                self._copies[name] = weight.detach().to("cpu", copy=True)
+            if stored is None or not torch.equal(stored.to(weight.dtype), weight.cpu()):
+                self._copies[name] = weight.to("cpu", copy=True)
             self._remembered.add(name)
 
     def weight(self, name: str) -> Tensor:
         """float32 weight of a remembered module on the CPU, in the module's own layout; not to be changed."""
         stored = self._copies.get(name)
         stored = self._stored(name) if stored is None else stored
-        assert stored is not None and name in self._remembered, f"{name} was never remembered"
+        assert name in self._remembered, f"{name} was never remembered"
+        assert stored is not None
         return stored.float()
 
     def _stored(self, name: str) -> Tensor | None:
@@ -75,6 +76,13 @@ class Base:
             return None
         with safe_open(self._files[key], framework="pt") as opened:
             return opened.get_tensor(key)
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight of a linear module, without its history."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 def update(residual: Residual, name: str) -> Tensor | None:
@@ -103,7 +111,7 @@ def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str]
         if delta_OI is not None:
             # GPT-2's Conv1D keeps its weight as (I, O).
             merged = merged + (rearrange(delta_OI, "o i -> i o") if isinstance(module, Conv1D) else delta_OI)
-        module.weight.copy_(merged)
+        weight_of(model, name).copy_(merged)
 
 
 def relative_size(base: Base, link: LinkWeights) -> dict[str, float]:

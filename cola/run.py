@@ -62,7 +62,7 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
         tokenizer,
         recipe.data.normalize,
         recipe.evaluation.batch_tokens,
-        accelerator.autocast,
+        accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
         longest,
     )
     tracker = Tracker(recipe.tracking, folder.path.name, folder.path, terminal.warn)

@@ -12,9 +12,8 @@ from typing import Any
 
 from cola.errors import DataError
 from cola.plan import derived_seed
-from cola.recipe import Data, Files, Hub, ReasoningGym
+from cola.recipe import SPLITS, Data, Files, Hub, ReasoningGym
 
-SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
 
 

@@ -1,9 +1,10 @@
 """The numbers of a summary as text, the same in the terminal, on the page and in the README. No torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from cola.recipe import Recipe, Search
+from cola.recipe import SPLITS, Recipe, Search
 from cola.terminal import duration
 
 NONE = "–"
@@ -24,48 +25,50 @@ class Table:
 
 
 def result_tables(summary: dict[str, Any]) -> list[Table]:
-    """Losses and scores of each arm, then its gaps and cost."""
-    metric = summary["metric"]
-    has_score = metric != "-loss"
-    losses = ["train loss", "val. loss", "test loss"]
-    scores = [f"train {metric}", f"val. {metric}", f"test {metric}"] if has_score else ["test perplexity"]
-    first, second = [], []
-    for name, arm in summary["arms"].items():
+    """Loss and score on the three splits, each beside its gap, then what each arm cost."""
+    arms = summary["arms"]
+    loss = Table("Loss, nats per target token", ["arm", "train", "validation", "test", "gap_loss"], [])
+    score = Table(
+        summary["metric"].capitalize(), ["arm", "train", "validation", "test", "gap_acc", "ft_gap", "closed"], []
+    )
+    cost = Table("Cost", ["arm", "links", "trained", "steps", "tokens", "learning rate", "scored at", "time"], [])
+    tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
+    if summary["metric"] == "perplexity":
+        loss.columns.append("test perplexity")
+    for name, arm in arms.items():
         if not arm["n_seeds"]:
             state = ", ".join(sorted(set(arm["states"].values())))
-            first.append([name, state, *[NONE] * (len(losses + scores) - 1)])
-            second.append([name, state, *[NONE] * 7])
+            for table in tables:
+                table.rows.append([name, state, *[NONE] * (len(table.columns) - 2)])
             continue
-        row = [_spread(arm[f"{split}_loss"]) for split in ("train", "validation", "test")]
-        if has_score:
-            row += [_spread(arm[f"{split}_score"]) for split in ("train", "validation", "test")]
-        else:
-            row.append(f"{2.718281828459045 ** arm['test_loss']['mean']:.2f}")
-        first.append([name, *row])
-        second.append(
+        row = [_spread(arm[f"{split}_loss"]) for split in SPLITS]
+        loss.rows.append([name, *row, _spread(arm["gap_loss"], signed=True)])
+        if summary["metric"] == "perplexity":
+            loss.rows[-1].append(f"{math.exp(arm['test_loss']['mean']):.2f}")
+        row = [_spread(arm[f"{split}_score"]) for split in SPLITS]
+        row += [_spread(arm["gap_acc"], signed=True), _interval(arm.get("ft_gap")), _interval(arm.get("closed"))]
+        score.rows.append([name, *row])
+        cost.rows.append(
             [
                 name,
-                _spread(arm["gap_loss"], signed=True),
-                _spread(arm["gap_acc"], signed=True),
-                _interval(arm.get("ft_gap")),
-                _interval(arm.get("closed")),
+                str(arm["links"]),
                 _count(arm["num_trainable_params"]),
                 f"{arm['steps']:.0f}",
-                _steps(arm["scored_step"]),
+                _count(arm["tokens"]),
+                _range(arm["learning_rate"]),
+                f"step {_range(arm['scored_step'])}",
                 duration(arm["total_seconds"]),
             ]
         )
-    gaps = ["arm", "gap_loss", "gap_acc", "ft_gap", "closed", "trained", "steps", "scored at", "time"]
-    return [
-        Table("Loss (nats per target token) and score", ["arm", *losses, *scores], first),
-        Table("Generalization gaps and cost", gaps, second),
-    ]
+    return tables
 
 
 def verdict(summary: dict[str, Any]) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
     lines = []
-    metric, primary = summary["metric"], summary.get("primary")
+    # Plain text has no score: there the arms are compared by minus the loss, so that more is better everywhere.
+    metric = "-loss" if summary["metric"] == "perplexity" else summary["metric"]
+    primary = summary.get("primary")
     if primary:
         first, second = primary["arms"]
         difference = f"{first} − {second} = {primary['value']:+.3f} test {metric}"
@@ -83,7 +86,11 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"± is the standard deviation over {n_seeds} seeds; intervals are over seeds and test examples.")
-    rule = "the last step" if summary["checkpoint"] == "last" else f"the step that was best on validation ({summary['select_by']})"
+    rule = (
+        "the last step"
+        if summary["checkpoint"] == "last"
+        else f"the step that was best on validation ({summary['select_by']})"
+    )
     lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
     rows = summary.get("rows")
     if rows:
@@ -162,6 +169,10 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _steps(steps: list[int]) -> str:
-    low, high = min(steps), max(steps)
-    return f"step {low}" if low == high else f"step {low}–{high}"
+def _range(values: list[Any]) -> str:
+    """One number where all seeds agree, else the smallest and the largest."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return NONE
+    low, high = f"{min(known):.6g}", f"{max(known):.6g}"
+    return low if low == high else f"{low}–{high}"

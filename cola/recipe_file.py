@@ -1,0 +1,346 @@
+"""One YAML file, plus dotted overrides, read once into a frozen, fully resolved `Recipe`.
+
+Unknown keys are errors that name the file, the line and the key that was probably meant.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cola.errors import RecipeError
+from cola.recipe import Arm, Files, OneLink, Recipe, is_remote
+
+# Keys that people paste from other tools -> the key that is meant here.
+PASTED_KEYS = {
+    "model_name_or_path": "model.name_or_path",
+    "base_model": "model.name_or_path",
+    "model_id": "model.name_or_path",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype: bfloat16",
+    "fp16": "model.dtype: float16",
+    "load_in_4bit": "no key yet: quantized bases are not supported by this version",
+    "load_in_8bit": "no key yet: quantized bases are not supported by this version",
+    "lora_r": "link.rank",
+    "lora_rank": "link.rank",
+    "r": "rank (under link or an arm)",
+    "lora_alpha": "link.alpha",
+    "lora_dropout": "link.dropout",
+    "lora_target": "link.target_modules",
+    "lora_target_modules": "link.target_modules",
+    "lora_target_linear": "link.target_modules: all-linear",
+    "adapter": "link.method",
+    "finetuning_type": "link.method",
+    "tuner_type": "link.method",
+    "train_type": "link.method",
+    "lr": "training.learning_rate",
+    "learning_rates": "training.learning_rate: {search: [...]}",
+    "micro_batch_size": "training.batch_size (rows per optimizer step; micro-batches follow from micro_batch_tokens)",
+    "per_device_train_batch_size": "training.batch_size (rows per optimizer step)",
+    "train_batch_size": "training.batch_size (rows per optimizer step)",
+    "per_device_eval_batch_size": "evaluation.batch_tokens",
+    "gradient_accumulation_steps": "training.micro_batch_tokens (the loss does not depend on it)",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "max_steps": "training.steps",
+    "lr_scheduler": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_ratio": "training.warmup_steps (below 1 it is a fraction)",
+    "gradient_clipping": "training.max_grad_norm",
+    "optim": "no key: the optimizer is AdamW",
+    "optimizer": "no key: the optimizer is AdamW",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.hub or data.files",
+    "datasets": "data.hub or data.files",
+    "dataset_name": "data.hub",
+    "train_file": "data.files.train",
+    "validation_file": "data.files.validation",
+    "val_set_size": "data.rows.validation",
+    "max_train_samples": "data.rows.train",
+    "max_samples": "data.rows",
+    "seed": "seeds (a list)",
+    "output_dir": "output (or the --output option)",
+    "report_to": "tracking.wandb",
+    "wandb_project": "tracking.project",
+    "wandb_entity": "tracking.entity",
+    "wandb_mode": "tracking.wandb",
+    "load_best_model_at_end": "evaluation.checkpoint: best",
+    "metric_for_best_model": "evaluation.select_by",
+    "eval_steps": "evaluation.every",
+    "eval_strategy": "evaluation.every",
+    "num_links": "links (under an arm)",
+    "chain_length": "links (under an arm)",
+    "relora": "links (under an arm)",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose scalars are read as YAML 1.2 reads them."""
+
+    # YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (and `choices: {yes: .., no: ..}` or
+    # `wandb: off` for something else than was written), and 1e-4, as every learning rate is written, for text.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """The YAML document and the line (from 1) of every key and list item."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def note(node: yaml.Node, path: tuple[str, ...]) -> None:
+        lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                name = str(key.value)
+                if name in seen:
+                    raise RecipeError(f"{where}:{key.start_mark.line + 1}: {'.'.join((*path, name))} is given twice")
+                seen.add(name)
+                lines[(*path, name)] = key.start_mark.line + 1
+                note(value, (*path, name))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                note(value, (*path, str(index)))
+
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError(f"{where}: the file is empty; see recipes/quickstart.yaml for an example")
+        note(node, ())
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where}{place}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override, validate and resolve a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings, the value in YAML; `arms.NAME=null` removes an arm, and naming
+            a data source replaces the recipe's.
+
+    Raises:
+        RecipeError: names file, line and key, one line for each fault.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe{_near_files(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    raw, lines = _parse(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
+    for override in overrides or []:
+        _override(raw, override, lines)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(error, raw, str(path), lines))) from None
+    return _resolved(recipe, base=path.parent)
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"override {override!r}: write dotted.key=value, for example training.epochs=2")
+    value, _ = _parse(text, f"override {dotted!r}") if text.strip() else (None, {})
+    keys = dotted.split(".")
+    node: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = node[_index(node, key, dotted)]
+            continue
+        # A mapping's shorthand gives way to the mapping: files=a.jsonl, then files.test=b.jsonl.
+        shorthand = {"hub": "name", "reasoning_gym": "name", "files": "train"}.get(key)
+        if isinstance(node.get(key), str) and shorthand:
+            node[key] = {shorthand: node[key]}
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict | list):
+            raise RecipeError(f"override {dotted!r}: {'.'.join(keys[: depth + 1])} has no keys below it")
+        node = node[key]
+    last = keys[-1]
+    if isinstance(node, list):
+        node[_index(node, last, dotted)] = value
+    elif keys[:-1] == ["arms"] and value is None:
+        if last not in node:
+            raise RecipeError(f"override {override!r}: there is no such arm; the arms are {', '.join(node)}")
+        del node[last]
+    else:
+        node[last] = value
+    sources = ("hub", "files", "reasoning_gym")
+    if len(keys) > 1 and keys[0] == "data" and keys[1] in sources and value is not None:
+        for other in sources:
+            if other != keys[1]:
+                raw["data"].pop(other, None)
+    if last in ("steps", "epochs") and value is not None and isinstance(node, dict):
+        node.pop("epochs" if last == "steps" else "steps", None)
+    lines[tuple(keys)] = 0
+
+
+def _index(node: list, key: str, dotted: str) -> int:
+    if key.isdigit() and int(key) < len(node):
+        return int(key)
+    raise RecipeError(f"override {dotted!r}: {key} is no place in a list of {len(node)}; they count from 0")
+
+
+def _explain(error: ValidationError, raw: dict, where: str, lines: dict[tuple[str, ...], int]) -> list[str]:
+    """One line for each thing that is wrong, with its place and the remedy."""
+    messages = []
+    seen = set()
+    for fault in error.errors():
+        # pydantic puts the tried member of a union into the path ('int', 'Search', 'list[OneLink]'): drop those.
+        path: tuple[str, ...] = ()
+        node: Any = raw
+        for part in fault["loc"]:
+            inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+            if inside:
+                node, path = node[part], (*path, str(part))  # pyright: ignore[reportCallIssue, reportArgumentType]
+            elif fault["type"] == "missing" and part == fault["loc"][-1]:
+                path = (*path, str(part))
+        key = ".".join(path)
+        line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 0)
+        place = f"{where}:{line}" if line else f"{where} (override)"
+        if fault["type"] == "extra_forbidden":
+            text = _unknown(path, raw)
+        elif fault["type"] == "missing":
+            text = f"{key}: this key is required"
+        else:
+            reason = fault["msg"].removeprefix("Value error, ")
+            reason = reason[0].lower() + reason[1:]
+            got = "" if isinstance(node, dict | list) or fault["type"] == "value_error" else f"; got {node!r}"
+            text = f"{key}: {reason}{got}" if key else f"{reason}"
+        if key not in seen or fault["type"] == "value_error":
+            messages.append(f"{place}: {text}")
+        seen.add(key)
+    return messages
+
+
+def _unknown(path: tuple[str, ...], raw: dict) -> str:
+    key = path[-1]
+    known = _keys_at(path[:-1])
+    text = f"{'.'.join(path)}: unknown key"
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return f"{text}; did you mean {near[0]}?"
+    if key in PASTED_KEYS:
+        return f"{text}; here it is {PASTED_KEYS[key]}"
+    if places := [p for p in known_keys() if p.split(".")[-1] == key]:
+        return f"{text} here; it belongs at {places[0]}"
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"{text}; did you mean {near[0]}?"
+    return f"{text}; known here are {', '.join(known)}"
+
+
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    section: type[BaseModel] | None = Recipe
+    for depth, part in enumerate(path):
+        if section is Recipe and part == "arms":
+            section = Arm
+        elif (section is Arm and depth == 1) or part.isdigit():
+            continue  # an arm's own name, or a place in a list
+        elif section is Arm and part == "links":
+            section = OneLink
+        else:
+            section = _section_of(section, part)
+        if section is None:
+            return []
+    return list(section.model_fields) if section else []
+
+
+def _section_of(section: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+    field = section.model_fields.get(key) if section else None
+    options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of a recipe, arms as `arms.NAME.key`."""
+    keys = []
+    for name in section.model_fields:
+        keys.append(prefix + name)
+        if section is Recipe and name == "arms":
+            keys += known_keys(Arm, "arms.NAME.")
+        elif inner := _section_of(section, name):
+            keys += known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _resolved(recipe: Recipe, base: Path) -> Recipe:
+    """Every default that depends on another key made explicit, and relative paths made absolute."""
+    data = recipe.data
+    update: dict[str, Any] = {}
+    if data.answer_prefix is None and data.task != "text":
+        update["answer_prefix"] = "" if data.chat or (data.prompt or "")[-1:].isspace() else " "
+    if data.too_long is None:
+        update["too_long"] = "split" if data.task == "text" else "drop"
+    if data.files is not None:
+        train = find_path(data.files.train, base)
+        update["files"] = Files(
+            train=train,
+            validation=find_path(data.files.validation, base) if data.files.validation else train,
+            test=find_path(data.files.test, base) if data.files.test else train,
+        )
+    name = recipe.model.name_or_path
+    model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
+    arms = {}
+    for arm, settings in recipe.arms.items():
+        links = recipe.links_of(arm)
+        explicit = settings.model_dump(exclude={"links"})
+        if links and isinstance(settings.links, int):
+            explicit |= links[0].model_dump(exclude={"steps", "epochs", "learning_rate"})
+            explicit["learning_rate"] = recipe.learning_rate_of(arm)
+        elif links:
+            explicit["learning_rate"] = recipe.learning_rate_of(arm)
+        n_links = settings.links if isinstance(settings.links, int) else links
+        arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
+    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model, "arms": arms})
+
+
+def find_path(name: str, base: Path) -> str:
+    """An existing path as absolute, looked for from the working directory, then beside the recipe."""
+    path = Path(name).expanduser()
+    for candidate in (path, base / path):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return str(path.absolute())
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    # `link` has been written out into the arms; keeping it would be a second place to change.
+    tree.pop("link", None)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)

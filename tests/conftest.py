@@ -1,0 +1,146 @@
+"""A tiny random Qwen2 with a tokenizer of its own, made in a second and saved as a Hugging Face folder."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as Qwen's, over a few words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = "red blue green yellow what colour is the sky grass sun question answer yes no maybe one two three"
+    tokenizer.train_from_iterator([words] * 50, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config(**settings: object) -> Qwen2Config:
+    return Qwen2Config(
+        **{
+            "vocab_size": 403,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,  # large enough that what a weight does shows in the logits
+            "eos_token_id": 0,
+            "bos_token_id": None,
+            "pad_token_id": 0,
+            **settings,
+        }
+    )
+
+
+def tiny_model(seed: int = 0, **settings: object) -> Qwen2ForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(tiny_config(**settings))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another, or the developer, has cached; W&B stays offline without a key."""
+    monkeypatch.setenv("COLA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny model as a local Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2")
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SKY = {"sky": "blue", "grass": "green", "sun": "yellow", "rose": "red"}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 rows of a task that a tiny model can learn: {id, question, answer, label, passage}."""
+    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
+    rng = random.Random(0)
+    rows = []
+    for number in range(200):
+        thing = rng.choice(list(SKY))
+        words = " ".join(rng.choices(["one", "two", "three", "maybe"], k=rng.randint(1, 6)))
+        rows.append(
+            {
+                "id": number,
+                "question": f"{words} {number} what colour is the {thing}",
+                "answer": SKY[thing],
+                "label": list(SKY.values()).index(SKY[thing]),
+                "passage": f"p{number // 4}",
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe_text(tiny_folder: Path, colours: Path, tmp_path: Path) -> str:
+    """A whole recipe on the tiny model, seconds to run."""
+    return f"""
+name: tiny
+model: {{name_or_path: {tiny_folder}}}
+data:
+  files: {colours}
+  rows: {{train: 24, validation: 8, test: 16}}
+  task: answer
+  prompt: "{{question}}?"
+  answer: "{{answer}}"
+training: {{epochs: 2, batch_size: 8, learning_rate: 1e-2}}
+arms:
+  base: {{links: 0}}
+  lora: {{links: 1}}
+  chain3: {{links: 3}}
+  full: {{method: full, learning_rate: 1e-3}}
+comparison: {{primary: [chain3, lora]}}
+seeds: [0]
+tracking: {{wandb: off}}
+output: {tmp_path / "runs"}
+"""
+
+
+@pytest.fixture
+def recipe_file(recipe_text: str, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe_text)
+    return path
