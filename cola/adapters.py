@@ -40,6 +40,9 @@ def attach(model: PreTrainedModel, link: Link) -> None:
         inject_adapter_in_model(_lora_config(link, names), model, ADAPTER)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            # PEFT makes the pair in the base's dtype; in bfloat16 an AdamW update is mostly rounded away.
+            parameter.data = parameter.data.float()
 
 
 def _lora_config(link: Link, names: list[str]) -> LoraConfig:

@@ -170,10 +170,9 @@ def _draw_split(
                 overlapping += 1
                 if data.overlap != "allow":
                     continue
-            if not encoded.fits:
-                too_long += 1
-                if not encoded.examples:
-                    continue
+            too_long += not encoded.fits
+            if not encoded.examples:
+                continue
             examples += encoded.examples
             prompts.add(encoded.text)
             rows += 1
@@ -230,13 +229,14 @@ class _Encoder:
         self.data = data
         self.tokenizer = tokenizer
         plain = self._tokens(["a"])[0]
-        special = self.tokenizer(["a"]).input_ids[0]
+        special = self._tokens(["a"], special=True)[0]
         start = next((n for n in range(len(special) - len(plain) + 1) if special[n : n + len(plain)] == plain), 0)
         # A chat template writes its own special tokens; an end token has no place between prompt and answer.
         self.bos = [] if data.chat else list(special[:start])
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
+    def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        encoded = self.tokenizer(texts, add_special_tokens=special)
+        return encoded.input_ids  # pyright: ignore[reportReturnType] - a list of texts gives a list of lists
 
     def rows(self, split: str, pool: Pool, indices: list[int]) -> Iterator[_Encoded]:
         rows = [pool.row(i) for i in indices]
@@ -255,6 +255,8 @@ class _Encoder:
                 # Where a token would span the boundary the two are tokenized apart.
                 joined = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
                 answers.append(whole[len(prompt) :] if joined else self._tokens([answer])[0])
+            if not prompt and not self.bos:
+                raise DataError(f"{pool.name} row {index + 1}: data.prompt: the prompt is empty")
             yield self._pair(f"{split}-{index}", row, prompt, answers)
 
     def _pair(self, name: str, row: _Rendered, prompt: list[int], answers: list[list[int]]) -> _Encoded:

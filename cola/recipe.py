@@ -146,6 +146,13 @@ class Data(Section):
     def _path_alone(cls, value: Any) -> Any:
         return {"train": value} if isinstance(value, str) else value
 
+    @field_validator("prompt", "answer", "text", mode="before")
+    @classmethod
+    def _template(cls, value: Any) -> Any:
+        # An unquoted {question}, or one whose quotes the shell took, is a mapping to YAML; here it can mean one thing.
+        alone = isinstance(value, dict) and len(value) == 1 and None in value.values()
+        return f"{{{next(iter(value))}}}" if alone else value
+
     @field_validator("choices", mode="before")
     @classmethod
     def _choices_as_text(cls, value: Any) -> Any:

