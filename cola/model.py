@@ -1,12 +1,15 @@
 """The pretrained base: where it lies, how it is loaded, and what identifies it."""
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,20 +95,24 @@ class Source:
         return model.to(device).eval()  # pyright: ignore[reportArgumentType] - transformers wraps Module.to
 
 
-def find_model(settings: recipe.Model) -> Source:
+def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text: None) -> Source:
     """Locate the base, downloading from the hub or dequantizing a GGUF file once where that is needed.
+
+    Args:
+        settings: The recipe's.
+        say: Told what takes a while.
 
     Raises:
         ModelError: it is not there, cannot be reached, or is not in a format that is safe to load.
     """
     name = settings.name_or_path
     if name.startswith("package://"):
-        return _source(settings, _from_gguf(_package_file(name)))
+        return _source(settings, _from_gguf(_package_file(name), say))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.name_or_path: {name}: no such file")
-        return _source(settings, _from_gguf(path))
+        return _source(settings, _from_gguf(path, say))
     if path.exists() or not recipe.is_remote(name):
         if not path.exists():
             raise ModelError(f"model.name_or_path: {name}: no such folder")
@@ -125,6 +132,11 @@ def _source(settings: recipe.Model, folder: Path) -> Source:
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if not settings.trust_remote_code and "auto_map" in (folder / "config.json").read_text(encoding="utf-8"):
+            raise ModelError(
+                f"model.name_or_path: {source.name} needs Python code that comes with it, which is not run unless the "
+                "recipe says model.trust_remote_code: true"
+            ) from None
         raise ModelError(f"model.name_or_path: {source.name}: {_line(error)}") from error
     return source
 
@@ -158,18 +170,20 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _from_gguf(file: Path) -> Path:
+def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     """A safetensors folder with the file's weights in float32, made the first time and reused."""
     folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}"
     if (folder / "config.json").is_file():
         return folder
+    say(f"dequantizing {file.name} to safetensors, once, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
     try:
         where = {"gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
         model.save_pretrained(aside)
         AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(aside)
         aside.replace(folder)

@@ -3,8 +3,8 @@
     W_k = cast(float32(W_0) + Σ_{i<=k} s_i B_i A_i)
 
 Adding each link to the rounded result of the one before loses what is smaller than half a unit in the last
-place: in bfloat16, links of 0.1 % of ||W|| leave a tenth of themselves behind (docs/precision.md). So the sum
-is always taken anew from W_0, which is read from its memory-mapped safetensors file.
+place, and the more links, the smaller each is. So the sum is always taken anew from W_0, which is read from its
+memory-mapped safetensors file, and no second model lies in memory.
 
 Axes: O output features, I input features, R rank.
 """

@@ -47,7 +47,7 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
     accelerator = make_accelerator(recipe.model.dtype)
     if warning := dtype_warning(recipe.model.dtype, accelerator.device):
         terminal.warn(warning)
-    source = find_model(recipe.model)
+    source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
     splits = load_splits(recipe.data, tokenizer)
     sizes = ", ".join(f"{len(examples)} {name}" for name, examples in splits.items())

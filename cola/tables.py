@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cola.recipe import SPLITS, Recipe, Search
+from cola.recipe import SPLITS, OneLink, Recipe, Search
 from cola.terminal import duration
 
 NONE = "–"
@@ -117,32 +117,36 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
     for name in recipe.arms:
         links = recipe.links_of(name)
         rate = recipe.learning_rate_of(name)
-        trains = f"{len(rate.search)} searched" if isinstance(rate, Search) else f"{rate:g}"
+        rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
         lengths = steps[name]
-        first = links[0] if links else None
-        modules = first.target_modules if first and first.method == "lora" else None
         rows.append(
             [
                 name,
                 str(len(links)),
-                first.method or NONE if first else NONE,
-                _alike(links, "rank"),
-                _alike(links, "alpha"),
-                ", ".join(modules) if isinstance(modules, list) else modules or NONE,
-                (" + ".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
-                trains if links else NONE,
-                _count(parameters[name]) if parameters else NONE,
+                _trains(links),
+                ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
+                rates if links else NONE,
+                _count(parameters[name]) if parameters else "?",
             ]
         )
-    columns = ["arm", "links", "method", "rank", "alpha", "modules", "steps", "learning rate", "trained"]
-    return Table("Plan", columns, rows)
+    return Table("Plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows)
 
 
-def _alike(links: list[Any], key: str) -> str:
-    values = [getattr(link, key) for link in links if getattr(link, key) is not None]
-    if not values:
+def _trains(links: list[OneLink]) -> str:
+    """What an arm's links train, in words; settings that change along the chain are written with an arrow."""
+    if not links:
         return NONE
-    return f"{values[0]:g}" if len(set(values)) == 1 else " → ".join(f"{v:g}" for v in values)
+    if links[0].method == "full":
+        return "all weights"
+
+    def along(values: list[Any]) -> str:
+        texts = [", ".join(v) if isinstance(v, list) else f"{v:g}" if isinstance(v, float | int) else v for v in values]
+        return texts[0] if len(set(texts)) == 1 else " → ".join(texts)
+
+    rank, alpha, modules = (
+        along([getattr(link, key) for link in links]) for key in ("rank", "alpha", "target_modules")
+    )
+    return f"a pair of rank {rank}, alpha {alpha}, on {modules}"
 
 
 def _spread(number: dict[str, Any] | None, signed: bool = False) -> str:

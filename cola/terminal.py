@@ -28,9 +28,16 @@ class Terminal:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table; a narrow terminal wraps its cells."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
         for number, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if number == 0 else "right")
+            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         self.console.print(table)

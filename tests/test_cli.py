@@ -1,0 +1,215 @@
+"""The command line: one clear line and exit code 2 for what is the user's to mend. Run: pytest tests/test_cli.py"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cola.cli import app
+
+RUNNER = CliRunner()
+
+
+def cola(*words: object) -> Result:
+    return RUNNER.invoke(app, [str(word) for word in words])
+
+
+def refused(*words: object) -> str:
+    """The one line that a refused command says on stderr."""
+    result = cola("run", *words)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def nothing_left(recipe_file: Path) -> bool:
+    runs = recipe_file.parent / "runs"
+    return not runs.exists() or not any(runs.iterdir())
+
+
+def test_help_answers_at_once_and_loads_neither_torch_nor_wandb() -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['cola', '--help']\n"
+        "try: runpy.run_module('cola', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert not {'torch', 'wandb', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_import_cola_loads_neither_torch_nor_wandb() -> None:
+    code = "import sys, cola; assert not {'torch', 'wandb'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_prints_the_table_and_where_everything_is(recipe_file: Path) -> None:
+    result = cola("run", recipe_file, "arms.full=null")
+    assert result.exit_code == 0, result.output
+    for word in ("gap_loss", "gap_acc", "chain3", "report.html", "summary.json"):
+        assert word in result.output
+    [folder] = (recipe_file.parent / "runs").iterdir()
+    again = cola("report", folder)
+    assert again.exit_code == 0
+    assert "gap_loss" in again.output
+
+
+def test_a_second_run_gets_a_folder_of_its_own(recipe_file: Path) -> None:
+    for _ in range(2):
+        assert cola("run", recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null").exit_code == 0
+    assert len(list((recipe_file.parent / "runs").iterdir())) == 2
+
+
+def test_an_existing_run_folder_is_kept_as_it_is(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    line = refused("--run-folder", folder, recipe_file)
+    assert f"{folder} exists and is kept as it is" in line
+    assert f"cola run --resume {folder}" in line
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_resume_of_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path} is no run folder" in refused("--resume", tmp_path)
+
+
+def test_resume_with_other_data_is_refused(recipe_file: Path, colours: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    shutil.copy(colours, own)
+    arms = ("arms.full=null", "arms.chain3=null", "comparison.primary=null")
+    assert cola("run", recipe_file, f"data.files={own}", "--run-folder", tmp_path / "run", *arms).exit_code == 0
+    own.write_text("".join(reversed(own.read_text().splitlines(keepends=True))))
+    assert "the data is not the one this run began with" in refused("--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["link.rnk=4"], "link.rnk: unknown key; did you mean rank?"),
+        (["model.name_or_path=./nowhere"], "model.name_or_path: "),
+        (["link.target_modules=[q_prj]"], "'q_prj' matches no linear layer; did you mean q_proj?"),
+        (
+            ["data.prompt={qestion}"],
+            "has no field 'qestion'; it has id, question, answer, label, passage; did you mean",
+        ),
+        (["data.rows.train=500"], "data.rows.train: 500 rows are wanted and colours.jsonl has 176 left for train"),
+        (["data.max_length=4", "data.too_long=error"], "are longer than 4 tokens"),
+        (["data.files=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["data.chat=true", "data.system=null", "arms.lora.links=[{steps: 99}]"], "take 99 of the run's 6 steps"),
+        (["arms.chain3.links=99"], "arms.chain3.links"),
+        (["evaluation.every=0"], "evaluation.every"),
+        (["seeds=[]"], "seeds"),
+        (["arms.nosuch=null"], "there is no such arm; the arms are base, lora, chain3, full"),
+        (["nonsense"], "write dotted.key=value"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_leaves_nothing_behind(recipe_file: Path, overrides: list[str], says: str) -> None:
+    assert says in refused(recipe_file, *overrides)
+    assert nothing_left(recipe_file)
+
+
+def test_a_label_outside_the_choices_names_the_row(recipe_file: Path) -> None:
+    line = refused(
+        recipe_file, "data.task=multiple_choice", "data.answer=null", "data.choices=[pink, grey]", "data.label=answer"
+    )
+    assert "is none of the choices: pink, grey" in line
+    assert "colours.jsonl row" in line
+
+
+def test_a_folder_without_safetensors_is_not_unpickled(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickled weights (.bin, .pt) can run code" in refused(recipe_file, f"model.name_or_path={folder}")
+
+
+def test_a_folder_with_code_of_its_own_needs_consent(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "custom"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('foreign code ran')")
+    line = refused(recipe_file, f"model.name_or_path={folder}")
+    assert "trust_remote_code" in line
+
+
+def test_a_hub_model_without_a_network_says_what_to_do(recipe_file: Path) -> None:
+    line = refused(recipe_file, "model.name_or_path=Qwen/Qwen1.5-1.8B")
+    assert "without a network, run `hf download Qwen/Qwen1.5-1.8B --local-dir DIR`" in line
+
+
+def test_a_hub_data_set_without_a_network_says_what_to_do(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    line = refused(recipe_file, "data.hub=google/boolq")
+    assert "fetch it elsewhere and name the files under data.files" in line
+
+
+def test_a_dry_run_loads_no_weights_and_shows_the_plan(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    config_only = tmp_path / "config-only"
+    config_only.mkdir()
+    shutil.copy(tiny_folder / "config.json", config_only)
+    (config_only / "model.safetensors").write_bytes(b"not weights")
+    result = cola("run", "--dry-run", recipe_file, f"model.name_or_path={config_only}", "link.rank=[]")
+    assert result.exit_code == 2
+    result = cola("run", "--dry-run", recipe_file, f"model.name_or_path={config_only}")
+    assert result.exit_code == 0, result.output
+    assert "2+2+2" in result.output
+    # rank 8 on q, k, v, o, gate, up, down of two layers: 8 * sum(in + out)
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    assert f"{8 * 2 * sum(a + b for a, b in shapes) / 1e3:.2f} k" in result.output
+    assert nothing_left(recipe_file)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_passes_its_dry_run(recipe: Path) -> None:
+    result = cola("run", "--dry-run", recipe)
+    assert result.exit_code == 0, result.output
+    text = recipe.read_text()
+    assert text.startswith("# ")
+    assert f"cola run {recipe}" in text
+
+
+def test_the_flagship_runs_end_to_end_by_overrides_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "boolq.jsonl"
+    lines = [
+        {"passage": f"the sky is blue {i}", "question": f"is the sky {c}", "answer": c == "blue"}
+        for i in range(40)
+        for c in ("blue", "red")
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small = ["data.rows={train: 32, validation: 16, test: 16}", "training.epochs=1", "seeds=[0, 1]"]
+    result = cola(
+        "run",
+        "recipes/qwen1_8b_chain3.yaml",
+        f"model.name_or_path={tiny_folder}",
+        "model.dtype=float32",
+        f"data.files={rows}",
+        "tracking.wandb=off",
+        f"output={tmp_path}",
+        *small,
+    )
+    assert result.exit_code == 0, result.output
+    [folder] = tmp_path.glob("qwen1_8b_chain3-*")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {name: arm["n_seeds"] for name, arm in summary["arms"].items()} == dict.fromkeys(
+        ("base", "lora", "chain3", "full"), 2
+    )
+    assert len(list(folder.glob("trials/*/lr-*/seed-0/result.json"))) == 3 * 5
+    assert "± is the standard deviation over 2 seeds" in result.output
