@@ -172,5 +172,5 @@ def _one_line_errors() -> Iterator[None]:
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("interrupted before anything was trained", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

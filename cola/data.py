@@ -262,7 +262,7 @@ class _Encoder:
     def _pair(self, name: str, row: _Rendered, prompt: list[int], answers: list[list[int]]) -> _Encoded:
         if self.data.task == "answer":
             eos = self.tokenizer.eos_token_id
-            if eos is None:
+            if not isinstance(eos, int):
                 raise DataError("the tokenizer has no end-of-text token, which task answer needs to end an answer")
             answers = [[*answer, eos] for answer in answers]
         room = self.data.max_length - len(self.bos) - max(map(len, answers))
@@ -342,13 +342,16 @@ class _Encoder:
 
 
 def lookup(row: Row, field: str, place: str, key: str) -> Any:
-    """A field of a row; dots go into nested mappings.
+    """A field of a row; dots go into nested mappings and lists (`answers.text.0`).
 
     Raises:
         DataError: names the row, the recipe's key and the fields that there are.
     """
     value: Any = row
     for part in [field] if field in row else field.split("."):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, dict) or part not in value:
             names = list(row)
             near = difflib.get_close_matches(field, names, n=1)

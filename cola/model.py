@@ -22,7 +22,7 @@ from cola import recipe
 from cola.data import cache_dir
 from cola.errors import ModelError
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
         return _source(settings, path.resolve())
-    return _source(settings, _from_hub(name, settings.revision))
+    return _source(settings, _from_hub(settings))
 
 
 def _source(settings: recipe.Model, folder: Path) -> Source:
@@ -130,7 +130,7 @@ def _source(settings: recipe.Model, folder: Path) -> Source:
             "and are not read: convert them with transformers' save_pretrained"
         )
     try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         if not settings.trust_remote_code and "auto_map" in (folder / "config.json").read_text(encoding="utf-8"):
             raise ModelError(
@@ -138,6 +138,8 @@ def _source(settings: recipe.Model, folder: Path) -> Source:
                 "recipe says model.trust_remote_code: true"
             ) from None
         raise ModelError(f"model.name_or_path: {source.name}: {_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"model.name_or_path: {source.name} is quantized; this version trains on dense weights only")
     return source
 
 
@@ -158,9 +160,11 @@ def _package_file(name: str) -> Path:
     return file
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(settings: recipe.Model) -> Path:
+    name = settings.name_or_path
+    files = [*HUB_FILES, "*.py"] if settings.trust_remote_code else HUB_FILES
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=settings.revision, allow_patterns=files))
     # The hub client, its http library and its cache raise errors without a common base.
     except Exception as error:
         raise ModelError(

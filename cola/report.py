@@ -23,7 +23,8 @@ def write_report(folder: RunFolder) -> Path:
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("cola", "."), autoescape=True, undefined=jinja2.StrictUndefined
     ).get_template("report.html.j2")
-    curves = read_curves(folder)
+    found = read_curves(folder)
+    curves = {arm: found[arm] for arm in summary["arms"] if arm in found}  # in the recipe's order
     page = template.render(
         name=folder.path.name,
         summary=summary,
@@ -55,6 +56,7 @@ def loss_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
     With several seeds each seed's validation loss is a thin line and their mean a thick one.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -89,7 +91,10 @@ def loss_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
         axes.plot([], [], color=INK, linewidth=2.2, marker="o", markersize=4, label="validation (thick)")
         axes.plot([], [], color=INK, linestyle="", marker="D", markersize=6, label="knot")
         axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")  # the first steps fall far, the arms part far below
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, ncols=2)

@@ -52,7 +52,6 @@ class Tracker:
         self.warn = warn
         self.mode = mode_of(settings)
         self.run: Any = None
-        self.finished: list[str] = []  # folders of offline runs
 
     def start(self, arm: str, seed: int, config: dict[str, Any]) -> None:
         """Begin the W&B run of an arm and seed."""
@@ -98,8 +97,6 @@ class Tracker:
 
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})
-            if self.mode == "offline":
-                self.finished.append(str(Path(self.run.dir).parent))
             self.run.finish(exit_code=1 if failed else 0)
 
         self._guard(end)
@@ -107,7 +104,7 @@ class Tracker:
 
     def sync_command(self) -> str | None:
         """How to upload what was kept offline; None where there is nothing."""
-        if not self.finished:
+        if not any(self.folder.glob("wandb/offline-run-*")):
             return None
         return f"wandb sync {self.folder / 'wandb' / 'offline-run-*'}"
 

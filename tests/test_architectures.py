@@ -1,0 +1,115 @@
+"""The loop on other families than Qwen2: positions, tied heads, soft-capping, fused layers.
+
+Run: pytest tests/test_architectures.py
+"""
+
+import pytest
+import torch
+import transformers as hf
+from test_chain import batches, chain_of, link, logits, tune_with
+
+from cola.chain import run_chain
+from cola.data import Example
+from cola.evaluate import choice_nats
+from cola.forward import logits_at
+
+SIZES = {
+    "vocab_size": 403,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def without(*names: str) -> dict:
+    return {key: value for key, value in SIZES.items() if key not in names}
+
+
+MODELS = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mistral sliding window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=4)),
+    "gemma2 soft-capped": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=4)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=8)),
+    "granite scaled logits": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=3.0)),
+    "phi parallel": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)),
+    "phi3 fused": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES)),
+    "gpt2 conv1d": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=403, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2)
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**without("num_key_value_heads"))),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(
+            vocab_size=403,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=128,
+            init_std=0.2,
+        )
+    ),
+    "bloom alibi": lambda: hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=403, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+    ),
+}
+
+
+def make(name: str) -> hf.PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_at_positions_are_the_models_own_there(name: str) -> None:
+    model = make(name)
+    ids = torch.randint(3, 400, (3, 9), generator=torch.Generator().manual_seed(0))
+    where = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.4
+    expected = model(input_ids=ids).logits.float()[where]
+    assert torch.allclose(logits_at(model, ids, where), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padding_on_the_right_needs_no_mask(name: str) -> None:
+    model = make(name)
+    ids = torch.randint(3, 400, (1, 6), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    where = torch.zeros(1, 10, dtype=torch.bool)
+    where[:, 2:6] = True
+    expected = model(input_ids=ids).logits.float()[0, 2:6]
+    assert torch.allclose(logits_at(model, padded, where), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_choices_from_the_cache_have_the_likelihood_of_a_plain_pass(name: str) -> None:
+    model = make(name)
+    choices = [[50], [60, 61], [70, 71, 72]]
+    rows = [Example(f"e{i}", [5 + i, 9, 11, 40, 41, 42, 43], choices, 0, [], None) for i in range(3)]
+    got = choice_nats(model, rows)
+    for example, mine in zip(rows, got, strict=True):
+        for answer, nats in zip(choices, mine, strict=True):
+            table = model(input_ids=torch.tensor([example.prompt + answer])).logits[0].float().log_softmax(-1)
+            plain = -sum(table[len(example.prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+            assert nats == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_chain_on_all_linear_layers_learns_and_its_knots_hold(name: str) -> None:
+    model = make(name)
+    before = logits(model)
+    links = [link(first_step=0), link(first_step=5, seed=8)]
+    knots = list(run_chain(chain_of(model), links, tune_with(batches(10)), logits, max_drift=1e-4))
+    assert len(knots) == 2
+    assert all(knot.weights for knot in knots)
+    assert (logits(model) - before).abs().max() > 1e-2
