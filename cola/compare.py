@@ -50,6 +50,7 @@ def estimate(
     scores: Sequence[Scores],
     groups: Sequence[str | int],
     rng: np.random.Generator,
+    weights: Sequence[float] | None = None,
 ) -> Estimate:
     """A statistic of paired score matrices, with a percentile bootstrap interval.
 
@@ -58,27 +59,34 @@ def estimate(
         scores: Matrices (S, N) of the arms, rows and columns paired.
         groups: Group of each of the N examples; examples of one group are drawn together.
         rng: Source of the resamples.
+        weights: Weight of each of the N examples in a mean (a text's tokens); None: all alike.
     """
     matrices_SN = np.stack(scores)  # (arms, S, N)
     n_seeds = matrices_SN.shape[1]
-    value = float(statistic(*matrices_SN.mean(axis=(1, 2))))
+    weights_N = np.ones(matrices_SN.shape[2]) if weights is None else np.asarray(weights, dtype=float)
+    value = float(statistic(*np.average(matrices_SN.mean(axis=1), axis=1, weights=weights_N)))
     names, member_N = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
     sums = np.zeros((*matrices_SN.shape[:2], len(names)))
     for a, s in np.ndindex(*sums.shape[:2]):
-        sums[a, s] = np.bincount(member_N, weights=matrices_SN[a, s], minlength=len(names))
-    sizes = np.bincount(member_N, minlength=len(names)).astype(float)
+        sums[a, s] = np.bincount(member_N, weights=matrices_SN[a, s] * weights_N, minlength=len(names))
+    sizes = np.bincount(member_N, weights=weights_N, minlength=len(names))
     draws = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
-        weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
         seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds)) / n_seeds
-        means = np.einsum("asg,s,g->a", sums, seeds, weights, optimize=False) / (sizes @ weights)
+        means = np.einsum("asg,s,g->a", sums, seeds, drawn, optimize=False) / (sizes @ drawn)
         draws[i] = statistic(*means)
     finite = draws[np.isfinite(draws)]
     # Where all resamples agree (one example, or no difference anywhere) the data says nothing about spread.
-    if len(finite) < RESAMPLES or np.ptp(finite) == 0:
+    if len(finite) < RESAMPLES or np.ptp(finite) <= 1e-9 * max(1.0, abs(value)):
         return Estimate(value, None, None)
     low, high = np.quantile(finite, [0.025, 0.975])
     return Estimate(value, float(low), float(high))
+
+
+def closed_share(full: float, lora: float, arm: float) -> float:
+    """The share of full fine-tuning's lead over LoRA that an arm has closed; nan where there is no lead."""
+    return (arm - lora) / (full - lora) if full != lora else np.nan
 
 
 def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> dict[str, Any]:
@@ -143,12 +151,12 @@ def _contrasts(
         if ok.get(full) and ok[name] and name != full:
             pair = _paired(folder, [full, name], ok)
             if pair:
-                out["arms"][name]["ft_gap"] = estimate(lambda f, a: f - a, *pair, rng).as_dict()
+                out["arms"][name]["ft_gap"] = estimate(lambda f, a: f - a, *pair[:2], rng, pair[2]).as_dict()
         if ok.get(full) and ok.get(lora) and ok[name] and name not in (full, lora):
             three = _paired(folder, [full, lora, name], ok)
             if three:
-                gap = estimate(lambda f, lo, _: f - lo, *three, rng)
-                closed = estimate(lambda f, lo, a: (a - lo) / (f - lo) if f != lo else np.nan, *three, rng)
+                gap = estimate(lambda f, lo, _: f - lo, *three[:2], rng, three[2])
+                closed = estimate(closed_share, *three[:2], rng, three[2])
                 no_gap = gap.excludes_zero and gap.value < 0
                 out["arms"][name]["closed"] = (
                     "no gap" if no_gap else closed.as_dict() if gap.excludes_zero else "undefined"
@@ -157,7 +165,7 @@ def _contrasts(
         first, second = recipe.comparison.primary
         pair = _paired(folder, [first, second], ok) if ok[first] and ok[second] else None
         if pair:
-            difference = estimate(lambda a, b: a - b, *pair, rng)
+            difference = estimate(lambda a, b: a - b, *pair[:2], rng, pair[2])
             out["primary"] = {
                 "arms": [first, second],
                 **difference.as_dict(),
@@ -168,19 +176,27 @@ def _contrasts(
     return out
 
 
-def _paired(folder: RunFolder, arms: Sequence[str], ok: dict[str, list[int]]) -> tuple[list[Scores], list[str]] | None:
-    """Score matrices of the arms over their common seeds and examples, and each example's group."""
+def _paired(
+    folder: RunFolder, arms: Sequence[str], ok: dict[str, list[int]]
+) -> tuple[list[Scores], list[str], list[float]] | None:
+    """Score matrices of the arms over their common seeds and examples; each example's group and weight.
+
+    A text has no score: there it is minus the loss per token, weighted by tokens, so that an arm's mean is minus its
+    loss in the table.
+    """
     seeds = [s for s in ok[arms[0]] if all(s in ok[arm] for arm in arms)]
     if not seeds:
         return None
     tables = {(arm, s): {row["id"]: row for row in folder.scores(arm, s, "test")} for arm in arms for s in seeds}
-    ids = [i for i in tables[arms[0], seeds[0]] if all(i in table for table in tables.values())]
+    first = tables[arms[0], seeds[0]]
+    ids = [i for i in first if all(i in table for table in tables.values())]
     if not ids:
         return None
-    groups = [tables[arms[0], seeds[0]][i]["group"] or i for i in ids]
-    return [np.array([[_value(tables[arm, s][i]) for i in ids] for s in seeds]) for arm in arms], groups
+    groups = [first[i]["group"] or i for i in ids]
+    scored = first[ids[0]]["score"] is not None
+    weights = [1.0 if scored else float(first[i]["tokens"]) for i in ids]
 
+    def value(row: dict[str, Any]) -> float:
+        return row["score"] if scored else -row["loss"] / row["tokens"]
 
-def _value(row: dict[str, Any]) -> float:
-    """What a higher value is better of: the score, or minus the loss per token of plain text."""
-    return row["score"] if row["score"] is not None else -row["loss"] / row["tokens"]
+    return [np.array([[value(tables[arm, s][i]) for i in ids] for s in seeds]) for arm in arms], groups, weights

@@ -86,6 +86,7 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
     causes = {
         "version": CACHE_VERSION,
         "pools": [pools[split].fingerprint for split in SPLITS],
+        "shared": [[pools[a] is pools[b] for a in SPLITS] for b in SPLITS],
         "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym"}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
@@ -276,6 +277,8 @@ class _Encoder:
     def _text(self, name: str, row: _Rendered, tokens: list[int]) -> _Encoded:
         # The first token has nothing before it to be predicted from, unless the tokenizer starts with one.
         limit = self.data.max_length - len(self.bos)
+        if self.data.max_length < 2 or limit < 1:
+            raise DataError("data.max_length: a text needs room for two tokens, one to predict the other from")
         fits = len(tokens) <= limit
         if not fits and self.data.too_long in ("drop", "error"):
             return _Encoded(row.prompt, False, [])
@@ -331,12 +334,14 @@ class _Encoder:
             texts = labels = [label_text(text) for text in own]
             if data.choice_labels:
                 labels = [label_text(x) for x in lookup(row, data.choice_labels, place, "data.choice_labels")]
+            if len(labels) != len(texts):
+                raise DataError(f"{place}: data.choice_labels: {len(labels)} names for {len(texts)} choices")
         if label in labels:
             return texts, labels.index(label)
         folded = [name.casefold() for name in labels]
         if folded.count(label.casefold()) == 1:  # CSV writes True where JSON writes true
             return texts, folded.index(label.casefold())
-        if labels is texts and label.isdigit() and int(label) < len(texts):
+        if labels is texts and label.isdecimal() and int(label) < len(texts):
             return texts, int(label)
         raise DataError(f"{place}: data.label: {label!r} is none of the choices: {', '.join(labels)}")
 

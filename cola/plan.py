@@ -118,7 +118,7 @@ def _number(rate: float | Search | None) -> float | None:
 def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int) -> list[int]:
     total = total_steps(recipe.training, n_train)
     per_epoch = steps_per_epoch(recipe.training, n_train)
-    own = [link.steps or (round(link.epochs * per_epoch) if link.epochs else None) for link in links]
+    own = [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
     free = [i for i, steps in enumerate(own) if steps is None]
     left = total - sum(steps or 0 for steps in own)
     if left < len(free) or (not free and left != 0):

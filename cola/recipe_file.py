@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cola.errors import RecipeError
-from cola.recipe import Arm, Files, OneLink, Recipe, is_remote
+from cola.recipe import Arm, Files, LinkSettings, OneLink, Recipe, is_remote
 
 # Keys that people paste from other tools -> the key that is meant here.
 PASTED_KEYS = {
@@ -83,20 +83,31 @@ PASTED_KEYS = {
 class _Loader(yaml.SafeLoader):
     """Safe YAML whose scalars are read as YAML 1.2 reads them."""
 
-    # YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (and `choices: {yes: .., no: ..}` or
-    # `wandb: off` for something else than was written), and 1e-4, as every learning rate is written, for text.
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly the texts that `_Loader` would read as something else."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+
+
+# YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (`wandb: off`, `choices: {yes: .., no: ..}`),
+# 12:30 for a number in base 60, a date for a date, and 1e-4, as every learning rate is written, for text. These are
+# the scalars of YAML 1.2's core schema.
+for _class in (_Loader, _Dumper):
+    for _tag, _pattern, _first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("merge", r"<<", ["<"]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+        (
+            "float",
+            r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+            list("-+0123456789."),
+        ),
+    ):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
 
 
 def _parse(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
@@ -182,6 +193,8 @@ def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> No
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):
             node = node[_index(node, key, dotted)]
+            if not isinstance(node, dict | list):
+                raise RecipeError(f"override {dotted!r}: {'.'.join(keys[: depth + 1])} has no keys below it")
             continue
         # A mapping's shorthand gives way to the mapping: files=a.jsonl, then files.test=b.jsonl.
         shorthand = {"hub": "name", "reasoning_gym": "name", "files": "train"}.get(key)
@@ -208,6 +221,8 @@ def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> No
                 raw["data"].pop(other, None)
     if last in ("steps", "epochs") and value is not None and isinstance(node, dict):
         node.pop("epochs" if last == "steps" else "steps", None)
+    for path in [path for path in lines if path[: len(keys)] == tuple(keys)]:
+        del lines[path]  # what the file says there is no longer what counts
     lines[tuple(keys)] = 0
 
 
@@ -326,7 +341,9 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
             explicit["learning_rate"] = recipe.learning_rate_of(arm)
         n_links = settings.links if isinstance(settings.links, int) else links
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
-    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model, "arms": arms})
+    # The arms now say all of it: keeping `link` would be a second place to change, without effect.
+    parts = {"data": data.model_copy(update=update), "model": model, "arms": arms, "link": LinkSettings()}
+    return recipe.model_copy(update=parts)
 
 
 def find_path(name: str, base: Path) -> str:
@@ -340,7 +357,29 @@ def find_path(name: str, base: Path) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
-    tree = recipe.model_dump(mode="json", exclude_none=True)
-    # `link` has been written out into the arms; keeping it would be a second place to change.
-    tree.pop("link", None)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    # A null that has no other default says nothing; one that overrides a default (max_grad_norm) must stay.
+    tree = _without_idle_nulls(recipe.model_dump(mode="json"), recipe)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _without_idle_nulls(tree: dict[str, Any], section: BaseModel) -> dict[str, Any]:
+    kept = {}
+    for key, value in tree.items():
+        own = getattr(section, key, None)
+        field = type(section).model_fields.get(key)
+        if isinstance(own, BaseModel):
+            value = _without_idle_nulls(value, own)
+            if not value:
+                continue  # a section that holds defaults only, such as `link` once it is written out into the arms
+        elif isinstance(own, dict):
+            value = {
+                k: _without_idle_nulls(v, own[k]) if isinstance(own[k], BaseModel) else v for k, v in value.items()
+            }
+        elif isinstance(own, list):
+            value = [
+                _without_idle_nulls(v, o) if isinstance(o, BaseModel) else v for v, o in zip(value, own, strict=True)
+            ]
+        elif value is None and field is not None and field.default is None:
+            continue
+        kept[key] = value
+    return kept

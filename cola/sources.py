@@ -131,13 +131,14 @@ def _mapping(row: Any, place: str) -> Row:
 def _read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        rows = []
         try:
-            rows = list(reader)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"data.files: {path.name}:{reader.line_num}: not as many fields as the header has")
+                rows.append(row)
         except csv.Error as error:
             raise DataError(f"data.files: {path.name}:{reader.line_num}: not valid CSV: {error}") from None
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise DataError(f"data.files: {path.name}:{number}: not as many fields as the header has")
     return rows
 
 
@@ -152,7 +153,9 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_text(path: Path) -> list[Row]:
-    return [{"text": line} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    # Not splitlines, which also ends a line at a form feed and five other characters of a text.
+    lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+    return [{"text": line} for line in lines if line.strip()]
 
 
 def _hub_pools(hub: Hub) -> dict[str, Pool]:

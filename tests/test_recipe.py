@@ -523,7 +523,6 @@ def test_a_recipe_cannot_be_changed_once_it_is_read(read: Read) -> None:
         ("data.rows.train=99", "data.rows.train", 99),
         ("data.rows.train=null", "data.rows.train", None),
         ("data.rows.train=", "data.rows.train", None),
-        ("link.rank=2", "link.rank", 2),
     ],
 )
 def test_an_override_sets_one_key(read: Read, override: str, key: str, value: object) -> None:
@@ -531,6 +530,12 @@ def test_an_override_sets_one_key(read: Read, override: str, key: str, value: ob
     for part in key.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+def test_a_setting_of_all_links_is_written_out_into_the_arms(read: Read) -> None:
+    recipe = read(PLAIN, "link.rank=2")
+    assert {recipe.arms[name].rank for name in ("lora", "chain3")} == {2}
+    assert recipe.link.rank is None
 
 
 def test_overrides_reach_into_lists_by_index(read: Read) -> None:
