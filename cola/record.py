@@ -197,7 +197,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the code that runs, whether it was changed since, and the changes themselves."""
+    """Commit of the code that runs and which of its files were changed since."""
     where = Path(__file__).parent
 
     def git(*words: str) -> str | None:
@@ -208,6 +208,6 @@ def _commit() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
-        return {"hash": None, "dirty": None, "diff": None}
-    diff = git("diff", "HEAD")
-    return {"hash": git("rev-parse", "HEAD"), "dirty": bool(diff), "diff": diff or None}
+        return {"hash": None, "dirty": None, "changed": None}
+    changed = (git("diff", "HEAD", "--name-only") or "").splitlines()
+    return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changed), "changed": changed}
