@@ -1,5 +1,6 @@
 """The laws of the chain, with PEFT as the reference. Run: pytest tests/test_chain.py"""
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,32 @@ def test_a_chain_of_one_link_is_pefts_lora_step_for_step() -> None:
     tie_knot(chain, logits, 1e-5)
     merged = reference.merge_and_unload()
     assert torch.allclose(logits(model), logits(merged), atol=1e-4)
+
+
+def test_a_chain_of_three_gives_the_losses_of_the_flat_loop_in_plain_peft() -> None:
+    data = batches(12)
+    links = [link(first_step=4 * i, learning_rates=(1e-2,) * 4, seed=i + 1) for i in range(3)]
+    losses: list[float] = []
+
+    def tune_link(model: PreTrainedModel, own: Link) -> None:
+        mine = data[own.first_step : own.last_step]
+        settings = {**ADAMW, "weight_decay": 0.0}
+        tune(model, own, mine, Accelerator(), lambda step: losses.append(step.loss), **settings)
+
+    model = tiny_model()
+    knots = list(run_chain(chain_of(model), links, tune_link, logits, 1e-5))
+    assert len(knots) == 3
+
+    flat = runpy.run_path(str(Path(__file__).parent.parent / "recipes/flat_loop.py"))["chain_of_loras"]
+    labelled = []
+    for [batch] in data:
+        labels = torch.full_like(batch.input_ids_BT, -100)
+        labels[:, 1:][batch.predicts_BT[:, :-1]] = batch.targets_N
+        labelled.append((batch.input_ids_BT, labels))
+    parts = [labelled[0:4], labelled[4:8], labelled[8:12]]
+    reference, expected = flat(tiny_model(), parts, seeds=[1, 2, 3], rank=4, alpha=8, learning_rate=1e-2)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert torch.allclose(logits(model), logits(reference), atol=1e-3)
 
 
 def test_a_knot_adds_to_the_pristine_base_and_not_to_the_rounded_sum() -> None:

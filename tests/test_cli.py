@@ -159,6 +159,28 @@ def test_a_hub_data_set_without_a_network_says_what_to_do(recipe_file: Path, mon
     assert "fetch it elsewhere and name the files under data.files" in line
 
 
+def test_a_hub_data_set_is_read_by_datasets(recipe_file: Path, tmp_path: Path) -> None:
+    # A folder is a data set to `datasets`, which then takes the same way as for one from the hub.
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"q": f"what colour is number {i}", "a": "red" if i % 2 else "blue"} for i in range(60)]
+    for split, part in (("train", rows[:40]), ("test", rows[40:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    hub = f"data.hub={{name: {folder}, train: train, validation: train, test: test}}"
+    names = ["data.prompt={q}", "data.answer={a}", "arms.full=null", "data.rows={train: 16, validation: 8, test: 8}"]
+    result = cola("run", recipe_file, hub, *names)
+    assert result.exit_code == 0, result.output
+    assert "no_such" in refused(recipe_file, hub.replace("test: test", "test: no_such"), *names)
+
+
+def test_half_precision_without_the_instructions_for_it_is_warned_about(recipe_file: Path) -> None:
+    result = cola("run", recipe_file, "model.dtype=float16", "arms.full=null")
+    assert result.exit_code == 0, result.output
+    assert "is about 10 times slower than float32" in " ".join(result.output.split())
+    line = refused(recipe_file, "model.dtype=float16")
+    assert "arms.full: full fine-tuning in float16 needs a GPU" in line
+
+
 def test_a_dry_run_loads_no_weights_and_shows_the_plan(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
     config_only = tmp_path / "config-only"
     config_only.mkdir()
