@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import matplotlib as mpl
+import numpy as np
 
 from cola.record import RunFolder, read_jsonl
 from cola.tables import result_tables, verdict
@@ -83,10 +84,10 @@ def loss_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
                     points = _mean_by_step([rows], "validation")
                     axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=0.7)
             axes.plot(*zip(*validation, strict=True), color=colour, linewidth=2.2, marker="o", markersize=4, label=arm)
-            at = dict(zip([s for s, _ in train], smooth, strict=True))
             # The last knot ends the run; the marks show where a chain was tied and went on.
             knots = sorted({row["step"] for rows in seeds for row in rows if row["kind"] == "knot"})[:-1]
-            axes.plot(knots, [at[s] for s in knots], color=colour, linestyle="", marker="D", markersize=7, mec=INK)
+            heights = np.interp(knots, [step for step, _ in validation], [loss for _, loss in validation])
+            axes.plot(knots, heights, color=colour, linestyle="", marker="D", markersize=7, mec=INK, zorder=3)
         axes.plot([], [], color=INK, alpha=0.45, linewidth=1.2, label="train (thin, smoothed)")
         axes.plot([], [], color=INK, linewidth=2.2, marker="o", markersize=4, label="validation (thick)")
         axes.plot([], [], color=INK, linestyle="", marker="D", markersize=6, label="knot")
@@ -114,8 +115,8 @@ def _mean_by_step(seeds: list[list[dict[str, Any]]], kind: str) -> list[tuple[in
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean over the twentieth of the curve before each point: batches of few rows are noisy."""
-    width = max(1, len(values) // 20)
+    """Mean over the tenth of the curve before each point: batches of few rows, alike in length, are noisy."""
+    width = max(1, len(values) // 10)
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1) for i in range(len(values))]
 
 
