@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cola.errors import ModelError
 from cola.plan import Link
+from cola.recipe import OneLink
 from cola.residual import LinkWeights, Pair, weight_of
 
 ADAPTER = "default"
@@ -58,7 +59,7 @@ def _lora_config(link: Link, names: list[str]) -> LoraConfig:
     )
 
 
-def target_names(model: PreTrainedModel, link: Link) -> list[str]:
+def target_names(model: PreTrainedModel, link: Link | OneLink) -> list[str]:
     """Full names of the linear modules that the link's target_modules mean, in the model's order.
 
     Raises:
@@ -68,7 +69,7 @@ def target_names(model: PreTrainedModel, link: Link) -> list[str]:
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if link.target_modules == "all-linear":
         return [name for name, module in linear.items() if module is not head]
-    assert isinstance(link.target_modules, tuple)
+    assert isinstance(link.target_modules, tuple | list)
     found = []
     for target in link.target_modules:
         matches = [name for name in linear if name == target or name.endswith("." + target)]
@@ -88,7 +89,7 @@ def target_names(model: PreTrainedModel, link: Link) -> list[str]:
     return [name for name in linear if name in set(found)]
 
 
-def count_parameters(model: PreTrainedModel, link: Link) -> int:
+def count_parameters(model: PreTrainedModel, link: Link | OneLink) -> int:
     """Parameters that a link trains, from shapes alone (a model on the meta device will do)."""
     if link.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
@@ -129,10 +130,10 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def save_pair(folder: Path, pair: LinkWeights, link: Link, base_name: str, fan_in_fan_out: bool) -> None:
-    """Write the pair as a standard PEFT adapter: `PeftModel.from_pretrained(base, folder)` loads it.
+def save_pair(folder: Path, model: PreTrainedModel, pair: LinkWeights, link: Link, base_name: str) -> None:
+    """Write a link as a standard PEFT adapter: `PeftModel.from_pretrained(model, folder)` loads it.
 
-    Note that a knot adapts the model as it was when the link began: the base plus the knots before it.
+    A link adapts the model as it was when the link began, which is the base plus the links before it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -140,24 +141,15 @@ def save_pair(folder: Path, pair: LinkWeights, link: Link, base_name: str, fan_i
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A_RI.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = factors.B_OR.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _lora_config(link, _short_names(list(pair)))
+    config = _lora_config(link, _target_modules(model, list(pair)))
     config.base_model_name_or_path = base_name
     config.inference_mode = True
-    config.fan_in_fan_out = fan_in_fan_out
+    config.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in pair)
     config.save_pretrained(str(folder))
 
 
-def _short_names(names: list[str]) -> list[str]:
-    """The last parts (`q_proj`) as other tools write them; PEFT matches them as suffixes."""
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
-def load_pair(folder: Path, scale: float) -> LinkWeights:
-    """Read back what `save_pair` wrote."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
-    return {
-        name: Pair(tensors[f"{prefix}{name}{suffix}"], tensors[f"{prefix}{name}.lora_B.weight"], scale)
-        for name in names
-    }
+def _target_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Last parts (`q_proj`) as other tools write them, where they mean these modules and no others; else the names."""
+    short = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short) if meant == set(names) else sorted(names)

@@ -4,7 +4,7 @@
 
     extend     put a fresh pair beside the frozen weights; B A = 0, so the function is unchanged
     tune       train that pair and nothing else
-    tie_knot   fold the pair into the weights, exactly; the function is unchanged again
+    tie_knot   fold the pair into the weights, from the untouched W_0; the function is unchanged again
 
 and again. Each pair has rank r; the sum of k pairs has rank up to k r, and never more than one pair is trained.
 A chain of one link is LoRA, a chain of none is the base, and full fine-tuning is a link whose method is `full`,
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cola import adapters, residual
-from cola.errors import KnotDrift
+from cola.drift import Drift
 from cola.plan import Link
 from cola.residual import Base, LinkWeights, Residual
 
@@ -38,12 +38,12 @@ class Knot:
 
     Attributes:
         weights: The link's pairs; empty for full fine-tuning.
-        drift: Largest change of a logit across the knot, divided by the largest logit (no unit).
+        drift: What the knot did to the outputs, which should be nothing but rounding.
         relative_size: ||s B A||_F / ||W_0||_F of each matrix.
     """
 
     weights: LinkWeights
-    drift: float
+    drift: Drift
     relative_size: dict[str, float]
 
 
@@ -54,11 +54,25 @@ def run_chain(
     probe: Callable[[PreTrainedModel], Tensor],
     max_drift: float,
 ) -> Iterator[Knot]:
-    """Train the links one after the other; `tune` trains what `extend` attached, and each knot is yielded."""
+    """Train the links one after the other.
+
+    Args:
+        chain: The model to train, in place.
+        links: What to train, in order.
+        tune: Trains what `extend` attached.
+        probe: The model's logits on fixed inputs, in eval mode, to measure what a knot changes.
+        max_drift: Largest relative change of a logit that rounding can explain.
+
+    Raises:
+        KnotDrift: a knot changed the outputs by more than that, so it is not what was trained.
+    """
     for link in links:
+        start = probe(chain.model)
         extend(chain, link)
         tune(chain.model, link)
-        yield tie_knot(chain, probe, max_drift)
+        knot = tie_knot(chain, start, probe)
+        knot.drift.check(max_drift)
+        yield knot
 
 
 def extend(chain: Chain, link: Link) -> None:
@@ -68,26 +82,17 @@ def extend(chain: Chain, link: Link) -> None:
     adapters.attach(chain.model, link)
 
 
-def tie_knot(chain: Chain, probe: Callable[[PreTrainedModel], Tensor], max_drift: float) -> Knot:
+def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Tensor]) -> Knot:
     """Merge the attached pair: W <- cast(float32(W_0) + Σ s B A), from the pristine base, rounded once.
 
     Args:
         chain: Its model carries a tuned link.
-        probe: The model's logits on fixed inputs, in eval mode, to measure what the knot changed.
-        max_drift: Largest relative change of a logit that rounding can explain.
-
-    Raises:
-        KnotDrift: the outputs changed by more than that, so the knot is not what was trained.
+        start: The probe's outputs before the link.
+        probe: The model's logits on fixed inputs.
     """
     before = probe(chain.model)
     weights = adapters.detach(chain.model)
     chain.learned.append(weights)
     residual.write(chain.model, chain.base, chain.learned, list(weights))
     after = probe(chain.model)
-    drift = ((after - before).abs().max() / before.abs().max()).item()
-    if not drift <= max_drift:  # also catches nan
-        raise KnotDrift(
-            f"knot {len(chain.learned)}: a logit moved by {drift:.2g} of the largest logit where {max_drift:.2g} is "
-            "allowed (knot.max_drift); float32 keeps it near 1e-6"
-        )
-    return Knot(weights, drift, residual.relative_size(chain.base, weights))
+    return Knot(weights, Drift.between(start, before, after), residual.relative_size(chain.base, weights))

@@ -55,8 +55,8 @@ def run(
     """
     with _one_line_errors():
         if resume is not None:
-            if recipe is not None or run_folder is not None:
-                raise ColaError("--resume takes the recipe from the run's folder; give neither a recipe nor a folder")
+            if recipe is not None or run_folder is not None or dry_run:
+                raise ColaError("--resume takes everything from the run's folder and stands alone")
             code = _resume(resume)
         elif recipe is None:
             raise ColaError("name a recipe, for example: cola run recipes/quickstart.yaml")
@@ -115,7 +115,8 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
     try:
         from cola.run import run as run_recipe
 
-        summary = run_recipe(recipe, folder, terminal)
+        with folder.lock():
+            summary = run_recipe(recipe, folder, terminal)
     except (ColaError, KeyboardInterrupt):
         if fresh:
             folder.remove_if_untrained()

@@ -13,13 +13,15 @@ about another seed, and the table says so.
 Axes: S seeds, N examples.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cola.plan import derived_seed
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
 
@@ -40,9 +42,6 @@ class Estimate:
     @property
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    def as_dict(self) -> dict[str, float | None]:
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def estimate(
@@ -70,18 +69,27 @@ def estimate(
     for a, s in np.ndindex(*sums.shape[:2]):
         sums[a, s] = np.bincount(member_N, weights=matrices_SN[a, s] * weights_N, minlength=len(names))
     sizes = np.bincount(member_N, weights=weights_N, minlength=len(names))
-    draws = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
-        seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds)) / n_seeds
-        means = np.einsum("asg,s,g->a", sums, seeds, drawn, optimize=False) / (sizes @ drawn)
-        draws[i] = statistic(*means)
+    drawn_RG = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    seeds_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=RESAMPLES) / n_seeds
+    totals_aSR = sums @ drawn_RG.T / (drawn_RG @ sizes)
+    draws = np.array([statistic(*means) for means in np.einsum("asr,rs->ra", totals_aSR, seeds_RS)])
     finite = draws[np.isfinite(draws)]
     # Where all resamples agree (one example, or no difference anywhere) the data says nothing about spread.
     if len(finite) < RESAMPLES or np.ptp(finite) <= 1e-9 * max(1.0, abs(value)):
         return Estimate(value, None, None)
     low, high = np.quantile(finite, [0.025, 0.975])
     return Estimate(value, float(low), float(high))
+
+
+def sign_flip_p(first_SN: Scores, second_SN: Scores, weights: Sequence[float]) -> float:
+    """Two-sided exact sign-flip test over seeds: the share of the 2**S sign patterns whose mean difference is as far
+    from 0 as the one seen. It cannot fall below 2 / 2**S (method: Fisher; five seeds reach .0625)."""
+    differences_S = np.average(first_SN - second_SN, axis=1, weights=weights)
+    if len(differences_S) > 16:
+        raise ValueError(f"an exact test over 2**{len(differences_S)} sign patterns is out of reach")
+    signs_PS = np.array(list(itertools.product((1, -1), repeat=len(differences_S))))
+    means_P = np.abs(signs_PS @ differences_S)
+    return float(np.mean(means_P >= abs(differences_S.sum()) * (1 - 1e-12)))
 
 
 def closed_share(full: float, lora: float, arm: float) -> float:
@@ -129,7 +137,9 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
     summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
     summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
     summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
-    summary["max_drift"] = max((k["drift"] for r in done for k in r["train_info"]["knots"]), default=None)
+    summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
+    lost = [k["drift_of_learned"] for r in done for k in r["train_info"]["knots"]]
+    summary["max_lost"] = max((share for share in lost if share is not None), default=None)
     return summary
 
 
@@ -145,32 +155,41 @@ def _contrasts(
     recipe: Recipe, folder: RunFolder, results: dict[tuple[str, int], dict], rng: np.random.Generator
 ) -> dict[str, Any]:
     ok = {arm: [s for s in recipe.seeds if results.get((arm, s), {}).get("status") == "ok"] for arm in recipe.arms}
-    full, lora = recipe.comparison.full, recipe.comparison.lora
+    full, lora = recipe.full_arm, recipe.lora_arm
     out: dict[str, Any] = {"arms": {name: {} for name in recipe.arms}, "primary": None}
+    base = int(rng.integers(2**32))
+
+    def rng_of(*contrast: str) -> np.random.Generator:
+        # Each contrast draws for itself, so that adding an arm changes no other's interval.
+        return np.random.default_rng([base, derived_seed(*contrast)])
+
     for name in recipe.arms:
         if ok.get(full) and ok[name] and name != full:
             pair = _paired(folder, [full, name], ok)
             if pair:
-                out["arms"][name]["ft_gap"] = estimate(lambda f, a: f - a, *pair[:2], rng, pair[2]).as_dict()
+                out["arms"][name]["ft_gap"] = asdict(
+                    estimate(lambda f, a: f - a, *pair[:2], rng_of("ft_gap", name), pair[2])
+                )
         if ok.get(full) and ok.get(lora) and ok[name] and name not in (full, lora):
             three = _paired(folder, [full, lora, name], ok)
             if three:
-                gap = estimate(lambda f, lo, _: f - lo, *three[:2], rng, three[2])
-                closed = estimate(closed_share, *three[:2], rng, three[2])
+                gap = estimate(lambda f, lo, _: f - lo, *three[:2], rng_of("gap", name), three[2])
+                closed = estimate(closed_share, *three[:2], rng_of("closed", name), three[2])
                 no_gap = gap.excludes_zero and gap.value < 0
                 out["arms"][name]["closed"] = (
-                    "no gap" if no_gap else closed.as_dict() if gap.excludes_zero else "undefined"
+                    "no gap" if no_gap else asdict(closed) if gap.excludes_zero else "undefined"
                 )
     if recipe.comparison.primary:
         first, second = recipe.comparison.primary
         pair = _paired(folder, [first, second], ok) if ok[first] and ok[second] else None
         if pair:
-            difference = estimate(lambda a, b: a - b, *pair[:2], rng, pair[2])
+            difference = estimate(lambda a, b: a - b, *pair[:2], rng_of("primary"), pair[2])
             out["primary"] = {
                 "arms": [first, second],
-                **difference.as_dict(),
+                **asdict(difference),
                 "excludes_zero": difference.excludes_zero,
                 "n_seeds": pair[0][0].shape[0],
+                "p_sign_flip": sign_flip_p(pair[0][0], pair[0][1], pair[2]),
                 "n_examples": pair[0][0].shape[1],
             }
     return out

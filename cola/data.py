@@ -23,7 +23,7 @@ from cola.recipe import SPLITS, Data, label_text
 from cola.sources import Pool, Row, open_pools
 
 CHUNK = 512  # rows tokenized in one call
-CACHE_VERSION = 1  # part of every cached file's name: raise it when the same recipe must give other tokens
+CACHE_VERSION = 2  # part of every cached file's name: raise it when the same recipe must give other tokens
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _fingerprint(splits: dict[str, list[Example]]) -> str:
 def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase) -> Splits:
     encode = _Encoder(data, tokenizer)
     orders: dict[int, Iterator[int]] = {}
-    seen: dict[str, set[str]] = {}
+    seen: dict[str, set[tuple[str, str | None]]] = {}
     drawn: dict[str, list[Example]] = {}
     notes: list[str] = []
     # Test first, so that neither more training rows nor a larger validation split change it.
@@ -143,8 +143,8 @@ def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase
             why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
             raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
         order = orders.setdefault(id(pool), pool.order(data.seed))
-        drawn[split], prompts, said = _draw_split(split, pool, order, wanted, encode, data, seen)
-        seen[split] = prompts
+        drawn[split], marks, said = _draw_split(split, pool, order, wanted, encode, data, seen)
+        seen[split] = marks
         notes += said
     splits = {name: drawn[name] for name in SPLITS}
     return Splits(**splits, notes=notes[::-1], fingerprint=_fingerprint(splits))
@@ -157,25 +157,27 @@ def _draw_split(
     wanted: int | None,
     encode: "_Encoder",
     data: Data,
-    seen: dict[str, set[str]],
-) -> tuple[list[Example], set[str], list[str]]:
+    seen: dict[str, set[tuple[str, str | None]]],
+) -> tuple[list[Example], set[tuple[str, str | None]], list[str]]:
     examples: list[Example] = []
-    prompts: set[str] = set()
-    rows = too_long = overlapping = 0
+    mine: set[tuple[str, str | None]] = set()
+    rows = too_long = dropped = overlapping = 0
     while wanted is None or rows < wanted:
         chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - rows)))
         if not chunk:
             break
         for encoded in encode.rows(split, pool, chunk):
-            if any(encoded.text in others for others in seen.values()):
+            marks = {("prompt", encoded.text), ("group", encoded.group)}
+            if any(marks & others for others in seen.values()):
                 overlapping += 1
                 if data.overlap != "allow":
                     continue
-            too_long += not encoded.fits
+            too_long += not encoded.fits and (bool(encoded.examples) or data.too_long != "truncate")
             if not encoded.examples:
+                dropped += 1
                 continue
             examples += encoded.examples
-            prompts.add(encoded.text)
+            mine |= marks - {("group", None)}
             rows += 1
         if pool.size is None and overlapping + too_long > 10_000 + 20 * rows:
             break  # the generator has no more rows that differ
@@ -184,25 +186,34 @@ def _draw_split(
             f"data.max_length: {too_long} of {rows + too_long} {split} rows of {pool.name} are longer than "
             f"{data.max_length} tokens; raise it, or set data.too_long to drop or truncate"
         )
+    shares = "prompt or group" if data.group else "prompt"
     if overlapping and data.overlap == "error":
         raise DataError(
-            f"data.overlap: {overlapping} {split} rows of {pool.name} have a prompt that is in another split"
+            f"data.overlap: {overlapping} {split} rows of {pool.name} have a {shares} that is in another split"
         )
     notes = []
     if too_long:
         done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[data.too_long or "drop"]
         if data.task == "text" and data.too_long == "truncate":
             done = "cut at the end"
-        notes.append(f"{split}: {too_long} rows longer than {data.max_length} tokens were {done}")
+        notes.append(f"{split}: {_rows(too_long)} longer than {data.max_length} tokens, {done}")
+    if dropped and data.too_long == "truncate":
+        notes.append(
+            f"{split}: {_rows(dropped)} whose answer alone is longer than {data.max_length} tokens, passed over"
+        )
     if overlapping:
         done = "kept" if data.overlap == "allow" else "left out"
-        notes.append(f"{split}: {overlapping} rows whose prompt is in another split were {done}")
+        notes.append(f"{split}: {_rows(overlapping)} with a {shares} that is in another split, {done}")
     if (wanted is not None and rows < wanted) or rows == 0:
         rest = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
             f"data.rows.{split}: {wanted or 'some'} rows are wanted and {pool.name} has {rows} left for {split}{rest}"
         )
-    return examples, prompts, notes
+    return examples, mine, notes
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,7 @@ class _Encoded:
     """One row's examples (several where a long text is split; none where it is passed over)."""
 
     text: str
+    group: str | None
     fits: bool
     examples: list[Example]
 
@@ -269,10 +281,10 @@ class _Encoder:
         room = self.data.max_length - len(self.bos) - max(map(len, answers))
         fits = len(prompt) <= room
         if not fits and (self.data.too_long != "truncate" or room < 1):
-            return _Encoded(row.prompt, False, [])
+            return _Encoded(row.prompt, row.group, False, [])
         cut = prompt if fits else prompt[len(prompt) - room :]
         example = Example(name, [*self.bos, *cut], answers, row.gold, row.texts, row.group)
-        return _Encoded(row.prompt, fits, [example])
+        return _Encoded(row.prompt, row.group, fits, [example])
 
     def _text(self, name: str, row: _Rendered, tokens: list[int]) -> _Encoded:
         # The first token has nothing before it to be predicted from, unless the tokenizer starts with one.
@@ -281,7 +293,7 @@ class _Encoder:
             raise DataError("data.max_length: a text needs room for two tokens, one to predict the other from")
         fits = len(tokens) <= limit
         if not fits and self.data.too_long in ("drop", "error"):
-            return _Encoded(row.prompt, False, [])
+            return _Encoded(row.prompt, row.group, False, [])
         starts = range(0, len(tokens), limit) if self.data.too_long == "split" else [0]
         examples = []
         for number, start in enumerate(starts):
@@ -290,7 +302,7 @@ class _Encoder:
                 whole = len(starts) == 1
                 label, group = (name, row.group) if whole else (f"{name}.{number}", row.group or name)
                 examples.append(Example(label, piece[:1], [piece[1:]], 0, [], group))
-        return _Encoded(row.prompt, fits, examples)
+        return _Encoded(row.prompt, row.group, fits, examples)
 
     def _render(self, row: Row, place: str) -> _Rendered:
         data = self.data

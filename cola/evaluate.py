@@ -15,7 +15,7 @@ import string
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -91,12 +91,12 @@ class Evaluator:
                     yield result
                 elif hit.all():
                     # Greedy decoding would walk through exactly these tokens, so it need not be run.
-                    yield _scored(result, 1.0, example.texts[0])
+                    yield replace(result, score=1.0, prediction=example.texts[0])
                 else:
                     missed.append((example, result))
         for (example, result), text in zip(missed, self._decode(model, [e for e, _ in missed]), strict=True):
             right = normalized(text, self.normalize) == normalized(example.texts[0], self.normalize)
-            yield _scored(result, float(right), text)
+            yield replace(result, score=float(right), prediction=text)
 
     def _decode(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
         """Greedy continuations of the prompts, up to an end token or a little over the longest right answer."""
@@ -124,14 +124,16 @@ class Evaluator:
         return [texts[example.id] for example in examples]
 
     def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
-        # Prompts of one length and one number of choices share a pass: nothing is padded, so the choices can
-        # continue from the cached prompt whatever kind of positions the model has.
+        # Choices of one token are read off the prompt's last position, prompts of any length together. Longer ones
+        # continue from the cached prompt: prompts of one length share a pass, nothing is padded, and so it does not
+        # matter what kind of positions the model has.
         alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
         for example in examples:
-            alike[len(example.prompt), len(example.answers)].append(example)
-        for same in alike.values():
-            width = len(same[0].prompt) + len(same[0].answers) * max(len(a) for e in same for a in e.answers)
-            for group in by_tokens(same, lambda _, width=width: width, self.batch_tokens):
+            long = max(map(len, example.answers)) > 1
+            alike[len(example.prompt) if long else 0, len(example.answers)].append(example)
+        for (_, n_choices), same in alike.items():
+            rest = n_choices * (max(len(a) for e in same for a in e.answers) - 1)
+            for group in by_tokens(same, lambda e, rest=rest: len(e.prompt) + rest, self.batch_tokens):
                 for example, scores in zip(group, choice_nats(model, group), strict=True):
                     best = min(range(len(scores)), key=scores.__getitem__)
                     yield ExampleScore(
@@ -145,14 +147,14 @@ class Evaluator:
 
 
 def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[float]]:
-    """-log p of every choice, summed over its tokens, for examples with prompts of one length.
+    """-log p of every choice, summed over its tokens, for examples with one number of choices.
 
-    The prompt is read once; choices of more than one token continue from its cache.
+    The prompt is read once; choices of more than one token continue from its cache, for which the prompts must be of
+    one length.
     """
     n_choices = len(examples[0].answers)
-    prompts_BT = torch.tensor([example.prompt for example in examples], device=model.device)
-    last_BT = torch.zeros_like(prompts_BT, dtype=torch.bool)
-    last_BT[:, -1] = True
+    prompts = collate([(example.id, example.prompt, example.answers[0][:1]) for example in examples]).to(model.device)
+    prompts_BT, last_BT = prompts.input_ids_BT[:, :-1], prompts.predicts_BT[:, :-1]
     longest = max(len(answer) for example in examples for answer in example.answers)
     cache = DynamicCache(config=model.config) if longest > 1 else None
     inputs = {"past_key_values": cache, "use_cache": True} if cache else {}
@@ -176,10 +178,6 @@ def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[lis
 
 def _nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
-
-
-def _scored(result: ExampleScore, score: float, prediction: str) -> ExampleScore:
-    return ExampleScore(result.id, result.loss, result.tokens, score, prediction, result.group)
 
 
 def normalized(text: str, steps: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -22,18 +22,28 @@ def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **
         **inputs: Passed to the model's forward (past_key_values).
 
     Returns:
-        (N, V), in the order of `where_BT`'s true entries, row by row.
+        (N, V), in the order of `where_BT`'s true entries, row by row. While no gradient is taken the head itself
+        computes in float32, whatever the model's dtype.
     """
     head = model.get_output_embeddings()
     assert head is not None  # Source.load refuses a model without one
 
-    def select(_module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_BTH,) = args
         return (hidden_BTH[where_BT].unsqueeze(0),)
 
-    hook = head.register_forward_pre_hook(select)
+    def in_float32(module: nn.Module, args: tuple[Tensor], logits_1NV: Tensor) -> Tensor:
+        # bfloat16 logits lie 1/8 apart at 16 and more, so that two answers often tie and their order decides.
+        if logits_1NV.dtype == torch.float32 or torch.is_grad_enabled() or type(module) is not nn.Linear:
+            return logits_1NV
+        bias = None if module.bias is None else module.bias.float()
+        with torch.autocast(logits_1NV.device.type, enabled=False):
+            return nn.functional.linear(args[0].float(), module.weight.float(), bias)
+
+    hooks = [head.register_forward_pre_hook(select), head.register_forward_hook(in_float32)]
     try:
         output = model(input_ids=input_ids_BT, **{"use_cache": False, **inputs})
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return output.logits[0].float()

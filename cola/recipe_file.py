@@ -65,7 +65,7 @@ PASTED_KEYS = {
     "max_train_samples": "data.rows.train",
     "max_samples": "data.rows",
     "seed": "seeds (a list)",
-    "output_dir": "output (or the --output option)",
+    "output_dir": "output (the folder of all runs), or the --run-folder option",
     "report_to": "tracking.wandb",
     "wandb_project": "tracking.project",
     "wandb_entity": "tracking.entity",
@@ -173,7 +173,30 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(error, raw, str(path), lines))) from None
+    for override in overrides or []:
+        _refuse_idle_override(recipe, override.partition("=")[0])
     return _resolved(recipe, base=path.parent)
+
+
+def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
+    """An override for all arms that every arm says otherwise (as in a resolved recipe) would be passed over."""
+    section, _, key = dotted.partition(".")
+    if section != "link" and dotted != "training.learning_rate":
+        return
+    trained = {name: arm for name, arm in recipe.arms.items() if arm.n_links}
+    if key not in ("method", "learning_rate"):
+        trained = {name: arm for name, arm in trained.items() if arm.method != "full"}
+
+    def says(arm: Arm) -> bool:
+        own = arm.links if isinstance(arm.links, list) else []
+        return getattr(arm, key) is not None or (bool(own) and all(getattr(link, key) is not None for link in own))
+
+    nearer = section == "training" and recipe.link.learning_rate is not None
+    if trained and (nearer or all(says(arm) for arm in trained.values())):
+        name = next(iter(trained))
+        raise RecipeError(
+            f"override {dotted!r} has no effect, since every arm says its own; write arms.{name}.{key}=..."
+        )
 
 
 def _near_files(path: Path) -> str:
@@ -319,6 +342,8 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
     update: dict[str, Any] = {}
     if data.answer_prefix is None and data.task != "text":
         update["answer_prefix"] = "" if data.chat or (data.prompt or "")[-1:].isspace() else " "
+    if data.normalize is None and data.task == "answer":
+        update["normalize"] = ["whitespace"]
     if data.too_long is None:
         update["too_long"] = "split" if data.task == "text" else "drop"
     if data.files is not None:
@@ -341,7 +366,7 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
             explicit["learning_rate"] = recipe.learning_rate_of(arm)
         n_links = settings.links if isinstance(settings.links, int) else links
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
-    # The arms now say all of it: keeping `link` would be a second place to change, without effect.
+    # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
     parts = {"data": data.model_copy(update=update), "model": model, "arms": arms, "link": LinkSettings()}
     return recipe.model_copy(update=parts)
 

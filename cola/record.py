@@ -7,6 +7,8 @@ RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, scores/SPLIT.jsonl, knots
 RUN/trials/ARM/lr-R/seed-S/  the same for the trainings that choose a learning rate (validation only)
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -116,6 +119,26 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+
+    def recipe_digest(self) -> str:
+        """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
+        return hashlib.sha256((self.path / "recipe.yaml").read_bytes()).hexdigest()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one process; the lock ends with the process, however it ends.
+
+        Raises:
+            RunFolderError: another process is at work in it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"{self.path}: another process is at work in this run; wait for it to end"
+                ) from None
+            yield
 
     def remove_if_untrained(self) -> None:
         """Delete the folder if no job has begun in it, so that a mistake in a recipe leaves nothing behind."""

@@ -76,9 +76,13 @@ def loss_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
         for number, (arm, seeds) in enumerate(curves.items()):
             colour = COLOURS[number % len(COLOURS)]
             train = _mean_by_step(seeds, "step")
+            if not train:
+                continue
             smooth = _smooth([loss for _, loss in train])
             axes.plot([s for s, _ in train], smooth, color=colour, alpha=0.45, linewidth=1.2)
             validation = _mean_by_step(seeds, "validation")
+            if not validation:  # the arm ended before its first evaluation point
+                continue
             if len(seeds) > 1:
                 for rows in seeds:
                     points = _mean_by_step([rows], "validation")
@@ -140,7 +144,8 @@ def _knots(folder: RunFolder) -> list[list[str]]:
                         f"{link['alpha']:g}",
                         f"{knot['relative_size_median']:.2%}",
                         f"{knot['relative_size_max']:.2%}",
-                        f"{knot['drift']:.1e}",
+                        f"{knot['drift_relative']:.1e}",
+                        "–" if knot["drift_of_learned"] is None else f"{knot['drift_of_learned']:.1e}",
                     ]
                 )
     return rows

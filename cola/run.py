@@ -6,13 +6,12 @@ import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from cola import adapters
@@ -20,9 +19,9 @@ from cola.compare import summarize
 from cola.data import Splits, load_splits
 from cola.errors import ColaError, ModelError, RecipeError, RunFolderError
 from cola.evaluate import Evaluator
-from cola.job import Bench, Training, selection_key
+from cola.job import Bench, JobRun, make_accelerator, selection_key
 from cola.model import Source, dtype_warning, find_model
-from cola.plan import Job, jobs_of, plan_arm, trials_of, with_rate
+from cola.plan import Job, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder, provenance
 from cola.terminal import Terminal
@@ -45,6 +44,8 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(recipe.model.dtype)
+    if accelerator.num_processes > 1:
+        raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
     if warning := dtype_warning(recipe.model.dtype, accelerator.device):
         terminal.warn(warning)
     source = find_model(recipe.model, terminal.say)
@@ -55,12 +56,12 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
     for note in splits.notes:
         terminal.warn(f"data: {note}")
     _check_arms(recipe, source, splits, accelerator.device)
-    meta = _check_and_record(recipe, folder, source, splits)
+    meta = _check_and_record(recipe, folder, source, splits, terminal)
     longest = max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers)
     evaluator = Evaluator(
         recipe.data.task,
         tokenizer,
-        recipe.data.normalize,
+        recipe.data.normalize or [],
         recipe.evaluation.batch_tokens,
         accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
         longest,
@@ -69,7 +70,7 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
     steps = {job: _n_steps(recipe, job, splits) for job in jobs_of(recipe)}
     interrupted = False
     with _sigterm_interrupts(), terminal.progress(sum(steps.values())) as progress:
-        bench = Bench(recipe, folder, source, splits, evaluator, accelerator, progress, tracker, meta)
+        bench = Bench(recipe, folder, source, splits, evaluator, progress, tracker, meta)
         try:
             for job, n_steps in steps.items():
                 _do(bench, job, n_steps, terminal)
@@ -83,12 +84,11 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
     return summary
 
 
-def make_accelerator(dtype: str) -> Accelerator:
-    """accelerate with the recipe's precision, on the device it finds.
-
-    On a CPU accelerate has no fp16 autocast: the weights are fp16 there and a pair computes in float32.
-    """
-    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
+def device_description() -> str:
+    """What computes: the GPU's name and CUDA's version, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
 def _n_steps(recipe: Recipe, job: Job, splits: Splits) -> int:
@@ -110,25 +110,32 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
                 raise RecipeError(f"arms.{arm}: full fine-tuning in float16 needs a GPU; set model.dtype: float32")
 
 
-def _check_and_record(recipe: Recipe, folder: RunFolder, source: Source, splits: Splits) -> dict[str, Any]:
-    """provenance.json; a resumed run must have the data and the base that it began with."""
+def _check_and_record(
+    recipe: Recipe, folder: RunFolder, source: Source, splits: Splits, terminal: Terminal
+) -> dict[str, Any]:
+    """provenance.json; a resumed run must have the recipe, the data and the base that it began with."""
     meta = {
         "format": FORMAT,
         **provenance(),
-        "model": {"name": source.name, "revision": recipe.model.revision, "sha256": source.fingerprint()},
+        "device": device_description(),
+        "recipe": {"sha256": folder.recipe_digest()},
+        "model": {"name": source.name, "revision": source.revision, "sha256": source.fingerprint()},
         "data": {"sha256": splits.fingerprint, "notes": splits.notes},
         "rows": {name: len(examples) for name, examples in splits.items()},
     }
     path = folder.path / "provenance.json"
     if path.exists():
         before = json.loads(path.read_text())
-        for what in ("model", "data"):
+        for what in ("recipe", "model", "data"):
             if before[what]["sha256"] != meta[what]["sha256"]:
                 raise RunFolderError(
                     f"{folder.path}: the {what} is not the one this run began with; start a new run instead of resuming"
                 )
-        return before
-    weights = sum(file.stat().st_size for file in source.files)
+        for what in ("cola", "commit", "packages", "machine", "device"):
+            if before[what] != meta[what]:
+                terminal.warn(f"{what} changed since this run began; each result says what it was made with")
+        return meta
+    weights = 4 * sum(parameter.numel() for parameter in source.skeleton().parameters())  # kept in float32
     full = [arm for arm in recipe.arms if any(link.method == "full" for link in recipe.links_of(arm))]
     room = 50_000_000
     room += weights if full and recipe.evaluation.checkpoint == "best" else 0
@@ -144,10 +151,10 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     if before is not None and before["status"] == "ok":
         bench.progress.skip(n_steps)
         return
-    bench.progress.job(job.label, n_steps)
     started = perf_counter()
     try:
-        Training(bench, job if job.trial else with_rate(job, _chosen_rate(bench, job.arm))).go()
+        bench.progress.job(job.label, n_steps)
+        JobRun(bench, job if job.trial else replace(job, learning_rate=_chosen_rate(bench, job.arm))).go()
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
@@ -166,7 +173,10 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
 
 
 def _record_end(bench: Bench, job: Job, status: str, started: float, error: str | None = None) -> None:
-    """The result of a job that did not come to its end."""
+    """The result of a job that did not come to its end; one that did is left as it is."""
+    written = bench.folder.result(job)
+    if written is not None and written["status"] == "ok":
+        return
     info = {**asdict(job), "seconds": perf_counter() - started, "error": error}
     where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
     bench.folder.write_json(where, {"format": FORMAT, "status": status, "run_info": info})
@@ -174,10 +184,16 @@ def _record_end(bench: Bench, job: Job, status: str, started: float, error: str 
 
 
 def _chosen_rate(bench: Bench, arm: str) -> float | None:
-    """The learning rate that was best on validation over the trials' seeds; None where it was not searched."""
+    """The learning rate that was best on validation over the trials' seeds; None where it was not searched.
+
+    The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
+    """
     trials = trials_of(bench.recipe, arm)
     if not trials:
         return None
+    path = bench.folder.path / "trials" / arm / "chosen.json"
+    if path.is_file():
+        return json.loads(path.read_text())["learning_rate"]
     by_rate: dict[float, list[tuple[float, float]]] = {}
     for trial in trials:
         result = bench.folder.result(trial)
@@ -190,7 +206,9 @@ def _chosen_rate(bench: Bench, arm: str) -> float | None:
     whole = {rate: np.mean(keys, axis=0) for rate, keys in by_rate.items() if len(keys) == n_seeds}
     if not whole:
         raise ModelError(f"every trial of the learning-rate search failed; see {bench.folder.path / 'trials' / arm}")
-    return max(whole, key=lambda rate: tuple(whole[rate]))
+    chosen = max(whole, key=lambda rate: tuple(whole[rate]))
+    bench.folder.write_json(path.relative_to(bench.folder.path), {"learning_rate": chosen})
+    return chosen
 
 
 @contextmanager

@@ -27,9 +27,12 @@ class Table:
 def result_tables(summary: dict[str, Any]) -> list[Table]:
     """Loss and score on the three splits, each beside its gap, then what each arm cost."""
     arms = summary["arms"]
-    loss = Table("Loss, nats per target token", ["arm", "train", "validation", "test", "gap_loss"], [])
+    at = "at the last step" if summary["checkpoint"] == "last" else "at the step that was best on validation"
+    loss = Table(f"Loss {at}, nats per target token", ["arm", "train", "validation", "test", "gap_loss"], [])
     score = Table(
-        summary["metric"].capitalize(), ["arm", "train", "validation", "test", "gap_acc", "ft_gap", "closed"], []
+        f"{summary['metric'].capitalize()} {at}",
+        ["arm", "train", "validation", "test", "gap_acc", "ft_gap", "closed"],
+        [],
     )
     cost = Table("Cost", ["arm", "links", "trained", "steps", "tokens", "learning rate", "scored at", "time"], [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
@@ -71,13 +74,22 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     primary = summary.get("primary")
     if primary:
         first, second = primary["arms"]
-        difference = f"{first} − {second} = {primary['value']:+.3f} test {metric}"
+        seeds = "1 seed" if primary["n_seeds"] == 1 else f"{primary['n_seeds']} seeds"
+        line = f"{first} − {second} = {primary['value']:+.3f} test {metric} ({seeds})"
         if primary["low"] is None:
-            lines.append(f"{difference}; these results give it no interval, so nothing is claimed.")
+            lines.append(f"{line}; these results give it no interval, so nothing is claimed.")
         else:
-            what = f"{difference}, 95 % interval [{primary['low']:+.3f}, {primary['high']:+.3f}]"
-            apart = f"{first if primary['value'] > 0 else second} is the better one within this interval's reach."
-            lines.append(f"{what}: " + (apart if primary["excludes_zero"] else "the two cannot be told apart."))
+            line += f", 95 % interval [{primary['low']:+.3f}, {primary['high']:+.3f}]"
+            better = first if primary["value"] > 0 else second
+            if not primary["excludes_zero"]:
+                lines.append(f"{line}: the two cannot be told apart.")
+            elif primary["p_sign_flip"] < 0.05:
+                lines.append(f"{line}, sign-flip p = {primary['p_sign_flip']:.3g}: {better} is the better one.")
+            else:
+                lines.append(
+                    f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods "
+                    f"(sign-flip p = {primary['p_sign_flip']:.3g}; 6 seeds or more can fall below .05)."
+                )
     n_seeds = len(summary["seeds"])
     if n_seeds == 1:
         lines.append(
@@ -96,6 +108,11 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     if rows:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
     for name, arm in summary["arms"].items():
+        if (arm.get("max_lost") or 0) > 0.2:
+            lines.append(
+                f"{name}: rounding at a knot moved the outputs by {arm['max_lost']:.0%} of what its link had learned; "
+                "model.dtype: float32 keeps knots exact."
+            )
         if arm.get("at_grid_edge"):
             lines.append(f"{name}: the chosen learning rate is at the edge of its grid; a better one may lie outside.")
         for seed, error in arm["errors"].items():

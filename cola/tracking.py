@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from cola.recipe import Tracking
 
 INIT_SECONDS = 60.0
+FINISH_SECONDS = 120.0
 
 
 def has_api_key() -> bool:
@@ -73,6 +74,7 @@ class Tracker:
                 reinit="finish_previous",
                 settings=wandb.Settings(
                     init_timeout=INIT_SECONDS,
+                    finish_timeout=FINISH_SECONDS,  # a server lost in mid-run must not hold up the next arm
                     silent=True,
                     console="off",
                     x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business

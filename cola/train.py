@@ -16,6 +16,8 @@ from cola.errors import NonFiniteLoss
 from cola.forward import logits_at
 from cola.plan import Link
 
+MAX_SKIPPED = 20  # steps in a row that fp16 gradient scaling may skip before the arm has diverged
+
 
 @dataclass(frozen=True)
 class Step:
@@ -69,6 +71,7 @@ def tune(
         NonFiniteLoss: names the step and the rows of its batch; the weights are those of the step before.
     """
     parameters = trainable(model)
+    skipped = 0
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
     torch.manual_seed(link.seed)  # dropout; a link's noise depends on the link alone
@@ -91,8 +94,10 @@ def tune(
         mean = loss_sum.item() / n_targets
         norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         norm = float(norm) if norm is not None else math.nan
-        # Under fp16 gradient scaling an overflowed gradient is skipped and the scale lowered, by design.
-        if not math.isfinite(mean) or not (math.isfinite(norm) or accelerator.scaler is not None):
+        # Under fp16 gradient scaling an overflowed gradient is skipped and the scale lowered, by design; not for ever.
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        may_skip = accelerator.scaler is not None and skipped < MAX_SKIPPED
+        if not math.isfinite(mean) or not (math.isfinite(norm) or may_skip):
             rows = ", ".join(row for batch in micro_batches for row in batch.ids)
             what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
             raise NonFiniteLoss(f"step {step}: {what}; rows of the batch: {rows}; try a lower learning_rate")
@@ -100,5 +105,4 @@ def tune(
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.n_tokens for batch in micro_batches)
         on_step(Step(step, mean, norm, learning_rate, tokens, n_targets, perf_counter() - started))
-    accelerator.free_memory()  # lets go of the optimizer before the next link builds its own
     model.eval()

@@ -34,7 +34,7 @@ SECTIONS = [
     ("link", recipe.LinkSettings),
     ("arms.NAME", recipe.Arm),
     ("arms.NAME.links[i]", recipe.OneLink),
-    ("knot", recipe.Knot),
+    ("knot", recipe.KnotRules),
     ("evaluation", recipe.Evaluation),
     ("comparison", recipe.Comparison),
     ("tracking", recipe.Tracking),

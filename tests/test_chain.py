@@ -1,5 +1,6 @@
 """The laws of the chain, with PEFT as the reference. Run: pytest tests/test_chain.py"""
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2ForC
 from cola import adapters, residual
 from cola.batches import MicroBatch, collate
 from cola.chain import Chain, extend, run_chain, tie_knot
+from cola.drift import Drift
 from cola.errors import KnotDrift, ModelError
 from cola.plan import Link
 from cola.residual import Base
@@ -104,9 +106,14 @@ def test_a_knot_changes_no_output_beyond_rounding() -> None:
     extend(chain, link())
     tune_with(batches(5))(model, link())
     before = logits(model)
-    knot = tie_knot(chain, logits, max_drift=1e-5)
-    assert torch.allclose(logits(model), before, rtol=0, atol=1e-5 * before.abs().max())
-    assert 0 < knot.drift < 1e-5
+    start = logits(tiny_model())
+    drift = tie_knot(chain, start, logits).drift
+    after = logits(model)
+    assert torch.allclose(after, before, rtol=0, atol=1e-5 * before.abs().max())
+    assert drift.max_logit_change == pytest.approx((after - before).abs().max().item())
+    assert 0 < drift.relative < 1e-5
+    assert drift.of_learned == pytest.approx(((after - before).norm() / (before - start).norm()).item())
+    assert drift.of_learned < 1e-4
     assert (before - logits(tiny_model())).abs().max() > 1e-2  # something was learned at all
 
 
@@ -160,7 +167,7 @@ def test_a_chain_of_one_link_is_pefts_lora_step_for_step() -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
     assert torch.allclose(logits(model), logits(reference), atol=1e-4)
 
-    tie_knot(chain, logits, 1e-5)
+    tie_knot(chain, logits(tiny_model()), logits)
     merged = reference.merge_and_unload()
     assert torch.allclose(logits(model), logits(merged), atol=1e-4)
 
@@ -231,11 +238,19 @@ def test_the_base_is_read_from_its_file_and_copied_only_where_it_differs(tmp_pat
 def test_a_knot_that_drifts_is_an_error() -> None:
     model = tiny_model()
     chain = chain_of(model)
-    extend(chain, link())
-    tune_with(batches(5))(model, link())
-    chain.base._copies["model.layers.0.mlp.up_proj"] += 0.01  # as if the base were not the one trained on
-    with pytest.raises(KnotDrift, match="knot 1: a logit moved"):
-        tie_knot(chain, logits, max_drift=1e-4)
+
+    def tune_and_spoil(model: PreTrainedModel, own: Link) -> None:
+        tune_with(batches(5))(model, own)
+        chain.base._copies["model.layers.0.mlp.up_proj"] += 0.01  # as if the base were not the one trained on
+
+    with pytest.raises(KnotDrift, match=r"a knot moved a logit by .* where 0\.0001 is allowed \(knot\.max_drift\)"):
+        list(run_chain(chain, [link()], tune_and_spoil, logits, max_drift=1e-4))
+
+
+def test_a_knot_that_gives_no_number_is_an_error() -> None:
+    nan = torch.full((2, 2), torch.nan)
+    with pytest.raises(KnotDrift):
+        Drift.between(torch.zeros(2, 2), torch.ones(2, 2), nan).check(0.1)
 
 
 def test_the_scale_alpha_over_rank_is_merged() -> None:
@@ -245,7 +260,7 @@ def test_the_scale_alpha_over_rank_is_merged() -> None:
     extend(chain, link(rank=2, alpha=32.0, target_modules=("q_proj",)))
     tune_with(batches(5))(model, link())
     pair = adapters.read_pair(model)["model.layers.0.self_attn.q_proj"]
-    tie_knot(chain, logits, 1e-5)
+    tie_knot(chain, logits(tiny_model()), logits)
     name = "model.layers.0.self_attn.q_proj.weight"
     delta = model.state_dict()[name] - tiny_model().state_dict()[name]
     assert torch.allclose(delta, 16 * pair.B_OR @ pair.A_RI, atol=1e-6)
@@ -283,13 +298,27 @@ def test_a_saved_knot_is_a_peft_adapter(tmp_path: Path) -> None:
     extend(chain, link())
     tune_with(batches(5))(model, link())
     expected = logits(model)
-    knot = tie_knot(chain, logits, 1e-5)
-    adapters.save_pair(tmp_path, knot.weights, link(), "some/base", fan_in_fan_out=False)
+    knot = tie_knot(chain, logits(tiny_model()), logits)
+    adapters.save_pair(tmp_path, model, knot.weights, link(), "some/base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
-    back = adapters.load_pair(tmp_path, link().scale or 0)
-    assert all(torch.equal(back[name].A_RI, pair.A_RI) for name, pair in knot.weights.items())
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+
+
+def test_a_knot_on_some_of_the_layers_is_saved_for_those_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    chain = chain_of(model)
+    one = "model.layers.1.mlp.up_proj"
+    extend(chain, link(target_modules=(one,)))
+    tune_with(batches(5))(model, link())
+    expected = logits(model)
+    knot = tie_knot(chain, logits(tiny_model()), logits)
+    adapters.save_pair(tmp_path, model, knot.weights, link(), "some/base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [one]
+    assert torch.allclose(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected, atol=1e-6)
 
 
 def test_target_modules_that_match_nothing_are_named_with_what_there_is() -> None:
@@ -311,7 +340,7 @@ def test_full_fine_tuning_is_a_link_that_leaves_no_pair() -> None:
     full = link(method="full", rank=None, alpha=None, target_modules=None, learning_rates=(1e-3,) * 5)
     [knot] = run_chain(chain_of(model), [full], tune_with(batches(5)), logits, 1e-5)
     assert knot.weights == {}
-    assert knot.drift == 0.0
+    assert knot.drift.relative == 0.0
     assert all(not torch.equal(before[name], after) for name, after in weights(model).items())
 
 
@@ -322,9 +351,9 @@ def test_a_pair_on_a_half_precision_base_is_trained_in_float32(dtype: torch.dtyp
     extend(chain, link())
     assert {p.dtype for p in adapters.trainable(model)} == {torch.float32}
     tune_with(batches(5))(model, link())
-    knot = tie_knot(chain, logits, max_drift=0.1)
+    knot = tie_knot(chain, logits(tiny_model()), logits)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    assert 0 < knot.drift < 0.1
+    assert 0 < knot.drift.relative < 0.1
 
 
 def test_the_loss_gradient_does_not_depend_on_the_micro_batches() -> None:

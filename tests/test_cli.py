@@ -115,11 +115,37 @@ def test_resume_with_other_data_is_refused(recipe_file: Path, colours: Path, tmp
         (["seeds=[]"], "seeds"),
         (["arms.nosuch=null"], "there is no such arm; the arms are base, lora, chain3, full"),
         (["nonsense"], "write dotted.key=value"),
+        (["training.warmup_steps=6"], "training.warmup_steps: 6 of 6 steps leave none for the rest of the schedule"),
+        (["comparison.full=nosuch"], "comparison.full names the arm 'nosuch'; the arms are base, lora, chain3, full"),
+        (["evaluation.checkpoint=best", "evaluation.every=never"], "never leaves nothing to choose the best"),
     ],
 )
 def test_a_mistake_gets_one_line_and_leaves_nothing_behind(recipe_file: Path, overrides: list[str], says: str) -> None:
     assert says in refused(recipe_file, *overrides)
     assert nothing_left(recipe_file)
+
+
+def test_an_override_that_every_arm_says_otherwise_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    arms = ("arms.full=null", "arms.chain3=null", "comparison.primary=null")
+    assert cola("run", recipe_file, "--run-folder", tmp_path / "run", *arms).exit_code == 0
+    resolved = tmp_path / "run" / "recipe.yaml"
+    for override in ("link.rank=64", "training.learning_rate=0.5"):
+        line = refused(resolved, override)
+        key = override.partition(".")[2].partition("=")[0]
+        assert f"has no effect, since every arm says its own; write arms.lora.{key}=..." in line
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("./nowhere.gguf", "no such file"),
+        ("./nowhere", "no such folder"),
+        ("package://no_such_package/model.gguf", "the package no_such_package is not installed"),
+        ("package://pytest/model.gguf", "pytest has no file model.gguf"),
+    ],
+)
+def test_a_dry_run_knows_a_local_model_that_is_missing(recipe_file: Path, name: str, says: str) -> None:
+    assert says in refused("--dry-run", recipe_file, f"model.name_or_path={name}")
 
 
 def test_a_label_outside_the_choices_names_the_row(recipe_file: Path) -> None:
@@ -212,7 +238,7 @@ def test_the_flagship_runs_end_to_end_by_overrides_alone(
     rows = tmp_path / "boolq.jsonl"
     lines = [
         {"passage": f"the sky is blue {i}", "question": f"is the sky {c}", "answer": c == "blue"}
-        for i in range(40)
+        for i in range(120)
         for c in ("blue", "red")
     ]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))

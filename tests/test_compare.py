@@ -5,6 +5,7 @@ Run: pytest tests/test_compare.py
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cola.compare import Estimate, estimate, summarize
+from cola.compare import Estimate, estimate, sign_flip_p, summarize
 from cola.plan import Job
 from cola.recipe import Recipe
 from cola.record import RunFolder
@@ -497,7 +498,7 @@ def test_a_text_is_compared_by_the_loss_per_token_more_being_better(run: ByHand)
     assert summary["primary"]["value"] == pytest.approx(0.25, abs=0.02)
     assert summary["arms"]["chain3"]["closed"]["value"] == pytest.approx(0.5, abs=0.05)
     assert summary["arms"]["chain3"]["gap_acc"] is None
-    assert "chain3 is the better one" in verdict(summary)[0]
+    assert "chain3 does better on these rows, but 1 seed cannot carry a claim" in verdict(summary)[0]
     table = result_tables(summary)[0]
     assert table.columns[-1] == "test perplexity"
     assert {row[0]: row[-1] for row in table.rows}["lora"] == f"{math.exp(losses.sum() / 200):.2f}"
@@ -534,12 +535,28 @@ def test_no_arm_is_called_the_better_one_inside_the_interval(run: ByHand, right:
 
 
 @pytest.mark.parametrize(("right", "winner"), [(160, "chain3"), (40, "lora")])
-def test_outside_the_interval_the_better_arm_is_named(run: ByHand, right: int, winner: str) -> None:
-    run.ok("lora", 0, first_right(100))
-    run.ok("chain3", 0, first_right(right))
-    said = verdict(run.summary(recipe()))
-    assert f"{winner} is the better one" in said[0]
-    assert f"chain3 − lora = {(right - 100) / 200:+.3f} test exact match" in said[0]
+@pytest.mark.parametrize("n_seeds", [1, 5, 6])
+def test_outside_the_interval_the_better_arm_is_named_and_a_claim_takes_six_seeds(
+    run: ByHand, right: int, winner: str, n_seeds: int
+) -> None:
+    for seed in range(n_seeds):
+        run.ok("lora", seed, first_right(100))
+        run.ok("chain3", seed, first_right(right))
+    said = verdict(run.summary(recipe(seeds=range(n_seeds))))[0]
+    assert f"chain3 − lora = {(right - 100) / 200:+.3f} test exact match" in said
+    # Five seeds that all agree reach p = 2 / 2**5 = .0625, six reach .031.
+    assert (f"sign-flip p = 0.0312: {winner} is the better one" in said) is (n_seeds == 6)
+    assert (f"{winner} does better on these rows, but" in said) is (n_seeds < 6)
+
+
+@pytest.mark.parametrize("differences", [[1, 2, 3, 4, 5, 6], [1, -2, 3, 4], [2, 2, -1, 0, 3, 1, 1]])
+def test_the_sign_flip_test_is_scipys_exact_permutation_test(differences: list[float]) -> None:
+    first = np.array(differences, dtype=float)[:, None] + np.zeros((1, 3))
+    zeros = np.zeros_like(first)
+    reference = stats.permutation_test(
+        (np.array(differences, dtype=float),), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    assert sign_flip_p(first, zeros, [1.0, 1.0, 1.0]) == pytest.approx(reference.pvalue)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.3), (0.0, 0.3), (-0.3, 0.0), (None, None)])
@@ -551,7 +568,8 @@ def test_the_verdict_claims_nothing_from_an_interval_with_zero_or_none(
     summary = run.summary(recipe())
     given = Estimate(value, low, high)
     summary["metric"] = metric
-    summary["primary"] = {"arms": ["chain3", "lora"], **given.as_dict(), "excludes_zero": given.excludes_zero}
+    summary["primary"] = {"arms": ["chain3", "lora"], **asdict(given), "excludes_zero": given.excludes_zero}
+    summary["primary"] |= {"n_seeds": 6, "p_sign_flip": 0.03}
     said = "\n".join(verdict(summary))
     assert "better" not in said
     assert ("cannot be told apart" in said) is (low is not None)

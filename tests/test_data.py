@@ -416,7 +416,7 @@ def test_a_text_is_predicted_from_its_second_token_on(tmp_path: Path, tokenizer:
 
 def test_a_group_is_kept_with_its_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{**row, "meta": {"passage": row["id"] // 2}} for row in numbered(8)]
-    data = data_of(write_rows(tmp_path / "t.jsonl", rows), group="meta.passage", rows=count())
+    data = data_of(write_rows(tmp_path / "t.jsonl", rows), group="meta.passage", overlap="allow", rows=count())
     assert {i: e.group for i, e in by_row(load_splits(data, tokenizer)).items()} == {i: str(i // 2) for i in range(8)}
 
 
@@ -702,15 +702,15 @@ def test_a_prompt_that_is_in_two_splits_stays_in_test_then_in_validation(
     assert questions(tokenizer, splits.validation) == {10, 11, 12}
     assert questions(tokenizer, splits.train) == set(range(13, 25))
     assert sorted(splits.notes) == [
-        "train: 8 rows whose prompt is in another split were left out",
-        "validation: 2 rows whose prompt is in another split were left out",
+        "train: 8 rows with a prompt that is in another split, left out",
+        "validation: 2 rows with a prompt that is in another split, left out",
     ]
 
 
 def test_an_overlap_that_is_allowed_is_still_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     splits = load_splits(data_of(overlapping_files(tmp_path), overlap="allow"), tokenizer)
     assert [len(examples) for _, examples in splits.items()] == [20, 5, 10]
-    assert "train: 8 rows whose prompt is in another split were kept" in splits.notes
+    assert "train: 8 rows with a prompt that is in another split, kept" in splits.notes
 
 
 def test_an_overlap_can_be_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -723,7 +723,7 @@ def test_a_row_that_is_left_out_is_replaced_by_the_next(tmp_path: Path, tokenize
     splits = load_splits(data_of(files, rows={"train": 12}), tokenizer)
     assert questions(tokenizer, splits.train) == set(range(13, 25))
     said = refusal(load_splits, data_of(files, rows={"train": 13}), tokenizer)
-    assert "13 rows are wanted and train.jsonl has 12 left for train (train: 8 rows whose prompt" in said
+    assert "13 rows are wanted and train.jsonl has 12 left for train (train: 8 rows with a prompt" in said
 
 
 def long_and_short(tmp_path: Path) -> Path:
@@ -739,7 +739,7 @@ def test_rows_that_are_too_long_are_passed_over_and_counted(tmp_path: Path, toke
     assert sorted(chain(*drawn.values())) == [i for i in range(40) if i % 4]
     told = {note.split(":")[0]: int(note.split()[1]) for note in splits.notes}
     assert sum(told.values()) == 10
-    assert all(note.endswith("rows longer than 20 tokens were passed over") for note in splits.notes)
+    assert all(note.endswith("longer than 20 tokens, passed over") for note in splits.notes)
 
 
 def test_a_prompt_that_is_too_long_can_lose_its_beginning(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -751,7 +751,7 @@ def test_a_prompt_that_is_too_long_can_lose_its_beginning(tmp_path: Path, tokeni
         assert example.answers == [answer]
         assert example.prompt == (whole[-(20 - len(answer)) :] if i % 4 == 0 else whole)
     assert sum(int(note.split()[1]) for note in splits.notes) == 10
-    assert all(note.endswith("were cut at the beginning") for note in splits.notes)
+    assert all(note.endswith(", cut at the beginning") for note in splits.notes)
 
 
 def test_a_prompt_that_is_cut_keeps_the_tokenizers_first_token(
@@ -784,7 +784,7 @@ def test_a_long_text_is_split_into_pieces_that_make_it_up(tmp_path: Path, tokeni
     pieces = [e for e in splits.train if e.id.startswith("train-0")]
     assert [e.prompt + e.answers[0] for e in pieces] == [whole[:20], whole[20:40], whole[40:]]
     assert [(e.id, e.group) for e in pieces] == [(f"train-0.{n}", "train-0") for n in range(3)]
-    assert splits.notes == ["train: 1 rows longer than 20 tokens were split"]
+    assert splits.notes == ["train: 1 row longer than 20 tokens, split"]
     assert len(splits.train) == 5 + 3
 
 
@@ -802,7 +802,7 @@ def test_a_long_text_can_be_passed_over_or_cut_at_its_end(
     assert len(splits.train) == n_examples
     cut = [e for e in splits.train if e.id == "train-0"]
     assert [e.prompt + e.answers[0] for e in cut] == [tokens(tokenizer, texts[0])[:20]] * (too_long == "truncate")
-    assert splits.notes == [f"train: 1 rows longer than 20 tokens were {done}"]
+    assert splits.notes == [f"train: 1 row longer than 20 tokens, {done}"]
 
 
 @pytest.mark.parametrize("too_long", ["split", "truncate", "drop"])
@@ -835,8 +835,19 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_dir() == tmp_path / "home" / ".cache" / "cola"
 
 
+def test_rows_of_one_group_stay_in_one_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{**row, "passage": row["id"] // 4} for row in numbered(80)]
+    path = write_rows(tmp_path / "t.jsonl", rows)
+    splits = load_splits(data_of(path, group="passage", rows=count(20, 8, 8)), tokenizer)
+    groups = [{example.group for example in examples} for _, examples in splits.items()]
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert not groups[1] & groups[2]
+    assert any("prompt or group that is in another split, left out" in note for note in splits.notes)
+
+
 def test_a_second_load_reads_the_cache_and_gives_the_same(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    data = data_of(overlapping_files(tmp_path), group="a")
+    data = data_of(overlapping_files(tmp_path), overlap="allow", group="a")
     first = load_splits(data, tokenizer)
     before = cached_file().stat()
     assert load_splits(data, tokenizer) == first

@@ -24,6 +24,7 @@ from transformers import (
 
 from cola.data import Example
 from cola.evaluate import Evaluator, choice_nats, mean_loss, mean_score, normalized
+from cola.forward import logits_at
 
 PROMPTS = [[5, 9, 11, 40], [7, 3, 22, 41], [8, 100, 300, 42], [1, 2, 3, 4, 5, 6]]
 CHOICES = [[50], [60, 61], [70, 71, 72]]
@@ -75,6 +76,32 @@ def test_choices_continued_from_the_cached_prompt_have_the_likelihood_of_a_plain
         got = choice_nats(model, same_length)
     expected = [[plain_nats(model, e.prompt, answer) for answer in e.answers] for e in same_length]
     assert [pytest.approx(row, rel=1e-4) for row in expected] == got
+
+
+def test_choices_of_one_token_are_read_off_prompts_of_any_length_in_one_pass(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = tiny_model()
+    rows = [Example(f"e{i}", prompt, [[50], [60]], 0, ["a", "b"], None) for i, prompt in enumerate(PROMPTS)]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    results = evaluator("multiple_choice", tokenizer)(model, rows)
+    assert len(passes) == 1
+    model._forward_hooks.clear()
+    expected = [plain_nats(model, e.prompt, [50]) for e in rows]
+    assert [r.loss for r in results] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_head_scores_in_float32_so_that_answers_do_not_tie() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    ids = torch.tensor([PROMPTS[0]])
+    where = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state[0]
+        expected = hidden.float() @ model.lm_head.weight.float().T
+        got = logits_at(model, ids, where)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert len(got[0].unique()) > len(got[0].to(torch.bfloat16).unique())
 
 
 def test_the_chosen_answer_is_the_likeliest_and_the_loss_is_the_right_answers(

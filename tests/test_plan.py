@@ -20,7 +20,6 @@ from transformers import (
 
 from cola.errors import RecipeError
 from cola.plan import (
-    Job,
     Link,
     derived_seed,
     evaluation_steps,
@@ -30,7 +29,6 @@ from cola.plan import (
     steps_per_epoch,
     total_steps,
     trials_of,
-    with_rate,
 )
 from cola.recipe import Recipe, Training
 
@@ -104,10 +102,10 @@ def test_a_step_down_in_rank_takes_its_epochs_per_link() -> None:
     chain = {"links": [{"rank": 8, "epochs": 1}, {"rank": 4, "epochs": 2}, {"rank": 2, "epochs": 1}]}
     links = plan_arm(recipe({"down": chain}, training={"epochs": 4, "batch_size": 8}), "down", 0, n_train=21)
     # 21 rows in batches of 8 are 3 steps.
-    assert [(link.rank, link.alpha, link.scale, n) for link, n in zip(links, lengths(links), strict=True)] == [
-        (8, 16, 2, 3),
-        (4, 8, 2, 6),
-        (2, 4, 2, 3),
+    assert [(link.rank, link.alpha, n) for link, n in zip(links, lengths(links), strict=True)] == [
+        (8, 16, 3),
+        (4, 8, 6),
+        (2, 4, 3),
     ]
 
 
@@ -348,7 +346,3 @@ def test_a_base_without_training_has_no_trials() -> None:
     planned = recipe({"base": {"links": 0}, "lora": {}}, training={"learning_rate": {"search": [1e-4, 1e-3]}})
     assert trials_of(planned, "base") == []
     assert len(trials_of(planned, "lora")) == 2
-
-
-def test_a_chosen_rate_changes_nothing_else_about_a_job() -> None:
-    assert with_rate(Job(arm="lora", seed=3), 1e-3) == Job(arm="lora", seed=3, learning_rate=1e-3)

