@@ -71,21 +71,18 @@ def run(
 def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Build summary.json and report.html anew from a run's results, and print the table."""
     with _one_line_errors():
-        import json
-
         import numpy as np
 
         from cola.compare import summarize
         from cola.record import RunFolder
         from cola.terminal import Terminal
+        from cola.tracking import sync_command
 
         folder, recipe = RunFolder.open(run_folder)
-        path = run_folder / "summary.json"
-        if not path.is_file():
-            raise RunFolderError(
-                f"{run_folder} holds no finished run; go on with it by `cola run --resume {run_folder}`"
-            )
-        summary = json.loads(path.read_text(encoding="utf-8")) | summarize(recipe, folder, np.random.default_rng(0))
+        if folder.provenance() is None:
+            raise RunFolderError(f"{run_folder} holds no results; go on with it by `cola run --resume {run_folder}`")
+        summary = summarize(recipe, folder, np.random.default_rng(0))
+        summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
         folder.write_json("summary.json", summary)
         _print_results(folder, summary, Terminal())
 
@@ -117,7 +114,7 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
 
         with folder.lock():
             summary = run_recipe(recipe, folder, terminal)
-    except (ColaError, KeyboardInterrupt):
+    except BaseException:
         if fresh:
             folder.remove_if_untrained()
         raise

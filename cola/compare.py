@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cola.errors import RunFolderError
 from cola.plan import derived_seed
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
@@ -104,7 +105,12 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
     contrasts = _contrasts(recipe, folder, results, rng)
     for name, contrast in contrasts.pop("arms").items():
         arms[name] |= contrast
+    meta = folder.provenance()
+    states = {state for arm in arms.values() for state in arm["states"].values()}
     return {
+        "meta": meta,
+        "notes": meta["data"]["notes"] if meta else [],
+        "interrupted": bool(states & {"interrupted", "missing"}),
         "metric": METRICS[recipe.data.task],
         "checkpoint": recipe.evaluation.checkpoint,
         "select_by": recipe.evaluation.select_by,
@@ -208,9 +214,13 @@ def _paired(
         return None
     tables = {(arm, s): {row["id"]: row for row in folder.scores(arm, s, "test")} for arm in arms for s in seeds}
     first = tables[arms[0], seeds[0]]
-    ids = [i for i in first if all(i in table for table in tables.values())]
-    if not ids:
-        return None
+    ids = list(first)
+    for (arm, seed), table in tables.items():
+        if table.keys() != first.keys() or not ids:
+            raise RunFolderError(
+                f"{folder.path}: the test scores of {arm} seed {seed} ({len(table)}) and of {arms[0]} seed {seeds[0]} "
+                f"({len(ids)}) are of different examples; delete the damaged seed folder and run `cola run --resume`"
+            )
     groups = [first[i]["group"] or i for i in ids]
     scored = first[ids[0]]["score"] is not None
     weights = [1.0 if scored else float(first[i]["tokens"]) for i in ids]

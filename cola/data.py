@@ -395,5 +395,10 @@ def fill(template: str, row: Row, place: str, key: str) -> str:
         if field is not None:
             if spec or conversion or not field:
                 raise DataError(f"{key}: {template!r}: between braces stands a field's name, as in {{question}}")
-            parts.append(label_text(lookup(row, field, place, key)))
+            value = lookup(row, field, place, key)
+            if isinstance(value, dict | list):
+                kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
+                entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"
+                raise DataError(f"{key}: {place}: field {field!r} is a {kind}; name one of its entries: {entries}")
+            parts.append(label_text(value))
     return "".join(parts)

@@ -1,6 +1,7 @@
 """One arm and seed: from the base weights through its links to a scored, recorded result."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -113,6 +114,8 @@ class JobRun:
         if bench.recipe.keep_full_weights and not job.trial and any(link.method == "full" for link in self.links):
             model.save_pretrained(self.path / "model")
             bench.evaluator.tokenizer.save_pretrained(self.path / "model")
+            if (own := bench.source.folder / "generation_config.json").is_file():
+                shutil.copy(own, self.path / "model")
         seconds = perf_counter() - started
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         result = {

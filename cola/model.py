@@ -14,7 +14,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.quantization_config import GgufConfig
 
 from cola import recipe
@@ -23,6 +31,10 @@ from cola.errors import ModelError
 from cola.package_file import package_file
 
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+
+
+# Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
+BIDIRECTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec-text", "megatron-bert"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +79,25 @@ class Source:
             ) from error
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights (on the meta device): its modules can be looked at before anything is loaded."""
+        """The model without weights (on the meta device): its modules can be looked at before anything is loaded.
+
+        Raises:
+            ModelError: it is no causal language model.
+        """
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        except ValueError as error:
+            raise ModelError(
+                f"model.name_or_path: {self.name} ({config.model_type}) is no causal language model"
+            ) from error
+        if getattr(config, "is_decoder", None) is False and config.model_type in BIDIRECTIONAL:
+            raise ModelError(
+                f"model.name_or_path: {self.name} ({config.model_type}) reads in both directions, so it cannot predict "
+                "the next token"
+            )
+        return model
 
     def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """The model in eval mode, all weights frozen.
@@ -79,21 +106,28 @@ class Source:
             ModelError: it is no causal language model, or its weights do not load.
         """
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 self.folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, with names
+                output_loading_info=True,
                 trust_remote_code=self.trust_remote_code,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(f"model.name_or_path: {self.name} does not load: {_line(error)}") from error
+        # transformers fills what is missing with random numbers, other ones at every load.
+        for what in ("missing_keys", "mismatched_keys"):
+            if faulty := sorted(map(str, info[what])):
+                raise ModelError(
+                    f"model.name_or_path: the weights of {self.name} do not fit its config: {len(faulty)} "
+                    f"{what.replace('_', ' ')}, the first is {faulty[0]}"
+                )
         if model.get_output_embeddings() is None:
             raise ModelError(f"model.name_or_path: {self.name} ({type(model).__name__}) has no output head")
         model.requires_grad_(False)
-        # from_pretrained leaves the file's own sampling defaults, which only provoke warnings: decoding is greedy.
-        model.generation_config.do_sample = False
-        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-            setattr(model.generation_config, key, None)
+        # Many models come with sampling and repetition penalties of their own; here greedy decoding is the argmax.
+        model.generation_config = GenerationConfig()
         return model.to(device).eval()  # pyright: ignore[reportArgumentType] - transformers wraps Module.to
 
 

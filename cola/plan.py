@@ -121,6 +121,11 @@ def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int) -> list
     own = [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
     free = [i for i, steps in enumerate(own) if steps is None]
     left = total - sum(steps or 0 for steps in own)
+    if len(free) == len(links) and total < len(links):
+        raise RecipeError(
+            f"arms.{arm}.links: {len(links)} links need {len(links)} steps or more and the run has {total}; raise "
+            "training.epochs or training.steps, or lower training.batch_size"
+        )
     if left < len(free) or (not free and left != 0):
         raise RecipeError(
             f"arms.{arm}.links: the links' own lengths take {total - left} of the run's {total} steps"

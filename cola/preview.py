@@ -55,7 +55,8 @@ def _check_data(recipe: Recipe) -> list[str]:
         for split in SPLITS:
             path = getattr(data.files, split)
             if path and not Path(path).is_file():
-                raise DataError(f"data.files.{split}: {path} does not exist")
+                why = "is a folder; name a file" if Path(path).is_dir() else "does not exist"
+                raise DataError(f"data.files.{split}: {path} {why}")
         return ["the rows of the data files"]
     if data.reasoning_gym is not None:
         if importlib.util.find_spec("reasoning_gym") is None:

@@ -196,9 +196,15 @@ class Search(Section):
     """Choose a value per arm on validation, with the same trials for every arm."""
 
     search: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, description="The grid.")
-    seeds: list[int] | None = Field(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         default=None, min_length=1, description="Seeds of the trials; default: the first seed."
     )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.search)) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
+            raise ValueError("a search names each value, and each seed, once")
+        return self
 
 
 class Training(Section):
@@ -212,8 +218,8 @@ class Training(Section):
     batch_size: PositiveInt = Field(default=8, description="Rows per optimizer step.")
     micro_batch_tokens: PositiveInt = Field(
         default=4096,
-        description="Tokens, padding included, in one forward pass; a step's rows are split to fit. Changes memory, "
-        "not the loss.",
+        description="Tokens, padding included, in one forward pass; a step's rows are split to fit. Changes memory; "
+        "the loss only by rounding, and by which values a dropout takes out.",
     )
     learning_rate: Annotated[float, Field(gt=0)] | Search = Field(
         default=2e-4, description="Peak learning rate, or `{search: [...]}` to choose it per arm on validation."
@@ -272,6 +278,8 @@ class LinkSettings(Section):
     def _names(cls, value: Any) -> Any:
         if value == []:
             raise ValueError("name at least one module, or all-linear")
+        if value == ["all-linear"]:
+            return "all-linear"
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
 
@@ -370,14 +378,16 @@ class Tracking(Section):
 class Recipe(Section):
     """A whole comparison."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run folder and the W&B group.")
+    name: str = Field(
+        max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run folder and the W&B group."
+    )
     model: Model
     data: Data
     training: Training
     link: LinkSettings = Field(
         default_factory=LinkSettings, description="What every link trains unless its arm says otherwise."
     )
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Arm] = Field(
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], Arm] = Field(
         min_length=1, description="What is compared, by name."
     )
     knot: KnotRules = Field(default_factory=KnotRules)

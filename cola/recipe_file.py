@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from cola.errors import RecipeError
 from cola.recipe import Arm, Files, LinkSettings, OneLink, Recipe, is_remote
@@ -259,25 +260,23 @@ def _explain(error: ValidationError, raw: dict, where: str, lines: dict[tuple[st
     """One line for each thing that is wrong, with its place and the remedy."""
     messages = []
     seen = set()
-    for fault in error.errors():
-        # pydantic puts the tried member of a union into the path ('int', 'Search', 'list[OneLink]'): drop those.
-        path: tuple[str, ...] = ()
-        node: Any = raw
-        for part in fault["loc"]:
-            inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
-            if inside:
-                node, path = node[part], (*path, str(part))  # pyright: ignore[reportCallIssue, reportArgumentType]
-            elif fault["type"] == "missing" and part == fault["loc"][-1]:
-                path = (*path, str(part))
+    faults = [(fault, *_locate(fault, raw)) for fault in error.errors()]
+    for fault, path, node in faults:
+        # A mapping that was tried as a number too (learning_rate: {search: ..}) is none, and that is no fault of it.
+        others = [other for _, other, _ in faults if other[: len(path)] == path]
+        if fault["type"].endswith("_type") and isinstance(node, dict | list) and len(others) > 1:
+            continue
         key = ".".join(path)
         line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 0)
-        place = f"{where}:{line}" if line else f"{where} (override)"
+        # A fault of the whole recipe names its keys itself; the file's first line would point at nothing.
+        place = where if not path else f"{where}:{line}" if line else f"{where} (override)"
         if fault["type"] == "extra_forbidden":
             text = _unknown(path, raw)
         elif fault["type"] == "missing":
             text = f"{key}: this key is required"
         else:
             reason = fault["msg"].removeprefix("Value error, ")
+            reason = "a mapping of keys is expected here" if fault["type"] == "model_type" else reason
             reason = reason[0].lower() + reason[1:]
             got = "" if isinstance(node, dict | list) or fault["type"] == "value_error" else f"; got {node!r}"
             text = f"{key}: {reason}{got}" if key else f"{reason}"
@@ -285,6 +284,22 @@ def _explain(error: ValidationError, raw: dict, where: str, lines: dict[tuple[st
             messages.append(f"{place}: {text}")
         seen.add(key)
     return messages
+
+
+def _locate(fault: ErrorDetails, raw: dict) -> tuple[tuple[str, ...], Any]:
+    """The key that a fault is about, and what the recipe says there.
+
+    pydantic puts the tried member of a union into the path ('int', 'Search', 'list[OneLink]'): those are dropped.
+    """
+    path: tuple[str, ...] = ()
+    node: Any = raw
+    for part in fault["loc"]:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if inside:
+            node, path = node[part], (*path, str(part))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        elif fault["type"] == "missing" and part == fault["loc"][-1]:
+            path = (*path, str(part))
+    return path, node
 
 
 def _unknown(path: tuple[str, ...], raw: dict) -> str:

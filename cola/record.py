@@ -27,6 +27,7 @@ from cola.plan import Job
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
 
+RESULT_KEYS = ("status", "run_info")
 FORMAT = 1  # of result.json and summary.json
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
@@ -76,18 +77,22 @@ class RunFolder:
     def job(self, job: Job) -> Path:
         """Where a job's files lie."""
         if job.trial:
-            return self.path / "trials" / job.arm / f"lr-{job.learning_rate:g}" / f"seed-{job.seed}"
+            return self.path / "trials" / job.arm / f"lr-{job.learning_rate!r}" / f"seed-{job.seed}"
         return self.path / "arms" / job.arm / f"seed-{job.seed}"
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """The job's result, whatever its status; None where there is none yet."""
-        return _read_json(self.job(job) / "result.json")
+        return _read_json(self.job(job) / "result.json", RESULT_KEYS)
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The results of all arms and seeds (not of trials), as they were run."""
         for path in sorted(self.path.glob("arms/*/seed-*/result.json")):
-            if (result := _read_json(path)) is not None:
+            if (result := _read_json(path, RESULT_KEYS)) is not None:
                 yield result
+
+    def provenance(self) -> dict[str, Any] | None:
+        """What provenance.json holds; None before the first session has written it."""
+        return _read_json(self.path / "provenance.json", ("recipe", "model", "data", "rows"))
 
     def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
         """Per-example results of one arm, seed and split."""
@@ -142,7 +147,7 @@ class RunFolder:
 
     def remove_if_untrained(self) -> None:
         """Delete the folder if no job has begun in it, so that a mistake in a recipe leaves nothing behind."""
-        if not (self.path / "arms").exists() and not (self.path / "trials").exists():
+        if not any(self.path.glob("arms/*/*/metrics.jsonl")) and not any(self.path.glob("trials/*/*/*/metrics.jsonl")):
             shutil.rmtree(self.path)
 
     def need_room(self, n_bytes: int, what: str) -> None:
@@ -171,13 +176,20 @@ def _make_new(parent: Path, name: str) -> Path:
     raise RunFolderError(f"{parent / name}: a thousand runs of this second exist")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise RunFolderError(f"{path} is damaged ({error}); delete it and run `cola run --resume` again") from None
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, dict) or any(key not in value for key in needed):
+        raise _damaged(path, f"it lacks {', '.join(needed)}")
+    return value
+
+
+def _damaged(path: Path, why: str) -> RunFolderError:
+    return RunFolderError(f"{path} is damaged ({why}); delete it and go on with `cola run --resume`")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -185,7 +197,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def provenance() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def loss_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # names a drawing program and three web sites
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from cola import adapters
+from cola import adapters, residual
 from cola.compare import summarize
 from cola.data import Splits, load_splits
-from cola.errors import ColaError, ModelError, RecipeError, RunFolderError
+from cola.errors import ColaError, DataError, ModelError, RecipeError, RunFolderError
 from cola.evaluate import Evaluator
 from cola.job import Bench, JobRun, make_accelerator, selection_key
 from cola.model import Source, dtype_warning, find_model
@@ -25,7 +26,7 @@ from cola.plan import Job, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder, provenance
 from cola.terminal import Terminal
-from cola.tracking import Tracker
+from cola.tracking import Tracker, sync_command
 
 
 class Interrupted(BaseException):
@@ -78,8 +79,8 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
             interrupted = True
         progress.close()
     summary = summarize(recipe, folder, np.random.default_rng(0))
-    summary |= {"interrupted": interrupted, "notes": splits.notes, "meta": meta}
-    summary["wandb"] = {"mode": tracker.mode, "sync": tracker.sync_command()}
+    summary["interrupted"] = interrupted
+    summary["wandb"] = {"mode": tracker.mode, "sync": sync_command(folder.path)}
     folder.write_json("summary.json", summary)
     return summary
 
@@ -99,15 +100,35 @@ def _n_steps(recipe: Recipe, job: Job, splits: Splits) -> int:
 def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.device) -> None:
     """What an arm asks of the model and the data, checked before anything is trained."""
     skeleton = source.skeleton()
+    _check_fit(source, skeleton.config, len(residual.weight_of(skeleton.get_input_embeddings(), "")), splits)
+    tried = set()
     for arm in recipe.arms:
         for link in plan_arm(recipe, arm, 0, len(splits.train)):
-            if link.method == "lora":
-                try:
-                    adapters.target_names(skeleton, link)
-                except ModelError as error:
-                    raise ModelError(f"arms.{arm}: {error}") from None
-            elif recipe.model.dtype == "float16" and device.type == "cpu":
+            if link.method == "full" and recipe.model.dtype == "float16" and device.type == "cpu":
                 raise RecipeError(f"arms.{arm}: full fine-tuning in float16 needs a GPU; set model.dtype: float32")
+            if link.method == "lora" and link.target_modules not in tried:
+                tried.add(link.target_modules)
+                try:
+                    adapters.attach(source.skeleton(), link)
+                except (ModelError, ValueError) as error:
+                    raise ModelError(f"arms.{arm}: {error}") from None
+
+
+def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: Splits) -> None:
+    """The tokens must be ones that the model has, at positions that it has."""
+    examples = [example for _, part in splits.items() for example in part]
+    largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
+    if largest >= n_tokens:
+        raise ModelError(
+            f"model.name_or_path: {source.name}: its tokenizer gives token {largest} and the model has {n_tokens}; "
+            "the folder's tokenizer belongs to another model"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"data.max_length: rows of {longest} tokens are drawn and the model has {positions} positions; lower it"
+        )
 
 
 def _check_and_record(
@@ -123,9 +144,7 @@ def _check_and_record(
         "data": {"sha256": splits.fingerprint, "notes": splits.notes},
         "rows": {name: len(examples) for name, examples in splits.items()},
     }
-    path = folder.path / "provenance.json"
-    if path.exists():
-        before = json.loads(path.read_text())
+    if (before := folder.provenance()) is not None:
         for what in ("recipe", "model", "data"):
             if before[what]["sha256"] != meta[what]["sha256"]:
                 raise RunFolderError(
@@ -158,6 +177,8 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
+    except ModelError:
+        raise  # a base that does not load fails every arm alike
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -205,7 +226,7 @@ def _chosen_rate(bench: Bench, arm: str) -> float | None:
     n_seeds = len({trial.seed for trial in trials})
     whole = {rate: np.mean(keys, axis=0) for rate, keys in by_rate.items() if len(keys) == n_seeds}
     if not whole:
-        raise ModelError(f"every trial of the learning-rate search failed; see {bench.folder.path / 'trials' / arm}")
+        raise ColaError(f"every trial of the learning-rate search failed; see {bench.folder.path / 'trials' / arm}")
     chosen = max(whole, key=lambda rate: tuple(whole[rate]))
     bench.folder.write_json(path.relative_to(bench.folder.path), {"learning_rate": chosen})
     return chosen

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -129,6 +130,7 @@ def _mapping(row: Any, place: str) -> Row:
 
 
 def _read_csv(path: Path) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         rows = []

@@ -43,6 +43,11 @@ def mode_of(settings: Tracking) -> str:
     return "online" if has_api_key() else "offline"
 
 
+def sync_command(folder: Path) -> str | None:
+    """How to upload what a run kept offline; None where there is nothing."""
+    return f"wandb sync {folder / 'wandb' / 'offline-run-*'}" if any(folder.glob("wandb/offline-run-*")) else None
+
+
 class Tracker:
     """Sends one run at a time to W&B; after the first failure it is silent."""
 
@@ -103,12 +108,6 @@ class Tracker:
 
         self._guard(end)
         self.run = None
-
-    def sync_command(self) -> str | None:
-        """How to upload what was kept offline; None where there is nothing."""
-        if not any(self.folder.glob("wandb/offline-run-*")):
-            return None
-        return f"wandb sync {self.folder / 'wandb' / 'offline-run-*'}"
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from cola.cli import app
@@ -110,11 +113,14 @@ def test_resume_with_other_data_is_refused(recipe_file: Path, colours: Path, tmp
         (["data.max_length=4", "data.too_long=error"], "are longer than 4 tokens"),
         (["data.files=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["data.chat=true", "data.system=null", "arms.lora.links=[{steps: 99}]"], "take 99 of the run's 6 steps"),
-        (["arms.chain3.links=99"], "arms.chain3.links"),
+        (["arms.chain3.links=-1"], "arms.chain3.links: input should be greater than or equal to 0"),
         (["evaluation.every=0"], "evaluation.every"),
         (["seeds=[]"], "seeds"),
         (["arms.nosuch=null"], "there is no such arm; the arms are base, lora, chain3, full"),
         (["nonsense"], "write dotted.key=value"),
+        (["arms.chain3.links=9"], "9 links need 9 steps or more and the run has 6; raise training.epochs or"),
+        (["link.learning_rate={search: [1e-3, 1e-3]}"], "a search names each value, and each seed, once"),
+        (["data.rows=20"], "data.rows: a mapping of keys is expected here"),
         (["training.warmup_steps=6"], "training.warmup_steps: 6 of 6 steps leave none for the rest of the schedule"),
         (["comparison.full=nosuch"], "comparison.full names the arm 'nosuch'; the arms are base, lora, chain3, full"),
         (["evaluation.checkpoint=best", "evaluation.every=never"], "never leaves nothing to choose the best"),
@@ -172,6 +178,78 @@ def test_a_folder_with_code_of_its_own_needs_consent(recipe_file: Path, tiny_fol
     (folder / "own.py").write_text("raise SystemExit('foreign code ran')")
     line = refused(recipe_file, f"model.name_or_path={folder}")
     assert "trust_remote_code" in line
+
+
+def changed_copy(folder: Path, to: Path, change: Callable[[dict, dict], None]) -> Path:
+    """The tiny model with other tensors or another config."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    config = json.loads((to / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        # transformers would fill the head with random numbers, other ones in every arm.
+        (lambda tensors, config: tensors.pop("lm_head.weight"), "1 missing keys, the first is lm_head.weight"),
+        (lambda tensors, config: config.update(intermediate_size=64), "6 mismatched keys, the first is"),
+        (lambda tensors, config: config.update(max_position_embeddings=8), "and the model has 8 positions; lower it"),
+        (lambda tensors, config: config.update(model_type="t5"), "(t5) is no causal language model"),
+        (lambda tensors, config: config.update(model_type="bert", is_decoder=False), "(bert) reads in both directions"),
+        (
+            lambda tensors, config: config.update(quantization_config={"quant_method": "gptq", "bits": 4}),
+            "is quantized",
+        ),
+    ],
+)
+def test_a_base_that_cannot_serve_is_refused_before_anything_is_trained(
+    recipe_file: Path, tiny_folder: Path, tmp_path: Path, change: Callable, says: str
+) -> None:
+    folder = changed_copy(tiny_folder, tmp_path / "model", change)
+    assert says in refused(recipe_file, f"model.name_or_path={folder}")
+    assert nothing_left(recipe_file)
+
+
+def test_a_tokenizer_of_another_model_is_refused(recipe_file: Path, tmp_path: Path, tokenizer: object) -> None:
+    folder = tmp_path / "small-vocabulary"
+    tiny_model(vocab_size=100).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    assert "the folder's tokenizer belongs to another model" in refused(recipe_file, f"model.name_or_path={folder}")
+
+
+def test_cut_off_weights_are_refused(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_folder, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert f"{folder} does not load" in refused(recipe_file, f"model.name_or_path={folder}")
+    assert nothing_left(recipe_file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("scores/test.jsonl", '{"id": "test-1"}\n'),
+        ("scores/test.jsonl", "not json\n"),
+        ("result.json", "{}"),
+        ("result.json", "{"),
+        ("../../../provenance.json", "[]"),
+    ],
+)
+def test_a_damaged_result_is_named(recipe_file: Path, tmp_path: Path, name: str, text: str) -> None:
+    arms = ("arms.full=null", "arms.base=null")
+    assert cola("run", recipe_file, "--run-folder", tmp_path / "run", *arms).exit_code == 0
+    (tmp_path / "run/summary.json").unlink()
+    assert cola("report", tmp_path / "run").exit_code == 0  # the summary is rebuilt from the results
+    (tmp_path / "run/arms/chain3/seed-0" / name).write_text(text)
+    result = cola("report", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "damaged" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_a_hub_model_without_a_network_says_what_to_do(recipe_file: Path) -> None:

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -833,6 +834,17 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_dir() == tmp_path / "home" / ".cache" / "cola"
+
+
+@pytest.mark.parametrize(
+    ("value", "entries"), [({"text": ["a"], "start": [1]}, "{v.text}, {v.start}"), (["x", "y"], "{v.0}, {v.1}")]
+)
+def test_a_field_that_holds_fields_is_not_filled_in_as_python_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, value: object, entries: str
+) -> None:
+    path = write_rows(tmp_path / "t.jsonl", [{**row, "v": value} for row in numbered(20)])
+    with pytest.raises(DataError, match=re.escape(f"name one of its entries: {entries}")):
+        load_splits(data_of(path, answer="{v}", rows=count(5, 5, 5)), tokenizer)
 
 
 def test_rows_of_one_group_stay_in_one_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,6 +25,7 @@ from transformers import (
 from cola.data import Example
 from cola.evaluate import Evaluator, choice_nats, mean_loss, mean_score, normalized
 from cola.forward import logits_at
+from cola.model import Source
 
 PROMPTS = [[5, 9, 11, 40], [7, 3, 22, 41], [8, 100, 300, 42], [1, 2, 3, 4, 5, 6]]
 CHOICES = [[50], [60, 61], [70, 71, 72]]
@@ -142,6 +143,22 @@ def test_greedy_decoding_is_transformers_own_and_a_right_answer_is_found(tokeniz
     assert [r.score for r in results] == [0.0, 1.0, 0.0, 1.0]
     for example, result in zip(made, results, strict=True):
         assert result.loss == pytest.approx(plain_nats(model, example.prompt, example.answers[0]), rel=1e-4)
+
+
+def test_greedy_is_the_argmax_whatever_generation_config_the_model_comes_with(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    loaded = Source("own", tmp_path, False).load("float32", torch.device("cpu"))
+    prompt = torch.tensor([PROMPTS[0]])
+    said = loaded.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = prompt
+    for _ in range(12):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(said, ids)
+    penalized = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert not torch.equal(penalized, ids)
 
 
 def test_a_miss_in_tokens_that_is_right_in_text_counts_as_right(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -123,7 +123,7 @@ def test_links_without_a_length_share_what_the_others_leave() -> None:
         ([{"epochs": 1}, {"epochs": 1}], "take 6 of the run's 200 steps; they must add up"),
         ([{"steps": 200}, {}], "take 200 of the run's 200 steps, which leaves too few for the other 1"),
         ([{"steps": 199}, {}, {}], "take 199 of the run's 200 steps, which leaves too few for the other 2"),
-        (201, "which leaves too few for the other 201"),
+        (201, "201 links need 201 steps or more and the run has 200"),
     ],
 )
 def test_lengths_that_do_not_add_up_are_refused(links: object, reason: str) -> None:
