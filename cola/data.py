@@ -206,6 +206,8 @@ def _draw_split(
         notes.append(f"{split}: {_rows(overlapping)} with a {shares} that is in another split, {done}")
     if (wanted is not None and rows < wanted) or rows == 0:
         rest = f" ({'; '.join(notes)})" if notes else ""
+        if overlapping and rows == 0:
+            rest += "; does the template name a field of the row, so that prompts differ?"
         raise DataError(
             f"data.rows.{split}: {wanted or 'some'} rows are wanted and {pool.name} has {rows} left for {split}{rest}"
         )

@@ -132,7 +132,11 @@ def _mapping(row: Any, place: str) -> Row:
 def _read_csv(path: Path) -> list[Row]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header = file.readline()
+        file.seek(0)
+        # Spreadsheets of half the world write .csv with semicolons.
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in header and "," not in header else ","
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         rows = []
         try:
             for row in reader:

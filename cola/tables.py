@@ -37,7 +37,7 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     cost = Table("Cost", ["arm", "links", "trained", "steps", "tokens", "learning rate", "scored at", "time"], [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
     if summary["metric"] == "perplexity":
-        loss.columns.append("test perplexity")
+        loss.columns.extend(["test perplexity", "ft_gap", "closed"])
     for name, arm in arms.items():
         if not arm["n_seeds"]:
             state = ", ".join(sorted(set(arm["states"].values())))
@@ -47,7 +47,8 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         row = [_spread(arm[f"{split}_loss"]) for split in SPLITS]
         loss.rows.append([name, *row, _spread(arm["gap_loss"], signed=True)])
         if summary["metric"] == "perplexity":
-            loss.rows[-1].append(f"{math.exp(arm['test_loss']['mean']):.2f}")
+            perplexity = f"{math.exp(arm['test_loss']['mean']):.2f}"
+            loss.rows[-1] += [perplexity, _interval(arm.get("ft_gap")), _interval(arm.get("closed"))]
         row = [_spread(arm[f"{split}_score"]) for split in SPLITS]
         row += [_spread(arm["gap_acc"], signed=True), _interval(arm.get("ft_gap")), _interval(arm.get("closed"))]
         score.rows.append([name, *row])

@@ -500,8 +500,8 @@ def test_a_text_is_compared_by_the_loss_per_token_more_being_better(run: ByHand)
     assert summary["arms"]["chain3"]["gap_acc"] is None
     assert "chain3 does better on these rows, but 1 seed cannot carry a claim" in verdict(summary)[0]
     table = result_tables(summary)[0]
-    assert table.columns[-1] == "test perplexity"
-    assert {row[0]: row[-1] for row in table.rows}["lora"] == f"{math.exp(losses.sum() / 200):.2f}"
+    assert table.columns[-3:] == ["test perplexity", "ft_gap", "closed"]
+    assert {row[0]: row[-3] for row in table.rows}["lora"] == f"{math.exp(losses.sum() / 200):.2f}"
 
 
 def test_a_text_difference_is_per_token_as_the_loss_is(run: ByHand) -> None:

@@ -847,6 +847,19 @@ def test_a_field_that_holds_fields_is_not_filled_in_as_python_text(
         load_splits(data_of(path, answer="{v}", rows=count(5, 5, 5)), tokenizer)
 
 
+def test_a_csv_with_semicolons_is_read_as_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("q;a\n" + "".join(f"red, {i};blue\n" for i in range(20)))
+    splits = load_splits(data_of(path, rows=count(5, 5, 5)), tokenizer)
+    assert all(example.texts == ["blue"] for example in splits.test)
+
+
+def test_a_template_without_a_field_is_hinted_at(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "t.jsonl", numbered(20))
+    with pytest.raises(DataError, match="does the template name a field of the row"):
+        load_splits(data_of(path, prompt="always the same", rows=count(5, 5, 5)), tokenizer)
+
+
 def test_rows_of_one_group_stay_in_one_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{**row, "passage": row["id"] // 4} for row in numbered(80)]
     path = write_rows(tmp_path / "t.jsonl", rows)
