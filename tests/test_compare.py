@@ -549,6 +549,13 @@ def test_outside_the_interval_the_better_arm_is_named_and_a_claim_takes_six_seed
     assert (f"{winner} does better on these rows, but" in said) is (n_seeds < 6)
 
 
+def test_the_sign_flip_test_of_many_seeds_is_near_the_t_test() -> None:
+    differences = rng(3).normal(0.5, 1.0, 30)
+    p = sign_flip_p(differences[:, None], np.zeros((30, 1)), [1.0], rng())
+    assert p == pytest.approx(stats.ttest_1samp(differences, 0.0).pvalue, rel=0.25)
+    assert p > 0
+
+
 @pytest.mark.parametrize("differences", [[1, 2, 3, 4, 5, 6], [1, -2, 3, 4], [2, 2, -1, 0, 3, 1, 1]])
 def test_the_sign_flip_test_is_scipys_exact_permutation_test(differences: list[float]) -> None:
     first = np.array(differences, dtype=float)[:, None] + np.zeros((1, 3))
@@ -556,7 +563,7 @@ def test_the_sign_flip_test_is_scipys_exact_permutation_test(differences: list[f
     reference = stats.permutation_test(
         (np.array(differences, dtype=float),), np.mean, permutation_type="samples", n_resamples=np.inf
     )
-    assert sign_flip_p(first, zeros, [1.0, 1.0, 1.0]) == pytest.approx(reference.pvalue)
+    assert sign_flip_p(first, zeros, [1.0, 1.0, 1.0], rng()) == pytest.approx(reference.pvalue)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.3), (0.0, 0.3), (-0.3, 0.0), (None, None)])
