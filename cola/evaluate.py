@@ -157,11 +157,11 @@ def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[lis
     prompts_BT, last_BT = prompts.input_ids_BT[:, :-1], prompts.predicts_BT[:, :-1]
     longest = max(len(answer) for example in examples for answer in example.answers)
     cache = DynamicCache(config=model.config) if longest > 1 else None
-    inputs = {"past_key_values": cache, "use_cache": True} if cache else {}
+    inputs = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     logits_BV = logits_at(model, prompts_BT, last_BT, **inputs)
     first_BC = torch.tensor([[answer[0] for answer in example.answers] for example in examples], device=model.device)
     nats_BC = -logits_BV.log_softmax(-1).gather(1, first_BC)
-    if cache:
+    if cache is not None:  # an empty cache has length 0
         cache.batch_repeat_interleave(n_choices)
         answers = [answer for example in examples for answer in example.answers]
         rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for answer in answers])
