@@ -1,13 +1,14 @@
-"""Attach, read, detach and save a link's trainable weights. The only file that imports peft."""
+"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft."""
 
 import difflib
+import json
 import warnings
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -146,6 +147,29 @@ def save_pair(folder: Path, model: PreTrainedModel, pair: LinkWeights, link: Lin
     config.inference_mode = True
     config.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in pair)
     config.save_pretrained(str(folder))
+
+
+def load_pair(folder: Path) -> LinkWeights:
+    """Read back what `save_pair` wrote."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    return {
+        name: Pair(
+            A_RI=tensors[f"base_model.model.{name}.lora_A.weight"],
+            B_OR=tensors[f"base_model.model.{name}.lora_B.weight"],
+            scale=config["lora_alpha"] / config["r"],
+        )
+        for name in names
+    }
+
+
+@torch.no_grad()
+def set_pair(model: nn.Module, pair: LinkWeights) -> None:
+    """Give the attached pair these weights."""
+    for name, layer in _lora_layers(model):
+        weight_of(layer.lora_A, ADAPTER).copy_(pair[name].A_RI)
+        weight_of(layer.lora_B, ADAPTER).copy_(pair[name].B_OR)
 
 
 def _target_modules(model: PreTrainedModel, names: list[str]) -> list[str]:

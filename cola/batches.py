@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cola.data import Example
 from cola.plan import derived_seed
+from cola.segments import digest
 
 BUCKET = 20  # batches that are sorted by length together, as in PEFT's method comparison
 
@@ -107,13 +108,26 @@ def by_tokens(items: Sequence[Item], length: Callable[[Item], int], budget: int)
         yield group
 
 
+def micro_batches(examples: Sequence[Example], rows: Sequence[int], micro_batch_tokens: int) -> list[list[Example]]:
+    """The rows of one optimizer step, as they share forward passes."""
+    return list(by_tokens([examples[i] for i in rows], lambda example: example.n_tokens, micro_batch_tokens))
+
+
 def training_batches(
     examples: Sequence[Example], order: Sequence[Sequence[int]], micro_batch_tokens: int
 ) -> Iterator[list[MicroBatch]]:
     """The micro-batches of each optimizer step."""
-    for step in order:
-        rows = [examples[i] for i in step]
-        yield [
-            collate([training_row(example) for example in group])
-            for group in by_tokens(rows, lambda example: example.n_tokens, micro_batch_tokens)
-        ]
+    for rows in order:
+        groups = micro_batches(examples, rows, micro_batch_tokens)
+        yield [collate([training_row(example) for example in group]) for group in groups]
+
+
+def batch_digests(
+    examples: Sequence[Example], order: Sequence[Sequence[int]], micro_batch_tokens: int
+) -> Iterator[str]:
+    """What identifies each step's micro-batches: the tokens of their rows, in order; not what the rows are called."""
+    tokens = [digest([example.prompt, example.answers[example.gold]]) for example in examples]
+    names = {id(example): name for example, name in zip(examples, tokens, strict=True)}
+    for rows in order:
+        groups = micro_batches(examples, rows, micro_batch_tokens)
+        yield digest([[names[id(example)] for example in group] for group in groups])

@@ -6,9 +6,8 @@
     tune       train that pair and nothing else
     tie_knot   fold the pair into the weights, from the untouched W_0; the function is unchanged again
 
-and again. Each pair has rank r; the sum of k pairs has rank up to k r, and never more than one pair is trained.
-A chain of one link is LoRA, a chain of none is the base, and full fine-tuning is a link whose method is `full`,
-which leaves no pair to tie.
+and again: the sum of k pairs of rank r has rank up to k r, and never more than one pair is trained. A chain of one
+link is LoRA, of none the base; full fine-tuning is a link whose method is `full`, which leaves no pair to tie.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,19 +53,19 @@ def run_chain(
     probe: Callable[[PreTrainedModel], Tensor],
     max_drift: float,
 ) -> Iterator[Knot]:
-    """Train the links one after the other.
+    """Train the links that are not tied yet, one after the other.
 
     Args:
         chain: The model to train, in place.
         links: What to train, in order.
         tune: Trains what `extend` attached.
-        probe: The model's logits on fixed inputs, in eval mode, to measure what a knot changes.
+        probe: The model's logits on fixed inputs, in eval mode.
         max_drift: Largest relative change of a logit that rounding can explain.
 
     Raises:
         KnotDrift: a knot changed the outputs by more than that, so it is not what was trained.
     """
-    for link in links:
+    for link in links[len(chain.learned) :]:
         start = probe(chain.model)
         extend(chain, link)
         tune(chain.model, link)
@@ -82,14 +81,16 @@ def extend(chain: Chain, link: Link) -> None:
     adapters.attach(chain.model, link)
 
 
-def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Tensor]) -> Knot:
-    """Merge the attached pair: W <- cast(float32(W_0) + Σ s B A), from the pristine base, rounded once.
+def retie(chain: Chain, learned: Residual) -> None:
+    """Set the chain to links that were trained before, whatever it has tied now."""
+    names = residual.modules_of([*chain.learned, *learned])
+    chain.base.remember(names)
+    chain.learned = list(learned)
+    residual.write(chain.model, chain.base, chain.learned, names)
 
-    Args:
-        chain: Its model carries a tuned link.
-        start: The probe's outputs before the link.
-        probe: The model's logits on fixed inputs.
-    """
+
+def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Tensor]) -> Knot:
+    """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
     before = probe(chain.model)
     weights = adapters.detach(chain.model)
     chain.learned.append(weights)

@@ -1,4 +1,7 @@
-"""cola run | report. Nothing heavy is imported before it is needed: `cola --help` loads neither torch nor wandb."""
+"""cola run | ablate | report | inspect | store.
+
+Nothing heavy is imported before it is needed: `cola --help` loads neither torch nor wandb.
+"""
 
 import contextlib
 import os
@@ -10,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cola.errors import ColaError, RunFolderError
+from cola.errors import ColaError, RunChanged, RunFolderError
 
 if TYPE_CHECKING:
     from cola.recipe import Recipe
     from cola.record import RunFolder
+    from cola.store import Store
     from cola.terminal import Terminal
 
 app = typer.Typer(
@@ -24,8 +28,11 @@ app = typer.Typer(
     help="Chain of LoRA, compared honestly: a chain of LoRAs, a single LoRA and full fine-tuning "
     "on the same data, order and seeds.",
 )
+store_app = typer.Typer(no_args_is_help=True, help="What runs share: trained segments and what was measured of them.")
+app.add_typer(store_app, name="store")
 
 INTERRUPTED = 130
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @app.callback()
@@ -51,7 +58,10 @@ def run(
 ) -> None:
     """Train and compare every arm of a recipe, and report.
 
-    Exit code: 0 all arms are there, 1 some failed, 2 the recipe, data or model cannot be used, 130 interrupted.
+    The same command goes on with a run that was stopped, and trains nothing that was trained before.
+
+    Exit code: 0 all arms are there, 1 some failed (the same command tries them again), 2 the recipe, data or model
+    cannot be used, 75 interrupted (the same command goes on), 130 interrupted before anything had begun.
     """
     with _one_line_errors():
         if resume is not None:
@@ -87,13 +97,94 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")])
         _print_results(folder, summary, Terminal())
 
 
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="The store. Default: $COLA_STORE, else `store` in the cache.")
+]
+
+
+@app.command()
+def inspect(
+    segment: Annotated[str, typer.Argument(help="Name of a segment, or how it begins.")], store: StoreOption = None
+) -> None:
+    """Follow a segment back to the base: every link, knot, learning rate and batch, names and checksums verified."""
+    with _one_line_errors():
+        from cola.store_view import inspect as show
+        from cola.terminal import Terminal
+
+        show(_open_store(store), segment, Terminal())
+
+
+@store_app.command("ls")
+def store_ls(store: StoreOption = None) -> None:
+    """List the segments and the disk they take."""
+    with _one_line_errors():
+        from cola.store_view import show_all
+        from cola.terminal import Terminal
+
+        show_all(_open_store(store), Terminal())
+
+
+@store_app.command("verify")
+def store_verify(store: StoreOption = None) -> None:
+    """Check every name and checksum; what is damaged is set aside and trained again when it is needed.
+
+    Exit code: 0 all is whole, 1 something was damaged.
+    """
+    with _one_line_errors():
+        from cola.store_view import verify
+        from cola.terminal import Terminal
+
+        whole = verify(_open_store(store), Terminal())
+    raise typer.Exit(0 if whole else 1)
+
+
+@store_app.command("prune")
+def store_prune(
+    store: StoreOption = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
+) -> None:
+    """Free what no run folder that still exists refers to. Says what that is, then asks."""
+    with _one_line_errors():
+        from cola.store_view import say_garbage
+        from cola.terminal import Terminal
+
+        opened = _open_store(store)
+        with opened.alone():
+            garbage = say_garbage(opened, Terminal())
+            if not garbage:
+                return
+            if not yes and not sys.stdin.isatty():
+                raise ColaError("nothing was removed: there is no terminal to ask at; say --yes")
+            if yes or typer.confirm("Remove these?"):
+                opened.prune(garbage)
+
+
+def _open_store(path: Path | None) -> "Store":
+    from cola.cache import store_path
+    from cola.store import Store
+    from cola.terminal import Terminal
+
+    path = store_path(str(path) if path else None)
+    if not (path / "format.json").is_file():
+        raise ColaError(f"there is no store at {path}; `cola run` makes one, and --store or $COLA_STORE names another")
+    return Store(path, Terminal().warn)
+
+
 def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
-    from cola.recipe_file import read_recipe
+    from cola.recipe_file import dump_recipe, read_recipe
     from cola.record import RunFolder
 
     recipe = read_recipe(recipe_path, overrides)
-    folder = RunFolder.create(recipe, run_folder)
-    return _train(recipe, folder, fresh=True)
+    if run_folder is not None:
+        same = (run_folder / "recipe.yaml").is_file() and (run_folder / "recipe.yaml").read_text() == dump_recipe(
+            recipe
+        )
+        return _train(recipe, RunFolder(run_folder) if same else RunFolder.create(recipe, run_folder), fresh=not same)
+    if (before := RunFolder.unfinished(recipe)) is not None:
+        try:
+            return _train(recipe, before, fresh=False)
+        except RunChanged as changed:
+            print(f"{changed}: a new run is started", file=sys.stderr)
+    return _train(recipe, RunFolder.create(recipe), fresh=True)
 
 
 def _resume(path: Path) -> int:
@@ -107,7 +198,10 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
     from cola.terminal import Terminal
 
     terminal = Terminal()
-    terminal.say(f"{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}")
+    begun = "" if fresh else "going on with "
+    terminal.say(
+        f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from cola.run import run as run_recipe
@@ -119,11 +213,15 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
             folder.remove_if_untrained()
         raise
     _print_results(folder, summary, terminal)
+    return _exit_code(summary, f"cola run --resume {folder.path}", terminal)
+
+
+def _exit_code(summary: dict[str, Any], command: str, terminal: "Terminal") -> int:
     if summary["interrupted"]:
-        terminal.say(f"interrupted; what is finished is kept. Go on with: cola run --resume {folder.path}")
-        return INTERRUPTED
+        terminal.say(f"interrupted; all that was trained is kept. Go on with the same command, or: {command}")
+        return RESUMABLE
     if any(arm["errors"] for arm in summary["arms"].values()):
-        terminal.say(f"some arms failed; try them again with: cola run --resume {folder.path}")
+        terminal.say(f"some arms failed; try them again with the same command, or: {command}")
         return 1
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cola.cache import cache_dir
 from cola.errors import DataError
 from cola.recipe import SPLITS, Data, label_text
 from cola.sources import Pool, Row, open_pools
@@ -65,13 +66,6 @@ class Splits:
     def items(self) -> Iterator[tuple[str, list[Example]]]:
         for name in SPLITS:
             yield name, getattr(self, name)
-
-
-def cache_dir() -> Path:
-    """`$COLA_CACHE`, else `$XDG_CACHE_HOME/cola`, else `~/.cache/cola`."""
-    if own := os.environ.get("COLA_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cola"
 
 
 def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:

@@ -25,6 +25,14 @@ class RunFolderError(ColaError, OSError):
     """The run folder exists, is no run folder, or has no room."""
 
 
+class RunChanged(RunFolderError):
+    """The folder's run began with another recipe, other data or another base."""
+
+
+class StoreError(ColaError, OSError):
+    """The store of segments cannot be used, or has no such segment."""
+
+
 class NonFiniteLoss(ColaError, ArithmeticError):
     """The loss or its gradient left the finite numbers; the update was not made."""
 

@@ -1,10 +1,15 @@
-"""One arm and seed: from the base weights through its links to a scored, recorded result."""
+"""One arm and seed: from the base weights through its links to a scored, recorded result.
+
+What the store has is taken from there; the model is loaded only for what it has not.
+"""
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,23 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
-from cola import adapters, residual
+from cola import adapters
 from cola.batches import batch_order, collate, training_batches, training_row
-from cola.chain import Chain, Knot, run_chain
+from cola.chain import Chain, Knot, retie, run_chain
 from cola.data import Splits
-from cola.evaluate import Evaluator, mean_loss, mean_score
+from cola.drift import Drift
+from cola.evaluate import Evaluator, ExampleScore, mean_loss, mean_score
 from cola.forward import logits_at
+from cola.interrupt import Interrupted, Signals
 from cola.model import Source
-from cola.plan import Job, Link, evaluation_steps, plan_arm
+from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe, Search
 from cola.record import FORMAT, RunFolder
-from cola.residual import Base, Residual
+from cola.residual import Base
+from cola.segments import Tree, digest
+from cola.states import States
+from cola.store import Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
-from cola.train import Step, tune
+from cola.train import Moments, Step, read_moments, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
 PROBE_ROWS = 4  # training rows whose logits tell what a knot changed
@@ -44,85 +54,117 @@ def make_accelerator(dtype: str) -> Accelerator:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all jobs of a run share."""
+    """What all jobs of a run share.
+
+    Attributes:
+        skeleton: The base without weights.
+        rows: Digest of each split's examples.
+        scoring: What a score depends on besides the state and the rows.
+        meta: What a result says of how it was made.
+        tracked: Arms, seeds and final states that W&B has been sent.
+        used: Names of the segments and measurements that the run's results rest on.
+    """
 
     recipe: Recipe
     folder: RunFolder
     source: Source
+    skeleton: PreTrainedModel
     splits: Splits
+    rows: dict[str, str]
     evaluator: Evaluator
+    scoring: dict[str, Any]
+    store: Store
+    tree: Tree
+    signals: Signals
     progress: RunProgress
     tracker: Tracker
+    tracked: set[str]
     meta: dict[str, Any]
+    used: dict[str, set[str]]
+
+    def write_references(self) -> None:
+        """Note in the run folder what the store must not prune."""
+        self.folder.write_json("segments.json", {kind: sorted(names) for kind, names in self.used.items()})
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation point so far; its residual is `[{}]` for full fine-tuning, whose weights are in a file."""
+    """The best evaluation point so far."""
 
     key: tuple[float, float]
     step: int
-    link: int
-    learned: Residual
 
 
 class JobRun:
-    """One job. `go` does all of it; the other methods are what happens at a step, a knot and the end."""
+    """One job. `go` does all of it; the other methods are what happens at a step, a knot and the end.
+
+    A step is counted from 1 and stands for the state after it.
+    """
 
     def __init__(self, bench: Bench, job: Job) -> None:
-        n_train = len(bench.splits.train)
+        self.recipe = recipe = bench.recipe
         self.bench = bench
         self.job = job
         self.path = bench.folder.start_job(job)
-        self.links = plan_arm(bench.recipe, job.arm, job.seed, n_train, job.learning_rate)
-        self.n_steps = self.links[-1].last_step if self.links else 0
-        lengths = [example.n_tokens for example in bench.splits.train]
-        self.order = batch_order(lengths, bench.recipe.training.batch_size, self.n_steps, job.seed)
+        self.lineage = bench.tree.lineage(job)
+        self.cuts = bench.tree.cuts(job)
+        self.links = self.lineage.links
+        self.n_steps = len(self.lineage.steps)
+        self.points = set(evaluation_steps(recipe, self.links, len(bench.splits.train))) if self.links else set()
         # One accelerator per job: an arm that fails must not leave its optimizer or gradient scale to the next.
-        self.accelerator = make_accelerator(bench.recipe.model.dtype)
-        self.points = set(evaluation_steps(bench.recipe, self.links, n_train))
-        self.tracker = None if job.trial else bench.tracker
-        self.best: Best | None = None
-        self.trainable = 0
-        self.tokens = 0
-        self.train_seconds = 0.0
-        self.evaluations: list[dict[str, Any]] = []
+        self.accelerator = make_accelerator(recipe.model.dtype)
+        made = {key: bench.meta[key] for key in ("cola", "commit", "python", "packages", "machine", "device")}
+        self.states = States(
+            bench.store,
+            self.lineage,
+            bench.skeleton,
+            bench.source.name,
+            recipe.checkpoint_seconds,
+            {**made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
+        )
+        self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
+        state = f"{job.label} {self.lineage.names[-1]}"
+        self.tracker = None if job.trial or state in bench.tracked else bench.tracker
+        bench.tracked.add(state)
+        self.at = 0  # steps that were found or made so far
+        self.reused = 0
+        self.rows: list[dict[str, Any]] = []
+        self.looks: dict[int, dict[str, Any]] = {}
         self.knots: list[dict[str, Any]] = []
+        self.best: Best | None = None
+        self.checkpoint: int | None = None
+        self.optimizer: AcceleratedOptimizer | None = None
+        self.score_seconds: dict[str, float] = {}
+        self.tied_from = 0.0
+        self.placed: int | None = None  # the step whose tied weights the model has
 
     def go(self) -> None:
-        """Train, select, score, record."""
+        """Find or train, select, score, record."""
         bench, job = self.bench, self.job
         started = perf_counter()
         if self.tracker:
-            self.tracker.start(job.arm, job.seed, self._config())
+            self.tracker.start(job.arm, job.seed, self.path, self._config())
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        model = bench.source.load(bench.recipe.model.dtype, self.accelerator.device)
-        if bench.recipe.training.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        self.chain = Chain(model, Base(model, bench.source.files))
         try:
             with (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as self.metrics:
-                max_drift = bench.recipe.knot.max_drift or MAX_DRIFT[bench.recipe.model.dtype]
-                for knot in run_chain(self.chain, self.links, self._tune, self._probe, max_drift):
-                    self._record_knot(knot)
-            scored_step = self._select()
+                if deepest := self._deepest(self.cuts):
+                    self._recall(deepest, with_knot=True)
+                if len(self.knots) < len(self.links):
+                    self._train()
+            scored_step = self.best.step if self.best else self.n_steps
+            evaluation = self._evaluate(scored_step)
         finally:
             self.accelerator.free_memory()
-            (self.path / "best.safetensors").unlink(missing_ok=True)
-        evaluation = self._evaluate(("validation",) if job.trial else SPLITS)
-        if bench.recipe.keep_full_weights and not job.trial and any(link.method == "full" for link in self.links):
-            model.save_pretrained(self.path / "model")
-            bench.evaluator.tokenizer.save_pretrained(self.path / "model")
-            if (own := bench.source.folder / "generation_config.json").is_file():
-                shutil.copy(own, self.path / "model")
-        seconds = perf_counter() - started
+        if not job.trial:
+            self._hand_out(scored_step)
+        self._refer(scored_step)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         result = {
             "format": FORMAT,
             "status": "ok",
-            "run_info": {**asdict(job), "created_at": created, "seconds": seconds, "error": None},
-            "train_info": self._train_info(scored_step) | {"total_seconds": seconds},
+            "run_info": {**asdict(job), "created_at": created, "seconds": perf_counter() - started, "error": None},
+            "train_info": self._train_info(scored_step),
             "evaluation": evaluation,
             "meta_info": bench.meta,
         }
@@ -130,54 +172,244 @@ class JobRun:
         if self.tracker:
             self.tracker.finish(self._tracked(evaluation))
 
+    # -----------------------------------------------------------------------------------------------------
+    # What is there already
+
+    def _deepest(self, steps: Sequence[int]) -> int | None:
+        """The last of these steps that the store lets this job go on from, leaving nothing out."""
+        return next((step for step in reversed(steps) if step > self.at and self._recallable(step)), None)
+
+    def _recallable(self, step: int) -> bool:
+        """Whether all up to a step is known: its state, the ends of links before, the looks and the knots between."""
+        segment = self.states.get(step)
+        ends = [link.last_step for link in self.links]
+        if segment is None or not (segment.resumable or step in ends):
+            return False
+        for end in ends[len(self.knots) :]:
+            if end < step and (self.states.get(end) is None or self._known_knot(end) is None):
+                return False
+        best, looked = self.best, True
+        for point in sorted(point for point in self.points if self.at < point <= step):
+            scores = self._known_scores("validation", point, "attached")
+            if scores is not None:
+                best = self._better(best, point, self._look_record(point, scores))
+            elif point < step:
+                return False
+            else:
+                looked = False
+        if step == self.n_steps and looked and self._known_knot(step) is not None:
+            scored = best.step if best else step
+            wanted = not self.job.trial and self.recipe.keep_full_weights and not self._has_weights(scored)
+            if not wanted and all(self._known_scores(split, scored, "tied") is not None for split in self.splits):
+                return True  # nothing is left to be done, so no weights are needed
+        return segment.has_weights and (best is None or best.step == step or self._has_weights(best.step))
+
+    def _has_weights(self, step: int) -> bool:
+        segment = self.states.get(step)
+        return segment is not None and segment.has_weights
+
+    def _recall(self, step: int, with_knot: bool) -> None:
+        """Take the steps up to this one from the store, as if they had been made now, and a knot at its end."""
+        for number, link in enumerate(self.links):
+            if link.last_step <= self.at or link.first_step >= step:
+                continue
+            for row in self.states.there(min(link.last_step, step)).steps():
+                if row["step"] > self.at:
+                    self._note_step(row, number)
+                    if row["step"] in self.points and (
+                        scores := self._known_scores("validation", row["step"], "attached")
+                    ):
+                        self._note_look(self._look_record(row["step"], scores))
+            self.reused += min(link.last_step, step) - self.at
+            self.at = min(link.last_step, step)
+            looked = self.at not in self.points or self.at in self.looks
+            tied = self.at == link.last_step and looked and (with_knot or self.at < step)
+            if tied and (knot := self._known_knot(self.at)):
+                self._note_knot(knot)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Training
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The base, loaded when it is first needed."""
+        recipe = self.recipe
+        self.bench.progress.stage("loading the model")
+        model = self.bench.source.load(recipe.model.dtype, self.accelerator.device)
+        if recipe.training.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        return Chain(model, Base(model, self.bench.source.files))
+
+    def _train(self) -> None:
+        """Go on from what was found to the last knot."""
+        retie(self.chain, [self.states.pair(link.last_step) for link in self.links[: len(self.knots)]])
+        for knot in run_chain(self.chain, self.links, self._tune, self._probe, self._max_drift):
+            self._record_knot(knot)
+        self.placed = self.n_steps
+
     def _tune(self, model: PreTrainedModel, link: Link) -> None:
-        bench, training = self.bench, self.bench.recipe.training
-        number = len(self.knots) + 1
-        self.trainable = max(self.trainable, sum(p.numel() for p in adapters.trainable(model)))
-        rows = self.order[link.first_step : link.last_step]
-        tune(
-            model,
-            link,
-            training_batches(bench.splits.train, rows, training.micro_batch_tokens),
-            self.accelerator,
-            lambda step: self._on_step(step, number),
-            betas=training.betas,
-            epsilon=training.epsilon,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-        )
+        """Bring the link's weights to its last step: from the store as far as it has them, else by training."""
+        moments = None
+        if self.at > link.first_step:
+            moments = self.states.put_back(model, self.at)
+            self._look_if_due(model)
+        while self.at < link.last_step:
+            start = max(step for step in (link.first_step, *self.cuts) if step <= self.at)
+            stop = min(step for step in self.cuts if step > self.at)
+            waiting = f"waiting for another process that trains steps {start + 1} to {stop}"
+            say = partial(self.bench.progress.stage, waiting)
+            with self.bench.store.lock(self.lineage.names[start + 1], say):
+                # Another process may have trained all or a part of it, by now or before it was killed.
+                if found := self._deepest(range(self.at + 1, stop + 1)):
+                    self._recall(found, with_knot=False)
+                    self.checkpoint = found if self.states.there(found).kind == "checkpoint" else None
+                    moments = self.states.put_back(model, found)
+                    self._look_if_due(model)
+                if self.at < stop:
+                    moments = self._advance(model, link, stop, moments)
+        self.tied_from = perf_counter()
 
-    def _on_step(self, step: Step, link: int) -> None:
-        self.tokens += step.tokens
-        self.train_seconds += step.seconds
-        self._write_metric("step", {"link": link, **asdict(step)})
-        name = f"link {link}/{len(self.links)}" if len(self.links) > 1 else "training"
-        self.bench.progress.step(name, step.loss, step.tokens, step.seconds)
+    def _advance(self, model: PreTrainedModel, link: Link, stop: int, moments: Moments | None) -> Moments | None:
+        """Make the optimizer steps up to `stop`; returns the optimizer's state where the link goes on."""
+        bench, training = self.bench, self.recipe.training
+        rows = self.order[self.at : stop]
+        try:
+            with bench.signals.deferred():
+                tune(
+                    model,
+                    link,
+                    training_batches(bench.splits.train, rows, training.micro_batch_tokens),
+                    self.accelerator,
+                    lambda step, optimizer: self._on_step(model, step, optimizer, stop),
+                    betas=training.betas,
+                    epsilon=training.epsilon,
+                    weight_decay=training.weight_decay,
+                    max_grad_norm=training.max_grad_norm,
+                    done=self.at - link.first_step,
+                    moments=moments,
+                )
+        except Interrupted:
+            if self.optimizer is not None and self.at < stop:
+                bench.progress.stage(f"keeping a checkpoint at step {self.at}")
+                self._keep_checkpoint(model, stop)
+            raise
+        state = self._moments(model) if self.at < link.last_step else None
+        self.optimizer = None
+        return state
+
+    def _on_step(self, model: PreTrainedModel, step: Step, optimizer: AcceleratedOptimizer, stop: int) -> None:
+        self.at, self.optimizer = step.step, optimizer
+        self.placed = None
+        number = self.lineage.link_of(self.at)
+        self._note_step(asdict(step), number)
+        if self.at == stop:
+            name = self.lineage.names[stop]
+            goes_on = self.links[number].method == "lora" or self.bench.tree.goes_on(name)
+            self.states.keep(stop, "segment", model, self._moments(model) if goes_on else None, self._link_rows)
+            self._leave_checkpoint()
+        elif self.states.checkpoint_due():
+            self._keep_checkpoint(model, stop)
+        with self.bench.signals.at_once():
+            self._look_if_due(model)
+
+    def _keep_checkpoint(self, model: PreTrainedModel, stop: int) -> None:
+        before, towards = self.checkpoint, self.lineage.names[stop]
+        if before == self.at:
+            return
+        self.states.keep(self.at, "checkpoint", model, self._moments(model), self._link_rows, towards)
+        self._leave_checkpoint()
+        self.checkpoint = self.at
+
+    def _leave_checkpoint(self) -> None:
+        """A later state is kept: the checkpoint before it has served, unless it is the best so far."""
+        if self.checkpoint is not None and not (self.best and self.best.step == self.checkpoint):
+            self.states.drop(self.checkpoint)
+        self.checkpoint = None
+
+    def _moments(self, model: PreTrainedModel) -> Moments:
+        assert self.optimizer is not None
+        return read_moments(model, self.optimizer, self.accelerator)
+
+    @property
+    def _link_rows(self) -> list[dict[str, Any]]:
+        """The metrics of the current link's steps so far."""
+        first = self.links[self.lineage.link_of(self.at)].first_step
+        return self.rows[first:]
+
+    @cached_property
+    def order(self) -> list[list[int]]:
+        """Indices of the rows of each step."""
+        lengths = [example.n_tokens for example in self.bench.splits.train]
+        return batch_order(lengths, self.recipe.training.batch_size, self.n_steps, self.job.seed)
+
+    def _note_step(self, row: dict[str, Any], number: int) -> None:
+        self.rows.append(row)
+        self._write_metric("step", {"link": number + 1, **row})
+        name = f"link {number + 1}/{len(self.links)}" if len(self.links) > 1 else "training"
+        self.bench.progress.step(name, row["loss"], row["tokens"], row["seconds"])
         if self.tracker:
-            rate = step.tokens / max(step.seconds, 1e-9)
-            curves = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
-            curves = {f"train/{name}": value for name, value in curves.items()}
-            self.tracker.log(step.step, {**curves, "train/tokens_per_second": rate})
-        if step.step in self.points:
-            self._look(step.step, link)
+            curves = {f"train/{name}": row[name] for name in ("loss", "grad_norm", "learning_rate")}
+            rate = row["tokens"] / max(row["seconds"], 1e-9)
+            self.tracker.log(row["step"], {**curves, "train/tokens_per_second": rate})
 
-    def _look(self, step: int, link: int) -> None:
+    # -----------------------------------------------------------------------------------------------------
+    # Evaluation points
+
+    def _look_if_due(self, model: PreTrainedModel) -> None:
         """Score validation at an evaluation point, and keep the weights if they are the best so far."""
-        bench, model = self.bench, self.chain.model
-        bench.progress.stage(f"validation at step {step}")
-        scores = bench.evaluator(model, bench.splits.validation)
-        loss, score = mean_loss(scores), mean_score(scores)
-        self.evaluations.append({"step": step, "link": link, "loss": loss, "score": score})
-        self._write_metric("validation", self.evaluations[-1])
+        if self.at not in self.points or self.at in self.looks:
+            return
+        self.bench.progress.stage(f"validation at step {self.at}")
+        scores = self._scores("validation", self.at, "attached", lambda: model)
+        before = self.best
+        self._note_look(self._look_record(self.at, scores))
+        if self.best is before:
+            return
+        if self.states.get(self.at) is None:
+            self.states.keep(self.at, "point", model, None, self._link_rows)
+        if before and before.step not in (*self.cuts, self.checkpoint):
+            self.states.drop(before.step)
+
+    def _look_record(self, step: int, scores: list[ExampleScore]) -> dict[str, Any]:
+        link = self.lineage.link_of(step) + 1
+        return {"step": step, "link": link, "loss": mean_loss(scores), "score": mean_score(scores)}
+
+    def _note_look(self, look: dict[str, Any]) -> None:
+        self.looks[look["step"]] = look
+        self.best = self._better(self.best, look["step"], look)
+        self._write_metric("validation", look)
         if self.tracker:
-            self.tracker.log(step, {"validation/loss": loss, "validation/score": score})
-        key = selection_key(bench.recipe, loss, score)
-        if bench.recipe.evaluation.checkpoint == "best" and (self.best is None or key > self.best.key):
-            pair = adapters.read_pair(model)
-            self.best = Best(key, step, link, [*self.chain.learned, pair])
-            if not pair:
-                weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-                save_file(weights, self.path / "best.safetensors")
+            self.tracker.log(look["step"], {"validation/loss": look["loss"], "validation/score": look["score"]})
+
+    def _better(self, best: Best | None, step: int, look: dict[str, Any]) -> Best | None:
+        if self.recipe.evaluation.checkpoint != "best":
+            return None
+        key = selection_key(self.recipe, look["loss"], look["score"])
+        return Best(key, step) if best is None or key > best.key else best
+
+    # -----------------------------------------------------------------------------------------------------
+    # Knots
+
+    @property
+    def _max_drift(self) -> float:
+        return self.recipe.knot.max_drift or MAX_DRIFT[self.recipe.model.dtype]
+
+    @torch.no_grad()
+    def _probe(self, model: PreTrainedModel) -> torch.Tensor:
+        batch = collate(self._probe_rows).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            return logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT)
+
+    @property
+    def _probe_rows(self) -> list[tuple[str, list[int], list[int]]]:
+        return [training_row(example) for example in self.bench.splits.train[:PROBE_ROWS]]
+
+    def _knot_causes(self, step: int) -> dict[str, Any]:
+        rows = digest([[prompt, answer] for _, prompt, answer in self._probe_rows])
+        return {"measured": "knot", "state": self.lineage.names[step], "rows": rows}
+
+    def _known_knot(self, step: int) -> dict[str, Any] | None:
+        return self.bench.store.recall(self._knot_causes(step))
 
     def _record_knot(self, knot: Knot) -> None:
         link = self.links[len(self.knots)]
@@ -189,39 +421,63 @@ class JobRun:
             **{f"drift_{name}": value for name, value in asdict(knot.drift).items()},
             "relative_size_median": float(np.median(sizes)) if sizes else None,
             "relative_size_max": max(sizes, default=None),
+            "seconds": perf_counter() - self.tied_from,
         }
+        self.bench.store.remember(self._knot_causes(link.last_step), record)
+        self._note_knot(record)
+
+    def _note_knot(self, record: dict[str, Any]) -> None:
+        Drift(record["drift_max_logit_change"], record["drift_relative"], record["drift_of_learned"]).check(
+            self._max_drift
+        )
         self.knots.append(record)
-        if knot.weights:
-            self._save_pair(f"knots/link-{record['link']}", knot.weights, link)
+        self.bench.used["measured"].add(digest(self._knot_causes(record["step"])))
+        if record["relative_size_median"] is not None:
             self._write_metric("knot", record)
             if self.tracker:
-                size = record["relative_size_median"]
-                drift = knot.drift.relative
-                self.tracker.log(link.last_step, {"knot/drift": drift, "knot/relative_size": size})
+                sizes = {"knot/drift": record["drift_relative"], "knot/relative_size": record["relative_size_median"]}
+                self.tracker.log(record["step"], sizes)
 
-    def _save_pair(self, name: str, weights: residual.LinkWeights, link: Link) -> None:
-        adapters.save_pair(self.path / name, self.chain.model, weights, link, self.bench.source.name)
+    # -----------------------------------------------------------------------------------------------------
+    # Scores
 
-    def _select(self) -> int:
-        """Put the selected checkpoint's weights into the model; returns its step."""
-        best, model = self.best, self.chain.model
-        if best is None or best.step == self.n_steps:
-            return self.n_steps
-        if best.learned[-1]:
-            residual.write(model, self.chain.base, best.learned, residual.modules_of(self.chain.learned))
-            self._save_pair(f"knots/best-link-{best.link}", best.learned[-1], self.links[best.link - 1])
-        else:
-            weights = load_file(self.path / "best.safetensors")
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(weights[name])
-        return best.step
+    def _score_causes(self, split: str, step: int, form: str) -> dict[str, Any]:
+        """`attached`: a pair beside the weights; `tied`: merged into them, which rounds."""
+        state = self.lineage.names[step]
+        return {"measured": "scores", "state": state, "form": form, "rows": self.bench.rows[split]} | self.bench.scoring
 
-    def _evaluate(self, names: Sequence[str]) -> dict[str, Any]:
+    def _known_scores(self, split: str, step: int, form: str) -> list[ExampleScore] | None:
+        what = self._score_causes(split, step, form)
+        if (value := self.bench.store.recall(what)) is None:
+            return None
+        return self._note_scores(what, value)
+
+    def _note_scores(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
+        self.score_seconds[digest(what)] = value["seconds"]
+        self.bench.used["measured"].add(digest(what))
+        return [ExampleScore(**row) for row in value["scores"]]
+
+    def _scores(self, split: str, step: int, form: str, model: Callable[[], PreTrainedModel]) -> list[ExampleScore]:
+        """Scores of a split at a step, measured once."""
+        what = self._score_causes(split, step, form)
+        store = self.bench.store
+        value = store.recall(what)
+        if value is None:
+            with store.lock(digest(what)):
+                value = store.recall(what)
+                if value is None:
+                    ready = model()
+                    started = perf_counter()
+                    scores = self.bench.evaluator(ready, getattr(self.bench.splits, split))
+                    value = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
+                    store.remember(what, value)
+        return self._note_scores(what, value)
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
         evaluation: dict[str, Any] = {}
-        for name in names:
+        for name in self.splits:
             self.bench.progress.stage(f"scoring {name}")
-            scores = self.bench.evaluator(self.chain.model, getattr(self.bench.splits, name))
+            scores = self._scores(name, step, "tied", lambda: self._scored_model(step))
             self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), map(asdict, scores))
             evaluation[name] = {"loss": mean_loss(scores), "score": mean_score(scores), "n": len(scores)}
         if "test" in evaluation:
@@ -230,31 +486,80 @@ class JobRun:
             evaluation["gap_acc"] = None if train["score"] is None else train["score"] - test["score"]
         return evaluation
 
-    @torch.no_grad()
-    def _probe(self, model: PreTrainedModel) -> torch.Tensor:
-        rows = self.bench.splits.train[:PROBE_ROWS]
-        batch = collate([training_row(example) for example in rows]).to(self.accelerator.device)
-        with self.accelerator.autocast():
-            return logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT)
+    def _scored_model(self, step: int) -> PreTrainedModel:
+        """The model with the links up to a step tied."""
+        if self.placed == step or step == 0:
+            return self.chain.model
+        number = self.lineage.link_of(step)
+        ends = [link.last_step for link in self.links[:number]]
+        for needed in (*ends, step):
+            if not self._has_weights(needed):
+                raise FileNotFoundError(f"{self.job.label}: the state after step {needed} has gone from the store")
+        if self.links[number].method == "full":
+            adapters.attach(self.chain.model, self.links[number])
+            self.states.put_back(self.chain.model, step)
+            adapters.detach(self.chain.model)
+        else:
+            retie(self.chain, [self.states.pair(end) for end in (*ends, step)])
+        self.placed = step
+        return self.chain.model
+
+    # -----------------------------------------------------------------------------------------------------
+    # Records
+
+    def _hand_out(self, scored_step: int) -> None:
+        """The knots, and the weights of full fine-tuning, into the run folder: the same files, not copies of them."""
+        kept = [(f"knots/link-{number}", link.last_step, link) for number, link in enumerate(self.links, 1)]
+        if 0 < scored_step < self.n_steps:
+            number = self.lineage.link_of(scored_step)
+            kept.append((f"knots/best-link-{number + 1}", scored_step, self.links[number]))
+        for name, step, link in kept:
+            full = link.method == "full"
+            if (full and (step != scored_step or not self.recipe.keep_full_weights)) or not self._has_weights(step):
+                continue
+            folder = self.path / ("model" if full else name)
+            folder.mkdir(parents=True)
+            for file in self.states.there(step).folder.iterdir():
+                if file.name.startswith(("adapter_", "model", "config")):
+                    _same_file(file, folder / file.name)
+            if full:
+                self.bench.evaluator.tokenizer.save_pretrained(folder)
+                if (own := self.bench.source.folder / "generation_config.json").is_file():
+                    shutil.copy(own, folder)
+
+    def _refer(self, scored_step: int) -> None:
+        names = {self.lineage.names[step] for step in (*self.cuts, scored_step) if step}
+        self.bench.used["segments"] |= names
+        self.bench.write_references()
 
     def _train_info(self, scored_step: int) -> dict[str, Any]:
         on_gpu = self.accelerator.device.type == "cuda"
         peaks = [max(link.learning_rates) for link in self.links]
+        train_seconds = sum(row["seconds"] for row in self.rows)
         return {
             "learning_rate": max(peaks, default=None),
-            "at_grid_edge": _at_edge(self.bench.recipe, self.job),
-            "checkpoint": self.bench.recipe.evaluation.checkpoint,
+            "at_grid_edge": _at_edge(self.recipe, self.job),
+            "checkpoint": self.recipe.evaluation.checkpoint,
             "scored_step": scored_step,
-            "looked_loss": next((e["loss"] for e in self.evaluations if e["step"] == scored_step), None),
+            "looked_loss": self.looks[scored_step]["loss"] if scored_step in self.looks else None,
             "steps": self.n_steps,
-            "tokens": self.tokens,
-            "num_trainable_params": self.trainable,
-            "num_total_params": sum(p.numel() for p in self.chain.model.parameters()),
-            "train_seconds": self.train_seconds,
+            "reused_steps": self.reused,
+            "segments": [self.lineage.names[step] for step in self.cuts],
+            "scored_state": self.lineage.names[scored_step],
+            "tokens": sum(row["tokens"] for row in self.rows),
+            "num_trainable_params": max(
+                (adapters.count_parameters(self.bench.skeleton, link) for link in self.links), default=0
+            ),
+            "num_total_params": sum(p.numel() for p in self.bench.skeleton.parameters()),
+            "train_seconds": train_seconds,
+            # What the result costs, whichever session made its parts.
+            "total_seconds": train_seconds
+            + sum(self.score_seconds.values())
+            + sum(knot["seconds"] for knot in self.knots),
             "accelerator_memory_max": torch.cuda.max_memory_allocated() if on_gpu else None,
             "links": [link_record(link) for link in self.links],
             "knots": self.knots,
-            "evaluations": self.evaluations,
+            "evaluations": [self.looks[step] for step in sorted(self.looks)],
         }
 
     def _tracked(self, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +567,7 @@ class JobRun:
         summary = {f"final/{s}_{key}": evaluation[s][key] for s in SPLITS for key in ("loss", "score")}
         summary |= {"gap/loss": evaluation["gap_loss"], "gap/acc": evaluation["gap_acc"]}
         # Full fine-tuning is trained first in each seed, so that every other arm knows its distance to it.
-        full = self.bench.folder.result(Job(arm=self.bench.recipe.full_arm, seed=self.job.seed))
+        full = self.bench.folder.result(Job(arm=self.recipe.full_arm, seed=self.job.seed))
         if full and full["status"] == "ok" and evaluation["test"]["score"] is not None:
             summary["gap/ft"] = full["evaluation"]["test"]["score"] - evaluation["test"]["score"]
         return summary
@@ -272,9 +577,10 @@ class JobRun:
             "arm": self.job.arm,
             "seed": self.job.seed,
             "links": [link_record(link) for link in self.links],
-            "recipe": self.bench.recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
             "model_sha256": self.bench.meta["model"]["sha256"],
             "data_sha256": self.bench.meta["data"]["sha256"],
+            "state": self.lineage.names[-1],
         }
 
     def _name(self, name: str) -> Path:
@@ -282,6 +588,14 @@ class JobRun:
 
     def _write_metric(self, kind: str, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"kind": kind, **row}) + "\n")
+
+
+def _same_file(file: Path, place: Path) -> None:
+    """A hard link, or a copy on another disk."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copy(file, place)
 
 
 def selection_key(recipe: Recipe, loss: float, score: float | None) -> tuple[float, float]:

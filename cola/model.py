@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.quantization_config import GgufConfig
 
 from cola import recipe
-from cola.data import cache_dir
+from cola.cache import cache_dir
 from cola.errors import ModelError
 from cola.package_file import package_file
 
@@ -59,9 +59,10 @@ class Source:
         return sorted(self.folder.glob("model*.safetensors"))
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and weights, remembered by path, size and time of change."""
+        """SHA-256 over config, weights and code of its own, remembered by path, size and time of change."""
         digest = hashlib.sha256()
-        for file in [self.folder / "config.json", *self.files]:
+        code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
+        for file in [self.folder / "config.json", *code, *self.files]:
             digest.update(_file_digest(file.resolve()).encode())
         return digest.hexdigest()
 

@@ -398,9 +398,20 @@ class Recipe(Section):
     comparison: Comparison = Field(default_factory=Comparison)
     tracking: Tracking = Field(default_factory=Tracking)
     keep_full_weights: bool = Field(
-        default=False, description="Write the weights of fully fine-tuned arms too: a whole model for each seed."
+        default=True,
+        description="Keep the weights of fully fine-tuned arms: a whole model for each seed. `false`: their scores "
+        "only, and they are trained again where something new is asked about them.",
     )
     output: str = Field(default="runs", description="Folder in which each run makes its own folder.")
+    store: str | None = Field(
+        default=None,
+        description="Folder of the segments that runs share. Default: `$COLA_STORE`, else `store` in the cache.",
+    )
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60.0,
+        description="Least time between two checkpoints inside a segment; longer where one would take over 2 % of it. "
+        "0: after every step.",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -28,6 +28,7 @@ from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
 
 RESULT_KEYS = ("status", "run_info")
+WANDB_NOTE = "wandb.json"
 FORMAT = 1  # of result.json and summary.json
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
@@ -51,7 +52,7 @@ class RunFolder:
                 path = _make_new(Path(recipe.output).expanduser(), stamp)
             elif path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise RunFolderError(
-                    f"{path} exists and is kept as it is; go on with it by `cola run --resume {path}`, or name another"
+                    f"{path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
                 )
             else:
                 path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,21 @@ class RunFolder:
         folder = cls(path)
         folder.write_text("recipe.yaml", dump_recipe(recipe))
         return folder
+
+    @classmethod
+    def unfinished(cls, recipe: Recipe) -> "RunFolder | None":
+        """The last run of exactly this recipe, if it did not come to its end and no other process is at it."""
+        digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
+        found = Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml")
+        same = [cls(path.parent) for path in found if cls(path.parent).recipe_digest() == digest]
+        last = max(same, key=lambda folder: folder.path.stat().st_mtime, default=None)
+        if last is None or last.finished:
+            return None
+        try:
+            with last.lock():
+                return last
+        except RunFolderError:
+            return None
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
@@ -99,12 +115,20 @@ class RunFolder:
         return read_jsonl(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl")
 
     def start_job(self, job: Job) -> Path:
-        """An empty folder for the job; what an unfinished attempt left is cleared."""
+        """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""
         path = self.job(job)
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != WANDB_NOTE:
+                left.unlink()
         return path
+
+    def references(self) -> dict[str, set[str]]:
+        """Names of the segments and measurements in the store that this run rests on so far."""
+        kept = _read_json(self.path / "segments.json", ("segments", "measured")) or {}
+        return {kind: set(kept.get(kind, ())) for kind in ("segments", "measured")}
 
     def write_json(self, name: str | Path, value: Any) -> None:
         """Write a JSON file of the run folder."""
@@ -145,23 +169,34 @@ class RunFolder:
                 ) from None
             yield
 
+    @property
+    def finished(self) -> bool:
+        """Whether every arm and seed of its last session came to its end."""
+        summary = _read_json(self.path / "summary.json", ("interrupted", "arms"))
+        return (
+            summary is not None
+            and not summary["interrupted"]
+            and not any(arm["errors"] for arm in summary["arms"].values())
+        )
+
     def remove_if_untrained(self) -> None:
         """Delete the folder if no job has begun in it, so that a mistake in a recipe leaves nothing behind."""
         if not any(self.path.glob("arms/*/*/metrics.jsonl")) and not any(self.path.glob("trials/*/*/*/metrics.jsonl")):
             shutil.rmtree(self.path)
 
-    def need_room(self, n_bytes: int, what: str) -> None:
-        """Check that the disk has room for what is about to be written.
 
-        Raises:
-            RunFolderError: it has not.
-        """
-        free = shutil.disk_usage(self.path).free
-        if free < n_bytes:
-            raise RunFolderError(
-                f"{self.path}: the disk has {free / 1e9:.2f} GB free and {what} takes about {n_bytes / 1e9:.2f} GB; "
-                "make room, or set output to another disk"
-            )
+def need_room(path: Path, n_bytes: int, what: str) -> None:
+    """Check that a folder's disk has room for what is about to be written.
+
+    Raises:
+        RunFolderError: it has not.
+    """
+    free = shutil.disk_usage(path).free
+    if free < n_bytes:
+        raise RunFolderError(
+            f"{path}: the disk has {free / 1e9:.2f} GB free and {what} takes about {n_bytes / 1e9:.2f} GB; make room, "
+            "or set store to another disk, or keep_full_weights: false"
+        )
 
 
 def _make_new(parent: Path, name: str) -> Path:

@@ -1,40 +1,45 @@
 """A recipe from end to end: every arm and seed is trained, scored and recorded; one failure takes no other along."""
 
+import contextlib
 import errno
 import json
-import signal
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cola import adapters, residual
+from cola.batches import batch_digests, batch_order
+from cola.cache import store_path
 from cola.compare import summarize
-from cola.data import Splits, load_splits
-from cola.errors import ColaError, DataError, ModelError, RecipeError, RunFolderError
-from cola.evaluate import Evaluator
+from cola.data import Splits, load_splits, tokenizer_fingerprint
+from cola.errors import ColaError, DataError, ModelError, RecipeError, RunChanged, RunFolderError
+from cola.evaluate import EVALUATION_VERSION, Evaluator
+from cola.interrupt import Interrupted, Signals
 from cola.job import Bench, JobRun, make_accelerator, selection_key
 from cola.model import Source, dtype_warning, find_model
-from cola.plan import Job, jobs_of, plan_arm, trials_of
+from cola.plan import Job, Link, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
-from cola.record import FORMAT, RunFolder, provenance
+from cola.record import FORMAT, RunFolder, need_room, provenance
+from cola.segments import Tree, digest, root_causes
+from cola.store import Store
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
 
 
-class Interrupted(BaseException):
-    """SIGTERM: what is finished is kept, as with Ctrl-C."""
+def run(recipe: Recipe, folder: RunFolder, terminal: Terminal, tracked: set[str] | None = None) -> dict[str, Any]:
+    """Train and score everything the recipe asks for that neither the folder nor the store holds yet.
 
-
-def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
-    """Train and score everything the recipe asks for that the folder does not hold yet.
+    Args:
+        recipe: The resolved recipe.
+        folder: The run's, locked by the caller.
+        terminal: Told of the plan, progress and warnings.
+        tracked: Final states that W&B has been sent already, by another point of an ablation; added to.
 
     Returns:
         The summary, as in summary.json; `interrupted` is true where the user stopped it.
@@ -57,7 +62,8 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
     for note in splits.notes:
         terminal.warn(f"data: {note}")
     _check_arms(recipe, source, splits, accelerator.device)
-    meta = _check_and_record(recipe, folder, source, splits, terminal)
+    store = Store(store_path(recipe.store), terminal.warn)
+    meta = _check_and_record(recipe, folder, source, splits, store, terminal)
     longest = max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers)
     evaluator = Evaluator(
         recipe.data.task,
@@ -67,22 +73,106 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal) -> dict[str, Any]
         accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
         longest,
     )
+    scoring = {
+        "version": EVALUATION_VERSION,
+        "task": recipe.data.task,
+        "normalize": recipe.data.normalize,
+        "batch_tokens": recipe.evaluation.batch_tokens,
+        "answer_tokens": longest,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    skeleton = source.skeleton()
+    tree = _tree(recipe, source, skeleton, splits, accelerator.device.type)
+    jobs = jobs_of(recipe)
     tracker = Tracker(recipe.tracking, folder.path.name, folder.path, terminal.warn)
-    steps = {job: _n_steps(recipe, job, splits) for job in jobs_of(recipe)}
+    steps = {job: _n_steps(recipe, job, splits) for job in jobs}
     interrupted = False
-    with _sigterm_interrupts(), terminal.progress(sum(steps.values())) as progress:
-        bench = Bench(recipe, folder, source, splits, evaluator, progress, tracker, meta)
+    with (
+        store.in_use(),
+        Signals().installed() as signals,
+        terminal.progress(sum(steps.values())) as progress,
+    ):
+        bench = Bench(
+            recipe=recipe,
+            folder=folder,
+            source=source,
+            skeleton=skeleton,
+            splits=splits,
+            rows={name: digest([asdict(example) for example in examples]) for name, examples in splits.items()},
+            evaluator=evaluator,
+            scoring=scoring,
+            store=store,
+            tree=tree,
+            signals=signals,
+            progress=progress,
+            tracker=tracker,
+            tracked=set() if tracked is None else tracked,
+            meta=meta,
+            used=folder.references(),
+        )
+        store.register(folder.path)
         try:
+            known = _plan(bench, jobs)
+            _say_plan(bench, known, jobs, terminal)
             for job, n_steps in steps.items():
+                if not job.trial and len(known) < len(jobs):  # all learning rates have been chosen by now
+                    known = _plan(bench, jobs)
+                    jobs = known
+                    _say_plan(bench, known, jobs, terminal)
                 _do(bench, job, n_steps, terminal)
         except (KeyboardInterrupt, Interrupted):
             interrupted = True
         progress.close()
+        bench.write_references()
     summary = summarize(recipe, folder, np.random.default_rng(0))
     summary["interrupted"] = interrupted
     summary["wandb"] = {"mode": tracker.mode, "sync": sync_command(folder.path)}
     folder.write_json("summary.json", summary)
     return summary
+
+
+def _tree(recipe: Recipe, source: Source, skeleton: PreTrainedModel, splits: Splits, device: str) -> Tree:
+    training = recipe.training
+    lengths = [example.n_tokens for example in splits.train]
+    known: dict[int, list[str]] = {}
+
+    def modules_of(link: Link) -> list[str] | None:
+        return None if link.method == "full" else adapters.target_names(skeleton, link)
+
+    def digests_of(seed: int, n_steps: int) -> list[str]:
+        # The first n steps of a seed's order are the same however many follow.
+        if len(known.get(seed, [])) < n_steps:
+            order = batch_order(lengths, training.batch_size, n_steps, seed)
+            known[seed] = list(batch_digests(splits.train, order, training.micro_batch_tokens))
+        return known.get(seed, [])[:n_steps]
+
+    root = root_causes(source.fingerprint(), recipe.model.dtype, device)
+    return Tree(recipe, len(splits.train), root, modules_of, digests_of)
+
+
+def _plan(bench: Bench, jobs: list[Job]) -> list[Job]:
+    """Cut what is known of the tree into segments; returns the jobs whose learning rate is known by now."""
+    known = []
+    for job in jobs:
+        with contextlib.suppress(ColaError):  # said when its turn comes
+            known.append(_with_rate(bench, job))
+    bench.tree.plan(known)
+    bench.used["segments"] |= set(bench.tree.segments(known))
+    bench.write_references()
+    return known
+
+
+def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
+    """How many segments are needed, found and to be trained."""
+    needed = bench.tree.segments(known)
+    found = [name for name in needed if bench.store.has(name)]
+    to_train = sum(steps for name, steps in needed.items() if name not in found)
+    terminal.say(
+        f"segments: {len(needed)} needed, {len(found)} found in {bench.store.path}, {len(needed) - len(found)} to be "
+        f"trained: {to_train} of {sum(needed.values())} optimizer steps"
+    )
+    if later := len(jobs) - len(known):
+        terminal.say(f"segments: those of {later} more runs are known when the learning rates have been chosen")
 
 
 def device_description() -> str:
@@ -132,7 +222,7 @@ def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: 
 
 
 def _check_and_record(
-    recipe: Recipe, folder: RunFolder, source: Source, splits: Splits, terminal: Terminal
+    recipe: Recipe, folder: RunFolder, source: Source, splits: Splits, store: Store, terminal: Terminal
 ) -> dict[str, Any]:
     """provenance.json; a resumed run must have the recipe, the data and the base that it began with."""
     meta = {
@@ -147,7 +237,7 @@ def _check_and_record(
     if (before := folder.provenance()) is not None:
         for what in ("recipe", "model", "data"):
             if before[what]["sha256"] != meta[what]["sha256"]:
-                raise RunFolderError(
+                raise RunChanged(
                     f"{folder.path}: the {what} is not the one this run began with; start a new run instead of resuming"
                 )
         for what in ("cola", "commit", "packages", "machine", "device"):
@@ -157,9 +247,9 @@ def _check_and_record(
     weights = 4 * sum(parameter.numel() for parameter in source.skeleton().parameters())  # kept in float32
     full = [arm for arm in recipe.arms if any(link.method == "full" for link in recipe.links_of(arm))]
     room = 50_000_000
-    room += weights if full and recipe.evaluation.checkpoint == "best" else 0
+    room += 4 * weights if full else 0  # a checkpoint with its two moments, and the end or the best so far
     room += weights * len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
-    folder.need_room(room, "this run")
+    need_room(store.path, room, "this run")
     folder.write_json("provenance.json", meta)
     return meta
 
@@ -173,7 +263,10 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
-        JobRun(bench, job if job.trial else replace(job, learning_rate=_chosen_rate(bench, job.arm))).go()
+        chosen = _with_rate(bench, job)
+        JobRun(bench, chosen).go()
+        if not (job.trial or bench.recipe.keep_full_weights):
+            _let_full_weights_go(bench, chosen)
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
@@ -183,8 +276,8 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
-                f"{bench.folder.path}: the disk is full; finished arms are kept: make room, then "
-                f"`cola run --resume {bench.folder.path}`"
+                f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
+                f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
             ) from error
         reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}"
         _record_end(bench, job, "failed", started, reason)
@@ -204,21 +297,31 @@ def _record_end(bench: Bench, job: Job, status: str, started: float, error: str 
     bench.tracker.finish({}, failed=True)
 
 
-def _chosen_rate(bench: Bench, arm: str) -> float | None:
-    """The learning rate that was best on validation over the trials' seeds; None where it was not searched.
+class SearchOpen(ColaError):
+    """A learning rate is still to be chosen."""
+
+
+def _with_rate(bench: Bench, job: Job) -> Job:
+    """The job with the learning rate that was best on validation over the trials' seeds, where it was searched.
 
     The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
+
+    Raises:
+        SearchOpen: not all trials have ended.
+        ColaError: none of them came to its end.
     """
-    trials = trials_of(bench.recipe, arm)
+    trials = [] if job.trial else trials_of(bench.recipe, job.arm)
     if not trials:
-        return None
-    path = bench.folder.path / "trials" / arm / "chosen.json"
+        return job
+    path = bench.folder.path / "trials" / job.arm / "chosen.json"
     if path.is_file():
-        return json.loads(path.read_text())["learning_rate"]
+        return replace(job, learning_rate=json.loads(path.read_text())["learning_rate"])
     by_rate: dict[float, list[tuple[float, float]]] = {}
     for trial in trials:
         result = bench.folder.result(trial)
-        if result is not None and result["status"] == "ok" and trial.learning_rate is not None:
+        if result is None or result["status"] == "interrupted":
+            raise SearchOpen(f"{job.arm}: its learning rate is still to be chosen")
+        if result["status"] == "ok" and trial.learning_rate is not None:
             validation = result["evaluation"]["validation"]
             key = selection_key(bench.recipe, validation["loss"], validation["score"])
             by_rate.setdefault(trial.learning_rate, []).append(key)
@@ -226,21 +329,18 @@ def _chosen_rate(bench: Bench, arm: str) -> float | None:
     n_seeds = len({trial.seed for trial in trials})
     whole = {rate: np.mean(keys, axis=0) for rate, keys in by_rate.items() if len(keys) == n_seeds}
     if not whole:
-        raise ColaError(f"every trial of the learning-rate search failed; see {bench.folder.path / 'trials' / arm}")
+        raise ColaError(f"every trial of the learning-rate search failed; see {path.parent}")
     chosen = max(whole, key=lambda rate: tuple(whole[rate]))
     bench.folder.write_json(path.relative_to(bench.folder.path), {"learning_rate": chosen})
-    return chosen
+    for trial in trials:
+        if trial.learning_rate != chosen:
+            _let_full_weights_go(bench, trial)
+    return replace(job, learning_rate=chosen)
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, a cluster's way to stop a job, is treated as Ctrl-C."""
-
-    def interrupt(_signum: int, _frame: object) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _let_full_weights_go(bench: Bench, job: Job) -> None:
+    """Fully fine-tuned weights are as large as the model: where nothing will ask for them, their record is enough."""
+    lineage = bench.tree.lineage(job)
+    if any(link.method == "full" for link in lineage.links):
+        for name in lineage.names[1:]:
+            bench.store.let_go(name)

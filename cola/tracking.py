@@ -8,14 +8,17 @@ Whatever goes wrong in it costs a warning and the rest of the tracking, never th
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
 """
 
+import json
 import netrc
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cola.recipe import Tracking
+from cola.record import WANDB_NOTE
 
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
@@ -58,18 +61,29 @@ class Tracker:
         self.warn = warn
         self.mode = mode_of(settings)
         self.run: Any = None
+        self.identity = ""
+        self.note = folder / WANDB_NOTE
+        self.logged = 0  # the last step that was sent
+        self.waiting: dict[int, dict[str, float]] = {}
 
-    def start(self, arm: str, seed: int, config: dict[str, Any]) -> None:
-        """Begin the W&B run of an arm and seed."""
+    def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
+        """Begin the W&B run of an arm and seed, or go on with the one that its folder names."""
         if self.mode == "off":
             return
+        note = folder / WANDB_NOTE
+        known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        self.note, self.logged, self.waiting = note, known.get("logged", 0), {}
 
         def begin() -> None:
             import wandb
 
+            self.identity = known.get("id") or secrets.token_hex(4)
+            self._write_note()
             self.run = wandb.init(
                 project=self.settings.project,
                 entity=self.settings.entity,
+                id=self.identity,
+                resume="allow",
                 group=self.group,
                 name=f"{arm}-seed{seed}",
                 job_type=arm,
@@ -92,15 +106,31 @@ class Tracker:
         self._guard(begin)
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Points of curves at an optimizer step."""
-        if self.run is not None:
-            known = {name: value for name, value in metrics.items() if value is not None}
-            self._guard(lambda: self.run.log({"step": step, **known}))
+        """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
+        if self.run is None or step <= self.logged:
+            return
+        if any(waiting < step for waiting in self.waiting):
+            self._send()
+        self.waiting.setdefault(step, {}).update({name: v for name, v in metrics.items() if v is not None})
+
+    def _send(self) -> None:
+        """One row of W&B's history for what is known of a step. Noted first: a kill may lose a row, never double it."""
+        for step, metrics in self.waiting.items():
+            self.logged = step
+            self._write_note()
+            self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
+        self.waiting = {}
+
+    def _write_note(self) -> None:
+        aside = self.note.with_suffix(".aside")
+        aside.write_text(json.dumps({"id": self.identity, "logged": self.logged}), encoding="utf-8")
+        aside.replace(self.note)
 
     def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
         """End the W&B run, with its final numbers in the summary."""
         if self.run is None:
             return
+        self._send()
 
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})

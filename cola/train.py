@@ -1,12 +1,15 @@
-"""tune(): the optimizer steps of one link."""
+"""tune(): the optimizer steps of one link, or of a part of it."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -14,7 +17,9 @@ from cola.adapters import trainable
 from cola.batches import MicroBatch
 from cola.errors import NonFiniteLoss
 from cola.forward import logits_at
-from cola.plan import Link
+from cola.plan import Link, derived_seed
+
+Moments: TypeAlias = dict[str, Tensor]  # AdamW's state: NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter
 
 MAX_SKIPPED = 20  # steps in a row that fp16 gradient scaling may skip before the arm has diverged
 
@@ -47,38 +52,48 @@ def tune(
     link: Link,
     batches: Iterable[list[MicroBatch]],
     accelerator: Accelerator,
-    on_step: Callable[[Step], None],
+    on_step: Callable[[Step, AcceleratedOptimizer], None],
     *,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
     max_grad_norm: float | None,
-) -> None:
-    """Train what is trainable, one optimizer step per batch and learning rate, with an AdamW of its own.
+    done: int = 0,
+    moments: Moments | None = None,
+) -> AcceleratedOptimizer:
+    """Train what is trainable, one optimizer step per batch, with an AdamW of its own.
 
     The loss of a step is the sum over all its target tokens divided by their number, however the rows are split
     into micro-batches. The optimizer is built here, so a link begins without moments and with Adam's step count
-    at zero (COLA, Figure 1); zeroing the moments alone would make the first update 3.2 times too large.
+    at zero (COLA, Figure 1); zeroing the moments alone would make the first update 3.2 times too large. Dropout is
+    seeded anew at each step, so that a link which is stopped and goes on draws what it would have drawn.
 
     Args:
         model: Carries the trainable weights; left in eval mode.
         link: Gives the learning rate of each step and the seed of the dropout.
-        batches: One list of micro-batches per step.
+        batches: One list of micro-batches per step to be made now.
         accelerator: Carries device, precision and gradient scaling.
         on_step: Called after each step; may evaluate the model and leave it in eval mode.
+        done: Steps of the link that were made before.
+        moments: The optimizer's state after those, from `read_moments`.
+
+    Returns:
+        The optimizer, as it is after the last step.
 
     Raises:
         NonFiniteLoss: names the step and the rows of its batch; the weights are those of the step before.
     """
     parameters = trainable(model)
     skipped = 0
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay)
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    torch.manual_seed(link.seed)  # dropout; a link's noise depends on the link alone
-    for step, (micro_batches, learning_rate) in enumerate(
-        zip(batches, link.learning_rates, strict=True), start=link.first_step + 1
-    ):
+    adamw = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay)
+    optimizer = accelerator.prepare_optimizer(adamw)
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    if moments is not None:
+        _set_moments(model, optimizer, accelerator, moments)
+    for place, micro_batches in enumerate(batches, start=done):
         started = perf_counter()
+        step, learning_rate = link.first_step + place + 1, link.learning_rates[place]
+        torch.manual_seed(derived_seed("dropout", link.seed, place))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         model.train()
@@ -104,5 +119,32 @@ def tune(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.n_tokens for batch in micro_batches)
-        on_step(Step(step, mean, norm, learning_rate, tokens, n_targets, perf_counter() - started))
+        on_step(Step(step, mean, norm, learning_rate, tokens, n_targets, perf_counter() - started), optimizer)
     model.eval()
+    return optimizer
+
+
+def read_moments(model: PreTrainedModel, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> Moments:
+    """The optimizer's state, and the gradient scaler's under fp16, as tensors on the CPU."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.optimizer.state.get(parameter, {}).items():
+            found[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    if accelerator.scaler is not None:
+        scaler = accelerator.scaler.state_dict()
+        found |= {f"scaler/{key}": torch.tensor(value, dtype=torch.float64) for key, value in scaler.items()}
+    return found
+
+
+def _set_moments(
+    model: PreTrainedModel, optimizer: AcceleratedOptimizer, accelerator: Accelerator, moments: Moments
+) -> None:
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if (value := moments.get(f"{name}.{key}")) is not None:
+                # AdamW keeps its step count on the CPU.
+                where = value.device if key == "step" else parameter.device
+                optimizer.optimizer.state[parameter][key] = value.to(where, copy=True)
+    if accelerator.scaler is not None:
+        scaler = {key: moments[f"scaler/{key}"].item() for key in accelerator.scaler.state_dict()}
+        accelerator.scaler.load_state_dict(scaler)

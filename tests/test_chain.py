@@ -64,7 +64,7 @@ def batches(n: int) -> list[list[MicroBatch]]:
 def tune_with(batches: list[list[MicroBatch]]) -> Callable[[PreTrainedModel, Link], None]:
     def tune_link(model: PreTrainedModel, link: Link) -> None:
         mine = batches[link.first_step : link.last_step]
-        tune(model, link, mine, Accelerator(), lambda step: None, **ADAMW)
+        tune(model, link, mine, Accelerator(), lambda step, _: None, **ADAMW)
 
     return tune_link
 
@@ -146,7 +146,7 @@ def test_a_chain_of_one_link_is_pefts_lora_step_for_step() -> None:
     chain = chain_of(model)
     own = link(learning_rates=rates)
     extend(chain, own)
-    tune(model, own, data, Accelerator(), lambda step: losses.append(step.loss), **ADAMW)
+    tune(model, own, data, Accelerator(), lambda step, _: losses.append(step.loss), **ADAMW)
 
     torch.manual_seed(own.seed)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -180,7 +180,7 @@ def test_a_chain_of_three_gives_the_losses_of_the_flat_loop_in_plain_peft() -> N
     def tune_link(model: PreTrainedModel, own: Link) -> None:
         mine = data[own.first_step : own.last_step]
         settings = {**ADAMW, "weight_decay": 0.0}
-        tune(model, own, mine, Accelerator(), lambda step: losses.append(step.loss), **settings)
+        tune(model, own, mine, Accelerator(), lambda step, _: losses.append(step.loss), **settings)
 
     model = tiny_model()
     knots = list(run_chain(chain_of(model), links, tune_link, logits, 1e-5))
@@ -370,7 +370,7 @@ def test_the_loss_gradient_does_not_depend_on_the_micro_batches() -> None:
             link(learning_rates=(1e-2,)),
             data,
             Accelerator(),
-            lambda s, steps=steps: steps.append(s.loss),
+            lambda s, _, steps=steps: steps.append(s.loss),
             **ADAMW,
         )
         results.append((steps[0], adapters.read_pair(model)["model.layers.1.mlp.down_proj"].B_OR))

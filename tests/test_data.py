@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from cola.batches import batch_order, by_tokens, collate, training_batches
-from cola.data import Example, Splits, cache_dir, fill, load_splits
+from cola.cache import cache_dir
+from cola.data import Example, Splits, fill, load_splits
 from cola.errors import DataError
 from cola.recipe import SPLITS, Data
 from cola.sources import open_pools

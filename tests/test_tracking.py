@@ -69,10 +69,10 @@ def test_a_failure_is_said_once_and_ends_the_tracking(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     tracker = Tracker(Tracking(wandb="offline"), "group", file, said.append)  # a file where a folder must be
-    tracker.start("lora", 0, {"a": {1, 2}})
+    tracker.start("lora", 0, tmp_path, {"a": {1, 2}})
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish({"gap/loss": 0.1})
-    tracker.start("full", 0, {})
+    tracker.start("full", 0, tmp_path, {})
     assert len(said) <= 1
     assert tracker.mode == "off" or tracker.run is not None
 

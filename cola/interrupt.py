@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM, taken where nothing is half done."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """The user or the cluster asked to stop; weights and optimizer are those of a whole step."""
+
+
+class Signals:
+    """While installed, SIGINT and SIGTERM raise `Interrupted`: at once, or inside `deferred` at the next `check`.
+
+    A second signal is a wish to stop without more ado: it raises KeyboardInterrupt, and nothing more is kept.
+    """
+
+    def __init__(self) -> None:
+        self._deferring = False
+        self._pending = False
+
+    @contextmanager
+    def installed(self) -> Iterator["Signals"]:
+        """Handle both signals; what handled them before does so again afterwards."""
+        before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait for `check`."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside `deferred`: work that may be left at any point."""
+        self.check()
+        before, self._deferring = self._deferring, False
+        try:
+            yield
+        finally:
+            self._deferring = before
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal waits."""
+        if self._pending:
+            raise Interrupted
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._pending:
+            raise KeyboardInterrupt
+        self._pending = True
+        if not self._deferring:
+            raise Interrupted

@@ -1,0 +1,199 @@
+"""Names: a state of the weights is named by the hash of everything that determined it, and of nothing else.
+
+    root       the base's fingerprint, the number format, the kind of device, the training version
+    link       the name it starts from, the knot between, what is trained and how, the link's seed
+    step       its exact learning rate and the digest of the tokens of its micro-batches
+
+    name(0) = H(root)        name(n) = H(link, step 1, ..., step n)
+
+Whatever comes later (how many steps and links there will be, other arms, how often validation is looked at) is in
+no name. So arms, seeds, trials of a search and recipes that agree up to a step have the same name there, and what
+one of them has trained serves the others. A *segment* is the steps of one link up to a state that is kept.
+
+No torch, no files.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cola.plan import Job, Link, plan_arm
+from cola.recipe import Recipe, Training
+
+# Part of every name: raise it when the same causes would train other weights (tests/golden holds a loss curve).
+TRAINING_VERSION = 1
+
+Causes = dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """One spelling of a JSON value; floats keep every digit."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(value: Any) -> str:
+    """32 hex digits (128 bits) of SHA-256 over a JSON value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:32]
+
+
+def root_causes(base_sha256: str, dtype: str, device: str) -> Causes:
+    """What a state without any training depends on.
+
+    Args:
+        base_sha256: Fingerprint of the base's config and weights.
+        dtype: Number format of the frozen weights and the computation.
+        device: Kind of device, `cpu` or `cuda`.
+    """
+    return {"base": base_sha256, "dtype": dtype, "device": device, "training_version": TRAINING_VERSION}
+
+
+def state_name(causes: Causes) -> str:
+    """The name of the state that a segment's causes lead to.
+
+    Args:
+        causes: `link` (a mapping) and `steps` (a list of [learning rate, digest of the micro-batches]).
+    """
+    return _names(causes["link"], causes["steps"])[-1]
+
+
+def _names(link: Causes, steps: Iterable[Sequence[Any]]) -> list[str]:
+    """The names after each of a link's steps."""
+    running = hashlib.sha256(canonical(link).encode())
+    names = []
+    for step in steps:
+        running.update(canonical(list(step)).encode())
+        names.append(running.copy().hexdigest()[:32])
+    return names
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The states of one arm and seed, from the base to its last step.
+
+    Attributes:
+        root: Causes of the base's name.
+        links: What is trained.
+        headers: Each link's own causes, its parent's name among them.
+        steps: Learning rate and digest of the micro-batches, for each optimizer step.
+        names: Names after 0, 1, .., n steps.
+    """
+
+    root: Causes
+    links: list[Link]
+    headers: list[Causes]
+    steps: list[tuple[float, str]]
+    names: list[str]
+
+    def link_of(self, step: int) -> int:
+        """Index of the link that makes a step (counted from 1)."""
+        return next(i for i, link in enumerate(self.links) if step <= link.last_step)
+
+    def causes(self, step: int) -> Causes:
+        """What the segment that ends after `step` came from, in clear; `state_name` gives its name."""
+        number = self.link_of(step)
+        first = self.links[number].first_step
+        return {"link": self.headers[number], "steps": [list(cause) for cause in self.steps[first:step]]}
+
+
+def lineage(
+    root: Causes,
+    links: list[Link],
+    training: Training,
+    modules_of: Callable[[Link], Sequence[str] | None],
+    digests: Sequence[str],
+) -> Lineage:
+    """Name every state of a path.
+
+    Args:
+        root: From `root_causes`.
+        links: From `plan_arm`.
+        training: Gives the optimizer's constants.
+        modules_of: Full names of the modules that a link adapts, however the recipe spells them; None for all weights.
+        digests: Of the micro-batches of each step.
+    """
+    names, headers, steps = [digest(root)], [], []
+    for number, link in enumerate(links):
+        header = {
+            "parent": names[-1],
+            "method": link.method,
+            "modules": modules_of(link),
+            "rank": link.rank,
+            "alpha": link.alpha,
+            "dropout": link.dropout,
+            "seed": link.seed,
+            "knot": {"merge": "exact", "optimizer": "fresh"} if number else None,
+            "optimizer": {
+                "name": "AdamW",
+                "betas": list(training.betas),
+                "epsilon": training.epsilon,
+                "weight_decay": training.weight_decay,
+                "max_grad_norm": training.max_grad_norm,
+            },
+        }
+        mine = list(zip(link.learning_rates, digests[link.first_step : link.last_step], strict=True))
+        names += _names(header, mine)
+        headers.append(header)
+        steps += mine
+    return Lineage(root, links, headers, steps, names)
+
+
+@dataclass
+class Tree:
+    """The lineages of a recipe's jobs, and where they are cut into segments.
+
+    Attributes:
+        recipe: The resolved recipe.
+        n_train: Training examples.
+        root: From `root_causes`.
+        modules_of: As in `lineage`.
+        digests_of: Digests of the first n steps' micro-batches under a seed.
+    """
+
+    recipe: Recipe
+    n_train: int
+    root: Causes
+    modules_of: Callable[[Link], Sequence[str] | None]
+    digests_of: Callable[[int, int], Sequence[str]]
+    _lineages: dict[Job, Lineage] = field(default_factory=dict)
+    _cuts: set[str] = field(default_factory=set)
+    _inner: set[str] = field(default_factory=set)
+
+    def lineage(self, job: Job) -> Lineage:
+        """The states of a job whose learning rate is known."""
+        if job not in self._lineages:
+            links = plan_arm(self.recipe, job.arm, job.seed, self.n_train, job.learning_rate)
+            digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
+            self._lineages[job] = lineage(self.root, links, self.recipe.training, self.modules_of, digests)
+        return self._lineages[job]
+
+    def plan(self, jobs: Iterable[Job]) -> None:
+        """Cut every job's lineage at the ends of links and where two jobs part."""
+        after: dict[str, set[str]] = defaultdict(set)
+        for job in jobs:
+            mine = self.lineage(job)
+            self._cuts |= {mine.names[link.last_step] for link in mine.links}
+            for name, following in zip(mine.names, mine.names[1:], strict=False):
+                after[name].add(following)
+        self._cuts |= {name for name, following in after.items() if len(following) > 1}
+        self._inner = set(after)
+
+    def cuts(self, job: Job) -> list[int]:
+        """Steps of the job after which its state is kept."""
+        return [step for step, name in enumerate(self.lineage(job).names) if step and name in self._cuts]
+
+    def goes_on(self, name: str) -> bool:
+        """Whether some job trains on from a state with the optimizer as it is there, or ties it and goes on."""
+        return name in self._inner
+
+    def segments(self, jobs: Iterable[Job]) -> dict[str, int]:
+        """Each segment that the jobs need, by the name of its end, and its number of steps; a shared one once."""
+        lengths: dict[str, int] = {}
+        for job in jobs:
+            names, first = self.lineage(job).names, 0
+            for cut in self.cuts(job):
+                lengths[names[cut]] = cut - first
+                first = cut
+        return lengths

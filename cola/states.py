@@ -1,0 +1,135 @@
+"""The states of one arm and seed: which are in the store, keeping one, and putting one back into a model."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cola import adapters
+from cola.residual import LinkWeights
+from cola.segments import Lineage
+from cola.store import Segment, Store
+from cola.train import Moments
+
+CHECKPOINT_SHARE = 0.02  # of the time that checkpoints may take
+
+
+@dataclass
+class States:
+    """The kept states of a job; a step stands for the state after it.
+
+    Attributes:
+        store: Where they are kept.
+        lineage: Gives each its name.
+        skeleton: The model without weights.
+        base_name: Of the model, as the recipe says it.
+        seconds: Least time between two checkpoints; 0: one after each step.
+        made: What a kept state says of how it was made.
+    """
+
+    store: Store
+    lineage: Lineage
+    skeleton: PreTrainedModel
+    base_name: str
+    seconds: float
+    made: dict[str, Any]
+    _verified: dict[int, Segment] = field(default_factory=dict)
+    _kept_at: float = field(default_factory=monotonic)
+    _cost: float = 0.0
+
+    def get(self, step: int) -> Segment | None:
+        """The state as it is in the store, verified once; None where it is not there."""
+        if step not in self._verified:
+            segment = self.store.get(self.lineage.names[step])
+            if segment is None:
+                return None
+            self._verified[step] = segment
+        return self._verified[step]
+
+    def there(self, step: int) -> Segment:
+        """A state that `get` has found or `keep` has kept."""
+        return self._verified[step]
+
+    def pair(self, step: int) -> LinkWeights:
+        """The low-rank pair of a state that is there; empty for full fine-tuning."""
+        return adapters.load_pair(self.there(step).folder) if self._low_rank(step) else {}
+
+    def put_back(self, model: PreTrainedModel, step: int) -> Moments | None:
+        """Give the attached weights the values of a state that is there; returns the optimizer's state, if kept."""
+        segment = self.there(step)
+        if self._low_rank(step):
+            adapters.set_pair(model, self.pair(step))
+        else:
+            weights = load_file(segment.folder / "model.safetensors")
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+        return load_file(segment.folder / "optimizer.safetensors") if segment.resumable else None
+
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint now keeps their cost within its share of the time."""
+        least = max(self.seconds, self._cost / CHECKPOINT_SHARE) if self.seconds else 0.0
+        return monotonic() - self._kept_at >= least
+
+    def keep(
+        self,
+        step: int,
+        kind: str,
+        model: PreTrainedModel,
+        moments: Moments | None,
+        rows: list[dict[str, Any]],
+        towards: str | None = None,
+    ) -> Segment:
+        """Keep what the model's attached weights are after `step`.
+
+        Args:
+            step: The run's.
+            kind: `segment`, `checkpoint` or `point`.
+            model: Carries the link's weights.
+            moments: The optimizer's state; None where its link will not go on from here.
+            rows: The metrics of each of the link's steps so far.
+            towards: For a checkpoint: the name of the end of its segment.
+        """
+        started = monotonic()
+        causes = self.lineage.causes(step)
+        number = self.lineage.link_of(step)
+        link = self.lineage.links[number]
+
+        def write(folder: Path) -> None:
+            if self._low_rank(step):
+                adapters.save_pair(folder, self.skeleton, adapters.read_pair(model), link, self.base_name)
+            else:
+                weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+                save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+                model.config.save_pretrained(folder)
+            if moments is not None:
+                save_file(moments, folder / "optimizer.safetensors")
+            (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        notes = {
+            "link_number": number + 1,
+            "first_step": link.first_step,
+            "last_step": step,
+            "towards": towards,
+            "seconds": sum(row["seconds"] for row in rows),
+            "made": self.made,
+        }
+        segment = self.store.put(self.lineage.names[step], kind, causes, self.lineage.root, notes, write)
+        self._verified[step] = segment
+        self._kept_at = monotonic()
+        if kind == "checkpoint":
+            self._cost = self._kept_at - started
+        return segment
+
+    def drop(self, step: int) -> None:
+        """Remove a state that nothing will ask for again."""
+        self._verified.pop(step, None)
+        self.store.drop(self.lineage.names[step])
+
+    def _low_rank(self, step: int) -> bool:
+        return self.lineage.links[self.lineage.link_of(step)].method != "full"

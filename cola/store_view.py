@@ -1,0 +1,135 @@
+"""What `cola inspect` and `cola store` print. No torch."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cola.errors import StoreError
+from cola.segments import digest
+from cola.store import Segment, Store, size_of
+from cola.tables import NONE
+from cola.terminal import Terminal, duration
+
+
+def inspect(store: Store, beginning: str, terminal: Terminal) -> None:
+    """Print the chain of causes from the base to a segment, every name recomputed and every checksum verified.
+
+    Raises:
+        StoreError: there is no such segment, or one of its ancestors has gone.
+    """
+    path = [store.find(beginning)]
+    root = path[0].record["root"]
+    while (parent := path[0].record["causes"]["link"]["parent"]) != digest(root):
+        before = store.get(parent)
+        if before is None:
+            raise StoreError(f"segment {path[0].name} goes on from {parent}, which is not in {store.path} any more")
+        path.insert(0, before)
+    terminal.say(f"base {digest(root)}")
+    terminal.say(f"  SHA-256 of config and weights {root['base']}")
+    terminal.say(f"  {root['dtype']} on {root['device']}, training version {root['training_version']}")
+    for segment in path:
+        _show(segment, terminal)
+    terminal.say(f"all names recomputed, all checksums verified; files in {path[-1].folder}")
+
+
+def _show(segment: Segment, terminal: Terminal) -> None:
+    record, link = segment.record, segment.record["causes"]["link"]
+    rates = [rate for rate, _ in record["causes"]["steps"]]
+    what = "all weights"
+    if link["method"] == "lora":
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in link["modules"]}))
+        what = f"a pair of rank {link['rank']}, alpha {link['alpha']:g}, dropout {link['dropout']:g} on "
+        what += f"{len(link['modules'])} modules ({kinds})"
+    knot = link["knot"]
+    adam = link["optimizer"]
+    clip = "no clipping" if adam["max_grad_norm"] is None else f"clipped at {adam['max_grad_norm']:g}"
+    rows = segment.steps()
+    made = record["made"]
+    commit = made["commit"]["hash"]
+    dirty = " and uncommitted changes" if made["commit"]["dirty"] else ""
+    lines = [
+        f"{segment.kind} {segment.name}, steps {record['first_step'] + 1} to {record['last_step']}, "
+        f"link {record['link_number']}",
+        f"from {link['parent']}" + (f"; knot: merge {knot['merge']}, optimizer {knot['optimizer']}" if knot else ""),
+        f"trains {what}, {link['method']}, seed {link['seed']}",
+        f"{adam['name']} betas {adam['betas'][0]:g} {adam['betas'][1]:g}, epsilon {adam['epsilon']:g}, weight decay "
+        f"{adam['weight_decay']:g}, {clip}; learning rate {rates[0]:g} → {rates[-1]:g}",
+        f"batches {record['causes']['steps'][0][1][:8]} … {record['causes']['steps'][-1][1][:8]}; "
+        f"loss {rows[0]['loss']:.4f} → {rows[-1]['loss']:.4f}; {duration(record['seconds'])} of training",
+        f"made by recipe {made['recipe']}, arm {made['arm']}, seed {made['seed']}, on {made['device']}, torch "
+        f"{made['packages']['torch']}, cola {made['cola']}" + (f" at {commit[:10]}{dirty}" if commit else ""),
+        f"{_size(segment.n_bytes)} in " + ", ".join(record["files"]),
+    ]
+    for number, line in enumerate(lines):
+        terminal.say(("  " if number else "") + line)
+
+
+def show_all(store: Store, terminal: Terminal) -> None:
+    """A table of all segments, newest last, and what the store takes on disk."""
+    rows, total = [], 0
+    used = store.references()
+    for folder in sorted(store.segments(), key=lambda folder: folder.stat().st_mtime):
+        total += size_of(folder)
+        rows.append(_row(store, folder, used))
+    if rows:
+        columns = ["segment", "kind", "steps", "recipe, arm, seed", "made", "size", "runs"]
+        terminal.table(f"{store.path}", columns, rows)
+    measured = list((store.path / "measured").glob("*/*.json"))
+    damaged = list((store.path / "damaged").iterdir())
+    terminal.say(
+        f"{store.path}: {len(rows)} segments, {_size(total)}; {len(measured)} measurements, "
+        f"{_size(sum(map(size_of, measured)))}; {len(damaged)} set aside as damaged, "
+        f"{_size(sum(map(size_of, damaged)))}"
+    )
+    gone = [str(run) for run in used if not run.is_dir()]
+    if gone:
+        terminal.say(f"run folders that are gone: {', '.join(gone)}")
+
+
+def _row(store: Store, folder: Path, used: dict[Path, set[str]]) -> list[str]:
+    record: dict[str, Any] = store.record(folder)
+    made = record.get("made") or {}
+    n_runs = sum(folder.name in names for names in used.values())
+    return [
+        folder.name[:12],
+        record.get("kind", "damaged"),
+        f"{record['first_step'] + 1}–{record['last_step']}" if record else NONE,
+        f"{made['recipe']}, {made['arm']}, {made['seed']}" if made else NONE,
+        f"{datetime.fromtimestamp(folder.stat().st_mtime):%Y-%m-%d %H:%M}",
+        _size(size_of(folder)),
+        str(n_runs),
+    ]
+
+
+def verify(store: Store, terminal: Terminal) -> bool:
+    """Check every name and checksum; says what was damaged, which is set aside. Returns whether all was whole."""
+    looked, faults = store.verify()
+    terminal.say(f"{store.path}: {looked} segments and measurements checked, {len(faults)} damaged")
+    return not faults
+
+
+def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
+    """Say what pruning would free and why; returns it."""
+    used = store.references()
+    garbage = store.garbage()
+    for run in used:
+        if not run.is_dir():
+            terminal.say(f"run folder {run} is gone; what it alone referred to is let go")
+    for path in garbage:
+        if path.parent.parent.name == "segments":
+            terminal.say("  ".join(_row(store, path, used)))
+    others = [path for path in garbage if path.parent.parent.name != "segments"]
+    kept = sum(1 for run in used if run.is_dir())
+    terminal.say(
+        f"{store.path}: {len(garbage) - len(others)} segments and {len(others)} measurements and left-overs that no "
+        f"kept run refers to, {_size(sum(map(size_of, garbage)))}; {kept} run folders are kept"
+    )
+    return garbage
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError
