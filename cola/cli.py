@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cola.errors import ColaError, RunChanged, RunFolderError
+from cola.interrupt import Interrupted, Signals
 
 if TYPE_CHECKING:
+    from cola.ablation import AblationFolder, Point
     from cola.recipe import Recipe
     from cola.record import RunFolder
     from cola.store import Store
@@ -78,9 +80,54 @@ def run(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Build summary.json and report.html anew from a run's results, and print the table."""
+def ablate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
+    keys: Annotated[
+        list[str],
+        typer.Argument(
+            help="dotted.key=value,value,... for what is ablated; several make a grid. One value is an override.",
+            show_default=False,
+        ),
+    ],
+    paired: Annotated[
+        bool, typer.Option("--paired", help="The n-th values of all keys belong together: no grid.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the plan of every point; train nothing.")
+    ] = False,
+) -> None:
+    """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
+
+    For example: cola ablate recipes/quickstart.yaml arms.chain3.links=1,2,3,4 training.protocol=grow
+    What the points share is trained once, and so is what an earlier run has trained. Exit codes as of `cola run`.
+    """
     with _one_line_errors():
+        from cola.ablation import points_of
+        from cola.terminal import Terminal
+
+        terminal = Terminal()
+        points = points_of(recipe, keys, paired)
+        if dry_run:
+            from cola.preview import preview
+
+            for point in points:
+                terminal.say(point.label)
+                preview(point.recipe, terminal)
+            code = 0
+        else:
+            code = _ablate(points, terminal)
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run or of an ablation.")],
+) -> None:
+    """Build the summary and the page anew from the results of a run or an ablation, and print the table."""
+    with _one_line_errors():
+        if (run_folder / "ablation.json").is_file():
+            _report_ablation(run_folder)
+            return
         import numpy as np
 
         from cola.compare import summarize
@@ -187,6 +234,47 @@ def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> in
     return _train(recipe, RunFolder.create(recipe), fresh=True)
 
 
+def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
+    from cola.ablation import AblationFolder
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    folder = AblationFolder.take(points)
+    terminal.say(f"{len(points)} points → {folder.path}")
+    from cola.ablate import ablate as run_all
+
+    with Signals().installed() as signals:
+        summary = run_all(points, folder, terminal, signals)
+    _print_ablation(folder, summary, terminal)
+    if summary["interrupted"]:
+        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
+        return RESUMABLE
+    return 1 if summary["failed"] else 0
+
+
+def _report_ablation(path: Path) -> None:
+    from cola.ablation import AblationFolder
+    from cola.terminal import Terminal
+
+    folder = AblationFolder(path)
+    summary = folder.read()
+    if "rows" not in summary:
+        raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
+    _print_ablation(folder, summary, Terminal())
+
+
+def _print_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal: "Terminal") -> None:
+    from cola.ablation import ablation_notes, ablation_table
+    from cola.report import write_ablation
+
+    page = write_ablation(folder, summary)
+    table = ablation_table(summary)
+    terminal.table(table.title, table.columns, table.rows)
+    for line in ablation_notes(summary):
+        terminal.say(line)
+    terminal.say(f"report   {page}")
+    terminal.say(f"results  {folder.path / 'ablation.json'}")
+
+
 def _resume(path: Path) -> int:
     from cola.record import RunFolder
 
@@ -206,8 +294,8 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
     try:
         from cola.run import run as run_recipe
 
-        with folder.lock():
-            summary = run_recipe(recipe, folder, terminal)
+        with Signals().installed() as signals, folder.lock():
+            summary = run_recipe(recipe, folder, terminal, signals)
     except BaseException:
         if fresh:
             folder.remove_if_untrained()
@@ -267,6 +355,9 @@ def _one_line_errors() -> Iterator[None]:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except Interrupted:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(RESUMABLE) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

@@ -6,7 +6,7 @@ What the store has is taken from there; the model is loaded only for what it has
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -28,12 +28,13 @@ from cola.drift import Drift
 from cola.evaluate import Evaluator, ExampleScore, mean_loss, mean_score
 from cola.forward import logits_at
 from cola.interrupt import Interrupted, Signals
+from cola.measure import Measurements, rows_digest
 from cola.model import Source
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe, Search
 from cola.record import FORMAT, RunFolder
 from cola.residual import Base
-from cola.segments import Tree, digest
+from cola.segments import Tree
 from cola.states import States
 from cola.store import Store
 from cola.terminal import RunProgress
@@ -124,6 +125,10 @@ class JobRun:
         )
         self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
         state = f"{job.label} {self.lineage.names[-1]}"
+        self.probe_rows = bench.splits.train[:PROBE_ROWS]
+        self.measured = Measurements(
+            bench.store, self.lineage, bench.rows, bench.scoring, rows_digest(self.probe_rows), bench.used["measured"]
+        )
         self.tracker = None if job.trial or state in bench.tracked else bench.tracker
         bench.tracked.add(state)
         self.at = 0  # steps that were found or made so far
@@ -134,7 +139,6 @@ class JobRun:
         self.best: Best | None = None
         self.checkpoint: int | None = None
         self.optimizer: AcceleratedOptimizer | None = None
-        self.score_seconds: dict[str, float] = {}
         self.tied_from = 0.0
         self.placed: int | None = None  # the step whose tied weights the model has
 
@@ -156,6 +160,8 @@ class JobRun:
             evaluation = self._evaluate(scored_step)
         finally:
             self.accelerator.free_memory()
+        if "chain" not in vars(self):  # the model was never needed
+            bench.progress.stage("all of it found in the store")
         if not job.trial:
             self._hand_out(scored_step)
         self._refer(scored_step)
@@ -186,21 +192,23 @@ class JobRun:
         if segment is None or not (segment.resumable or step in ends):
             return False
         for end in ends[len(self.knots) :]:
-            if end < step and (self.states.get(end) is None or self._known_knot(end) is None):
+            if end < step and (self.states.get(end) is None or self.measured.known_knot(end) is None):
                 return False
         best, looked = self.best, True
         for point in sorted(point for point in self.points if self.at < point <= step):
-            scores = self._known_scores("validation", point, "attached")
+            scores = self.measured.known_scores("validation", point, "attached")
             if scores is not None:
                 best = self._better(best, point, self._look_record(point, scores))
             elif point < step:
                 return False
             else:
                 looked = False
-        if step == self.n_steps and looked and self._known_knot(step) is not None:
+        if step == self.n_steps and looked and self.measured.known_knot(step) is not None:
             scored = best.step if best else step
             wanted = not self.job.trial and self.recipe.keep_full_weights and not self._has_weights(scored)
-            if not wanted and all(self._known_scores(split, scored, "tied") is not None for split in self.splits):
+            if not wanted and all(
+                self.measured.known_scores(split, scored, "tied") is not None for split in self.splits
+            ):
                 return True  # nothing is left to be done, so no weights are needed
         return segment.has_weights and (best is None or best.step == step or self._has_weights(best.step))
 
@@ -217,14 +225,14 @@ class JobRun:
                 if row["step"] > self.at:
                     self._note_step(row, number)
                     if row["step"] in self.points and (
-                        scores := self._known_scores("validation", row["step"], "attached")
+                        scores := self.measured.known_scores("validation", row["step"], "attached")
                     ):
                         self._note_look(self._look_record(row["step"], scores))
             self.reused += min(link.last_step, step) - self.at
             self.at = min(link.last_step, step)
             looked = self.at not in self.points or self.at in self.looks
             tied = self.at == link.last_step and looked and (with_knot or self.at < step)
-            if tied and (knot := self._known_knot(self.at)):
+            if tied and (knot := self.measured.known_knot(self.at)):
                 self._note_knot(knot)
 
     # -----------------------------------------------------------------------------------------------------
@@ -359,8 +367,9 @@ class JobRun:
         """Score validation at an evaluation point, and keep the weights if they are the best so far."""
         if self.at not in self.points or self.at in self.looks:
             return
-        self.bench.progress.stage(f"validation at step {self.at}")
-        scores = self._scores("validation", self.at, "attached", lambda: model)
+        at = f" at step {self.at}"
+        compute = partial(self._score, model, "validation", at)
+        scores = self.measured.scores("validation", self.at, "attached", compute)
         before = self.best
         self._note_look(self._look_record(self.at, scores))
         if self.best is before:
@@ -396,20 +405,9 @@ class JobRun:
 
     @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> torch.Tensor:
-        batch = collate(self._probe_rows).to(self.accelerator.device)
+        batch = collate([training_row(example) for example in self.probe_rows]).to(self.accelerator.device)
         with self.accelerator.autocast():
             return logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT)
-
-    @property
-    def _probe_rows(self) -> list[tuple[str, list[int], list[int]]]:
-        return [training_row(example) for example in self.bench.splits.train[:PROBE_ROWS]]
-
-    def _knot_causes(self, step: int) -> dict[str, Any]:
-        rows = digest([[prompt, answer] for _, prompt, answer in self._probe_rows])
-        return {"measured": "knot", "state": self.lineage.names[step], "rows": rows}
-
-    def _known_knot(self, step: int) -> dict[str, Any] | None:
-        return self.bench.store.recall(self._knot_causes(step))
 
     def _record_knot(self, knot: Knot) -> None:
         link = self.links[len(self.knots)]
@@ -423,7 +421,7 @@ class JobRun:
             "relative_size_max": max(sizes, default=None),
             "seconds": perf_counter() - self.tied_from,
         }
-        self.bench.store.remember(self._knot_causes(link.last_step), record)
+        self.measured.keep_knot(link.last_step, record)
         self._note_knot(record)
 
     def _note_knot(self, record: dict[str, Any]) -> None:
@@ -431,7 +429,6 @@ class JobRun:
             self._max_drift
         )
         self.knots.append(record)
-        self.bench.used["measured"].add(digest(self._knot_causes(record["step"])))
         if record["relative_size_median"] is not None:
             self._write_metric("knot", record)
             if self.tracker:
@@ -441,43 +438,15 @@ class JobRun:
     # -----------------------------------------------------------------------------------------------------
     # Scores
 
-    def _score_causes(self, split: str, step: int, form: str) -> dict[str, Any]:
-        """`attached`: a pair beside the weights; `tied`: merged into them, which rounds."""
-        state = self.lineage.names[step]
-        return {"measured": "scores", "state": state, "form": form, "rows": self.bench.rows[split]} | self.bench.scoring
-
-    def _known_scores(self, split: str, step: int, form: str) -> list[ExampleScore] | None:
-        what = self._score_causes(split, step, form)
-        if (value := self.bench.store.recall(what)) is None:
-            return None
-        return self._note_scores(what, value)
-
-    def _note_scores(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
-        self.score_seconds[digest(what)] = value["seconds"]
-        self.bench.used["measured"].add(digest(what))
-        return [ExampleScore(**row) for row in value["scores"]]
-
-    def _scores(self, split: str, step: int, form: str, model: Callable[[], PreTrainedModel]) -> list[ExampleScore]:
-        """Scores of a split at a step, measured once."""
-        what = self._score_causes(split, step, form)
-        store = self.bench.store
-        value = store.recall(what)
-        if value is None:
-            with store.lock(digest(what)):
-                value = store.recall(what)
-                if value is None:
-                    ready = model()
-                    started = perf_counter()
-                    scores = self.bench.evaluator(ready, getattr(self.bench.splits, split))
-                    value = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
-                    store.remember(what, value)
-        return self._note_scores(what, value)
+    def _score(self, model: PreTrainedModel, split: str, at: str) -> list[ExampleScore]:
+        self.bench.progress.stage(f"scoring {split}{at}")
+        return self.bench.evaluator(model, getattr(self.bench.splits, split))
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         evaluation: dict[str, Any] = {}
         for name in self.splits:
-            self.bench.progress.stage(f"scoring {name}")
-            scores = self._scores(name, step, "tied", lambda: self._scored_model(step))
+            compute = partial(self._score_tied, step, name)
+            scores = self.measured.scores(name, step, "tied", compute)
             self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), map(asdict, scores))
             evaluation[name] = {"loss": mean_loss(scores), "score": mean_score(scores), "n": len(scores)}
         if "test" in evaluation:
@@ -485,6 +454,9 @@ class JobRun:
             evaluation["gap_loss"] = test["loss"] - train["loss"]
             evaluation["gap_acc"] = None if train["score"] is None else train["score"] - test["score"]
         return evaluation
+
+    def _score_tied(self, step: int, split: str) -> list[ExampleScore]:
+        return self._score(self._scored_model(step), split, "")
 
     def _scored_model(self, step: int) -> PreTrainedModel:
         """The model with the links up to a step tied."""
@@ -553,9 +525,7 @@ class JobRun:
             "num_total_params": sum(p.numel() for p in self.bench.skeleton.parameters()),
             "train_seconds": train_seconds,
             # What the result costs, whichever session made its parts.
-            "total_seconds": train_seconds
-            + sum(self.score_seconds.values())
-            + sum(knot["seconds"] for knot in self.knots),
+            "total_seconds": train_seconds + self.measured.seconds + sum(knot["seconds"] for knot in self.knots),
             "accelerator_memory_max": torch.cuda.max_memory_allocated() if on_gpu else None,
             "links": [link_record(link) for link in self.links],
             "knots": self.knots,

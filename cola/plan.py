@@ -5,7 +5,7 @@ Pure arithmetic: no torch, no files, no network. Steps are optimizer steps.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cola.errors import RecipeError
@@ -48,8 +48,8 @@ def derived_seed(*causes: object) -> int:
     return int.from_bytes(digest[:6], "big")
 
 
-def total_steps(training: Training, n_train: int) -> int:
-    """Optimizer steps of a run; an epoch's last batch may be smaller and is a step of its own."""
+def budget_steps(training: Training, n_train: int) -> int:
+    """Optimizer steps of the budget; an epoch's last batch may be smaller and is a step of its own."""
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None
@@ -81,7 +81,7 @@ def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: f
     lengths = _share(recipe, arm, settings, n_train)
     own = recipe.learning_rate_of(arm)
     peak = learning_rate or (own.search[0] if isinstance(own, Search) else own)
-    scope = sum(lengths) if training.schedule_scope == "run" else min(lengths)
+    scope = sum(lengths) if training.scope == "run" else min(lengths)
     if training.warmup_steps >= scope:
         raise RecipeError(
             f"training.warmup_steps: {training.warmup_steps:g} of {scope} steps leave none for the rest of the schedule"
@@ -89,9 +89,7 @@ def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: f
     whole = schedule(training, sum(lengths), sum(lengths))
     links, first = [], 0
     for number, (link, length) in enumerate(zip(settings, lengths, strict=True)):
-        shape = (
-            whole[first : first + length] if training.schedule_scope == "run" else schedule(training, length, length)
-        )
+        shape = whole[first : first + length] if training.scope == "run" else schedule(training, length, length)
         modules = link.target_modules
         links.append(
             Link(
@@ -116,9 +114,11 @@ def _number(rate: float | Search | None) -> float | None:
 
 
 def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int) -> list[int]:
-    total = total_steps(recipe.training, n_train)
+    total = budget_steps(recipe.training, n_train)
     per_epoch = steps_per_epoch(recipe.training, n_train)
     own = [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
+    if recipe.training.protocol == "grow":
+        return [steps or total for steps in own]
     free = [i for i, steps in enumerate(own) if steps is None]
     left = total - sum(steps or 0 for steps in own)
     if len(free) == len(links) and total < len(links):
@@ -198,6 +198,17 @@ def trials_of(recipe: Recipe, arm: str) -> list[Job]:
         return []
     seeds = rate.seeds or recipe.seeds[:1]
     return [Job(arm=arm, seed=s, learning_rate=r, trial=True) for r in rate.search for s in seeds]
+
+
+def candidates_of(recipe: Recipe) -> list[Job]:
+    """Everything that may be trained: the trials, and each arm and seed at every learning rate of its search."""
+    found = []
+    for job in jobs_of(recipe):
+        rate = recipe.learning_rate_of(job.arm)
+        searched = isinstance(rate, Search) and not job.trial and recipe.arms[job.arm].n_links
+        rates = rate.search if searched and isinstance(rate, Search) else [job.learning_rate]
+        found += [replace(job, learning_rate=each) for each in rates]
+    return found
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:

@@ -211,10 +211,14 @@ class Training(Section):
     """The budget, optimizer and schedule shared by all arms."""
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(
-        default=None,
-        description="Passes over the training rows, in all: a chain's links share them. Give epochs or steps.",
+        default=None, description="The budget as passes over the training rows. Give epochs or steps."
     )
-    steps: PositiveInt | None = Field(default=None, description="Optimizer steps, in all: a chain's links share them.")
+    steps: PositiveInt | None = Field(default=None, description="The budget as optimizer steps.")
+    protocol: Literal["fixed", "grow"] = Field(
+        default="fixed",
+        description="`fixed`: the budget is an arm's, and a chain's links share it (the paper's); `grow`: it is each "
+        "link's, so that a longer chain trains longer and begins as the shorter one did.",
+    )
     batch_size: PositiveInt = Field(default=8, description="Rows per optimizer step.")
     micro_batch_tokens: PositiveInt = Field(
         default=4096,
@@ -228,9 +232,10 @@ class Training(Section):
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         default=0, description="Steps of linear warm-up; below 1: a fraction of the scope's steps."
     )
-    schedule_scope: Literal["run", "link"] = Field(
-        default="run",
-        description="`run`: one schedule over all steps, knots inside it; `link`: restarted at every knot.",
+    schedule_scope: Literal["run", "link"] | None = Field(
+        default=None,
+        description="`run`: one schedule over all steps, knots inside it; `link`: restarted at every knot. Default: "
+        "`run` with protocol `fixed`, `link` with `grow`.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -241,6 +246,11 @@ class Training(Section):
         default=1.0, description="Clip the gradient's norm; null: off."
     )
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+
+    @property
+    def scope(self) -> Literal["run", "link"]:
+        """What one schedule of the learning rate spans."""
+        return self.schedule_scope or ("link" if self.protocol == "grow" else "run")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

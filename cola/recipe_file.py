@@ -179,6 +179,28 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return _resolved(recipe, base=path.parent)
 
 
+def values_of(override: str) -> tuple[str, list[str]]:
+    """The key of `dotted.key=value,value,...` and each value, as it is written; a list or mapping is one value.
+
+    Raises:
+        RecipeError: it is not of this form.
+    """
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"{override!r}: write dotted.key=value,value,..., for example arms.chain3.links=1,2,3")
+    flow = f"[{text}]"
+    loader = _Loader(flow)
+    try:
+        node = loader.get_single_node()
+    except yaml.YAMLError:
+        node = None
+    finally:
+        loader.dispose()
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(flow):
+        raise RecipeError(f"{override!r}: its values are no YAML; write lists as [a,b] and texts with commas in quotes")
+    return dotted, [flow[item.start_mark.index : item.end_mark.index] for item in node.value]
+
+
 def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
     """An override for all arms that every arm says otherwise (as in a resolved recipe) would be passed over."""
     section, _, key = dotted.partition(".")
@@ -370,6 +392,7 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         )
     name = recipe.model.name_or_path
     model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
+    training = recipe.training.model_copy(update={"schedule_scope": recipe.training.scope})
     arms = {}
     for arm, settings in recipe.arms.items():
         links = recipe.links_of(arm)
@@ -382,7 +405,8 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         n_links = settings.links if isinstance(settings.links, int) else links
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
     # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
-    parts = {"data": data.model_copy(update=update), "model": model, "arms": arms, "link": LinkSettings()}
+    parts = {"data": data.model_copy(update=update), "model": model, "training": training}
+    parts |= {"arms": arms, "link": LinkSettings()}
     return recipe.model_copy(update=parts)
 
 

@@ -49,7 +49,7 @@ class RunFolder:
         try:
             if path is None:
                 stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-                path = _make_new(Path(recipe.output).expanduser(), stamp)
+                path = make_new(Path(recipe.output).expanduser(), stamp)
             elif path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise RunFolderError(
                     f"{path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
@@ -140,14 +140,11 @@ class RunFolder:
 
     def write_text(self, name: str | Path, text: str) -> None:
         """Write a text file atomically."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_text(self.path / name, text)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json holds; None where there is none yet."""
+        return _read_json(self.path / "summary.json", ("interrupted", "arms"))
 
     def recipe_digest(self) -> str:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
@@ -199,7 +196,19 @@ def need_room(path: Path, n_bytes: int, what: str) -> None:
         )
 
 
-def _make_new(parent: Path, name: str) -> Path:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that it is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def make_new(parent: Path, name: str) -> Path:
+    """A new folder of that name, with a number where it exists."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1000):
         path = parent / (name if number == 1 else f"{name}-{number}")

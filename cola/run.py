@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
@@ -22,24 +23,36 @@ from cola.errors import ColaError, DataError, ModelError, RecipeError, RunChange
 from cola.evaluate import EVALUATION_VERSION, Evaluator
 from cola.interrupt import Interrupted, Signals
 from cola.job import Bench, JobRun, make_accelerator, selection_key
+from cola.measure import rows_digest
 from cola.model import Source, dtype_warning, find_model
-from cola.plan import Job, Link, jobs_of, plan_arm, trials_of
+from cola.plan import Job, Link, candidates_of, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance
-from cola.segments import Tree, digest, root_causes
+from cola.segments import Tree, root_causes
 from cola.store import Store
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
 
 
-def run(recipe: Recipe, folder: RunFolder, terminal: Terminal, tracked: set[str] | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    folder: RunFolder,
+    terminal: Terminal,
+    signals: Signals | None = None,
+    group: str | None = None,
+    tracked: set[str] | None = None,
+    siblings: Sequence[Recipe] = (),
+) -> dict[str, Any]:
     """Train and score everything the recipe asks for that neither the folder nor the store holds yet.
 
     Args:
         recipe: The resolved recipe.
         folder: The run's, locked by the caller.
         terminal: Told of the plan, progress and warnings.
-        tracked: Final states that W&B has been sent already, by another point of an ablation; added to.
+        signals: Installed by the caller; None: for the time of this call.
+        group: W&B group, where the run is a point of an ablation. Default: the run folder's name.
+        tracked: Arms, seeds and final states that W&B has been sent, by other points of the ablation; added to.
+        siblings: The recipes of the ablation's other points: states are kept where those part from this one.
 
     Returns:
         The summary, as in summary.json; `interrupted` is true where the user stopped it.
@@ -82,14 +95,14 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal, tracked: set[str]
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     skeleton = source.skeleton()
-    tree = _tree(recipe, source, skeleton, splits, accelerator.device.type)
+    tree = _tree(recipe, siblings, source, skeleton, splits, accelerator.device.type)
     jobs = jobs_of(recipe)
-    tracker = Tracker(recipe.tracking, folder.path.name, folder.path, terminal.warn)
+    tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: _n_steps(recipe, job, splits) for job in jobs}
     interrupted = False
     with (
         store.in_use(),
-        Signals().installed() as signals,
+        contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress(sum(steps.values())) as progress,
     ):
         bench = Bench(
@@ -98,7 +111,7 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal, tracked: set[str]
             source=source,
             skeleton=skeleton,
             splits=splits,
-            rows={name: digest([asdict(example) for example in examples]) for name, examples in splits.items()},
+            rows={name: rows_digest(examples) for name, examples in splits.items()},
             evaluator=evaluator,
             scoring=scoring,
             store=store,
@@ -112,12 +125,11 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal, tracked: set[str]
         )
         store.register(folder.path)
         try:
-            known = _plan(bench, jobs)
+            known = _known(bench, jobs)
             _say_plan(bench, known, jobs, terminal)
             for job, n_steps in steps.items():
                 if not job.trial and len(known) < len(jobs):  # all learning rates have been chosen by now
-                    known = _plan(bench, jobs)
-                    jobs = known
+                    jobs = known = _known(bench, jobs)
                     _say_plan(bench, known, jobs, terminal)
                 _do(bench, job, n_steps, terminal)
         except (KeyboardInterrupt, Interrupted):
@@ -131,32 +143,43 @@ def run(recipe: Recipe, folder: RunFolder, terminal: Terminal, tracked: set[str]
     return summary
 
 
-def _tree(recipe: Recipe, source: Source, skeleton: PreTrainedModel, splits: Splits, device: str) -> Tree:
-    training = recipe.training
+def _tree(
+    recipe: Recipe, siblings: Sequence[Recipe], source: Source, skeleton: PreTrainedModel, splits: Splits, device: str
+) -> Tree:
+    """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
     lengths = [example.n_tokens for example in splits.train]
-    known: dict[int, list[str]] = {}
+    root = root_causes(source.fingerprint(), recipe.model.dtype, device)
 
     def modules_of(link: Link) -> list[str] | None:
         return None if link.method == "full" else adapters.target_names(skeleton, link)
 
-    def digests_of(seed: int, n_steps: int) -> list[str]:
-        # The first n steps of a seed's order are the same however many follow.
-        if len(known.get(seed, [])) < n_steps:
-            order = batch_order(lengths, training.batch_size, n_steps, seed)
-            known[seed] = list(batch_digests(splits.train, order, training.micro_batch_tokens))
-        return known.get(seed, [])[:n_steps]
+    def tree_of(one: Recipe) -> Tree:
+        known: dict[int, list[str]] = {}
 
-    root = root_causes(source.fingerprint(), recipe.model.dtype, device)
-    return Tree(recipe, len(splits.train), root, modules_of, digests_of)
+        def digests_of(seed: int, n_steps: int) -> list[str]:
+            # The first n steps of a seed's order are the same however many follow.
+            if len(known.get(seed, [])) < n_steps:
+                order = batch_order(lengths, one.training.batch_size, n_steps, seed)
+                known[seed] = list(batch_digests(splits.train, order, one.training.micro_batch_tokens))
+            return known.get(seed, [])[:n_steps]
+
+        return Tree(one, len(splits.train), root, modules_of, digests_of)
+
+    tree = tree_of(recipe)
+    alike = [tree_of(other) for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
+    for one in (tree, *alike):
+        # An arm that cannot be planned, of another point, is said when its turn comes.
+        with contextlib.suppress(ColaError):
+            tree.plan([one.lineage(job) for job in candidates_of(one.recipe)])
+    return tree
 
 
-def _plan(bench: Bench, jobs: list[Job]) -> list[Job]:
-    """Cut what is known of the tree into segments; returns the jobs whose learning rate is known by now."""
+def _known(bench: Bench, jobs: list[Job]) -> list[Job]:
+    """The jobs whose learning rate is known by now; what the run refers to is noted for the store."""
     known = []
     for job in jobs:
         with contextlib.suppress(ColaError):  # said when its turn comes
             known.append(_with_rate(bench, job))
-    bench.tree.plan(known)
     bench.used["segments"] |= set(bench.tree.segments(known))
     bench.write_references()
     return known

@@ -169,16 +169,19 @@ class Tree:
             self._lineages[job] = lineage(self.root, links, self.recipe.training, self.modules_of, digests)
         return self._lineages[job]
 
-    def plan(self, jobs: Iterable[Job]) -> None:
-        """Cut every job's lineage at the ends of links and where two jobs part."""
+    def plan(self, lineages: Iterable[Lineage]) -> None:
+        """Cut lineages into segments: at the ends of links and where two of them part.
+
+        Args:
+            lineages: Of all jobs that there may be, those of an ablation's other points among them.
+        """
         after: dict[str, set[str]] = defaultdict(set)
-        for job in jobs:
-            mine = self.lineage(job)
+        for mine in lineages:
             self._cuts |= {mine.names[link.last_step] for link in mine.links}
             for name, following in zip(mine.names, mine.names[1:], strict=False):
                 after[name].add(following)
         self._cuts |= {name for name, following in after.items() if len(following) > 1}
-        self._inner = set(after)
+        self._inner |= set(after)
 
     def cuts(self, job: Job) -> list[int]:
         """Steps of the job after which its state is kept."""

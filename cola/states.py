@@ -17,6 +17,7 @@ from cola.store import Segment, Store
 from cola.train import Moments
 
 CHECKPOINT_SHARE = 0.02  # of the time that checkpoints may take
+BYTES_PER_SECOND = 400e6  # what writing, syncing and hashing is taken to reach until a checkpoint has been timed
 
 
 @dataclass
@@ -41,6 +42,10 @@ class States:
     _verified: dict[int, Segment] = field(default_factory=dict)
     _kept_at: float = field(default_factory=monotonic)
     _cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = [adapters.count_parameters(self.skeleton, link) for link in self.lineage.links]
+        self._cost = 3 * 4 * max(sizes, default=0) / BYTES_PER_SECOND  # float32 weights and two moments
 
     def get(self, step: int) -> Segment | None:
         """The state as it is in the store, verified once; None where it is not there."""

@@ -10,6 +10,7 @@ checksum, or its name, is set aside under damaged/ and made anew. Locks are the 
 process are gone with it. Many processes of one machine may use a store at once.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,6 +30,7 @@ from cola.segments import Causes, digest, state_name
 
 FORMAT = 1
 WAIT_SECONDS = 0.2
+IN_USE = "in-use"  # the lock that every run holds
 KINDS = ("record", "point", "checkpoint", "segment")  # from the shortest-lived to the longest
 
 
@@ -137,25 +139,24 @@ class Store:
         assert state_name(causes) == name
         aside = Path(tempfile.mkdtemp(dir=self.path / "writing"))
         try:
-            with _held(aside):
-                write(aside)
-                files = {}
-                for file in sorted(aside.iterdir()):
-                    _sync(file)
-                    files[file.name] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
-                record = {"format": FORMAT, "name": name, "kind": kind, "root": root, "causes": causes}
-                record |= {**notes, "files": files}
-                self._write(aside / "segment.json", json.dumps(record | {"sha256": digest(record)}, indent=1))
-                aside.chmod(0o755)
-                _sync(aside)
-                return self._publish(Segment(aside, record))
+            write(aside)
+            files = {}
+            for file in sorted(aside.iterdir()):
+                _sync(file)
+                files[file.name] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+            record = {"format": FORMAT, "name": name, "kind": kind, "root": root, "causes": causes}
+            record |= {**notes, "files": files}
+            self._write(aside / "segment.json", json.dumps(record | {"sha256": digest(record)}, indent=1))
+            aside.chmod(0o755)
+            _sync(aside)
+            return self._publish(Segment(aside, record))
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _publish(self, made: Segment) -> Segment:
         folder = self._segment(made.name)
         folder.parent.mkdir(exist_ok=True)
-        with self.lock(f"publish-{made.name}"):
+        with self.lock("publish"):
             there = self.get(made.name)
             if there is not None:
                 # One state may be the end of a segment, a checkpoint and the best so far: the longest-lived is kept.
@@ -277,13 +278,12 @@ class Store:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Held by every run that reads or writes, so that pruning waits for it. Clears what dead writers left."""
-        with (self.path / "locks" / "in-use").open("a") as file:
+        """Held by every run, so that pruning waits for it; the first one clears what dead ones left."""
+        with (self.path / "locks" / IN_USE).open("a") as file:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_all((self.path / "writing").iterdir())
             fcntl.flock(file, fcntl.LOCK_SH)
-            for left in (self.path / "writing").iterdir():
-                with _held(left) as mine:
-                    if mine:
-                        shutil.rmtree(left, ignore_errors=True)
             yield
 
     @contextmanager
@@ -293,7 +293,7 @@ class Store:
         Raises:
             StoreError: one does.
         """
-        with (self.path / "locks" / "in-use").open("a") as file:
+        with (self.path / "locks" / IN_USE).open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -335,11 +335,8 @@ class Store:
 
     def prune(self, garbage: list[Path]) -> None:
         """Remove these, and forget run folders that are gone."""
-        for path in garbage:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        _remove_all(garbage)
+        _remove_all(path for path in (self.path / "locks").iterdir() if path.name != IN_USE)
         for note in (self.path / "runs").iterdir():
             if not Path(json.loads(note.read_text(encoding="utf-8"))["folder"]).is_dir():
                 note.unlink()
@@ -360,7 +357,7 @@ class Store:
         return looked, faults
 
     def _write(self, path: Path, text: str) -> None:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = self.path / "writing" / f"{path.name}-{os.getpid()}"
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -400,6 +397,14 @@ def _measurement_fault(path: Path) -> str | None:
     return None
 
 
+def _remove_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file or of a folder's files."""
     if path.is_file():
@@ -421,22 +426,5 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Whether this process holds the folder now, which it does unless its living writer does."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
     finally:
         os.close(descriptor)

@@ -54,8 +54,8 @@ def _show(segment: Segment, terminal: Terminal) -> None:
         f"trains {what}, {link['method']}, seed {link['seed']}",
         f"{adam['name']} betas {adam['betas'][0]:g} {adam['betas'][1]:g}, epsilon {adam['epsilon']:g}, weight decay "
         f"{adam['weight_decay']:g}, {clip}; learning rate {rates[0]:g} → {rates[-1]:g}",
-        f"batches {record['causes']['steps'][0][1][:8]} … {record['causes']['steps'][-1][1][:8]}; "
-        f"loss {rows[0]['loss']:.4f} → {rows[-1]['loss']:.4f}; {duration(record['seconds'])} of training",
+        f"rows {', '.join(rows[0]['rows'])} (batch {record['causes']['steps'][0][1][:8]}) and {len(rows) - 1} more "
+        f"batches; loss {rows[0]['loss']:.4f} → {rows[-1]['loss']:.4f}; {duration(record['seconds'])} of training",
         f"made by recipe {made['recipe']}, arm {made['arm']}, seed {made['seed']}, on {made['device']}, torch "
         f"{made['packages']['torch']}, cola {made['cola']}" + (f" at {commit[:10]}{dirty}" if commit else ""),
         f"{_size(segment.n_bytes)} in " + ", ".join(record["files"]),

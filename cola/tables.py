@@ -44,26 +44,17 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
             for table in tables:
                 table.rows.append([name, state, *[NONE] * (len(table.columns) - 2)])
             continue
-        row = [_spread(arm[f"{split}_loss"]) for split in SPLITS]
-        loss.rows.append([name, *row, _spread(arm["gap_loss"], signed=True)])
+        row = [spread(arm[f"{split}_loss"]) for split in SPLITS]
+        loss.rows.append([name, *row, spread(arm["gap_loss"], signed=True)])
         if summary["metric"] == "perplexity":
             perplexity = f"{math.exp(arm['test_loss']['mean']):.2f}"
-            loss.rows[-1] += [perplexity, _interval(arm.get("ft_gap")), _interval(arm.get("closed"))]
-        row = [_spread(arm[f"{split}_score"]) for split in SPLITS]
-        row += [_spread(arm["gap_acc"], signed=True), _interval(arm.get("ft_gap")), _interval(arm.get("closed"))]
+            loss.rows[-1] += [perplexity, interval(arm.get("ft_gap")), interval(arm.get("closed"))]
+        row = [spread(arm[f"{split}_score"]) for split in SPLITS]
+        row += [spread(arm["gap_acc"], signed=True), interval(arm.get("ft_gap")), interval(arm.get("closed"))]
         score.rows.append([name, *row])
-        cost.rows.append(
-            [
-                name,
-                str(arm["links"]),
-                _count(arm["num_trainable_params"]),
-                f"{arm['steps']:.0f}",
-                _count(arm["tokens"]),
-                _range(arm["learning_rate"]),
-                f"step {_range(arm['scored_step'])}",
-                duration(arm["total_seconds"]),
-            ]
-        )
+        trained, steps, time = cost_cells(arm)
+        rate, scored = _range(arm["learning_rate"]), f"step {_range(arm['scored_step'])}"
+        cost.rows.append([name, str(arm["links"]), trained, steps, _count(arm["tokens"]), rate, scored, time])
     return tables
 
 
@@ -108,6 +99,12 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     rows = summary.get("rows")
     if rows:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
+    steps = sorted({round(arm["steps"]) for arm in summary["arms"].values() if arm.get("steps")})
+    if len(steps) > 1:
+        lines.append(
+            f"The arms were trained for {steps[0]} to {steps[-1]} optimizer steps: what differs between them may be "
+            "due to that alone."
+        )
     for name, arm in summary["arms"].items():
         if (arm.get("max_lost") or 0) > 0.2:
             lines.append(
@@ -167,14 +164,21 @@ def _trains(links: list[OneLink]) -> str:
     return f"a pair of rank {rank}, alpha {alpha}, on {modules}"
 
 
-def _spread(number: dict[str, Any] | None, signed: bool = False) -> str:
+def cost_cells(arm: dict[str, Any]) -> list[str]:
+    """Trained parameters, optimizer steps and time of an arm."""
+    return [_count(arm["num_trainable_params"]), f"{arm['steps']:.0f}", duration(arm["total_seconds"])]
+
+
+def spread(number: dict[str, Any] | None, signed: bool = False) -> str:
+    """Mean ± standard deviation over seeds."""
     if number is None:
         return NONE
     mean = f"{number['mean']:+.3f}" if signed else f"{number['mean']:.3f}"
     return mean if number["sd"] is None else f"{mean} ± {number['sd']:.3f}"
 
 
-def _interval(number: dict[str, Any] | str | None) -> str:
+def interval(number: dict[str, Any] | str | None) -> str:
+    """Estimate [low, high], or why there is none."""
     if number is None:
         return NONE
     if isinstance(number, str):

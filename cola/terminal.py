@@ -37,7 +37,10 @@ class Terminal:
             pad_edge=False,
         )
         for number, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+            # Where there is no room for all, the names of the rows are the last to be cut.
+            least = min(max((len(row[0]) for row in rows), default=0), 16) if number == 0 else None
+            justify = "left" if number == 0 else "right"
+            table.add_column(escape(column), justify=justify, overflow="fold", min_width=least)
         for row in rows:
             table.add_row(*map(escape, row))
         self.console.print(table)
@@ -78,8 +81,7 @@ class RunProgress:
         self.close()
         self.label, self.total, self.done = label, total_steps, 0
         self.tokens, self.seconds, self.last_line = 0, 0.0, monotonic()
-        self.task = self.bars.add_task(escape(label), total=max(total_steps, 1), state="loading")
-        self._line("loading the model")
+        self.task = self.bars.add_task(escape(label), total=max(total_steps, 1), state="looking in the store")
 
     def stage(self, text: str) -> None:
         """What is going on besides training."""

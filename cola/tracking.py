@@ -54,9 +54,10 @@ def sync_command(folder: Path) -> str | None:
 class Tracker:
     """Sends one run at a time to W&B; after the first failure it is silent."""
 
-    def __init__(self, settings: Tracking, group: str, folder: Path, warn: Callable[[str], None]) -> None:
+    def __init__(self, settings: Tracking, group: str | None, folder: Path, warn: Callable[[str], None]) -> None:
         self.settings = settings
-        self.group = group
+        self.group = group or folder.name
+        self.prefix = f"{folder.name} " if group else ""  # tells the points of an ablation apart
         self.folder = folder
         self.warn = warn
         self.mode = mode_of(settings)
@@ -85,7 +86,7 @@ class Tracker:
                 id=self.identity,
                 resume="allow",
                 group=self.group,
-                name=f"{arm}-seed{seed}",
+                name=f"{self.prefix}{arm}-seed{seed}",
                 job_type=arm,
                 config=config,
                 dir=str(self.folder),

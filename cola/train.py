@@ -36,6 +36,7 @@ class Step:
         tokens: Tokens read, prompts included, padding not.
         target_tokens: Tokens that the loss is taken on.
         seconds: Wall time of the step.
+        rows: Ids of the rows, in the order of the micro-batches.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Step:
     tokens: int
     target_tokens: int
     seconds: float
+    rows: list[str]
 
 
 def tune(
@@ -118,8 +120,8 @@ def tune(
             raise NonFiniteLoss(f"step {step}: {what}; rows of the batch: {rows}; try a lower learning_rate")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens = sum(batch.n_tokens for batch in micro_batches)
-        on_step(Step(step, mean, norm, learning_rate, tokens, n_targets, perf_counter() - started), optimizer)
+        tokens, rows = sum(batch.n_tokens for batch in micro_batches), [row for b in micro_batches for row in b.ids]
+        on_step(Step(step, mean, norm, learning_rate, tokens, n_targets, perf_counter() - started, rows), optimizer)
     model.eval()
     return optimizer
 

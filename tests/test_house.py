@@ -16,16 +16,24 @@ LAYERS = [
     {"recipe_file", "plan"},
     {"package_file", "sources", "record", "terminal", "segments"},
     {"data", "compare", "tables", "tracking", "store"},
+    {"ablation"},
+    {"figures"},
     {"batches", "drift", "forward", "residual", "model", "report", "store_view"},
     {"adapters", "evaluate"},
     {"chain", "train", "preview"},
-    {"states"},
+    {"states", "measure"},
     {"job"},
     {"run"},
+    {"ablate"},
     {"cli"},
     {"__main__"},
 ]
-ALLOWED_PACKAGES = {"peft": {"adapters"}, "wandb": {"tracking"}, "reasoning_gym": {"sources"}, "matplotlib": {"report"}}
+ALLOWED_PACKAGES = {
+    "peft": {"adapters"},
+    "wandb": {"tracking"},
+    "reasoning_gym": {"sources"},
+    "matplotlib": {"figures"},
+}
 WITHOUT_TORCH = {
     "errors",
     "recipe",
@@ -35,6 +43,8 @@ WITHOUT_TORCH = {
     "compare",
     "tables",
     "report",
+    "figures",
+    "ablation",
     "terminal",
     "tracking",
     "segments",

@@ -21,13 +21,13 @@ from transformers import (
 from cola.errors import RecipeError
 from cola.plan import (
     Link,
+    budget_steps,
     derived_seed,
     evaluation_steps,
     jobs_of,
     plan_arm,
     schedule,
     steps_per_epoch,
-    total_steps,
     trials_of,
 )
 from cola.recipe import Recipe, Training
@@ -95,7 +95,7 @@ def test_an_arm_without_links_trains_nothing() -> None:
     [(2, 24, 6), (2, 25, 8), (1, 8, 1), (1, 1, 1), (0.5, 64, 4), (3, 17, 9), (0.01, 8, 1)],
 )
 def test_an_epochs_last_batch_may_be_smaller_and_is_a_step(epochs: float, n_train: int, expected: int) -> None:
-    assert total_steps(Training(epochs=epochs, batch_size=8), n_train) == expected
+    assert budget_steps(Training(epochs=epochs, batch_size=8), n_train) == expected
 
 
 def test_a_step_down_in_rank_takes_its_epochs_per_link() -> None:
@@ -135,7 +135,7 @@ def test_lengths_that_do_not_add_up_are_refused(links: object, reason: str) -> N
 
 def test_a_link_takes_a_step_at_least_as_a_run_does() -> None:
     planned = recipe({"tiny": {"links": [{"epochs": 0.01}, {}]}}, training={"batch_size": 8})
-    assert total_steps(Training(epochs=0.01, batch_size=8), n_train=24) == 1
+    assert budget_steps(Training(epochs=0.01, batch_size=8), n_train=24) == 1
     assert lengths(plan_arm(planned, "tiny", 0, n_train=24)) == [1, 199]
 
 

@@ -68,7 +68,7 @@ def test_a_failure_is_said_once_and_ends_the_tracking(tmp_path: Path) -> None:
     said: list[str] = []
     file = tmp_path / "file"
     file.write_text("")
-    tracker = Tracker(Tracking(wandb="offline"), "group", file, said.append)  # a file where a folder must be
+    tracker = Tracker(Tracking(wandb="offline"), None, file, said.append)  # a file where a folder must be
     tracker.start("lora", 0, tmp_path, {"a": {1, 2}})
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish({"gap/loss": 0.1})

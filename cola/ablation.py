@@ -1,0 +1,256 @@
+"""An ablation: one recipe at several values of some keys, each point a run of its own that shares what is trained.
+
+ABLATION/ablation.json       the keys, the points, and every number of the table
+ABLATION/ablation.html       the table and the figure; ablation.svg the figure alone
+ABLATION/points/NN-VALUES/   a run folder
+
+No torch.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cola.compare import METRICS
+from cola.errors import RecipeError, RunFolderError
+from cola.recipe import Recipe
+from cola.recipe_file import dump_recipe, read_recipe, values_of
+from cola.record import RunFolder, make_new, write_text
+from cola.tables import NONE, Table, cost_cells, interval, spread
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of values.
+
+    Attributes:
+        values: What each ablated key is set to, as it was written.
+        recipe: The resolved recipe.
+        folder: Name of its run folder.
+    """
+
+    values: dict[str, str]
+    recipe: Recipe
+    folder: str
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{short(key)}={value}" for key, value in self.values.items())
+
+
+def points_of(recipe_path: Path, assignments: list[str], paired: bool) -> list[Point]:
+    """Every point of the grid (or of the paired lists), its recipe read and checked.
+
+    Args:
+        recipe_path: The recipe.
+        assignments: `dotted.key=value,value,...`; one with a single value is an override of all points.
+        paired: Whether the n-th values of all keys belong together, instead of a grid of all combinations.
+
+    Raises:
+        RecipeError: a recipe does not hold, no key has two values, or two points are the same.
+    """
+    common, lists = [], {}
+    for assignment in assignments:
+        key, values = values_of(assignment)
+        if key in lists:
+            raise RecipeError(f"{key} is given twice")
+        if len(values) > 1:
+            lists[key] = [value.strip() for value in values]
+        else:
+            common.append(assignment)
+    if not lists:
+        raise RecipeError("no key has several values; write for example arms.chain3.links=1,2,3,4")
+    lengths = {key: len(values) for key, values in lists.items()}
+    if paired and len(set(lengths.values())) > 1:
+        raise RecipeError(f"--paired: the lists must be of one length; they have {lengths}")
+    combinations = zip(*lists.values(), strict=True) if paired else itertools.product(*lists.values())
+    points: list[Point] = []
+    for number, values in enumerate(combinations, 1):
+        settings = dict(zip(lists, values, strict=True))
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        recipe = read_recipe(recipe_path, [*common, *overrides])
+        slug = re.sub(r"[^A-Za-z0-9.=-]+", "_", ",".join(f"{short(k)}={v}" for k, v in settings.items()))
+        point = Point(settings, recipe, f"{number:02d}-{slug[:80]}")
+        if twin := next((other for other in points if other.recipe == recipe), None):
+            raise RecipeError(f"{point.label} and {twin.label} are the same recipe; give each value once")
+        points.append(point)
+    return points
+
+
+def short(key: str) -> str:
+    """The last two parts of a dotted key: `chain3.links`."""
+    return ".".join(key.split(".")[-2:])
+
+
+class AblationFolder:
+    """The folder of an ablation and of its points' runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def take(cls, points: list[Point]) -> "AblationFolder":
+        """The folder of the last ablation of exactly these points if it is unfinished, else a new one."""
+        recipe = points[0].recipe
+        parent = Path(recipe.output).expanduser()
+        causes = _causes(points)
+        found = [cls(note.parent) for note in parent.glob(f"{recipe.name}-ablation-*/ablation.json")]
+        same = [folder for folder in found if folder.read().get("causes") == causes]
+        last = max(same, key=lambda folder: folder.path.stat().st_mtime, default=None)
+        if last is not None and not last.read()["finished"]:
+            return last
+        stamp = f"{recipe.name}-ablation-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            folder = cls(make_new(parent, stamp))
+        except OSError as error:
+            raise RunFolderError(f"{recipe.output}: the folder cannot be made: {error.strerror}") from None
+        folder.write({"format": FORMAT, "causes": causes, "finished": False})
+        return folder
+
+    def run_folder(self, point: Point) -> tuple[RunFolder, bool]:
+        """The point's run folder, and whether it is new."""
+        path = self.path / "points" / point.folder
+        there = path / "recipe.yaml"
+        if there.is_file() and there.read_text(encoding="utf-8") == dump_recipe(point.recipe):
+            return RunFolder(path), False
+        return RunFolder.create(point.recipe, path), True
+
+    def read(self) -> dict[str, Any]:
+        """ablation.json; empty where it is damaged."""
+        try:
+            return json.loads((self.path / "ablation.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write ablation.json."""
+        write_text(self.path / "ablation.json", json.dumps(record, indent=1) + "\n")
+
+
+def _causes(points: list[Point]) -> str:
+    text = json.dumps([[point.values, point.folder, dump_recipe(point.recipe)] for point in points])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def summarize_ablation(folder: AblationFolder, points: list[Point], errors: dict[str, str]) -> dict[str, Any]:
+    """Everything that the table and the figure show, from the points' run folders.
+
+    Args:
+        folder: Holds the runs.
+        points: All of them.
+        errors: What kept a point from being run at all, by its folder's name.
+    """
+    rows, states = [], set()
+    reused: dict[str, tuple[int, int]] = {}  # of each state that was scored: the fewest steps found, and all
+    for number, point in enumerate(points):
+        run = RunFolder(folder.path / "points" / point.folder)
+        summary = run.summary()
+        results = list(run.results()) if summary else []
+        for result in results:
+            if result["status"] == "ok":
+                info = result["train_info"]
+                mine = (info["reused_steps"], info["steps"])
+                reused[info["scored_state"]] = min(mine, reused.get(info["scored_state"], mine))
+        for arm in point.recipe.arms:
+            about = summary["arms"][arm] if summary else {"n_seeds": 0, "states": {}, "errors": {}}
+            states |= set(about["states"].values()) or {"missing"}
+            if not concerned(points, arm) and number:
+                continue
+            mine = [r for r in results if r["run_info"]["arm"] == arm and r["status"] == "ok"]
+            values = point.values if concerned(points, arm) else None
+            rows.append({"values": values, "label": point.label, "arm": arm, **about, "seeds": _by_seed(mine)})
+    return {
+        "format": FORMAT,
+        "causes": _causes(points),
+        "finished": states == {"ok"} and not errors,
+        "interrupted": bool(states & {"interrupted", "missing"}) and not errors,
+        "failed": "failed" in states or bool(errors),
+        "errors": errors,
+        "name": folder.path.name,
+        "keys": list(points[0].values),
+        "protocol": points[0].recipe.training.protocol,
+        "metric": METRICS[points[0].recipe.data.task],
+        "points": [{"label": p.label, "values": p.values, "folder": p.folder} for p in points],
+        "trained_steps": sum(steps - found for found, steps in reused.values()),
+        "recalled_steps": sum(found for found, _ in reused.values()),
+        "rows": sorted(rows, key=lambda row: row["values"] is not None),  # what the values are not about comes first
+    }
+
+
+def concerned(points: list[Point], arm: str) -> bool:
+    """Whether the ablated keys are about this arm: all of them may be another arm's own."""
+    named = [key.split(".")[1] for key in points[0].values if key.startswith("arms.")]
+    return arm in named or len(named) < len(points[0].values)
+
+
+def _by_seed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One seed's numbers for the figure's dots."""
+    return [
+        {
+            "seed": r["run_info"]["seed"],
+            "test_loss": r["evaluation"]["test"]["loss"],
+            "test_score": r["evaluation"]["test"]["score"],
+            "gap_loss": r["evaluation"]["gap_loss"],
+            "gap_acc": r["evaluation"]["gap_acc"],
+            "steps": r["train_info"]["steps"],
+            "total_seconds": r["train_info"]["total_seconds"],
+        }
+        for r in results
+    ]
+
+
+def ablation_table(summary: dict[str, Any]) -> Table:
+    """Score, gap and cost of every point."""
+    perplexity = summary["metric"] == "perplexity"
+    keys = [short(key) for key in summary["keys"]]
+    score = [] if perplexity else [f"test {summary['metric']}", "gap_acc"]
+    columns = ["arm", *keys, "test loss", "gap_loss", *score, "ft_gap", "closed", "trained", "steps", "time"]
+    table = Table(f"{summary['name']}: {' × '.join(keys)}, protocol {summary['protocol']}", columns, [])
+    for row in summary["rows"]:
+        values = list(row["values"].values()) if row["values"] else [NONE] * len(keys)
+        if not row["n_seeds"]:
+            state = ", ".join(sorted(set(row["states"].values()))) or "missing"
+            table.rows.append([row["arm"], *values, state, *[NONE] * (len(columns) - len(values) - 2)])
+            continue
+        cells = [spread(row["test_loss"]), spread(row["gap_loss"], signed=True)]
+        if not perplexity:
+            cells += [spread(row["test_score"]), spread(row["gap_acc"], signed=True)]
+        cells += [interval(row.get("ft_gap")), interval(row.get("closed"))]
+        table.rows.append([row["arm"], *values, *cells, *cost_cells(row)])
+    return table
+
+
+def ablation_notes(summary: dict[str, Any]) -> list[str]:
+    """What belongs beside the table."""
+    lines = []
+    if summary["protocol"] == "fixed":
+        lines.append("Protocol fixed: every length has the same optimizer steps in all.")
+    else:
+        lines.append("Protocol grow: every link has the same optimizer steps, so longer chains are trained longer.")
+    total = summary["trained_steps"] + summary["recalled_steps"]
+    if total:
+        lines.append(
+            f"Optimizer steps: {total} over all points, {summary['trained_steps']} of them made by this ablation's "
+            f"runs and {summary['recalled_steps']} shared or found in the store."
+        )
+    lines += [f"{folder} was not run: {error}" for folder, error in summary["errors"].items()]
+    for row in summary["rows"]:
+        lines += [f"{row['label']}: {row['arm']} seed {seed} failed: {error}" for seed, error in row["errors"].items()]
+    n_seeds = max((row["n_seeds"] for row in summary["rows"]), default=0)
+    if n_seeds == 1:
+        lines.append("One seed: nothing here says how another seed would fall out.")
+    return lines
+
+
+def mean_of(rows: list[dict[str, Any]], key: str) -> float:
+    """Mean over seeds."""
+    return float(np.mean([row[key] for row in rows]))

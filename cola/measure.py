@@ -1,0 +1,91 @@
+"""What is measured of a job's states, each once: scores of examples, and what a knot did."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+from cola.evaluate import ExampleScore
+from cola.segments import Lineage, digest
+from cola.store import Store
+
+# A pair beside the weights, or merged into them, which rounds: the scores are not the same to the last bit.
+Form = Literal["attached", "tied"]
+
+
+@dataclass
+class Measurements:
+    """Measurements of the states of one arm and seed; a step stands for the state after it.
+
+    Attributes:
+        store: Where they are kept.
+        lineage: Gives each state its name.
+        rows: Digest of each split's examples.
+        scoring: What a score depends on besides the state and the rows.
+        probe: Digest of the rows whose logits tell what a knot changed.
+        used: Names of all measurements that were asked for; shared with the run's other jobs.
+    """
+
+    store: Store
+    lineage: Lineage
+    rows: dict[str, str]
+    scoring: dict[str, Any]
+    probe: str
+    used: set[str]
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """What these scores took to compute, whenever that was."""
+        return sum(self._seconds.values())
+
+    def known_scores(self, split: str, step: int, form: Form) -> list[ExampleScore] | None:
+        """A split's scores, if they were computed before."""
+        what = self._scores_of(split, step, form)
+        value = self.store.recall(what)
+        return None if value is None else self._read(what, value)
+
+    def scores(
+        self, split: str, step: int, form: Form, compute: Callable[[], list[ExampleScore]]
+    ) -> list[ExampleScore]:
+        """A split's scores, computed now unless they were before."""
+        what = self._scores_of(split, step, form)
+        value = self.store.recall(what)
+        if value is None:
+            with self.store.lock(digest(what)):
+                value = self.store.recall(what)
+                if value is None:
+                    started = perf_counter()
+                    scores = compute()
+                    value = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
+                    self.store.remember(what, value)
+        return self._read(what, value)
+
+    def known_knot(self, step: int) -> dict[str, Any] | None:
+        """The record of the knot after a link's last step, if it was tied before."""
+        what = self._knot_of(step)
+        self.used.add(digest(what))
+        return self.store.recall(what)
+
+    def keep_knot(self, step: int, record: dict[str, Any]) -> None:
+        """Keep the record of a knot."""
+        what = self._knot_of(step)
+        self.used.add(digest(what))
+        self.store.remember(what, record)
+
+    def _scores_of(self, split: str, step: int, form: Form) -> dict[str, Any]:
+        state = self.lineage.names[step]
+        return {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]} | self.scoring
+
+    def _knot_of(self, step: int) -> dict[str, Any]:
+        return {"measured": "knot", "state": self.lineage.names[step], "rows": self.probe}
+
+    def _read(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
+        self._seconds[digest(what)] = value["seconds"]
+        self.used.add(digest(what))
+        return [ExampleScore(**row) for row in value["scores"]]
+
+
+def rows_digest(rows: Sequence[Any]) -> str:
+    """What identifies examples, everything in them included."""
+    return digest([asdict(row) for row in rows])

@@ -1,0 +1,635 @@
+"""Killed, stopped, gone on with, shared: always the bits of an undisturbed run. Run: pytest tests/test_resume.py"""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SKY
+from rich.console import Console
+from test_run import go, result
+from test_tracking import records
+
+from cola.interrupt import Interrupted, Signals
+from cola.model import Source
+from cola.recipe_file import read_recipe
+from cola.record import RunFolder, read_jsonl
+from cola.run import run
+from cola.store import Store
+from cola.terminal import Terminal
+
+KILLED = -signal.SIGKILL
+
+# A child starts in a tenth of a second: all it needs has been imported before it is forked.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["conftest", "cola.run", "cola.report", "cola.ablate", "test_resume"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small for two threads to help, and the children use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Children
+
+
+def kill_at_call(number: int, function: Callable[..., Any], half_way: bool = False) -> Callable[..., Any]:
+    """The function, but the process is killed at its n-th call, before it or inside what it calls."""
+    calls = 0
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            if half_way:
+                [model, base, residual, names] = args
+                function(model, base, residual, names[: len(names) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return killing
+
+
+def stop_at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but the process gets Ctrl-C before its n-th call."""
+    calls = 0
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **kwargs)
+
+    return stopping
+
+
+# What a process may be at when it is killed: writing, publishing, tying a knot, computing, stepping, scoring.
+PLACES = ("fsync", "rename", "replace", "rmtree", "knot", "half a knot", "logits", "AdamW", "score", "nothing")
+
+
+def child(command: list[str], said: Path, environment: dict[str, str], place: str, number: int) -> None:
+    """Run a command line of cola, killed at the n-th time that it comes to a place."""
+    import shutil
+
+    from cola import chain, evaluate, forward, job, train
+    from cola.cli import app
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    match place:
+        case "fsync":
+            os.fsync = kill_at_call(number, os.fsync)
+        case "rename":
+            Path.rename = kill_at_call(number, Path.rename)
+        case "replace":
+            Path.replace = kill_at_call(number, Path.replace)
+        case "rmtree":
+            shutil.rmtree = kill_at_call(number, shutil.rmtree)
+        case "knot":
+            chain.residual.write = kill_at_call(number, chain.residual.write)
+        case "half a knot":
+            chain.residual.write = kill_at_call(number, chain.residual.write, half_way=True)
+        case "logits":
+            killing = kill_at_call(number, forward.logits_at)
+            train.logits_at = job.logits_at = evaluate.logits_at = killing
+        case "AdamW":
+            torch.optim.AdamW.step = kill_at_call(number, torch.optim.AdamW.step)
+        case "AdamW, stopped":
+            torch.optim.AdamW.step = stop_at_call(number, torch.optim.AdamW.step)
+        case "let go":
+            Store.let_go = kill_at_call(number, Store.let_go)
+        case "score, stopped":
+            evaluate.Evaluator.__call__ = stop_at_call(number, evaluate.Evaluator.__call__)
+        case "score":
+            evaluate.Evaluator.__call__ = kill_at_call(number, evaluate.Evaluator.__call__)
+    app(command)
+
+
+def start(command: list[str], said: Path, place: str = "nothing", number: int = 0) -> Any:
+    environment = {"COLA_CACHE": os.environ["COLA_CACHE"]}
+    process = processes.Process(target=child, args=(command, said, environment, place, number))
+    process.start()
+    return process
+
+
+def end(process: Any) -> int:
+    process.join(120)
+    assert process.exitcode is not None, "the command does not come to an end"
+    return process.exitcode
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What must be the same to the bit
+
+
+@dataclass
+class Outcome:
+    """All of a run that says what was trained and scored, without times and places."""
+
+    files: dict[str, Any]
+
+    def differences(self, other: "Outcome") -> list[str]:
+        names = self.files.keys() | other.files.keys()
+        return sorted(name for name in names if self.files.get(name) != other.files.get(name))
+
+
+def outcome(run_folder: Path) -> Outcome:
+    files: dict[str, Any] = {}
+    for kind in ("arms", "trials"):
+        for path in sorted((run_folder / kind).rglob("*")):
+            name = str(path.relative_to(run_folder))
+            if path.suffix == ".safetensors" or path.parent.name == "scores":
+                files[name] = path.read_bytes()
+            elif path.name == "chosen.json":
+                files[name] = path.read_text()
+            elif path.name == "metrics.jsonl":
+                rows = read_jsonl(path)
+                files[name] = [
+                    {key: value for key, value in row.items() if key not in ("seconds", "relative_size_max")}
+                    for row in rows
+                ]
+            elif path.name == "result.json":
+                record = json.loads(path.read_text())
+                info = record["train_info"]
+                kept = ("learning_rate", "scored_step", "looked_loss", "steps", "segments", "scored_state", "tokens")
+                files[name] = [record["status"], record["evaluation"], {key: info[key] for key in kept}]
+    return Outcome(files)
+
+
+def write_recipe(folder: Path, recipe_text: str, *lines: str) -> Path:
+    """The tiny recipe with fewer rows and a checkpoint after every step."""
+    folder.mkdir(exist_ok=True)
+    text = recipe_text.replace("{train: 24, validation: 8, test: 16}", "{train: 16, validation: 4, test: 4}")
+    text = text.replace("epochs: 2, batch_size: 8", "steps: 9, batch_size: 4")
+    path = folder / "tiny.yaml"
+    path.write_text(text + "checkpoint_seconds: 0\n" + "\n".join(lines) + "\n")
+    return path
+
+
+CHOICE = ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,green,yellow,red]", "data.label=label"]
+VARIANTS = {
+    "last": ["link.dropout=0.1", "training.schedule=constant", "evaluation.every=2", *CHOICE],
+    "best": ["evaluation.checkpoint=best", "evaluation.every=1", "training.learning_rate=3e-2", "link.dropout=0.1"],
+    "search": ["training.learning_rate={search: [1e-3, 1e-2]}", "arms.full.learning_rate=null", *CHOICE],
+    "forgetful": ["keep_full_weights=false", "arms.lora=null", "comparison.primary=null", *CHOICE],
+}
+
+
+def fresh(recipe: Path, overrides: list[str], folder: Path) -> Outcome:
+    """The undisturbed run, with a store of its own."""
+    whole, summary = go(recipe, *overrides, f"store={folder / 'undisturbed'}", folder=folder / "undisturbed-run")
+    assert not summary["interrupted"]
+    return outcome(whole.path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
+    recipe_text: str, tmp_path: Path, variant: str
+) -> None:
+    recipe, overrides, said = write_recipe(tmp_path, recipe_text), VARIANTS[variant], tmp_path / "said.txt"
+    undisturbed = fresh(recipe, overrides, tmp_path)
+    rng = random.Random(variant)
+    # Rarer places are met less often.
+    often = {"rmtree": 3, "knot": 3, "half a knot": 3, "score": 4, "AdamW": 8, "rename": 10}
+    kills: list[str] = []
+    rounds = 0
+    while len(kills) < 9:
+        # A round is one run, killed until it is through.
+        rounds += 1
+        output, store = tmp_path / f"killed-{rounds}", tmp_path / f"store-{rounds}"
+        command = ["run", str(recipe), *overrides, f"output={output}", f"store={store}"]
+        code = KILLED
+        while code == KILLED:
+            place = [*PLACES[:-1], "time", "time"][len(kills) % (len(PLACES) + 1)] if len(kills) < 9 else "nothing"
+            if place == "time":
+                process = start(command, said)
+                time.sleep(rng.uniform(0.3, 1.5))
+                process.kill()
+            else:
+                process = start(command, said, place, rng.randint(1, often.get(place, 25)))
+            code = end(process)
+            assert code in (0, KILLED), (kills, said.read_text())
+            kills += [place] if code == KILLED else []
+        [run_folder] = [path.parent for path in output.glob("*/recipe.yaml")]
+        assert outcome(run_folder).differences(undisturbed) == [], (kills, said.read_text())
+        for words in (["ls"], ["verify"], ["prune", "--yes"]):
+            assert end(start(["store", *words, "--store", str(store)], said)) == 0, (kills, said.read_text())
+    assert "Traceback" not in said.read_text()
+    if variant == "forgetful":
+        assert not list(tmp_path.glob("store-*/segments/*/*/model.safetensors")), kills
+
+
+def test_a_run_that_is_killed_at_every_second_step_still_comes_to_its_end(recipe_text: str, tmp_path: Path) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    overrides = ["training.steps=6", "arms.full=null", "arms.lora=null", "comparison.primary=null", "link.dropout=0.1"]
+    undisturbed = fresh(recipe, overrides, tmp_path)
+    command = ["run", str(recipe), *overrides, f"output={tmp_path / 'killed'}"]
+    sessions = 1
+    while (code := end(start(command, said, "AdamW", 2))) == KILLED:
+        sessions += 1
+        assert sessions <= 7
+    assert (code, sessions) == (0, 6)  # one step in each, and the last one is the sixth
+    [run_folder] = (tmp_path / "killed").iterdir()
+    assert outcome(run_folder).differences(undisturbed) == []
+    assert result(RunFolder(run_folder), "chain3")["train_info"]["reused_steps"] == 5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The same command
+
+
+def test_the_same_command_after_the_end_makes_a_new_folder_trains_nothing_and_loads_no_weights(
+    recipe_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    search = ["arms.chain3.learning_rate={search: [1e-3, 1e-2]}"]
+    command = ["run", str(recipe), *CHOICE, *search]
+    assert end(start(command, said)) == 0, said.read_text()
+    [first] = (tmp_path / "runs").iterdir()
+
+    def load(*_: Any) -> None:
+        raise AssertionError("the model is loaded though nothing is left to be computed")
+
+    monkeypatch.setattr(Source, "load", load)
+    folder, summary = go(recipe, *CHOICE, *search)
+    assert folder.path != first
+    assert outcome(folder.path).differences(outcome(first)) == []
+    for path in folder.path.rglob("result.json"):
+        info = json.loads(path.read_text())["train_info"]
+        assert info["reused_steps"] == info["steps"]
+    assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
+
+
+def steps_in(path: Path) -> list[dict[str, Any]]:
+    """The steps that a run has logged so far."""
+    return [row for row in read_jsonl(path) if row["kind"] == "step"]
+
+
+def stop_when(process: Any, signal_number: int, ready: Callable[[], bool]) -> int:
+    """Send a signal as soon as something has come to pass; the exit code."""
+    while not ready():
+        assert process.is_alive(), process.exitcode
+        time.sleep(0.005)
+    os.kill(process.pid, signal_number)
+    return end(process)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("arm", ["chain3", "full"])
+def test_a_stop_inside_a_link_keeps_the_step_it_was_at_and_goes_on_to_the_same_bits(
+    recipe_text: str, tmp_path: Path, stop: signal.Signals, arm: str
+) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    others = [f"arms.{name}=null" for name in ("base", "lora", "chain3", "full") if name != arm]
+    overrides = ["training.steps=60", "checkpoint_seconds=60", "comparison.primary=null", "evaluation.every=never"]
+    overrides += [*others, *(["link.dropout=0.1"] if arm == "chain3" else []), *CHOICE]
+    command = ["run", str(recipe), *overrides, f"output={tmp_path / 'stopped'}"]
+
+    def in_the_middle() -> bool:
+        logs = (tmp_path / "stopped").glob(f"*/arms/{arm}/seed-0/metrics.jsonl")
+        return any(len(steps_in(path)) >= 25 for path in logs)
+
+    assert stop_when(start(command, said), stop, in_the_middle) == 75, said.read_text()
+    [folder] = (tmp_path / "stopped").iterdir()
+    last = steps_in(folder / "arms" / arm / "seed-0/metrics.jsonl")[-1]["step"]
+    assert 25 <= last < 60
+    store = Store(Path(os.environ["COLA_CACHE"]) / "store", print)
+    kept = [record for path in store.segments() if (record := store.record(path))["kind"] == "checkpoint"]
+    assert [record["last_step"] for record in kept] == [last]
+    assert end(start(command, said)) == 0, said.read_text()
+    assert result(RunFolder(folder), arm)["train_info"]["reused_steps"] == last
+    assert outcome(folder).differences(fresh(recipe, overrides, tmp_path)) == []
+    assert not [path for path in store.segments() if store.record(path)["kind"] == "checkpoint"]
+
+
+def test_a_signal_that_waits_is_not_forgotten() -> None:
+    # One that comes after the last step's check must not let a whole evaluation, or the next arm, go on.
+    signals = Signals()
+    with signals.installed(), pytest.raises(Interrupted), signals.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stop_while_validation_is_scored_keeps_the_step_before_it(recipe_text: str, tmp_path: Path) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    overrides = ["checkpoint_seconds=60", "arms.full=null", "arms.base=null", "evaluation.every=5", *CHOICE]
+    stopped = [*overrides, f"output={tmp_path / 'stopped'}"]
+    assert end(start(["run", str(recipe), *stopped], said, "score, stopped", 1)) == 75, said.read_text()
+    assert end(start(["run", str(recipe), *stopped], said)) == 0, said.read_text()
+    [folder] = (tmp_path / "stopped").iterdir()
+    assert result(RunFolder(folder), "lora")["train_info"]["reused_steps"] == 5
+    assert outcome(folder).differences(fresh(recipe, overrides, tmp_path)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# W&B
+
+
+def test_wandb_goes_on_with_the_same_run_and_gets_no_step_twice(recipe_text: str, tmp_path: Path) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    overrides = ["arms.full=null", "arms.base=null", "tracking.wandb=offline", "evaluation.every=4", *CHOICE]
+    command = ["run", str(recipe), *overrides, f"output={tmp_path / 'stopped'}"]
+    assert end(start(command, said, "AdamW", 6)) == KILLED  # in LoRA's sixth step
+    assert end(start(command, said, "AdamW, stopped", 9)) == 75, said.read_text()  # in the chain's fifth
+    assert end(start(command, said, "score, stopped", 1)) == 75, said.read_text()  # at the chain's eighth
+    assert end(start(command, said)) == 0, said.read_text()
+    [folder] = (tmp_path / "stopped").iterdir()
+    names: dict[str, set[str]] = {}
+    points: dict[str, list[dict[str, Any]]] = {}
+    final: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("wandb/offline-run-*")):
+        mine = records(path)
+        [head] = [record["run"] for record in mine if record["type"] == "run"]
+        name = head["display_name"]
+        names.setdefault(name, set()).add(head["run_id"])
+        points.setdefault(name, []).extend(r["history"]["item"] for r in mine if r["type"] == "history")
+        for record in mine:
+            if record["type"] == "summary":
+                final.setdefault(name, {}).update(record["summary"]["update"])
+    assert sorted(names) == ["chain3-seed0", "lora-seed0"]
+    for name, arm in (("lora-seed0", "lora"), ("chain3-seed0", "chain3")):
+        assert len(names[name]) == 1
+        steps = [point["step"] for point in points[name] if "train/loss" in point]
+        assert len(steps) == len(set(steps)), steps
+        assert len(steps) >= (8 if arm == "lora" else 9), steps  # a kill may lose the row that was on its way
+        losses = {row["step"]: row["loss"] for row in steps_in(folder / f"arms/{arm}/seed-0/metrics.jsonl")}
+        assert all(point["train/loss"] == losses[point["step"]] for point in points[name] if "train/loss" in point)
+        evaluation = result(RunFolder(folder), arm)["evaluation"]
+        assert final[name]["gap/loss"] == evaluation["gap_loss"]
+        assert final[name]["gap/acc"] == evaluation["gap_acc"]
+    looks = [point["step"] for point in points["chain3-seed0"] if "validation/loss" in point]
+    assert looks == [4, 8, 9]
+    knots = [point["step"] for point in points["chain3-seed0"] if "knot/drift" in point]
+    assert knots == [3, 6, 9]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sharing
+
+
+def told(recipe: Path, *overrides: str) -> tuple[RunFolder, list[str]]:
+    """A new run, and what it says of its segments."""
+    console = Console(file=io.StringIO(), soft_wrap=True, width=10_000)
+    resolved = read_recipe(recipe, list(overrides))
+    folder = RunFolder.create(resolved)
+    run(resolved, folder, Terminal(console))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return folder, [line for line in lines if line.startswith("segments: ")]
+
+
+def counts(line: str) -> tuple[int, ...]:
+    """Needed, found and to be trained; steps to be trained and in all."""
+    store = Path(os.environ["COLA_CACHE"]) / "store"
+    words = line.replace(str(store), "STORE").split()
+    return tuple(int(word) for word in words if word.isdigit())
+
+
+def reused(folder: RunFolder, arm: str, seed: int = 0) -> tuple[int, int]:
+    info = result(folder, arm, seed)["train_info"]
+    return info["reused_steps"], info["steps"]
+
+
+def test_lora_and_a_chain_train_their_common_steps_once(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    overrides = ["training.schedule=constant", "arms.full=null", *CHOICE]
+    folder, [line] = told(recipe, *overrides)
+    # 3 in common, 6 more of LoRA, 3 and 3 more of the chain.
+    assert counts(line) == (4, 0, 4, 15, 15)
+    assert reused(folder, "lora") == (0, 9)
+    assert reused(folder, "chain3") == (3, 9)
+    assert outcome(folder.path).differences(
+        fresh(recipe, [*overrides, "arms.lora=null", "comparison.primary=null"], tmp_path)
+    ) == sorted(
+        str(path.relative_to(folder.path))
+        for path in (folder.path / "arms/lora").rglob("*")
+        if path.suffix in (".safetensors", ".jsonl") or path.name == "result.json"
+    )
+
+
+def test_the_chosen_trial_is_not_trained_again(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    grid = "training.learning_rate={search: [1e-3, 1e-2]}"
+    folder, lines = told(recipe, grid, "arms.full.learning_rate=null", "arms.base=null", *CHOICE)
+    # Two rates of three arms; LoRA and the chain part after three steps.
+    assert counts(lines[0])[:3] == (10, 0, 10)
+    assert lines[1] == "segments: those of 3 more runs are known when the learning rates have been chosen"
+    assert counts(lines[2])[:3] == (10, 10, 0) or counts(lines[2])[:3] == (5, 5, 0)
+    assert [reused(folder, arm) for arm in ("lora", "chain3", "full")] == [(9, 9)] * 3
+
+
+def test_another_recipe_of_another_name_finds_what_it_shares(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    told(recipe, "arms.chain3=null", "comparison.primary=null", *CHOICE)
+    second, [line] = told(recipe, "name=another", f"output={tmp_path / 'elsewhere'}", "evaluation.every=3", *CHOICE)
+    assert counts(line)[1] >= 1
+    assert reused(second, "full") == (9, 9)
+    third, [line] = told(
+        recipe,
+        "name=third",
+        f"output={tmp_path / 'elsewhere'}",
+        "arms.lora=null",
+        "comparison.primary=null",
+        "evaluation.every=3",
+        *CHOICE,
+    )
+    assert counts(line) == (4, 4, 0, 0, 18)
+    assert reused(third, "chain3") == (9, 9)
+
+
+def test_a_seed_that_is_added_is_all_that_is_trained(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    told(recipe, "training.schedule=constant", *CHOICE)
+    folder, [line] = told(recipe, "training.schedule=constant", "seeds=[0, 1]", *CHOICE)
+    assert counts(line) == (10, 5, 5, 24, 48)
+    for arm in ("lora", "chain3", "full"):
+        assert reused(folder, arm) == (9, 9)
+    assert reused(folder, "full", 1) == reused(folder, "lora", 1) == (0, 9)
+    assert reused(folder, "chain3", 1) == (3, 9)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other questions about what was trained
+
+
+def test_a_state_whose_validation_was_not_measured_is_evaluated_and_not_trained(
+    recipe_text: str, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    told(recipe, "evaluation.every=never", *CHOICE)
+    changed = ["evaluation.every=never", "evaluation.batch_tokens=64", *CHOICE]
+    folder, [line] = told(recipe, *changed)
+    assert counts(line)[2] == 0
+    for arm in ("lora", "chain3", "full"):
+        assert reused(folder, arm) == (9, 9)
+    assert outcome(folder.path).differences(fresh(recipe, changed, tmp_path)) == []
+
+
+@pytest.mark.parametrize("every", ["1", "link", "epoch", "never"])
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_validation_that_is_looked_at_elsewhere_gives_what_a_run_of_its_own_would_have(
+    recipe_text: str, tmp_path: Path, every: str, checkpoint: str
+) -> None:
+    if (every, checkpoint) == ("never", "best"):
+        pytest.skip("the recipe is refused")
+    recipe = write_recipe(tmp_path, recipe_text)
+    told(recipe, "evaluation.every=2", "training.learning_rate=3e-2", *CHOICE)
+    changed = [f"evaluation.every={every}", f"evaluation.checkpoint={checkpoint}", "training.learning_rate=3e-2"]
+    folder, _ = told(recipe, *changed, *CHOICE)
+    assert outcome(folder.path).differences(fresh(recipe, [*changed, *CHOICE], tmp_path)) == []
+    if every == "never":
+        assert reused(folder, "lora") == reused(folder, "full") == (9, 9)
+
+
+# The answer cannot be told from this prompt, so learning the training rows soon makes validation worse.
+UNLEARNABLE = ["data.prompt=row {id}", "link.rank=16", "training.learning_rate=3e-2", "arms.full.learning_rate=1e-2"]
+
+
+def trains_nothing(recipe: Path, *overrides: str) -> None:
+    """The same run again finds all of it."""
+    folder, _ = told(recipe, *overrides)
+    for path in folder.path.glob("arms/*/seed-*/result.json"):
+        record = json.loads(path.read_text())
+        assert record["status"] == "ok", record["run_info"]
+        assert record["train_info"]["reused_steps"] == record["train_info"]["steps"], path
+
+
+def test_a_better_point_of_a_longer_run_does_not_take_away_the_end_of_a_shorter(
+    recipe_text: str, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    short = [
+        "training.schedule=constant",
+        "training.steps=4",
+        "evaluation.every=never",
+        "arms.chain3=null",
+        "comparison.primary=null",
+        *CHOICE,
+    ]
+    told(recipe, *short)
+    told(recipe, *short, "training.steps=9", "evaluation.every=4", "evaluation.checkpoint=best")
+    trains_nothing(recipe, *short)
+
+
+def test_a_checkpoint_of_a_longer_run_does_not_take_away_the_end_of_a_shorter(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    short = [
+        "training.schedule=constant",
+        "training.steps=4",
+        "evaluation.every=never",
+        "arms.chain3=null",
+        "comparison.primary=null",
+        *CHOICE,
+    ]
+    told(recipe, *short)
+    # Validation was not looked at on the way, so the longer run comes past the shorter one's end.
+    told(recipe, *short, "training.steps=9", "evaluation.every=1")
+    trains_nothing(recipe, *short)
+
+
+@pytest.mark.parametrize(
+    "other", [["evaluation.select_by=score"], ["evaluation.checkpoint=last", "evaluation.every=2"]]
+)
+def test_another_choice_of_the_best_does_not_take_away_the_best_of_a_run_before(
+    recipe_text: str, tmp_path: Path, other: list[str]
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    best = ["evaluation.checkpoint=best", "evaluation.every=3", "training.steps=18", *UNLEARNABLE, *CHOICE]
+    folder, _ = told(recipe, *best)
+    scored = {arm: result(folder, arm)["train_info"]["scored_step"] for arm in ("lora", "chain3", "full")}
+    assert min(scored.values()) < 18
+    told(recipe, *best, *other)
+    told(recipe, *best, "evaluation.every=1")
+    trains_nothing(recipe, *best)
+
+
+def test_arms_with_common_steps_leave_each_other_their_best(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    for steps in (9, 18):
+        best = ["evaluation.checkpoint=best", "evaluation.every=1", f"training.steps={steps}", *UNLEARNABLE, *CHOICE]
+        best += ["training.schedule=constant", "arms.short={links: [{steps: 3}, {}]}"]
+        folder, _ = told(recipe, *best)
+        store = Store(Path(os.environ["COLA_CACHE"]) / "store", print)
+        for arm in ("lora", "chain3", "short", "full"):
+            info = result(folder, arm)["train_info"]
+            assert store.get(info["scored_state"]) is not None, (arm, info["scored_step"])
+        trains_nothing(recipe, *best)
+
+
+def more_tests(folder: Path) -> str:
+    """A data override whose test rows are a file of their own."""
+    rows = [
+        {"id": n, "question": f"{n} what colour is the {thing}", "answer": colour}
+        for n, (thing, colour) in enumerate([*SKY.items()] * 5, 500)
+    ]
+    path = folder / "more.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_full_weights_that_were_let_go_are_trained_again_only_for_a_new_question(
+    recipe_text: str, tmp_path: Path, checkpoint: str, colours: Path
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    more = more_tests(tmp_path)
+    forgetful = [
+        "keep_full_weights=false",
+        "evaluation.every=1",
+        f"evaluation.checkpoint={checkpoint}",
+        *UNLEARNABLE,
+        f"data.files={{train: {colours}, test: {more}}}",
+        "data.rows.train=16",
+        *CHOICE,
+    ]
+    folder, _ = told(recipe, *forgetful)
+    store = Path(os.environ["COLA_CACHE"]) / "store"
+    assert not list(store.glob("segments/*/*/model.safetensors"))
+    assert not (folder.path / "arms/full/seed-0/model").exists()
+    trains_nothing(recipe, *forgetful)
+    asked = [*forgetful, "data.rows.test=8"]
+    again, _ = told(recipe, *asked)
+    assert reused(again, "lora") == reused(again, "chain3") == (9, 9)
+    assert reused(again, "full")[0] < 9
+    assert outcome(again.path).differences(fresh(recipe, asked, tmp_path)) == []
+    assert not list(store.glob("segments/*/*/model.safetensors"))
+    trains_nothing(recipe, *asked)
+
+
+def test_pruning_leaves_a_stopped_run_all_that_it_goes_on_from(recipe_text: str, tmp_path: Path) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    overrides = ["evaluation.checkpoint=best", "evaluation.every=1", "training.steps=18", *UNLEARNABLE, *CHOICE]
+    overrides += ["arms.full=null", "arms.base=null", "arms.lora=null", "comparison.primary=null"]
+    overrides += [f"arms.chain3.links={1}", f"output={tmp_path / 'stopped'}"]
+    command = ["run", str(recipe), *overrides]
+    assert end(start(command, said, "AdamW", 15)) == KILLED
+    assert end(start(["store", "prune", "--yes"], said)) == 0
+    assert end(start(command, said)) == 0
+    [folder] = (tmp_path / "stopped").iterdir()
+    assert reused(RunFolder(folder), "chain3") == (14, 18)
+
+
+def test_a_kill_before_the_full_weights_are_let_go_does_not_keep_them_for_ever(
+    recipe_text: str, tmp_path: Path
+) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    command = ["run", str(recipe), "keep_full_weights=false", *CHOICE]
+    assert end(start(command, said, "let go", 1)) == KILLED
+    assert end(start(command, said)) == 0, said.read_text()
+    assert not list((Path(os.environ["COLA_CACHE"]) / "store").glob("segments/*/*/model.safetensors"))
