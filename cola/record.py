@@ -178,7 +178,8 @@ class RunFolder:
 
     def remove_if_untrained(self) -> None:
         """Delete the folder if no job has begun in it, so that a mistake in a recipe leaves nothing behind."""
-        if not any(self.path.glob("arms/*/*/metrics.jsonl")) and not any(self.path.glob("trials/*/*/*/metrics.jsonl")):
+        begun = [path for name in ("metrics.jsonl", "result.json") for path in self.path.glob(f"**/seed-*/{name}")]
+        if not any(path.stat().st_size for path in begun):
             shutil.rmtree(self.path)
 
 

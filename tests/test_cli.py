@@ -81,8 +81,7 @@ def test_an_existing_run_folder_is_kept_as_it_is(recipe_file: Path, tmp_path: Pa
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     line = refused("--run-folder", folder, recipe_file)
-    assert f"{folder} exists and is kept as it is" in line
-    assert f"cola run --resume {folder}" in line
+    assert f"{folder} exists and is no run of exactly this recipe; it is kept as it is: name another folder" in line
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
 
 

@@ -214,7 +214,7 @@ def test_a_misspelt_key_names_the_line_and_the_key_that_was_meant(
 
 def test_a_key_like_no_other_lists_the_keys_that_are_known(read: Read) -> None:
     said = fault(read, swap("  batch_size: 8\n", "  zzz: 8\n"))
-    assert "plain.yaml:11: training.zzz: unknown key; known here are epochs, steps, batch_size, " in said
+    assert "plain.yaml:11: training.zzz: unknown key; known here are epochs, steps, protocol, batch_size, " in said
 
 
 @pytest.mark.parametrize(
