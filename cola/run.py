@@ -188,11 +188,14 @@ def _known(bench: Bench, jobs: list[Job]) -> list[Job]:
 def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
     """How many segments are needed, found and to be trained."""
     needed = bench.tree.segments(known)
-    found = [name for name in needed if bench.store.has(name)]
-    to_train = sum(steps for name, steps in needed.items() if name not in found)
+    missing = {name: states for name, states in needed.items() if not bench.store.has(name)}
+    # A checkpoint inside a segment saves the steps up to it.
+    begun = sum(max((n for n, state in enumerate(s, 1) if bench.store.has(state)), default=0) for s in missing.values())
+    to_train = sum(map(len, missing.values())) - begun
     terminal.say(
-        f"segments: {len(needed)} needed, {len(found)} found in {bench.store.path}, {len(needed) - len(found)} to be "
-        f"trained: {to_train} of {sum(needed.values())} optimizer steps"
+        f"segments: {len(needed)} needed, {len(needed) - len(missing)} found in {bench.store.path}, {len(missing)} to be "
+        f"trained: {to_train} of {sum(map(len, needed.values()))} optimizer steps"
+        + (f" ({begun} more are in checkpoints)" if begun else "")
     )
     if later := len(jobs) - len(known):
         terminal.say(f"segments: those of {later} more runs are known when the learning rates have been chosen")

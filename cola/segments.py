@@ -191,12 +191,12 @@ class Tree:
         """Whether some job trains on from a state with the optimizer as it is there, or ties it and goes on."""
         return name in self._inner
 
-    def segments(self, jobs: Iterable[Job]) -> dict[str, int]:
-        """Each segment that the jobs need, by the name of its end, and its number of steps; a shared one once."""
-        lengths: dict[str, int] = {}
+    def segments(self, jobs: Iterable[Job]) -> dict[str, list[str]]:
+        """Each segment that the jobs need, a shared one once: the name of its end, and of the states of its steps."""
+        found: dict[str, list[str]] = {}
         for job in jobs:
             names, first = self.lineage(job).names, 0
             for cut in self.cuts(job):
-                lengths[names[cut]] = cut - first
+                found[names[cut]] = names[first + 1 : cut + 1]
                 first = cut
-        return lengths
+        return found

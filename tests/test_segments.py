@@ -130,11 +130,13 @@ def case_in(folder: Path, model: Path) -> Case:
     )
 
 
-def tree_of(case: Case) -> Tree:
+def tree_of(case: Case, device: str = "cpu") -> Tree:
+    """The names that a run of the case would give; nothing is cut yet."""
     recipe = read_recipe(case.write())
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    return cola_run._tree(recipe, source, source.skeleton(), splits, "cpu")
+    tree = cola_run._tree(recipe, [], source, source.skeleton(), splits, device)
+    return Tree(recipe, tree.n_train, tree.root, tree.modules_of, tree.digests_of)
 
 
 def lineages(case: Case) -> dict[str, Lineage]:
@@ -327,6 +329,7 @@ HARMFUL: dict[str, tuple[Change, frozenset[str]]] = {
     "schedule": (put("training", "schedule", value="cosine"), ROLES),
     "warmup_steps": (put("training", "warmup_steps", value=1), ROLES),
     "schedule_scope": (put("training", "schedule_scope", value="link"), CHAIN),
+    "protocol": (put("training", "protocol", value="grow"), CHAIN),
     "rank": (put("link", "rank", value=4), LOW_RANK),
     "alpha": (put("link", "alpha", value=9), LOW_RANK),
     "dropout": (put("link", "dropout", value=0.2), LOW_RANK),
@@ -441,12 +444,11 @@ def test_another_training_version_has_other_names(case: Case, monkeypatch: pytes
 
 
 def test_another_kind_of_device_has_other_names(case: Case) -> None:
-    recipe = read_recipe(case.write())
-    source = find_model(recipe.model)
-    splits = load_splits(recipe.data, source.tokenizer())
-    on = [cola_run._tree(recipe, source, source.skeleton(), splits, device) for device in ("cpu", "cuda")]
-    names = [{name for role in ROLES for name in tree.lineage(Job(arm=role, seed=0)).names} for tree in on]
-    assert not names[0] & names[1]
+    names = {
+        device: {name for role in ROLES for name in tree_of(case, device).lineage(Job(arm=role, seed=0)).names}
+        for device in ("cpu", "cuda")
+    }
+    assert not names["cpu"] & names["cuda"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -477,6 +479,17 @@ def test_a_chain_begins_with_the_names_of_the_chains_that_it_goes_on_from(case: 
     assert lineages(case)["chain"].names[5] != names[3][5]
 
 
+def test_a_chain_that_grows_begins_as_the_shorter_one_did_whatever_the_schedule(case: Case) -> None:
+    case.training.update({"protocol": "grow", "schedule": "cosine", "warmup_steps": 1})
+    names = {}
+    for number in (1, 2, 3):
+        case.arm("chain")["links"] = number
+        names[number] = lineages(case)["chain"].names
+        assert len(names[number]) == 5 * number + 1
+    assert names[3][:11] == names[2]
+    assert names[2][:6] == names[1] == lineages(case)["lora"].names
+
+
 def test_states_of_one_path_have_names_of_their_own(case: Case) -> None:
     case.training.update({"schedule": "constant", "epochs": 4})
     for lineage in lineages(case).values():
@@ -498,9 +511,9 @@ def test_a_path_is_cut_at_the_ends_of_links_and_where_arms_part(case: Case) -> N
     case.arm("chain")["links"] = 3
     tree = tree_of(case)
     lora, chain, full = (Job(arm=arm, seed=0) for arm in ("lora", "chain", "full"))
-    tree.plan([lora])
+    tree.plan([tree.lineage(lora)])
     assert tree.cuts(lora) == [6]
-    tree.plan([lora, chain, full])
+    tree.plan(map(tree.lineage, [lora, chain, full]))
     assert tree.cuts(lora) == [2, 6]  # where the chain ties its first knot
     assert tree.cuts(chain) == [2, 4, 6]
     assert tree.cuts(full) == [6]
@@ -517,7 +530,7 @@ def test_paths_that_never_meet_are_not_cut_for_each_other(case: Case) -> None:
     case.recipe["seeds"] = [0, 1]
     tree = tree_of(case)
     jobs = [Job(arm=arm, seed=seed) for arm in ("lora", "full") for seed in (0, 1)]
-    tree.plan(jobs)
+    tree.plan(map(tree.lineage, jobs))
     assert [tree.cuts(job) for job in jobs] == [[5]] * 4
     assert len(tree.segments(jobs)) == 4
 
@@ -527,7 +540,7 @@ def test_a_trial_and_the_run_that_takes_its_rate_are_one_path(case: Case) -> Non
     tree = tree_of(case)
     trials = [Job(arm="lora", seed=0, learning_rate=rate, trial=True) for rate in (0.01, 0.02)]
     chosen = Job(arm="lora", seed=0, learning_rate=0.02)
-    tree.plan([*trials, chosen])
+    tree.plan(map(tree.lineage, [*trials, chosen]))
     assert len(tree.segments([*trials, chosen])) == 2
     assert tree.lineage(chosen).names == tree.lineage(trials[1]).names
 
