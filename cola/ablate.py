@@ -5,6 +5,8 @@ from typing import Any
 from cola.ablation import AblationFolder, Point, summarize_ablation
 from cola.errors import ColaError
 from cola.interrupt import Interrupted, Signals
+from cola.job import tracked_state
+from cola.recipe import Recipe
 from cola.report import write_report
 from cola.run import run
 from cola.terminal import Terminal
@@ -21,27 +23,46 @@ def ablate(
     tracked: set[str] = set()
     recipes = [point.recipe for point in points]
     errors: dict[str, str] = {}
-    for number, point in enumerate(points, 1):
-        run_folder, fresh = folder.run_folder(point)
-        if run_folder.finished:
-            terminal.say(f"point {number} of {len(points)}: {point.label}: finished before")
-            continue
-        terminal.say(f"point {number} of {len(points)}: {point.label} → {run_folder.path}")
-        try:
-            with run_folder.lock():
-                group = folder.path.name
-                summary = run(point.recipe, run_folder, terminal, signals, group, tracked, siblings=recipes)
-            write_report(run_folder)
-        except Interrupted:  # while data or model were being loaded
-            break
-        except ColaError as error:
-            errors[point.folder] = str(error)
-            terminal.warn(f"{point.label} cannot be run, the others go on: {error}")
-            if fresh:
-                run_folder.remove_if_untrained()
-            continue
-        if summary["interrupted"]:
-            break
-    summary = summarize_ablation(folder, points, errors)
-    folder.write(summary)
+    interrupted = False
+    with folder.lock():
+        for number, point in enumerate(points, 1):
+            place = f"point {number} of {len(points)}: {point.label}"
+            try:
+                interrupted = _run_point(point, folder, place, terminal, signals, tracked, recipes)
+            except Interrupted:  # while data or model were being loaded
+                interrupted = True
+            except ColaError as error:
+                errors[point.folder] = str(error)
+                terminal.warn(f"{point.label} cannot be run, the others go on: {error}")
+            if interrupted:
+                break
+        summary = summarize_ablation(folder, points, errors, interrupted)
+        folder.write(summary)
     return summary
+
+
+def _run_point(
+    point: Point,
+    folder: AblationFolder,
+    place: str,
+    terminal: Terminal,
+    signals: Signals | None,
+    tracked: set[str],
+    recipes: list[Recipe],
+) -> bool:
+    """Run a point unless it is finished; returns whether the user stopped it."""
+    run_folder, fresh = folder.run_folder(point)
+    if run_folder.finished:
+        terminal.say(f"{place}: finished before")
+        tracked |= {tracked_state(result) for result in run_folder.results()}
+        return False
+    terminal.say(f"{place} → {run_folder.path}")
+    try:
+        with run_folder.lock():
+            summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
+    except BaseException:
+        if fresh:
+            run_folder.remove_if_untrained()
+        raise
+    write_report(run_folder)
+    return summary["interrupted"]

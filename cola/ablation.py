@@ -7,10 +7,12 @@ ABLATION/points/NN-VALUES/   a run folder
 No torch.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -106,8 +108,9 @@ class AblationFolder:
         found = [cls(note.parent) for note in parent.glob(f"{recipe.name}-ablation-*/ablation.json")]
         same = [folder for folder in found if folder.read().get("causes") == causes]
         last = max(same, key=lambda folder: folder.path.stat().st_mtime, default=None)
-        if last is not None and not last.read()["finished"]:
-            return last
+        if last is not None and not last.read().get("finished"):
+            with contextlib.suppress(RunFolderError), last.lock():  # another process may be at it
+                return last
         stamp = f"{recipe.name}-ablation-{datetime.now():%Y%m%d-%H%M%S}"
         try:
             folder = cls(make_new(parent, stamp))
@@ -124,12 +127,21 @@ class AblationFolder:
             return RunFolder(path), False
         return RunFolder.create(point.recipe, path), True
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the folder for one process.
+
+        Raises:
+            RunFolderError: another one is at work in it.
+        """
+        return RunFolder(self.path).lock()
+
     def read(self) -> dict[str, Any]:
-        """ablation.json; empty where it is damaged."""
+        """ablation.json; empty where it is damaged, or of another version."""
         try:
-            return json.loads((self.path / "ablation.json").read_text(encoding="utf-8"))
+            record = json.loads((self.path / "ablation.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return record if isinstance(record, dict) and record.get("format") == FORMAT else {}
 
     def write(self, record: dict[str, Any]) -> None:
         """Write ablation.json."""
@@ -141,16 +153,19 @@ def _causes(points: list[Point]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def summarize_ablation(folder: AblationFolder, points: list[Point], errors: dict[str, str]) -> dict[str, Any]:
+def summarize_ablation(
+    folder: AblationFolder, points: list[Point], errors: dict[str, str], interrupted: bool
+) -> dict[str, Any]:
     """Everything that the table and the figure show, from the points' run folders.
 
     Args:
         folder: Holds the runs.
         points: All of them.
         errors: What kept a point from being run at all, by its folder's name.
+        interrupted: Whether the user stopped it.
     """
     rows, states = [], set()
-    reused: dict[str, tuple[int, int]] = {}  # of each state that was scored: the fewest steps found, and all
+    reused: dict[str, tuple[int, int]] = {}  # of each last state: the fewest steps found, and all
     for number, point in enumerate(points):
         run = RunFolder(folder.path / "points" / point.folder)
         summary = run.summary()
@@ -159,7 +174,7 @@ def summarize_ablation(folder: AblationFolder, points: list[Point], errors: dict
             if result["status"] == "ok":
                 info = result["train_info"]
                 mine = (info["reused_steps"], info["steps"])
-                reused[info["scored_state"]] = min(mine, reused.get(info["scored_state"], mine))
+                reused[info["final_state"]] = min(mine, reused.get(info["final_state"], mine))
         for arm in point.recipe.arms:
             about = summary["arms"][arm] if summary else {"n_seeds": 0, "states": {}, "errors": {}}
             states |= set(about["states"].values()) or {"missing"}
@@ -172,7 +187,7 @@ def summarize_ablation(folder: AblationFolder, points: list[Point], errors: dict
         "format": FORMAT,
         "causes": _causes(points),
         "finished": states == {"ok"} and not errors,
-        "interrupted": bool(states & {"interrupted", "missing"}) and not errors,
+        "interrupted": interrupted,
         "failed": "failed" in states or bool(errors),
         "errors": errors,
         "name": folder.path.name,
@@ -239,8 +254,8 @@ def ablation_notes(summary: dict[str, Any]) -> list[str]:
     total = summary["trained_steps"] + summary["recalled_steps"]
     if total:
         lines.append(
-            f"Optimizer steps: {total} over all points, {summary['trained_steps']} of them made by this ablation's "
-            f"runs and {summary['recalled_steps']} shared or found in the store."
+            f"Optimizer steps: {total} over all points, of which {summary['trained_steps']} were made and "
+            f"{summary['recalled_steps']} were shared between points or found in the store."
         )
     lines += [f"{folder} was not run: {error}" for folder, error in summary["errors"].items()]
     for row in summary["rows"]:

@@ -4,6 +4,7 @@ Nothing heavy is imported before it is needed: `cola --help` loads neither torch
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -39,7 +40,7 @@ RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 @app.callback()
 def main() -> None:
-    """Makes `cola run` a subcommand even while it has few siblings."""
+    """Chain of LoRA, compared honestly."""
 
 
 @app.command()
@@ -123,7 +124,8 @@ def ablate(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a run or of an ablation.")],
 ) -> None:
-    """Build the summary and the page anew from the results of a run or an ablation, and print the table."""
+    """Print the tables of a run or an ablation, and build its page anew: a run's from its results, an ablation's
+    from its ablation.json."""
     with _one_line_errors():
         if (run_folder / "ablation.json").is_file():
             _report_ablation(run_folder)
@@ -354,6 +356,11 @@ def _one_line_errors() -> Iterator[None]:
     except ColaError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'a file'}: {os.strerror(error.errno)}", file=sys.stderr)
         raise typer.Exit(2) from None
     except Interrupted:
         print("interrupted; the same command goes on", file=sys.stderr)

@@ -35,12 +35,13 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals wait for `check`."""
+        """Signals wait for `check`, or for the end."""
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
+        self.check()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ What the store has is taken from there; the model is loaded only for what it has
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from cola import adapters
 from cola.batches import batch_order, collate, training_batches, training_row
 from cola.chain import Chain, Knot, retie, run_chain
-from cola.data import Splits
+from cola.data import Example, Splits
 from cola.drift import Drift
 from cola.evaluate import Evaluator, ExampleScore, mean_loss, mean_score
 from cola.forward import logits_at
@@ -34,7 +35,7 @@ from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe, Search
 from cola.record import FORMAT, RunFolder
 from cola.residual import Base
-from cola.segments import Tree
+from cola.segments import Lineage, Tree
 from cola.states import States
 from cola.store import Store
 from cola.terminal import RunProgress
@@ -42,6 +43,7 @@ from cola.tracking import Tracker
 from cola.train import Moments, Step, read_moments, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
+MADE_WITH = ("cola", "commit", "python", "packages", "machine", "device")  # what a kept state says of its making
 PROBE_ROWS = 4  # training rows whose logits tell what a knot changed
 
 
@@ -83,6 +85,16 @@ class Bench:
     meta: dict[str, Any]
     used: dict[str, set[str]]
 
+    @property
+    def probe_rows(self) -> list[Example]:
+        """The rows whose logits tell what a knot changed."""
+        return self.splits.train[:PROBE_ROWS]
+
+    def measurements(self, lineage: Lineage) -> Measurements:
+        """What was and will be measured of a job's states."""
+        probe = rows_digest(self.probe_rows)
+        return Measurements(self.store, lineage, self.rows, self.scoring, probe, self.used["measured"])
+
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
         self.folder.write_json("segments.json", {kind: sorted(names) for kind, names in self.used.items()})
@@ -94,6 +106,10 @@ class Best:
 
     key: tuple[float, float]
     step: int
+
+
+class NothingLeft(Exception):
+    """While this process waited, another one trained and scored it all, and let the weights go."""
 
 
 class JobRun:
@@ -114,7 +130,7 @@ class JobRun:
         self.points = set(evaluation_steps(recipe, self.links, len(bench.splits.train))) if self.links else set()
         # One accelerator per job: an arm that fails must not leave its optimizer or gradient scale to the next.
         self.accelerator = make_accelerator(recipe.model.dtype)
-        made = {key: bench.meta[key] for key in ("cola", "commit", "python", "packages", "machine", "device")}
+        made = {key: bench.meta[key] for key in MADE_WITH}
         self.states = States(
             bench.store,
             self.lineage,
@@ -124,11 +140,8 @@ class JobRun:
             {**made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
         )
         self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
-        state = f"{job.label} {self.lineage.names[-1]}"
-        self.probe_rows = bench.splits.train[:PROBE_ROWS]
-        self.measured = Measurements(
-            bench.store, self.lineage, bench.rows, bench.scoring, rows_digest(self.probe_rows), bench.used["measured"]
-        )
+        state = f"{job.arm} {job.seed} {self.lineage.names[-1]}"
+        self.measured = bench.measurements(self.lineage)
         self.tracker = None if job.trial or state in bench.tracked else bench.tracker
         bench.tracked.add(state)
         self.at = 0  # steps that were found or made so far
@@ -138,6 +151,8 @@ class JobRun:
         self.knots: list[dict[str, Any]] = []
         self.best: Best | None = None
         self.checkpoint: int | None = None
+        self.outdone: list[int] = []  # former bests: needed until a later state can be gone on from
+        self.heads = list(self.cuts)  # where segments begin, those of other runs too that were come across
         self.optimizer: AcceleratedOptimizer | None = None
         self.tied_from = 0.0
         self.placed: int | None = None  # the step whose tied weights the model has
@@ -251,9 +266,12 @@ class JobRun:
     def _train(self) -> None:
         """Go on from what was found to the last knot."""
         retie(self.chain, [self.states.pair(link.last_step) for link in self.links[: len(self.knots)]])
-        for knot in run_chain(self.chain, self.links, self._tune, self._probe, self._max_drift):
-            self._record_knot(knot)
-        self.placed = self.n_steps
+        try:
+            for knot in run_chain(self.chain, self.links, self._tune, self._probe, self._max_drift):
+                self._record_knot(knot)
+            self.placed = self.n_steps
+        except NothingLeft:
+            self._recall(self.n_steps, with_knot=True)
 
     def _tune(self, model: PreTrainedModel, link: Link) -> None:
         """Bring the link's weights to its last step: from the store as far as it has them, else by training."""
@@ -262,17 +280,27 @@ class JobRun:
             moments = self.states.put_back(model, self.at)
             self._look_if_due(model)
         while self.at < link.last_step:
-            start = max(step for step in (link.first_step, *self.cuts) if step <= self.at)
+            start = max(step for step in (link.first_step, *self.heads) if step <= self.at)
             stop = min(step for step in self.cuts if step > self.at)
             waiting = f"waiting for another process that trains steps {start + 1} to {stop}"
             say = partial(self.bench.progress.stage, waiting)
             with self.bench.store.lock(self.lineage.names[start + 1], say):
                 # Another process may have trained all or a part of it, by now or before it was killed.
                 if found := self._deepest(range(self.at + 1, stop + 1)):
+                    if not self._has_weights(found):
+                        raise NothingLeft
+                    try:
+                        moments = self.states.put_back(model, found)
+                    except FileNotFoundError:
+                        self.states.forget(found)  # a run that cuts elsewhere has dropped it
+                        continue
+                    kind = self.states.there(found).kind
                     self._recall(found, with_knot=False)
-                    self.checkpoint = found if self.states.there(found).kind == "checkpoint" else None
-                    moments = self.states.put_back(model, found)
+                    self.checkpoint = found if kind == "checkpoint" else None
                     self._look_if_due(model)
+                    if kind == "segment":
+                        self.heads.append(found)  # from here on the lock is another one
+                        continue
                 if self.at < stop:
                     moments = self._advance(model, link, stop, moments)
         self.tied_from = perf_counter()
@@ -329,10 +357,13 @@ class JobRun:
         self.checkpoint = self.at
 
     def _leave_checkpoint(self) -> None:
-        """A later state is kept: the checkpoint before it has served, unless it is the best so far."""
-        if self.checkpoint is not None and not (self.best and self.best.step == self.checkpoint):
-            self.states.drop(self.checkpoint)
+        """A later state is kept: the checkpoint before it has served, and the bests that were outdone."""
+        if self.checkpoint is not None:
+            self.states.drop(self.checkpoint, "checkpoint")
         self.checkpoint = None
+        for step in self.outdone:
+            self.states.drop(step, "point")
+        self.outdone = []
 
     def _moments(self, model: PreTrainedModel) -> Moments:
         assert self.optimizer is not None
@@ -372,12 +403,15 @@ class JobRun:
         scores = self.measured.scores("validation", self.at, "attached", compute)
         before = self.best
         self._note_look(self._look_record(self.at, scores))
+        self.bench.write_references()
         if self.best is before:
             return
-        if self.states.get(self.at) is None:
-            self.states.keep(self.at, "point", model, None, self._link_rows)
-        if before and before.step not in (*self.cuts, self.checkpoint):
-            self.states.drop(before.step)
+        if self._has_weights(self.at):
+            self.states.keep_as_point(self.at)
+        else:
+            self.states.keep(self.at, "point", model, None, self._link_rows, towards=self.lineage.names[-1])
+        if before:
+            self.outdone.append(before.step)
 
     def _look_record(self, step: int, scores: list[ExampleScore]) -> dict[str, Any]:
         link = self.lineage.link_of(step) + 1
@@ -405,7 +439,7 @@ class JobRun:
 
     @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> torch.Tensor:
-        batch = collate([training_row(example) for example in self.probe_rows]).to(self.accelerator.device)
+        batch = collate([training_row(example) for example in self.bench.probe_rows]).to(self.accelerator.device)
         with self.accelerator.autocast():
             return logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT)
 
@@ -422,6 +456,7 @@ class JobRun:
             "seconds": perf_counter() - self.tied_from,
         }
         self.measured.keep_knot(link.last_step, record)
+        self.bench.write_references()
         self._note_knot(record)
 
     def _note_knot(self, record: dict[str, Any]) -> None:
@@ -491,9 +526,10 @@ class JobRun:
                 continue
             folder = self.path / ("model" if full else name)
             folder.mkdir(parents=True)
-            for file in self.states.there(step).folder.iterdir():
-                if file.name.startswith(("adapter_", "model", "config")):
-                    _same_file(file, folder / file.name)
+            segment = self.states.there(step)
+            for file in segment.record["files"]:
+                if file.startswith(("adapter_", "model", "config")):
+                    _same_file(segment.folder / file, folder / file)
             if full:
                 self.bench.evaluator.tokenizer.save_pretrained(folder)
                 if (own := self.bench.source.folder / "generation_config.json").is_file():
@@ -502,6 +538,8 @@ class JobRun:
     def _refer(self, scored_step: int) -> None:
         names = {self.lineage.names[step] for step in (*self.cuts, scored_step) if step}
         self.bench.used["segments"] |= names
+        if self.recipe.keep_full_weights and scored_step and not self.job.trial:
+            self.bench.used["weights"].add(self.lineage.names[scored_step])
         self.bench.write_references()
 
     def _train_info(self, scored_step: int) -> dict[str, Any]:
@@ -517,6 +555,8 @@ class JobRun:
             "steps": self.n_steps,
             "reused_steps": self.reused,
             "segments": [self.lineage.names[step] for step in self.cuts],
+            "segments_made": self._made(),
+            "final_state": self.lineage.names[-1],
             "scored_state": self.lineage.names[scored_step],
             "tokens": sum(row["tokens"] for row in self.rows),
             "num_trainable_params": max(
@@ -531,6 +571,12 @@ class JobRun:
             "knots": self.knots,
             "evaluations": [self.looks[step] for step in sorted(self.looks)],
         }
+
+    def _made(self) -> list[dict[str, Any]]:
+        """With what the segments were made, in this session or an earlier one; what they agree in is said once."""
+        made = [segment.record["made"] for step in self.cuts if (segment := self.states.get(step)) is not None]
+        told = [{key: one[key] for key in MADE_WITH} for one in made]
+        return [one for number, one in enumerate(told) if one not in told[:number]]
 
     def _tracked(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """The final numbers under W&B's fixed names."""
@@ -560,6 +606,11 @@ class JobRun:
         self.metrics.write(json.dumps({"kind": kind, **row}) + "\n")
 
 
+def tracked_state(result: dict[str, Any]) -> str:
+    """What identifies to W&B the arm, seed and last state of a result that came to its end."""
+    return f"{result['run_info']['arm']} {result['run_info']['seed']} {result['train_info']['final_state']}"
+
+
 def _same_file(file: Path, place: Path) -> None:
     """A hard link, or a copy on another disk."""
     try:
@@ -571,6 +622,8 @@ def _same_file(file: Path, place: Path) -> None:
 def selection_key(recipe: Recipe, loss: float, score: float | None) -> tuple[float, float]:
     """Orders validation results: the larger key is the better. Plain text has no score and goes by loss."""
     by_score = recipe.evaluation.select_by == "score" and score is not None
+    if not math.isfinite(loss):
+        return (-math.inf, -math.inf)  # a model that has diverged is the worst, whatever it happens to score
     return (score if by_score else 0.0, -loss)  # pyright: ignore[reportReturnType] - score is not None there
 
 

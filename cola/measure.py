@@ -39,6 +39,10 @@ class Measurements:
         """What these scores took to compute, whenever that was."""
         return sum(self._seconds.values())
 
+    def has_scores(self, split: str, step: int, form: Form) -> bool:
+        """Whether a split's scores lie in the store, whole or not."""
+        return self.store.knows(self._scores_of(split, step, form))
+
     def known_scores(self, split: str, step: int, form: Form) -> list[ExampleScore] | None:
         """A split's scores, if they were computed before."""
         what = self._scores_of(split, step, form)

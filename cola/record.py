@@ -50,7 +50,7 @@ class RunFolder:
             if path is None:
                 stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
                 path = make_new(Path(recipe.output).expanduser(), stamp)
-            elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            elif path.exists() and (not path.is_dir() or _holds_anything(path)):
                 raise RunFolderError(
                     f"{path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
                 )
@@ -98,17 +98,17 @@ class RunFolder:
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """The job's result, whatever its status; None where there is none yet."""
-        return _read_json(self.job(job) / "result.json", RESULT_KEYS)
+        return read_json(self.job(job) / "result.json", RESULT_KEYS)
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The results of all arms and seeds (not of trials), as they were run."""
         for path in sorted(self.path.glob("arms/*/seed-*/result.json")):
-            if (result := _read_json(path, RESULT_KEYS)) is not None:
+            if (result := read_json(path, RESULT_KEYS)) is not None:
                 yield result
 
     def provenance(self) -> dict[str, Any] | None:
         """What provenance.json holds; None before the first session has written it."""
-        return _read_json(self.path / "provenance.json", ("recipe", "model", "data", "rows"))
+        return read_json(self.path / "provenance.json", ("recipe", "model", "data", "rows"))
 
     def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
         """Per-example results of one arm, seed and split."""
@@ -126,9 +126,10 @@ class RunFolder:
         return path
 
     def references(self) -> dict[str, set[str]]:
-        """Names of the segments and measurements in the store that this run rests on so far."""
-        kept = _read_json(self.path / "segments.json", ("segments", "measured")) or {}
-        return {kind: set(kept.get(kind, ())) for kind in ("segments", "measured")}
+        """Names of the segments and measurements in the store that this run rests on so far; `weights`: of the fully
+        fine-tuned states whose weights it keeps."""
+        kept = read_json(self.path / "segments.json", ("segments", "measured", "weights")) or {}
+        return {kind: set(kept.get(kind, ())) for kind in ("segments", "measured", "weights")}
 
     def write_json(self, name: str | Path, value: Any) -> None:
         """Write a JSON file of the run folder."""
@@ -144,7 +145,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where there is none yet."""
-        return _read_json(self.path / "summary.json", ("interrupted", "arms"))
+        return read_json(self.path / "summary.json", ("interrupted", "arms"))
 
     def recipe_digest(self) -> str:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
@@ -169,7 +170,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether every arm and seed of its last session came to its end."""
-        summary = _read_json(self.path / "summary.json", ("interrupted", "arms"))
+        summary = read_json(self.path / "summary.json", ("interrupted", "arms"))
         return (
             summary is not None
             and not summary["interrupted"]
@@ -208,6 +209,11 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in it than what a kill left of making it."""
+    return any(not path.name.startswith(".recipe.yaml.") for path in folder.iterdir())
+
+
 def make_new(parent: Path, name: str) -> Path:
     """A new folder of that name, with a number where it exists."""
     parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +227,12 @@ def make_new(parent: Path, name: str) -> Path:
     raise RunFolderError(f"{parent / name}: a thousand runs of this second exist")
 
 
-def _read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
+def read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
+    """A JSON mapping with these keys; None where there is no such file.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -25,9 +25,9 @@ from cola.interrupt import Interrupted, Signals
 from cola.job import Bench, JobRun, make_accelerator, selection_key
 from cola.measure import rows_digest
 from cola.model import Source, dtype_warning, find_model
-from cola.plan import Job, Link, candidates_of, jobs_of, plan_arm, trials_of
+from cola.plan import Job, Link, candidates_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
-from cola.record import FORMAT, RunFolder, need_room, provenance
+from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
 from cola.segments import Tree, root_causes
 from cola.store import Store
 from cola.terminal import Terminal
@@ -62,6 +62,8 @@ def run(
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # accelerate fixes the precision once per process; the points of an ablation may have one each.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(recipe.model.dtype)
     if accelerator.num_processes > 1:
         raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
@@ -188,14 +190,25 @@ def _known(bench: Bench, jobs: list[Job]) -> list[Job]:
 def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
     """How many segments are needed, found and to be trained."""
     needed = bench.tree.segments(known)
-    missing = {name: states for name, states in needed.items() if not bench.store.has(name)}
-    # A checkpoint inside a segment saves the steps up to it.
-    begun = sum(max((n for n, state in enumerate(s, 1) if bench.store.has(state)), default=0) for s in missing.values())
-    to_train = sum(map(len, missing.values())) - begun
+    missing: dict[str, int] = {}
+    begun: dict[str, int] = {}
+    for job in known:
+        lineage, first = bench.tree.lineage(job), 0
+        names, measured = lineage.names, bench.measurements(lineage)
+        points = evaluation_steps(bench.recipe, lineage.links, len(bench.splits.train))
+        # From a point on where validation is to be looked at for the first time, the steps have to be made again.
+        sure = next((p for p in points if not measured.has_scores("validation", p, "attached")), len(names))
+        for cut in bench.tree.cuts(job):
+            if not bench.store.has(names[cut]) or sure < cut:
+                steps = [n for n in range(first + 1, min(sure, cut) + 1) if bench.store.has(names[n])]
+                missing[names[cut]] = cut - first
+                begun[names[cut]] = max(steps, default=first) - first
+            first = cut
+    made = sum(begun.values())
     terminal.say(
-        f"segments: {len(needed)} needed, {len(needed) - len(missing)} found in {bench.store.path}, {len(missing)} to be "
-        f"trained: {to_train} of {sum(map(len, needed.values()))} optimizer steps"
-        + (f" ({begun} more are in checkpoints)" if begun else "")
+        f"segments: {len(needed)} needed, {len(needed) - len(missing)} found in {bench.store.path}, {len(missing)} to "
+        f"be trained: {sum(missing.values()) - made} of {sum(map(len, needed.values()))} optimizer steps"
+        + (f" ({made} more are in checkpoints)" if made else "")
     )
     if later := len(jobs) - len(known):
         terminal.say(f"segments: those of {later} more runs are known when the learning rates have been chosen")
@@ -285,14 +298,13 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     before = bench.folder.result(job)
     if before is not None and before["status"] == "ok":
         bench.progress.skip(n_steps)
+        _let_full_weights_go(bench, job)  # which a kill may have kept the session before from
         return
     started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
-        chosen = _with_rate(bench, job)
-        JobRun(bench, chosen).go()
-        if not (job.trial or bench.recipe.keep_full_weights):
-            _let_full_weights_go(bench, chosen)
+        JobRun(bench, _with_rate(bench, job)).go()
+        _let_full_weights_go(bench, job)
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
@@ -320,7 +332,7 @@ def _record_end(bench: Bench, job: Job, status: str, started: float, error: str 
     info = {**asdict(job), "seconds": perf_counter() - started, "error": error}
     where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
     bench.folder.write_json(where, {"format": FORMAT, "status": status, "run_info": info})
-    bench.tracker.finish({}, failed=True)
+    bench.tracker.finish({}, status)
 
 
 class SearchOpen(ColaError):
@@ -340,8 +352,8 @@ def _with_rate(bench: Bench, job: Job) -> Job:
     if not trials:
         return job
     path = bench.folder.path / "trials" / job.arm / "chosen.json"
-    if path.is_file():
-        return replace(job, learning_rate=json.loads(path.read_text())["learning_rate"])
+    if (written := read_json(path, ("learning_rate",))) is not None:
+        return replace(job, learning_rate=written["learning_rate"])
     by_rate: dict[float, list[tuple[float, float]]] = {}
     for trial in trials:
         result = bench.folder.result(trial)
@@ -358,15 +370,26 @@ def _with_rate(bench: Bench, job: Job) -> Job:
         raise ColaError(f"every trial of the learning-rate search failed; see {path.parent}")
     chosen = max(whole, key=lambda rate: tuple(whole[rate]))
     bench.folder.write_json(path.relative_to(bench.folder.path), {"learning_rate": chosen})
-    for trial in trials:
-        if trial.learning_rate != chosen:
-            _let_full_weights_go(bench, trial)
     return replace(job, learning_rate=chosen)
 
 
 def _let_full_weights_go(bench: Bench, job: Job) -> None:
-    """Fully fine-tuned weights are as large as the model: where nothing will ask for them, their record is enough."""
-    lineage = bench.tree.lineage(job)
-    if any(link.method == "full" for link in lineage.links):
-        for name in lineage.names[1:]:
-            bench.store.let_go(name)
+    """Fully fine-tuned weights are as large as the model: where nothing will ask for them, their record is enough.
+
+    That is once a job is scored, unless the recipe keeps them; and the weights of the learning rates that were not
+    chosen, in any case.
+    """
+    if job.trial or not any(link.method == "full" for link in bench.recipe.links_of(job.arm)):
+        return
+    try:
+        chosen = _with_rate(bench, job)
+        others = bench.store.references(("weights",))
+    except ColaError:
+        return  # what is needed cannot be told, so nothing goes
+    scored = [trial for trial in trials_of(bench.recipe, job.arm) if trial.learning_rate != chosen.learning_rate]
+    scored += [] if bench.recipe.keep_full_weights else [chosen]
+    wanted = set().union(*(names for folder, names in others.items() if folder != bench.folder.path.resolve()))
+    for done in scored:
+        for name in bench.tree.lineage(done).names[1:]:
+            if bench.store.has(name) and name not in wanted:
+                bench.store.let_go(name)

@@ -1,12 +1,15 @@
 """The states of one arm and seed: which are in the store, keeping one, and putting one back into a model."""
 
+import errno
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -42,6 +45,7 @@ class States:
     _verified: dict[int, Segment] = field(default_factory=dict)
     _kept_at: float = field(default_factory=monotonic)
     _cost: float = 0.0
+    _own: set[int] = field(default_factory=set)  # what no run had kept before this one
 
     def __post_init__(self) -> None:
         sizes = [adapters.count_parameters(self.skeleton, link) for link in self.lineage.links]
@@ -67,6 +71,7 @@ class States:
     def put_back(self, model: PreTrainedModel, step: int) -> Moments | None:
         """Give the attached weights the values of a state that is there; returns the optimizer's state, if kept."""
         segment = self.there(step)
+        moments = load_file(segment.folder / "optimizer.safetensors") if segment.resumable else None
         if self._low_rank(step):
             adapters.set_pair(model, self.pair(step))
         else:
@@ -74,7 +79,11 @@ class States:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
-        return load_file(segment.folder / "optimizer.safetensors") if segment.resumable else None
+        return moments
+
+    def forget(self, step: int) -> None:
+        """Look again when it is asked for next: another process has removed it."""
+        self._verified.pop(step, None)
 
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint now keeps their cost within its share of the time."""
@@ -98,7 +107,7 @@ class States:
             model: Carries the link's weights.
             moments: The optimizer's state; None where its link will not go on from here.
             rows: The metrics of each of the link's steps so far.
-            towards: For a checkpoint: the name of the end of its segment.
+            towards: For a checkpoint: the name of the end of its segment; for a point: of its arm.
         """
         started = monotonic()
         causes = self.lineage.causes(step)
@@ -124,17 +133,30 @@ class States:
             "seconds": sum(row["seconds"] for row in rows),
             "made": self.made,
         }
-        segment = self.store.put(self.lineage.names[step], kind, causes, self.lineage.root, notes, write)
+        try:
+            segment, new = self.store.put(self.lineage.names[step], kind, causes, self.lineage.root, notes, write)
+        except SafetensorError as error:
+            if "os error 28" in str(error):  # safetensors writes without Python, and says it in its own way
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.store.path)) from error
+            raise
         self._verified[step] = segment
+        if new:
+            self._own.add(step)
         self._kept_at = monotonic()
         if kind == "checkpoint":
             self._cost = self._kept_at - started
         return segment
 
-    def drop(self, step: int) -> None:
-        """Remove a state that nothing will ask for again."""
-        self._verified.pop(step, None)
-        self.store.drop(self.lineage.names[step])
+    def keep_as_point(self, step: int) -> None:
+        """Let a state that is there live as long as it is the best."""
+        if self.store.mark(self.lineage.names[step], "point") == "checkpoint":
+            self._own.add(step)
+
+    def drop(self, step: int, kind: str) -> None:
+        """Remove what nothing will ask for again: a checkpoint, or a point that this run was the first to keep."""
+        if kind == "checkpoint" or step in self._own:
+            self._verified.pop(step, None)
+            self.store.drop(self.lineage.names[step], kind)
 
     def _low_rank(self, step: int) -> bool:
         return self.lineage.links[self.lineage.link_of(step)].method != "full"

@@ -15,10 +15,11 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,7 +32,8 @@ from cola.segments import Causes, digest, state_name
 FORMAT = 1
 WAIT_SECONDS = 0.2
 IN_USE = "in-use"  # the lock that every run holds
-KINDS = ("record", "point", "checkpoint", "segment")  # from the shortest-lived to the longest
+CHANGES = "changes"  # the lock on putting, changing and removing segments, for the moment it takes
+KINDS = ("record", "checkpoint", "point", "segment")  # from the shortest-lived to the longest
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Store:
                 (path / name).mkdir(parents=True, exist_ok=True)
             note = path / "format.json"
             if not note.is_file():
-                self._write(note, json.dumps({"format": FORMAT}))
+                aside = path / f".format-{secrets.token_hex(4)}"
+                aside.write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+                aside.replace(note)
             found = json.loads(note.read_text(encoding="utf-8"))["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"store: {path} cannot be used: {error}; set store to another folder") from None
@@ -112,6 +116,17 @@ class Store:
         folder = self._segment(name)
         if not folder.is_dir():
             return None
+        if fault_of(folder) is None:
+            return Segment(folder, _read(folder / "segment.json"))
+        # Another process may have changed it between two of these reads: what counts is what it is at rest.
+        with self.lock(CHANGES):
+            return self._at_rest(name)
+
+    def _at_rest(self, name: str) -> Segment | None:
+        """`get` for who holds the lock on changes."""
+        folder = self._segment(name)
+        if not folder.is_dir():
+            return None
         if (fault := fault_of(folder)) is not None:
             self._set_aside(folder, fault)
             return None
@@ -125,8 +140,8 @@ class Store:
         root: Causes,
         notes: dict[str, Any],
         write: Callable[[Path], None],
-    ) -> Segment:
-        """Keep a state. One of that name that is there already stays, unless it lacks the optimizer and this has it.
+    ) -> tuple[Segment, bool]:
+        """Keep a state. Where it is there already, the longer-lived kind holds, and an optimizer once kept stays.
 
         Args:
             name: The state's.
@@ -135,6 +150,9 @@ class Store:
             root: Causes of the base's name.
             notes: What is worth knowing and is no cause: rows, seconds, versions, `towards`.
             write: Writes the files into the folder it is given.
+
+        Returns:
+            The segment, and whether there was none of that name before.
         """
         assert state_name(causes) == name
         aside = Path(tempfile.mkdtemp(dir=self.path / "writing"))
@@ -145,45 +163,63 @@ class Store:
                 _sync(file)
                 files[file.name] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
             record = {"format": FORMAT, "name": name, "kind": kind, "root": root, "causes": causes}
-            record |= {**notes, "files": files}
-            self._write(aside / "segment.json", json.dumps(record | {"sha256": digest(record)}, indent=1))
+            made = self._write_record(aside, {**record, **notes, "files": files})
             aside.chmod(0o755)
             _sync(aside)
-            return self._publish(Segment(aside, record))
+            self.get(name)  # sets a damaged one aside, before the lock: hashing takes its time
+            with self.lock(CHANGES):
+                return self._publish(made)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _publish(self, made: Segment) -> Segment:
+    def _publish(self, made: Segment) -> tuple[Segment, bool]:
         folder = self._segment(made.name)
+        there = Segment(folder, self.record(folder)) if folder.is_dir() else None
+        if there is not None and there.record:
+            # A record is of what was the end of a segment.
+            kind = "segment" if not there.has_weights else max(there.kind, made.kind, key=KINDS.index)
+            if there.has_weights and (there.resumable or not made.resumable):
+                return self._write_record(there.folder, {**there.record, "kind": kind}), False
+            made = self._write_record(made.folder, {**made.record, "kind": kind})
+        if there is not None:
+            self._remove(folder)
         folder.parent.mkdir(exist_ok=True)
-        with self.lock("publish"):
-            there = self.get(made.name)
-            if there is not None:
-                # One state may be the end of a segment, a checkpoint and the best so far: the longest-lived is kept.
-                lives, needed = KINDS.index(there.kind), KINDS.index(made.kind)
-                if lives > needed or (lives == needed and (there.resumable or not made.resumable)):
-                    return there
-                self._remove(folder)
-            made.folder.rename(folder)
+        made.folder.rename(folder)
         _sync(folder.parent)
-        return Segment(folder, made.record)
+        return Segment(folder, made.record), there is None
+
+    def mark(self, name: str, kind: str) -> str | None:
+        """Let a state that is there live as long as this kind does, at least; returns what it was."""
+        folder = self._segment(name)
+        with self.lock(CHANGES):
+            record = self.record(folder)
+            if record and KINDS.index(record["kind"]) < KINDS.index(kind):
+                self._write_record(folder, {**record, "kind": kind})
+            return record.get("kind")
 
     def let_go(self, name: str) -> None:
         """Remove a segment's weights and keep the record of how it was made and what its steps measured."""
-        segment = self.get(name)
-        if segment is None or not segment.has_weights:
-            return
-        files = {file: entry for file, entry in segment.record["files"].items() if not file.endswith(".safetensors")}
-        record = {**segment.record, "kind": "record", "files": files}
-        record.pop("sha256")
-        self._write(segment.folder / "segment.json", json.dumps(record | {"sha256": digest(record)}, indent=1))
-        for file in segment.record["files"].keys() - files.keys():
-            (segment.folder / file).unlink()
+        with self.lock(CHANGES):
+            folder = self._segment(name)
+            if not (record := self.record(folder)):
+                return
+            files = {file: entry for file, entry in record["files"].items() if not file.endswith(".safetensors")}
+            if files != record["files"]:
+                self._write_record(folder, {**record, "kind": "record", "files": files})
+            for file in folder.glob("*.safetensors"):
+                file.unlink(missing_ok=True)
 
-    def drop(self, name: str) -> None:
-        """Remove a segment; nothing where there is none."""
-        if self._segment(name).is_dir():
-            self._remove(self._segment(name))
+    def drop(self, name: str, kind: str) -> None:
+        """Remove a state if it is of this kind: what has come to be kept for longer stays."""
+        with self.lock(CHANGES):
+            if self.record(self._segment(name)).get("kind") == kind:
+                self._remove(self._segment(name))
+
+    def _write_record(self, folder: Path, record: dict[str, Any]) -> Segment:
+        record = {key: value for key, value in record.items() if key != "sha256"}
+        record["sha256"] = digest(record)
+        self._write(folder / "segment.json", json.dumps(record, indent=1))
+        return Segment(folder, record)
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: a segment is there as a whole or not at all, also while it goes.
@@ -222,13 +258,15 @@ class Store:
     def _segment(self, name: str) -> Path:
         return self.path / "segments" / name[:2] / name
 
-    def _set_aside(self, path: Path, fault: str) -> None:
+    def _set_aside(self, path: Path, fault: str) -> bool:
+        """Whether there was something to be set aside."""
         aside = self.path / "damaged" / f"{path.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         try:
             path.rename(aside)
         except FileNotFoundError:
-            return  # another process was first
+            return False  # another process was first
         self.warn(f"store: {path.name} is damaged ({fault}); it is set aside in {aside} and made anew")
+        return True
 
     # -----------------------------------------------------------------------------------------------------
     # Measurements
@@ -246,6 +284,10 @@ class Store:
             self._set_aside(path, fault)
             return None
         return _read(path)["value"]
+
+    def knows(self, what: dict[str, Any]) -> bool:
+        """Whether a measurement lies there; `recall` tells whether it is whole."""
+        return self._measurement(digest(what)).is_file()
 
     def remember(self, what: dict[str, Any], value: Any) -> None:
         """Keep a measurement."""
@@ -283,7 +325,11 @@ class Store:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove_all((self.path / "writing").iterdir())
-            fcntl.flock(file, fcntl.LOCK_SH)
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.warn(f"store: {self.path} is being pruned; waiting for that to end")
+                fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     @contextmanager
@@ -307,30 +353,45 @@ class Store:
     # -----------------------------------------------------------------------------------------------------
     # Housekeeping
 
-    def references(self) -> dict[Path, set[str]]:
-        """What each registered run folder refers to; an empty set for one that is gone."""
+    def references(self, kinds: Sequence[str] = ("segments", "measured")) -> dict[Path, set[str]]:
+        """What each registered run folder refers to; an empty set for one that is gone.
+
+        Raises:
+            StoreError: a note of a run, or its segments.json, is damaged: then nothing can be said to be loose.
+        """
         found = {}
         for note in sorted((self.path / "runs").iterdir()):
-            folder = Path(json.loads(note.read_text(encoding="utf-8"))["folder"])
-            names = folder / "segments.json"
-            kept = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
-            found[folder] = {name for kind in ("segments", "measured") for name in kept.get(kind, [])}
+            file = note
+            try:
+                folder = Path(_read(note)["folder"])
+                file = folder / "segments.json"
+                kept = _read(file) if file.is_file() else {}
+                found[folder] = {name for kind in kinds for name in kept.get(kind, [])}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise StoreError(
+                    f"{file} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
+                ) from None
         return found
 
     def garbage(self) -> list[Path]:
         """What no run folder that is still there refers to: segments, measurements, and what was set aside.
 
-        A checkpoint is kept while a kept run still needs the end of its segment.
+        A checkpoint is kept while a kept run still needs the end of its segment, and the best so far of a run that has
+        not come to its end; and what was measured of any state that is kept.
         """
         kept = set().union(*self.references().values())
-        loose = []
+        loose, states = [], set()
         for folder in self.segments():
             record = self.record(folder)
             towards = record.get("towards") or ""
-            on_the_way = record.get("kind") == "checkpoint" and towards in kept and not self.has(towards)
+            on_the_way = towards in kept and (record.get("kind") == "point" or not self.has(towards))
             if folder.name not in kept and not on_the_way:
                 loose.append(folder)
-        loose += [path for path in sorted((self.path / "measured").glob("*/*.json")) if path.stem not in kept]
+            else:
+                states.add(folder.name)
+        for path in sorted((self.path / "measured").glob("*/*.json")):
+            if path.stem not in kept and _state_of(path) not in states:
+                loose.append(path)
         return loose + sorted((self.path / "damaged").iterdir()) + sorted((self.path / "writing").iterdir())
 
     def prune(self, garbage: list[Path]) -> None:
@@ -346,18 +407,20 @@ class Store:
         looked, faults = 0, []
         for folder in self.segments():
             looked += 1
-            if (fault := fault_of(folder)) is not None:
-                faults.append(f"segment {folder.name}: {fault}")
-                self._set_aside(folder, fault)
+            if fault_of(folder) is not None:
+                with self.lock(CHANGES):
+                    fault = fault_of(folder)
+                    if fault is not None and self._set_aside(folder, fault):
+                        faults.append(f"segment {folder.name}: {fault}")
         for path in sorted((self.path / "measured").glob("*/*.json")):
             looked += 1
-            if (fault := _measurement_fault(path)) is not None:
+            fault = _measurement_fault(path)
+            if fault is not None and self._set_aside(path, fault):
                 faults.append(f"measurement {path.stem}: {fault}")
-                self._set_aside(path, fault)
         return looked, faults
 
     def _write(self, path: Path, text: str) -> None:
-        aside = self.path / "writing" / f"{path.name}-{os.getpid()}"
+        aside = self.path / "writing" / f"{path.name}-{secrets.token_hex(8)}"
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -379,7 +442,8 @@ def fault_of(folder: Path) -> str | None:
                 return f"{name} is missing"
             if (folder / name).stat().st_size != file["bytes"] or file_digest(folder / name) != file["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    # Any other failure to read (no permission, too many open files) says nothing about what is there.
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         return f"segment.json cannot be read: {type(error).__name__}"
     return None
 
@@ -392,7 +456,7 @@ def _measurement_fault(path: Path) -> str | None:
             return "it does not match its checksum"
         if digest(record["what"]) != path.stem:
             return "its circumstances do not hash to its name"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read: {type(error).__name__}"
     return None
 
@@ -405,11 +469,21 @@ def _remove_all(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def _state_of(path: Path) -> str | None:
+    """The state that a measurement is of; None where it is damaged."""
+    try:
+        return _read(path)["what"]["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def size_of(path: Path) -> int:
-    """Bytes of a file or of a folder's files."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of a file or of a folder's files; of what goes in the meantime: none."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def file_digest(path: Path) -> str:

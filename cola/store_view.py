@@ -1,5 +1,7 @@
 """What `cola inspect` and `cola store` print. No torch."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,9 +70,9 @@ def show_all(store: Store, terminal: Terminal) -> None:
     """A table of all segments, newest last, and what the store takes on disk."""
     rows, total = [], 0
     used = store.references()
-    for folder in sorted(store.segments(), key=lambda folder: folder.stat().st_mtime):
+    for folder, made_at in sorted(_with_times(store.segments()), key=lambda pair: pair[1]):
         total += size_of(folder)
-        rows.append(_row(store, folder, used))
+        rows.append(_row(store, folder, made_at, used))
     if rows:
         columns = ["segment", "kind", "steps", "recipe, arm, seed", "made", "size", "runs"]
         terminal.table(f"{store.path}", columns, rows)
@@ -86,7 +88,13 @@ def show_all(store: Store, terminal: Terminal) -> None:
         terminal.say(f"run folders that are gone: {', '.join(gone)}")
 
 
-def _row(store: Store, folder: Path, used: dict[Path, set[str]]) -> list[str]:
+def _with_times(folders: Iterable[Path]) -> Iterator[tuple[Path, float]]:
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):  # a run that is at work has dropped a checkpoint
+            yield folder, folder.stat().st_mtime
+
+
+def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]]) -> list[str]:
     record: dict[str, Any] = store.record(folder)
     made = record.get("made") or {}
     n_runs = sum(folder.name in names for names in used.values())
@@ -95,7 +103,7 @@ def _row(store: Store, folder: Path, used: dict[Path, set[str]]) -> list[str]:
         record.get("kind", "damaged"),
         f"{record['first_step'] + 1}–{record['last_step']}" if record else NONE,
         f"{made['recipe']}, {made['arm']}, {made['seed']}" if made else NONE,
-        f"{datetime.fromtimestamp(folder.stat().st_mtime):%Y-%m-%d %H:%M}",
+        f"{datetime.fromtimestamp(made_at):%Y-%m-%d %H:%M}",
         _size(size_of(folder)),
         str(n_runs),
     ]
@@ -115,13 +123,12 @@ def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
     for run in used:
         if not run.is_dir():
             terminal.say(f"run folder {run} is gone; what it alone referred to is let go")
-    for path in garbage:
-        if path.parent.parent.name == "segments":
-            terminal.say("  ".join(_row(store, path, used)))
-    others = [path for path in garbage if path.parent.parent.name != "segments"]
+    loose = [path for path in garbage if path.parent.parent.name == "segments"]
+    for folder, made_at in _with_times(loose):
+        terminal.say("  ".join(_row(store, folder, made_at, used)))
     kept = sum(1 for run in used if run.is_dir())
     terminal.say(
-        f"{store.path}: {len(garbage) - len(others)} segments and {len(others)} measurements and left-overs that no "
+        f"{store.path}: {len(loose)} segments and {len(garbage) - len(loose)} measurements and left-overs that no "
         f"kept run refers to, {_size(sum(map(size_of, garbage)))}; {kept} run folders are kept"
     )
     return garbage

@@ -12,13 +12,14 @@ import json
 import netrc
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cola.recipe import Tracking
-from cola.record import WANDB_NOTE
+from cola.record import WANDB_NOTE, write_text
 
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
@@ -65,21 +66,20 @@ class Tracker:
         self.identity = ""
         self.note = folder / WANDB_NOTE
         self.logged = 0  # the last step that was sent
+        self.began = 0  # the last step that was sent before this session
+        self.session = ""  # its folder's name
         self.waiting: dict[int, dict[str, float]] = {}
 
     def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
         """Begin the W&B run of an arm and seed, or go on with the one that its folder names."""
         if self.mode == "off":
             return
-        note = folder / WANDB_NOTE
-        known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        self.note, self.logged, self.waiting = note, known.get("logged", 0), {}
+        self.note, self.waiting = folder / WANDB_NOTE, {}
 
         def begin() -> None:
             import wandb
 
-            self.identity = known.get("id") or secrets.token_hex(4)
-            self._write_note()
+            self._read_note()
             self.run = wandb.init(
                 project=self.settings.project,
                 entity=self.settings.entity,
@@ -101,6 +101,10 @@ class Tracker:
                     x_disable_machine_info=True,
                 ),
             )
+            if self.mode == "online" and self.run.resumed:
+                self.logged = self.run.step - 1  # the server knows what has arrived
+            self.began, self.session = self.logged, Path(self.run.settings.sync_dir).name
+            self._write_note(clean=False)
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
 
@@ -115,27 +119,50 @@ class Tracker:
         self.waiting.setdefault(step, {}).update({name: v for name, v in metrics.items() if v is not None})
 
     def _send(self) -> None:
-        """One row of W&B's history for what is known of a step. Noted first: a kill may lose a row, never double it."""
+        """One row of W&B's history for all that is known of a step."""
         for step, metrics in self.waiting.items():
             self.logged = step
-            self._write_note()
             self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
         self.waiting = {}
 
-    def _write_note(self) -> None:
-        aside = self.note.with_suffix(".aside")
-        aside.write_text(json.dumps({"id": self.identity, "logged": self.logged}), encoding="utf-8")
-        aside.replace(self.note)
+    def _read_note(self) -> None:
+        """Who this W&B run is, and the last step that is safely there.
 
-    def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
-        """End the W&B run, with its final numbers in the summary."""
+        A session that was killed offline has lost what W&B had not written yet, thousands of rows perhaps: its part is
+        thrown away, unless it was uploaded, and its steps are sent again.
+        """
+        try:
+            known = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        whole = isinstance(known, dict) and known.keys() >= {"id", "session", "began", "logged", "clean"}
+        if not whole:
+            known = {"id": secrets.token_hex(4), "logged": 0, "clean": True}
+        self.identity, self.logged = known["id"], known["logged"]
+        if not known["clean"] and self.mode == "offline":
+            part = self.folder / "wandb" / known["session"]
+            if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
+                shutil.rmtree(part, ignore_errors=True)
+                self.logged = known["began"]
+
+    def _write_note(self, clean: bool) -> None:
+        known = {"id": self.identity, "session": self.session, "began": self.began, "logged": self.logged}
+        write_text(self.note, json.dumps({**known, "clean": clean}))
+
+    def finish(self, summary: dict[str, Any], status: str = "ok") -> None:
+        """End the W&B run, with its final numbers in the summary; `status` is the result's: ok, failed or interrupted.
+
+        The last step of an interrupted run may have more to come (its validation): it is sent when the run goes on.
+        """
         if self.run is None:
             return
-        self._send()
+        if status != "interrupted":
+            self._send()
 
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})
-            self.run.finish(exit_code=1 if failed else 0)
+            self.run.finish(exit_code=0 if status == "ok" else 1)
+            self._write_note(clean=True)
 
         self._guard(end)
         self.run = None

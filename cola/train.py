@@ -87,6 +87,10 @@ def tune(
     """
     parameters = trainable(model)
     skipped = 0
+    # What an earlier part of the job prepared must not be unscaled and stepped along, nor its moments kept alive.
+    accelerator.free_memory()
+    if accelerator.scaler is not None:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
     adamw = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay)
     optimizer = accelerator.prepare_optimizer(adamw)
     assert isinstance(optimizer, AcceleratedOptimizer)
@@ -148,5 +152,7 @@ def _set_moments(
                 where = value.device if key == "step" else parameter.device
                 optimizer.optimizer.state[parameter][key] = value.to(where, copy=True)
     if accelerator.scaler is not None:
-        scaler = {key: moments[f"scaler/{key}"].item() for key in accelerator.scaler.state_dict()}
-        accelerator.scaler.load_state_dict(scaler)
+        scaler = accelerator.scaler.state_dict()
+        # Whole numbers come back from their tensors as such: PyTorch insists on it.
+        known = {key: type(value)(moments[f"scaler/{key}"].item()) for key, value in scaler.items()}
+        accelerator.scaler.load_state_dict(known)

@@ -202,8 +202,8 @@ def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Pat
 
 def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Uploading the last numbers takes seconds, which is when a user stops a run that looks done.
-    def stopped(self: Tracker, summary: dict, failed: bool = False) -> None:
-        if not failed:
+    def stopped(self: Tracker, summary: dict, status: str = "ok") -> None:
+        if status == "ok":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Tracker, "finish", stopped)

@@ -520,8 +520,8 @@ def test_a_path_is_cut_at_the_ends_of_links_and_where_arms_part(case: Case) -> N
     shared = tree.lineage(lora).names[2]
     assert tree.lineage(chain).names[2] == shared
     needed = tree.segments([lora, chain, full])
-    assert sorted(needed.values()) == [2, 2, 2, 4, 6]
-    assert needed[shared] == 2
+    assert sorted(map(len, needed.values())) == [2, 2, 2, 4, 6]
+    assert len(needed[shared]) == 2
     assert tree.goes_on(shared)
     assert not tree.goes_on(tree.lineage(lora).names[6])
 
@@ -586,7 +586,7 @@ def test_training_makes_the_numbers_that_its_version_stands_for(tmp_path: Path) 
     found = curves(tmp_path)
     for role, losses in golden["losses"].items():
         assert len(losses) == 10
-        assert found[role] == pytest.approx(losses, rel=1e-4), f"the losses of {role} changed. {advice}"
+        assert found[role] == pytest.approx(losses, rel=2e-5), f"the losses of {role} changed. {advice}"
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def keep_and_drop(place: Path, seconds: float) -> None:
             number += 1
             name = keep(store, number)
             assert store.get(name) is not None
-            store.drop(name)
+            store.drop(name, "segment")
             assert store.get(name) is None
 
 
@@ -367,15 +367,30 @@ def test_the_longest_lived_of_two_states_of_one_name_stays(place: Path) -> None:
     for first, second, stays in [
         ("segment", "checkpoint", "segment"),
         ("checkpoint", "segment", "segment"),
-        ("point", "checkpoint", "checkpoint"),
-        ("record", "point", "point"),
+        ("point", "checkpoint", "point"),
+        ("checkpoint", "point", "point"),
+        ("record", "checkpoint", "segment"),  # a record is of the end of a segment
     ]:
         name = keep(store, 0, first)
         keep(store, 0, second)
         segment = store.get(name)
         assert segment is not None
         assert segment.kind == stays
-        store.drop(name)
+        store.drop(name, stays)
+        assert not store.has(name)
+
+
+def test_what_has_come_to_be_kept_for_longer_is_not_dropped(place: Path) -> None:
+    store, _ = opened(place)
+    name = keep(store, 0, "checkpoint")
+    store.mark(name, "point")
+    store.drop(name, "checkpoint")
+    segment = store.get(name)
+    assert segment is not None
+    assert segment.kind == "point"
+    store.mark(name, "checkpoint")
+    store.drop(name, "checkpoint")
+    assert store.has(name)
 
 
 def test_a_state_with_its_optimizer_takes_the_place_of_one_without(place: Path) -> None:
@@ -393,7 +408,7 @@ def test_a_state_with_its_optimizer_takes_the_place_of_one_without(place: Path) 
         assert segment is not None
         assert segment.resumable
         assert segment.kind == "segment"
-        store.drop(name)
+        store.drop(name, "segment")
 
 
 def test_a_reader_does_not_take_a_state_that_is_being_let_go_for_a_damaged_one(
