@@ -332,6 +332,9 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
         terminal.say(line)
     terminal.say(f"report   {page}")
     terminal.say(f"results  {folder.path / 'summary.json'}")
+    if summary.get("store"):
+        store = summary["store"]
+        terminal.say(f"store    {store['path']}, {store['bytes'] / 1e6:.0f} MB on disk (cola store ls)")
     wandb = summary["wandb"]
     if wandb["sync"]:
         terminal.say(f"W&B      offline; upload with: {wandb['sync']}")

@@ -23,28 +23,21 @@ from transformers import PreTrainedModel
 
 from cola import adapters
 from cola.batches import batch_order, collate, training_batches, training_row
+from cola.bench import Bench
 from cola.chain import Chain, Knot, retie, run_chain
-from cola.data import Example, Splits
 from cola.drift import Drift
-from cola.evaluate import Evaluator, ExampleScore, mean_loss, mean_score
+from cola.evaluate import ExampleScore, mean_loss, mean_score
 from cola.forward import logits_at
-from cola.interrupt import Interrupted, Signals
-from cola.measure import Measurements, rows_digest
-from cola.model import Source
+from cola.interrupt import Interrupted
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe, Search
-from cola.record import FORMAT, RunFolder
+from cola.record import FORMAT
 from cola.residual import Base
-from cola.segments import Lineage, Tree
 from cola.states import States
-from cola.store import Store
-from cola.terminal import RunProgress
-from cola.tracking import Tracker
 from cola.train import Moments, Step, read_moments, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
 MADE_WITH = ("cola", "commit", "python", "packages", "machine", "device")  # what a kept state says of its making
-PROBE_ROWS = 4  # training rows whose logits tell what a knot changed
 
 
 def make_accelerator(dtype: str) -> Accelerator:
@@ -53,51 +46,6 @@ def make_accelerator(dtype: str) -> Accelerator:
     On a CPU accelerate has no fp16 autocast: the weights are fp16 there and a pair computes in float32.
     """
     return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all jobs of a run share.
-
-    Attributes:
-        skeleton: The base without weights.
-        rows: Digest of each split's examples.
-        scoring: What a score depends on besides the state and the rows.
-        meta: What a result says of how it was made.
-        tracked: Arms, seeds and final states that W&B has been sent.
-        used: Names of the segments and measurements that the run's results rest on.
-    """
-
-    recipe: Recipe
-    folder: RunFolder
-    source: Source
-    skeleton: PreTrainedModel
-    splits: Splits
-    rows: dict[str, str]
-    evaluator: Evaluator
-    scoring: dict[str, Any]
-    store: Store
-    tree: Tree
-    signals: Signals
-    progress: RunProgress
-    tracker: Tracker
-    tracked: set[str]
-    meta: dict[str, Any]
-    used: dict[str, set[str]]
-
-    @property
-    def probe_rows(self) -> list[Example]:
-        """The rows whose logits tell what a knot changed."""
-        return self.splits.train[:PROBE_ROWS]
-
-    def measurements(self, lineage: Lineage) -> Measurements:
-        """What was and will be measured of a job's states."""
-        probe = rows_digest(self.probe_rows)
-        return Measurements(self.store, lineage, self.rows, self.scoring, probe, self.used["measured"])
-
-    def write_references(self) -> None:
-        """Note in the run folder what the store must not prune."""
-        self.folder.write_json("segments.json", {kind: sorted(names) for kind, names in self.used.items()})
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,21 @@ from transformers.utils import logging as transformers_logging
 
 from cola import adapters, residual
 from cola.batches import batch_digests, batch_order
+from cola.bench import Bench
 from cola.cache import store_path
 from cola.compare import summarize
 from cola.data import Splits, load_splits, tokenizer_fingerprint
 from cola.errors import ColaError, DataError, ModelError, RecipeError, RunChanged, RunFolderError
 from cola.evaluate import EVALUATION_VERSION, Evaluator
 from cola.interrupt import Interrupted, Signals
-from cola.job import Bench, JobRun, make_accelerator, selection_key
+from cola.job import JobRun, make_accelerator, selection_key
 from cola.measure import rows_digest
 from cola.model import Source, dtype_warning, find_model
 from cola.plan import Job, Link, candidates_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
 from cola.segments import Tree, root_causes
-from cola.store import Store
+from cola.store import Store, size_of
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
 
@@ -141,6 +142,7 @@ def run(
     summary = summarize(recipe, folder, np.random.default_rng(0))
     summary["interrupted"] = interrupted
     summary["wandb"] = {"mode": tracker.mode, "sync": sync_command(folder.path)}
+    summary["store"] = {"path": str(store.path), "bytes": size_of(store.path)}
     folder.write_json("summary.json", summary)
     return summary
 

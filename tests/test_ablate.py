@@ -219,3 +219,33 @@ def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_f
     assert lora == first
     whole = read_recipe(recipe_file, ["training.protocol=grow", "training.epochs=1", "training.schedule_scope=run"])
     assert len({link.learning_rates for link in plan_arm(whole, "chain3", 0, 24)}) == 3
+
+
+def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
+    _, summary = run_points(recipe_file, "model.dtype=float32,bfloat16", *SMALL)
+    assert summary["finished"]
+    assert [row["values"]["model.dtype"] for row in summary["rows"] if row["arm"] == "lora"] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"rows": []}', "", '{"format": 1}'])
+def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path, damage: str) -> None:
+    keys = ["arms.chain3.links=1,2", *SMALL]
+    folder, _ = run_points(recipe_file, *keys)
+    (folder.path / "ablation.json").write_text(damage)
+    done = subprocess.run([sys.executable, "-m", "cola", "report", str(folder.path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    again, summary = run_points(recipe_file, *keys)
+    assert again.path != folder.path
+    assert summary["finished"]
+
+
+def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_file: Path) -> None:
+    keys = ["arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL]
+    points = points_of(recipe_file, keys, paired=False)
+    folder = AblationFolder.take(points)
+    ablate(points[:1], folder, quiet())
+    folder.write({**folder.read(), "causes": "stopped", "finished": False})
+    ablate(points, folder, quiet())
+    assert len(list(folder.path.glob("points/*/wandb/offline-run-*"))) == 3

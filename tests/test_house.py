@@ -22,6 +22,7 @@ LAYERS = [
     {"adapters", "evaluate"},
     {"chain", "train", "preview"},
     {"states", "measure"},
+    {"bench"},
     {"job"},
     {"run"},
     {"ablate"},

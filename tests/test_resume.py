@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SKY
 from rich.console import Console
 from test_run import go, result
 from test_tracking import records
 
 from cola.interrupt import Interrupted, Signals
+from cola.job import selection_key
 from cola.model import Source
 from cola.recipe_file import read_recipe
 from cola.record import RunFolder, read_jsonl
@@ -652,3 +654,144 @@ def test_a_kill_before_the_full_weights_are_let_go_does_not_keep_them_for_ever(
     assert end(start(command, said, "let go", 1)) == KILLED
     assert end(start(command, said)) == 0, said.read_text()
     assert not list((Path(os.environ["COLA_CACHE"]) / "store").glob("segments/*/*/model.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a review found
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing is kept on the way out."""
+
+
+def test_a_kill_after_a_better_point_goes_on_from_the_checkpoint_before_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Looks at 4 and 8, the second better; the one checkpoint at 6; the kill in step 9.
+    best = ["evaluation.checkpoint=best", "evaluation.every=4", "training.steps=12", "training.learning_rate=3e-3"]
+    alone = ["arms.base=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
+    calls = {"due": 0, "step": 0}
+
+    def due(_states: object) -> bool:
+        calls["due"] += 1
+        return calls["due"] == 6
+
+    step = torch.optim.AdamW.step
+
+    def dying(*args: Any, **settings: Any) -> Any:
+        calls["step"] += 1
+        if calls["step"] == 9:
+            raise Killed
+        return step(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cola.states.States.checkpoint_due", due)
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        with pytest.raises(Killed):
+            go(recipe_file, *best, *alone)
+    again, _ = go(recipe_file, *best, *alone)
+    assert result(again, "lora")["train_info"]["reused_steps"] == 6
+    undisturbed, _ = go(recipe_file, *best, *alone, f"store={tmp_path / 'own'}")
+    assert again.scores("lora", 0, "test") == undisturbed.scores("lora", 0, "test")
+
+
+def with_scaling(_dtype: str) -> Accelerator:
+    """fp16 with a live gradient scaler, which accelerate makes on a GPU only."""
+    accelerator = Accelerator(mixed_precision="fp16")
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def test_gradient_scaling_is_the_same_however_a_path_is_cut_and_shared(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cola.job.make_accelerator", with_scaling)
+    common = ["model.dtype=float16", "arms.full=null", "arms.base=null", "training.steps=9", "comparison.primary=null"]
+    common += ["training.schedule=constant", "training.learning_rate=3e-3"]
+    lora, _ = go(recipe_file, *common, "arms.chain3=null", f"store={tmp_path / 'lora'}")
+    both, _ = go(recipe_file, *common, f"store={tmp_path / 'both'}")
+    chain, _ = go(recipe_file, *common, "arms.lora=null", f"store={tmp_path / 'chain'}")
+    assert result(both, "chain3")["train_info"]["reused_steps"] == 3
+    assert both.scores("lora", 0, "test") == lora.scores("lora", 0, "test")
+    assert both.scores("chain3", 0, "test") == chain.scores("chain3", 0, "test")
+    norms = [r["grad_norm"] for r in read_jsonl(both.path / "arms/lora/seed-0/metrics.jsonl") if r["kind"] == "step"]
+    assert min(norms) > 0.1  # unscaled twice, they would be some ten thousand times smaller
+    # A second, longer link goes on inside what was cut: the scaler's state comes back from the store.
+    longer, summary = go(recipe_file, *common, "training.steps=12", "arms.chain3=null", f"store={tmp_path / 'lora'}")
+    assert summary["arms"]["lora"]["states"] == {0: "ok"}
+    assert result(longer, "lora")["train_info"]["reused_steps"] == 9
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(recipe_file: Path) -> None:
+    recipe = read_recipe(recipe_file, ["evaluation.select_by=score"])
+    worst = selection_key(recipe, float("nan"), 1.0)
+    assert max([worst, selection_key(recipe, 5.0, 0.0)]) == selection_key(recipe, 5.0, 0.0)
+    assert selection_key(recipe, float("inf"), 1.0) == worst
+
+
+def test_two_runs_that_cut_elsewhere_do_not_train_the_same_steps(recipe_text: str, tmp_path: Path) -> None:
+    # The one with a chain cuts LoRA's path at 30; the one without waits for it and must then wait for the rest.
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_text)
+    common = ["run", str(recipe), "training.steps=90", "training.schedule=constant", "arms.full=null", "arms.base=null"]
+    common += ["comparison.primary=null", "evaluation.every=never"]
+    both = start([*common, "--run-folder", str(tmp_path / "both")], tmp_path / "both.txt")
+    while not (tmp_path / "both/arms/lora/seed-0/metrics.jsonl").exists():
+        time.sleep(0.01)
+    alone = start([*common, "arms.chain3=null", "--run-folder", str(tmp_path / "alone")], tmp_path / "alone.txt")
+    assert end(both) == end(alone) == 0
+    made = [result(RunFolder(tmp_path / name), "lora")["train_info"]["reused_steps"] for name in ("both", "alone")]
+    assert sum(90 - reused for reused in made) == 90
+
+
+def test_what_recalled_weights_were_made_with_is_in_the_result(recipe_file: Path) -> None:
+    alone = ["arms.base=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
+    first, _ = go(recipe_file, *alone)
+    made = result(first, "lora")["train_info"]["segments_made"]
+    assert [one["packages"]["torch"] for one in made] == [torch.__version__]
+    second, _ = go(recipe_file, *alone)
+    assert result(second, "lora")["train_info"]["segments_made"] == made
+
+
+def test_a_folder_whose_making_was_killed_is_taken(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/.recipe.yaml.123").write_text("na")
+    assert RunFolder.create(read_recipe(recipe_file), tmp_path / "mine").path == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"id": "abc", "logged": 3}', "{"])
+def test_a_damaged_note_of_a_wandb_run_begins_a_new_one(recipe_file: Path, damage: str) -> None:
+    alone = ["arms.lora=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
+    folder = RunFolder.create(read_recipe(recipe_file, [*alone, "tracking.wandb=offline"]))
+    note = folder.path / "arms/base/seed-0/wandb.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(damage)
+    opened, recipe = RunFolder.open(folder.path)
+    summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
+    assert summary["wandb"]["mode"] == "offline"
+    assert summary["arms"]["base"]["states"] == {0: "ok"}
+
+
+def test_a_damaged_choice_of_a_learning_rate_fails_its_arm_alone(recipe_file: Path) -> None:
+    search = ["arms.lora.learning_rate={search: [1e-3, 1e-2]}", "arms.chain3=null", "comparison.primary=null"]
+    folder, _ = go(recipe_file, *search, "arms.full=null")
+    (folder.path / "trials/lora/chosen.json").write_text("{")
+    (folder.path / "arms/lora/seed-0/result.json").unlink()
+    opened, recipe = RunFolder.open(folder.path)
+    summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
+    assert summary["arms"]["lora"]["states"] == {0: "failed"}
+    assert "chosen.json is damaged" in summary["arms"]["lora"]["errors"][0]
+    assert summary["arms"]["base"]["states"] == {0: "ok"}
+
+
+def test_the_plan_counts_steps_that_a_new_look_makes_necessary(recipe_file: Path) -> None:
+    alone = ["arms.base=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
+    go(recipe_file, *alone)
+    said = io.StringIO()
+    recipe = read_recipe(recipe_file, [*alone, "evaluation.every=2"])
+    folder = RunFolder.create(recipe)
+    run(recipe, folder, Terminal(Console(file=said, width=300)))
+    assert "1 needed, 0 found" in said.getvalue()
+    assert "1 to be trained: 6 of 6 optimizer steps" in said.getvalue()
+    assert result(folder, "lora")["train_info"]["reused_steps"] == 0
