@@ -8,6 +8,7 @@ Whatever goes wrong in it costs a warning and the rest of the tracking, never th
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
 """
 
+import contextlib
 import json
 import netrc
 import os
@@ -142,6 +143,9 @@ class Tracker:
         if not known["clean"] and self.mode == "offline":
             part = self.folder / "wandb" / known["session"]
             if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
+                # Renamed first: W&B's own process outlives a kill by a moment, and may still be writing there.
+                with contextlib.suppress(FileNotFoundError):
+                    part = part.rename(part.with_name(f"killed-{part.name}"))
                 shutil.rmtree(part, ignore_errors=True)
                 self.logged = known["began"]
 

@@ -7,6 +7,8 @@ import random
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is first imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores, and the tiny model needs one
 
 from pathlib import Path
 
