@@ -200,8 +200,11 @@ def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Termina
         points = evaluation_steps(bench.recipe, lineage.links, len(bench.splits.train))
         # From a point on where validation is to be looked at for the first time, the steps have to be made again.
         sure = next((p for p in points if not measured.has_scores("validation", p, "attached")), len(names))
+        there = {n for n in bench.tree.cuts(job) if bench.store.has(names[n])}
+        ends = [link.last_step for link in lineage.links]
+        known_to = [n for n in there if n <= sure and there.issuperset(end for end in ends if end < n)]
         for cut in bench.tree.cuts(job):
-            if not bench.store.has(names[cut]) or sure < cut:
+            if cut > max(known_to, default=0):
                 steps = [n for n in range(first + 1, min(sure, cut) + 1) if bench.store.has(names[n])]
                 missing[names[cut]] = cut - first
                 begun[names[cut]] = max(steps, default=first) - first
