@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cola.batches import by_tokens, collate, training_row
-from cola.data import Example
+from cola.data import Example, tokenizer_fingerprint
 from cola.forward import logits_at
 
 EVALUATION_VERSION = 1  # part of what a kept score depends on: raise it when the same weights would score otherwise
@@ -69,6 +70,17 @@ class Evaluator:
     batch_tokens: int
     autocast: Callable[[], AbstractContextManager[None]]
     answer_tokens: int
+
+    def causes(self) -> dict[str, Any]:
+        """What a score depends on besides the weights, their precision and the examples."""
+        return {
+            "version": EVALUATION_VERSION,
+            "task": self.task,
+            "normalize": list(self.normalize),
+            "batch_tokens": self.batch_tokens,
+            "answer_tokens": self.answer_tokens,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[ExampleScore]:

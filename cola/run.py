@@ -19,9 +19,9 @@ from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
 from cola.compare import summarize
-from cola.data import Splits, load_splits, tokenizer_fingerprint
+from cola.data import Splits, load_splits
 from cola.errors import ColaError, DataError, ModelError, RecipeError, RunChanged, RunFolderError
-from cola.evaluate import EVALUATION_VERSION, Evaluator
+from cola.evaluate import Evaluator
 from cola.interrupt import Interrupted, Signals
 from cola.job import JobRun, make_accelerator, selection_key
 from cola.measure import rows_digest
@@ -80,23 +80,14 @@ def run(
     _check_arms(recipe, source, splits, accelerator.device)
     store = Store(store_path(recipe.store), terminal.warn)
     meta = _check_and_record(recipe, folder, source, splits, store, terminal)
-    longest = max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers)
     evaluator = Evaluator(
         recipe.data.task,
         tokenizer,
         recipe.data.normalize or [],
         recipe.evaluation.batch_tokens,
         accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
-        longest,
+        max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers),
     )
-    scoring = {
-        "version": EVALUATION_VERSION,
-        "task": recipe.data.task,
-        "normalize": recipe.data.normalize,
-        "batch_tokens": recipe.evaluation.batch_tokens,
-        "answer_tokens": longest,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
     skeleton = source.skeleton()
     tree = _tree(recipe, siblings, source, skeleton, splits, accelerator.device.type)
     jobs = jobs_of(recipe)
@@ -116,7 +107,7 @@ def run(
             splits=splits,
             rows={name: rows_digest(examples) for name, examples in splits.items()},
             evaluator=evaluator,
-            scoring=scoring,
+            scoring=evaluator.causes(),
             store=store,
             tree=tree,
             signals=signals,

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,13 @@ from cola.run import run
 from cola.store import Store
 from cola.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KILLED = -signal.SIGKILL
 
 # A child starts in a tenth of a second: all it needs has been imported before it is forked.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["conftest", "cola.run", "cola.report", "cola.ablate", "test_resume"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is too small for two threads to help, and the children use one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -525,17 +518,26 @@ def test_validation_that_is_looked_at_elsewhere_gives_what_a_run_of_its_own_woul
 UNLEARNABLE = ["data.prompt=row {id}", "link.rank=16", "training.learning_rate=3e-2", "arms.full.learning_rate=1e-2"]
 
 
-def trains_nothing(recipe: Path, *overrides: str) -> None:
+def trains_nothing(recipe: Path, *overrides: str) -> RunFolder:
     """The same run again finds all of it."""
     folder, _ = told(recipe, *overrides)
     for path in folder.path.glob("arms/*/seed-*/result.json"):
         record = json.loads(path.read_text())
         assert record["status"] == "ok", record["run_info"]
         assert record["train_info"]["reused_steps"] == record["train_info"]["steps"], path
+    return folder
 
 
-def test_a_better_point_of_a_longer_run_does_not_take_away_the_end_of_a_shorter(
-    recipe_text: str, tmp_path: Path
+@pytest.mark.parametrize(
+    "longer",
+    [
+        pytest.param(["evaluation.every=4", "evaluation.checkpoint=best"], id="a better point"),
+        # Validation was not looked at on the way, so the longer run comes past the shorter one's end.
+        pytest.param(["evaluation.every=1"], id="a checkpoint"),
+    ],
+)
+def test_a_longer_run_does_not_take_away_the_end_of_a_shorter(
+    recipe_text: str, tmp_path: Path, longer: list[str]
 ) -> None:
     recipe = write_recipe(tmp_path, recipe_text)
     short = [
@@ -546,25 +548,10 @@ def test_a_better_point_of_a_longer_run_does_not_take_away_the_end_of_a_shorter(
         "comparison.primary=null",
         *CHOICE,
     ]
-    told(recipe, *short)
-    told(recipe, *short, "training.steps=9", "evaluation.every=4", "evaluation.checkpoint=best")
-    trains_nothing(recipe, *short)
-
-
-def test_a_checkpoint_of_a_longer_run_does_not_take_away_the_end_of_a_shorter(recipe_text: str, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, recipe_text)
-    short = [
-        "training.schedule=constant",
-        "training.steps=4",
-        "evaluation.every=never",
-        "arms.chain3=null",
-        "comparison.primary=null",
-        *CHOICE,
-    ]
-    told(recipe, *short)
-    # Validation was not looked at on the way, so the longer run comes past the shorter one's end.
-    told(recipe, *short, "training.steps=9", "evaluation.every=1")
-    trains_nothing(recipe, *short)
+    first, _ = told(recipe, *short)
+    told(recipe, *short, "training.steps=9", *longer)
+    again = trains_nothing(recipe, *short)
+    assert again.scores("full", 0, "test") == first.scores("full", 0, "test")
 
 
 def test_another_choice_of_the_best_does_not_take_away_the_best_of_a_run_before(

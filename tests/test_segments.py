@@ -8,13 +8,12 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import SKY, tiny_model, tiny_tokenizer
 from test_run import go, result
 
@@ -27,6 +26,8 @@ from cola.recipe_file import read_recipe
 from cola.record import read_jsonl
 from cola.segments import Lineage, Tree
 from cola.store import Store
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -74,15 +75,6 @@ def rows_of(numbers: range, words: str = "") -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is too small for two threads to help, and other work makes them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

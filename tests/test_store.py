@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from cola.recipe_file import read_recipe
 from cola.segments import Lineage, digest, state_name
 from cola.store import Store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["conftest", "cola.run", "cola.report", "cola.ablate", "test_store"])
 
@@ -42,15 +44,6 @@ SHORT += ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,g
 FULL_ONLY = ["arms.base=null", "arms.lora=null", "arms.chain3=null", "comparison.primary=null"]
 LORA_ONLY = ["arms.full=null", "arms.base=null", "arms.chain3=null", "comparison.primary=null"]
 PAIR = [*SHORT, "arms.full=null", "arms.base=null", "arms.chain3.links=2", "training.schedule=constant"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is too small for two threads to help, and the children use one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
