@@ -170,7 +170,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether every arm and seed of its last session came to its end."""
-        summary = read_json(self.path / "summary.json", ("interrupted", "arms"))
+        summary = self.summary()
         return (
             summary is not None
             and not summary["interrupted"]

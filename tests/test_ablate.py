@@ -249,3 +249,11 @@ def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_fi
     folder.write({**folder.read(), "causes": "stopped", "finished": False})
     ablate(points, folder, quiet())
     assert len(list(folder.path.glob("points/*/wandb/offline-run-*"))) == 3
+
+
+def test_points_that_part_inside_a_link_share_the_steps_before(recipe_file: Path) -> None:
+    # Warm-up over steps 1 to 3, and in step 4 both schedules stand at their peak: from the 5th on the rates differ.
+    keys = ["training.schedule=constant,linear", "training.warmup_steps=3", "arms.chain3=null", *SMALL]
+    folder, summary = run_points(recipe_file, *keys)
+    assert summary["finished"]
+    assert fresh_steps(folder) == 6 + 2

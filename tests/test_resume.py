@@ -782,3 +782,13 @@ def test_the_plan_counts_steps_that_a_new_look_makes_necessary(recipe_file: Path
     assert "1 needed, 0 found" in said.getvalue()
     assert "1 to be trained: 6 of 6 optimizer steps" in said.getvalue()
     assert result(folder, "lora")["train_info"]["reused_steps"] == 0
+
+
+def test_scores_beside_the_weights_and_merged_into_them_are_kept_apart(recipe_file: Path) -> None:
+    # In bfloat16 the merge rounds, so the last look at validation and the final score are two numbers.
+    alone = ["arms.base=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
+    for _ in ("measured", "recalled"):
+        folder, _ = go(recipe_file, *alone, "model.dtype=bfloat16")
+        record = result(folder, "lora")
+        assert record["train_info"]["looked_loss"] != record["evaluation"]["validation"]["loss"]
+        assert record["train_info"]["knots"][0]["drift_max_logit_change"] > 0
