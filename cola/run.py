@@ -162,10 +162,12 @@ def _tree(
 
     tree = tree_of(recipe)
     alike = [tree_of(other) for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
+    lineages = []
     for one in (tree, *alike):
         # An arm that cannot be planned, of another point, is said when its turn comes.
         with contextlib.suppress(ColaError):
-            tree.plan([one.lineage(job) for job in candidates_of(one.recipe)])
+            lineages += [one.lineage(job) for job in candidates_of(one.recipe)]
+    tree.plan(lineages)  # all at once: where two of them part shows only beside each other
     return tree
 
 
