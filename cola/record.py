@@ -169,10 +169,11 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether every arm and seed of its last session came to its end."""
+        """Whether all of its last session came to its end, the page included, which is written last."""
         summary = self.summary()
         return (
             summary is not None
+            and (self.path / "report.html").is_file()
             and not summary["interrupted"]
             and not any(arm["errors"] for arm in summary["arms"].values())
         )

@@ -228,6 +228,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
             code = end(process)
             assert code in (0, KILLED), (kills, said.read_text())
             kills += [place] if code == KILLED else []
+            if any(RunFolder(path.parent).finished for path in output.glob("*/recipe.yaml")):
+                break  # killed with all done, on its way out: the same command would begin another run
         [run_folder] = [path.parent for path in output.glob("*/recipe.yaml")]
         assert outcome(run_folder).differences(undisturbed) == [], (kills, said.read_text())
         for words in (["ls"], ["verify"], ["prune", "--yes"]):
@@ -792,3 +794,21 @@ def test_scores_beside_the_weights_and_merged_into_them_are_kept_apart(recipe_fi
         record = result(folder, "lora")
         assert record["train_info"]["looked_loss"] != record["evaluation"]["validation"]["loss"]
         assert record["train_info"]["knots"][0]["drift_max_logit_change"] > 0
+
+
+def test_a_run_that_was_killed_before_its_page_was_written_goes_on_in_its_folder(
+    recipe_text: str, tmp_path: Path
+) -> None:
+    recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
+    command = ["run", str(recipe), "arms.full=null", "arms.chain3=null", "comparison.primary=null"]
+    command += [f"output={tmp_path / 'out'}"]
+    assert end(start(command, said)) == 0
+    [folder] = (tmp_path / "out").iterdir()
+    page = folder / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert end(start(command, said)) == 0
+    assert list((tmp_path / "out").iterdir()) == [folder]
+    assert page.read_bytes() == before
+    assert end(start(command, said)) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
