@@ -1,1 +1,7 @@
 """cola: chain of LoRAs, compared honestly. The idea is in `cola/chain.py`."""
+
+import logging
+
+# bitsandbytes, which peft imports where it is installed, warns of optional kernels when it is imported, and once per
+# matrix that it rounds the inputs of int8 products to float16, as it always does.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from cola.errors import RecipeError, RunFolderError
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe, values_of
 from cola.record import RunFolder, make_new, write_text
-from cola.tables import NONE, Table, cost_cells, interval, spread
+from cola.tables import NONE, Table, cost_cells, interval, matched_text, spread
 
 FORMAT = 1
 
@@ -193,6 +193,7 @@ def summarize_ablation(
         "name": folder.path.name,
         "keys": list(points[0].values),
         "protocol": points[0].recipe.training.protocol,
+        "matched": {"by": points[0].recipe.training.match, "per_link": points[0].recipe.training.protocol == "grow"},
         "metric": METRICS[points[0].recipe.data.task],
         "points": [{"label": p.label, "values": p.values, "folder": p.folder} for p in points],
         "trained_steps": sum(steps - found for found, steps in reused.values()),
@@ -229,7 +230,7 @@ def ablation_table(summary: dict[str, Any]) -> Table:
     keys = [short(key) for key in summary["keys"]]
     score = [] if perplexity else [f"test {summary['metric']}", "gap_acc"]
     columns = ["arm", *keys, "test loss", "gap_loss", *score, "ft_gap", "closed", "trained", "steps", "time"]
-    table = Table(f"{summary['name']}: {' × '.join(keys)}, protocol {summary['protocol']}", columns, [])
+    table = Table(f"{summary['name']}: {' × '.join(keys)}, {matched_text(summary['matched'])}", columns, [])
     for row in summary["rows"]:
         values = list(row["values"].values()) if row["values"] else [NONE] * len(keys)
         if not row["n_seeds"]:
@@ -247,7 +248,9 @@ def ablation_table(summary: dict[str, Any]) -> Table:
 def ablation_notes(summary: dict[str, Any]) -> list[str]:
     """What belongs beside the table."""
     lines = []
-    if summary["protocol"] == "fixed":
+    if summary["matched"]["by"] != "steps":
+        lines.append(f"Within each point all arms have the same {summary['matched']['by']} in all.")
+    elif summary["protocol"] == "fixed":
         lines.append("Protocol fixed: every length has the same optimizer steps in all.")
     else:
         lines.append("Protocol grow: every link has the same optimizer steps, so longer chains are trained longer.")

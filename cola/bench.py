@@ -1,18 +1,21 @@
 """What all jobs of a run share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from cola.adapters import count_parameters
 from cola.data import Example, Splits
 from cola.evaluate import Evaluator
+from cola.flops import Meter
 from cola.interrupt import Signals
 from cola.measure import Measurements, rows_digest
 from cola.model import Source
-from cola.recipe import Recipe
+from cola.plan import Job
+from cola.recipe import OneLink, Recipe
 from cola.record import RunFolder
-from cola.segments import Lineage, Tree
+from cola.segments import Tree, knot_causes
 from cola.store import Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
@@ -28,6 +31,7 @@ class Bench:
         skeleton: The base without weights.
         rows: Digest of each split's examples.
         scoring: What a score depends on besides the state and the rows.
+        meter: Counts what training costs.
         meta: What a result says of how it was made.
         tracked: Arms, seeds and final states that W&B has been sent.
         used: Names of the segments and measurements that the run's results rest on.
@@ -47,18 +51,34 @@ class Bench:
     progress: RunProgress
     tracker: Tracker
     tracked: set[str]
+    meter: Meter
     meta: dict[str, Any]
     used: dict[str, set[str]]
+    _counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def probe_rows(self) -> list[Example]:
         """The rows whose logits tell what a knot changed."""
         return self.splits.train[:PROBE_ROWS]
 
-    def measurements(self, lineage: Lineage) -> Measurements:
+    def recipe_of(self, job: Job) -> Recipe:
+        """The recipe with the job's searched values in their place."""
+        return self.recipe.with_choice(job.arm, dict(job.choice))
+
+    def measurements(self, job: Job) -> Measurements:
         """What was and will be measured of a job's states."""
-        probe = rows_digest(self.probe_rows)
-        return Measurements(self.store, lineage, self.rows, self.scoring, probe, self.used["measured"])
+        probe, recipe = rows_digest(self.probe_rows), self.recipe_of(job)
+        causes = knot_causes(recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None)
+        tie = {"merge": causes["merge"], "fraction": causes["fraction"]}
+        lineage = self.tree.lineage(job)
+        return Measurements(self.store, lineage, self.rows, self.scoring, probe, tie, self.used["measured"])
+
+    def count_parameters(self, what: OneLink) -> int:
+        """Parameters that a link trains, counted once."""
+        key = what.model_dump_json()
+        if key not in self._counts:
+            self._counts[key] = count_parameters(self.skeleton, what)
+        return self._counts[key]
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""

@@ -16,18 +16,21 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cola import adapters, residual
+from cola import adapters, residual, starts
 from cola.drift import Drift
 from cola.plan import Link
+from cola.recipe import KnotRules
 from cola.residual import Base, LinkWeights, Residual
+from cola.starts import Gradients
 
 
 @dataclass
 class Chain:
-    """A model, the base it came from, and the links tied so far."""
+    """A model, the base it came from, the rules at its knots, and the links tied so far."""
 
     model: PreTrainedModel
     base: Base
+    rules: KnotRules
     learned: Residual = field(default_factory=list)
 
 
@@ -36,9 +39,9 @@ class Knot:
     """What tying one link did.
 
     Attributes:
-        weights: The link's pairs; empty for full fine-tuning.
+        weights: The link's pairs; empty for a method that has none.
         drift: What the knot did to the outputs, which should be nothing but rounding.
-        relative_size: ||s B A||_F / ||W_0||_F of each matrix.
+        relative_size: ||W_k - W_{k-1}||_F / ||W_0||_F of each matrix.
     """
 
     weights: LinkWeights
@@ -49,9 +52,9 @@ class Knot:
 def run_chain(
     chain: Chain,
     links: Sequence[Link],
-    tune: Callable[[PreTrainedModel, Link], None],
+    tune: Callable[[Chain, Link], None],
     probe: Callable[[PreTrainedModel], Tensor],
-    max_drift: float,
+    gradients: Gradients,
 ) -> Iterator[Knot]:
     """Train the links that are not tied yet, one after the other.
 
@@ -60,25 +63,21 @@ def run_chain(
         links: What to train, in order.
         tune: Trains what `extend` attached.
         probe: The model's logits on fixed inputs, in eval mode.
-        max_drift: Largest relative change of a logit that rounding can explain.
-
-    Raises:
-        KnotDrift: a knot changed the outputs by more than that, so it is not what was trained.
+        gradients: Full gradients of a link's matrices, for a start that asks for them.
     """
     for link in links[len(chain.learned) :]:
         start = probe(chain.model)
-        extend(chain, link)
-        tune(chain.model, link)
-        knot = tie_knot(chain, start, probe)
-        knot.drift.check(max_drift)
-        yield knot
+        extend(chain, link, gradients)
+        tune(chain, link)
+        yield tie_knot(chain, start, probe, more_to_come=link is not links[-1])
 
 
-def extend(chain: Chain, link: Link) -> None:
+def extend(chain: Chain, link: Link, gradients: Gradients) -> None:
     """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
     if link.method == "lora":
-        chain.base.remember(adapters.target_names(chain.model, link))
-    adapters.attach(chain.model, link)
+        chain.base.remember(adapters.target_names(chain.model, link.what))
+    chain.model = adapters.attach(chain.model, link.what, link.seed)
+    starts.draw(chain.model, link, chain.base, chain.learned, gradients)
 
 
 def retie(chain: Chain, learned: Residual) -> None:
@@ -86,14 +85,18 @@ def retie(chain: Chain, learned: Residual) -> None:
     names = residual.modules_of([*chain.learned, *learned])
     chain.base.remember(names)
     chain.learned = list(learned)
-    residual.write(chain.model, chain.base, chain.learned, names)
+    residual.write(chain.model, chain.base, chain.learned, names, chain.rules.merge or "exact")
 
 
-def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Tensor]) -> Knot:
+def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Tensor], more_to_come: bool) -> Knot:
     """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
     before = probe(chain.model)
     weights = adapters.detach(chain.model)
-    chain.learned.append(weights)
-    residual.write(chain.model, chain.base, chain.learned, list(weights))
-    after = probe(chain.model)
-    return Knot(weights, Drift.between(start, before, after), residual.relative_size(chain.base, weights))
+    sizes = residual.relative_size(chain.model, chain.base, chain.learned, weights)
+    retie(chain, [*chain.learned, shared(weights, chain.rules) if more_to_come else weights])
+    return Knot(weights, Drift.between(start, before, probe(chain.model)), sizes)
+
+
+def shared(weights: LinkWeights, rules: KnotRules) -> LinkWeights:
+    """What a knot between two links keeps of a pair: all of it, unless `merge_fraction` says less."""
+    return {name: pair.times(rules.merge_fraction or 1.0) for name, pair in weights.items()}

@@ -63,7 +63,7 @@ def run(
 
     The same command goes on with a run that was stopped, and trains nothing that was trained before.
 
-    Exit code: 0 all arms are there, 1 some failed (the same command tries them again), 2 the recipe, data or model
+    Exit code: 0 all arms are there, 1 some failed (the same command tries them again) or did nothing, 2 the recipe, data or model
     cannot be used, 75 interrupted (the same command goes on), 130 interrupted before anything had begun.
     """
     with _one_line_errors():
@@ -313,7 +313,7 @@ def _exit_code(summary: dict[str, Any], command: str, terminal: "Terminal") -> i
     if any(arm["errors"] for arm in summary["arms"].values()):
         terminal.say(f"some arms failed; try them again with the same command, or: {command}")
         return 1
-    return 0
+    return 1 if summary["same_outputs"] else 0  # said among the results
 
 
 def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal") -> None:

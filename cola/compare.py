@@ -119,6 +119,9 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         "checkpoint": recipe.evaluation.checkpoint,
         "select_by": recipe.evaluation.select_by,
         "seeds": list(recipe.seeds),
+        "matched": _matched(recipe, arms),
+        "trials": {name: found for name in recipe.arms if (found := folder.trials(name)) is not None},
+        "same_outputs": _same_outputs(recipe, folder, results),
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
         **contrasts,
@@ -142,15 +145,48 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
             summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])
     summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
     summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
-    for key in ("num_trainable_params", "steps", "tokens", "train_seconds", "total_seconds"):
+    keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
+    for key in keys:
         summary[key] = float(np.mean([r["train_info"][key] for r in done]))
     summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
     summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
+    summary["base"] = done[0]["train_info"]["base"]
+    summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
     summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
     summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
-    lost = [k["drift_of_learned"] for r in done for k in r["train_info"]["knots"]]
+    # A knot that lets a part of its pair go moves the outputs on purpose.
+    infos = [r["train_info"] for r in done]
+    whole = [i for i in infos if i["rules"] and (i["rules"]["merge_fraction"] == 1 or len(i["knots"]) == 1)]
+    lost = [k["drift_of_learned"] for i in whole for k in i["knots"]]
     summary["max_lost"] = max((share for share in lost if share is not None), default=None)
     return summary
+
+
+def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What all trained arms were given the same of, and how much of it each used, smallest and largest."""
+    key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
+    used = [arm[key] for name, arm in arms.items() if arm["n_seeds"] and recipe.arms[name].n_links]
+    per_link = recipe.training.protocol == "grow"
+    return {"by": recipe.training.match, "per_link": per_link, "used": [min(used), max(used)] if used else None}
+
+
+def _same_outputs(
+    recipe: Recipe, folder: RunFolder, results: dict[tuple[str, int], dict]
+) -> list[tuple[str, str, int]]:
+    """Arms whose test losses are the same to the bit under a seed though their weights have other causes: what one of
+    them does differently has done nothing."""
+    found = []
+    for seed in recipe.seeds:
+        seen: dict[tuple[float, ...], tuple[str, str]] = {}
+        for arm in recipe.arms:
+            if results.get((arm, seed), {}).get("status") != "ok":
+                continue
+            state = results[arm, seed]["train_info"]["scored_state"]
+            losses = tuple(row["loss"] for row in folder.scores(arm, seed, "test"))
+            other, its_state = seen.setdefault(losses, (arm, state))
+            if its_state != state:
+                found.append((other, arm, seed))
+    return found
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:

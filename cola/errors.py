@@ -37,5 +37,13 @@ class NonFiniteLoss(ColaError, ArithmeticError):
     """The loss or its gradient left the finite numbers; the update was not made."""
 
 
+class NoGradient(ColaError, ArithmeticError):
+    """None of the weights that a link trains got a gradient, so it would train nothing."""
+
+
+class MomentsNotCleared(ColaError, ArithmeticError):
+    """A knot cleared less of the optimizer's state than it was to."""
+
+
 class KnotDrift(ColaError, ArithmeticError):
     """Tying a knot changed the model's outputs by more than rounding can explain."""

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola.batches import by_tokens, collate, training_row
 from cola.data import Example, tokenizer_fingerprint
-from cola.forward import logits_at
+from cola.forward import logits_after, logits_and_cache, logits_at
 
 EVALUATION_VERSION = 1  # part of what a kept score depends on: raise it when the same weights would score otherwise
 
@@ -170,18 +170,20 @@ def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[lis
     prompts = collate([(example.id, example.prompt, example.answers[0][:1]) for example in examples]).to(model.device)
     prompts_BT, last_BT = prompts.input_ids_BT[:, :-1], prompts.predicts_BT[:, :-1]
     longest = max(len(answer) for example in examples for answer in example.answers)
-    cache = DynamicCache(config=model.config) if longest > 1 else None
-    inputs = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-    logits_BV = logits_at(model, prompts_BT, last_BT, **inputs)
+    cache = None
+    if longest > 1:
+        logits_BV, cache = logits_and_cache(model, prompts_BT, last_BT)
+    else:
+        logits_BV = logits_at(model, prompts_BT, last_BT)
     first_BC = torch.tensor([[answer[0] for answer in example.answers] for example in examples], device=model.device)
     nats_BC = -logits_BV.log_softmax(-1).gather(1, first_BC)
-    if cache is not None:  # an empty cache has length 0
+    if cache is not None:
         cache.batch_repeat_interleave(n_choices)
         answers = [answer for example in examples for answer in example.answers]
         rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for answer in answers])
         real_QT = torch.tensor([[t < len(answer) - 1 for t in range(longest)] for answer in answers])
         rest_ids_QT, real_QT = rest.input_ids_BT.to(model.device), real_QT.to(model.device)
-        logits_NV = logits_at(model, rest_ids_QT, real_QT, **inputs)
+        logits_NV = logits_after(cache, model, rest_ids_QT, real_QT)
         targets_N = torch.tensor([token for answer in answers for token in answer[1:]], device=model.device)
         rest_Q = torch.zeros(len(answers), device=model.device)
         rows_N = repeat(torch.arange(len(answers), device=model.device), "q -> q t", t=longest)[real_QT]

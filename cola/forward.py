@@ -7,30 +7,49 @@ model and keeps whatever the model does to logits afterwards (scaling, soft-capp
 Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+
+from cola.adapters import unwrapped
 
 
-def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object) -> Tensor:
+def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
     """float32 logits of the selected positions.
 
     Args:
-        model: A causal language model, with or without a pair attached.
+        model: A causal language model, whatever is attached to it.
         input_ids_BT: Token ids, padded on the right; causal attention needs no mask for that.
         where_BT: True at the positions whose logits are wanted.
-        **inputs: Passed to the model's forward (past_key_values).
 
     Returns:
         (N, V), in the order of `where_BT`'s true entries, row by row. While no gradient is taken the head itself
         computes in float32, whatever the model's dtype.
     """
+    return _logits(model, input_ids_BT, where_BT, use_cache=False)[0]
+
+
+def logits_and_cache(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> tuple[Tensor, Cache]:
+    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on."""
+    return _logits(model, input_ids_BT, where_BT, use_cache=True)
+
+
+def logits_after(cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
+    """Logits of rows that continue what was read into the cache."""
+    return _logits(unwrapped(model), input_ids_BT, where_BT, use_cache=True, past_key_values=cache)[0]
+
+
+def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object) -> tuple[Tensor, Any]:
     head = model.get_output_embeddings()
     assert head is not None  # Source.load refuses a model without one
 
     def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_BTH,) = args
-        return (hidden_BTH[where_BT].unsqueeze(0),)
+        # Virtual tokens stand before the row's own; nothing is asked about them.
+        own_BTH = hidden_BTH[:, hidden_BTH.shape[1] - where_BT.shape[1] :]
+        return (own_BTH[where_BT].unsqueeze(0),)
 
     def in_float32(module: nn.Module, args: tuple[Tensor], logits_1NV: Tensor) -> Tensor:
         # bfloat16 logits lie 1/8 apart at 16 and more, so that two answers often tie and their order decides.
@@ -42,8 +61,8 @@ def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **
 
     hooks = [head.register_forward_pre_hook(select), head.register_forward_hook(in_float32)]
     try:
-        output = model(input_ids=input_ids_BT, **{"use_cache": False, **inputs})
+        output = model(input_ids=input_ids_BT, **inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return output.logits[0].float()
+    return output.logits[0].float(), output.get("past_key_values")

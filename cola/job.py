@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,32 +19,38 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel
 
 from cola import adapters
 from cola.batches import batch_order, collate, training_batches, training_row
 from cola.bench import Bench
-from cola.chain import Chain, Knot, retie, run_chain
+from cola.chain import Chain, Knot, retie, run_chain, shared
 from cola.drift import Drift
 from cola.evaluate import ExampleScore, mean_loss, mean_score
+from cola.flops import Cost
 from cola.forward import logits_at
 from cola.interrupt import Interrupted
+from cola.moments import Moments, carried, read_moments
 from cola.plan import Job, Link, evaluation_steps
-from cola.recipe import SPLITS, Recipe, Search
+from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
-from cola.residual import Base
+from cola.residual import Base, Residual
+from cola.starts import hold_out
 from cola.states import States
-from cola.train import Moments, Step, read_moments, tune
+from cola.train import Step, full_gradients, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
 MADE_WITH = ("cola", "commit", "python", "packages", "machine", "device")  # what a kept state says of its making
 
 
 def make_accelerator(dtype: str) -> Accelerator:
-    """accelerate with the recipe's precision, on the device it finds.
+    """accelerate with a base's precision, on the device it finds.
 
-    On a CPU accelerate has no fp16 autocast: the weights are fp16 there and a pair computes in float32.
+    accelerate fixes the precision once per process; here every arm may have one of its own. On a CPU it has no fp16
+    autocast: the weights are fp16 there and a pair computes in float32.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
 
 
@@ -67,7 +73,9 @@ class JobRun:
     """
 
     def __init__(self, bench: Bench, job: Job) -> None:
-        self.recipe = recipe = bench.recipe
+        self.recipe = recipe = bench.recipe_of(job)
+        self.rules = recipe.knot_of(job.arm)
+        self.dtype, self.quantization = recipe.base_of(job.arm)
         self.bench = bench
         self.job = job
         self.path = bench.folder.start_job(job)
@@ -77,7 +85,9 @@ class JobRun:
         self.n_steps = len(self.lineage.steps)
         self.points = set(evaluation_steps(recipe, self.links, len(bench.splits.train))) if self.links else set()
         # One accelerator per job: an arm that fails must not leave its optimizer or gradient scale to the next.
-        self.accelerator = make_accelerator(recipe.model.dtype)
+        self.accelerator = make_accelerator(self.dtype)
+        self.evaluator = replace(bench.evaluator, autocast=self.accelerator.autocast)
+        self.n_trained = max((bench.count_parameters(link.what) for link in self.links), default=0)
         made = {key: bench.meta[key] for key in MADE_WITH}
         self.states = States(
             bench.store,
@@ -86,10 +96,11 @@ class JobRun:
             bench.source.name,
             recipe.checkpoint_seconds,
             {**made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
+            self.n_trained,
         )
         self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
         state = f"{job.arm} {job.seed} {self.lineage.names[-1]}"
-        self.measured = bench.measurements(self.lineage)
+        self.measured = bench.measurements(job)
         self.tracker = None if job.trial or state in bench.tracked else bench.tracker
         bench.tracked.add(state)
         self.at = 0  # steps that were found or made so far
@@ -206,27 +217,46 @@ class JobRun:
         """The base, loaded when it is first needed."""
         recipe = self.recipe
         self.bench.progress.stage("loading the model")
-        model = self.bench.source.load(recipe.model.dtype, self.accelerator.device)
+        model = self.bench.source.load(self.dtype, self.accelerator.device, self.quantization)
         if recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        return Chain(model, Base(model, self.bench.source.files))
+        base = Base(model, self.bench.source.files, quantized=self.quantization is not None)
+        return Chain(model, base, self.rules)
 
     def _train(self) -> None:
         """Go on from what was found to the last knot."""
-        retie(self.chain, [self.states.pair(link.last_step) for link in self.links[: len(self.knots)]])
+        retie(self.chain, self._tied([link.last_step for link in self.links[: len(self.knots)]]))
         try:
-            for knot in run_chain(self.chain, self.links, self._tune, self._probe, self._max_drift):
+            for knot in run_chain(self.chain, self.links, self._tune, self._probe, self._gradients):
                 self._record_knot(knot)
             self.placed = self.n_steps
         except NothingLeft:
             self._recall(self.n_steps, with_knot=True)
 
-    def _tune(self, model: PreTrainedModel, link: Link) -> None:
+    def _tied(self, ends: Sequence[int]) -> Residual:
+        """What links that others follow have left in the chain, from the store."""
+        return [shared(self.states.pair(end), self.rules) for end in ends]
+
+    def _gradients(self, model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Full gradients over the link's first batches, for a pair that is drawn along them."""
+        self.bench.progress.stage("taking the full gradient")
+        rows = self.order[link.first_step : link.last_step][: link.what.init_batches]
+        batches = training_batches(self.bench.splits.train, rows, self.recipe.training.micro_batch_tokens)
+        return full_gradients(model, names, batches, self.accelerator)
+
+    def _put_back(self, chain: Chain, step: int) -> Moments | None:
+        moments = self.states.put_back(chain.model, step)
+        hold_out(chain.model, chain.base, chain.learned)
+        return moments
+
+    def _tune(self, chain: Chain, link: Link) -> None:
         """Bring the link's weights to its last step: from the store as far as it has them, else by training."""
-        moments = None
+        model, moments = chain.model, None
         if self.at > link.first_step:
-            moments = self.states.put_back(model, self.at)
+            moments = self._put_back(chain, self.at)
             self._look_if_due(model)
+        elif link.knot is not None and (before := self.states.moments(link.first_step)) is not None:
+            moments = carried(before, link.knot, link.seed)
         while self.at < link.last_step:
             start = max(step for step in (link.first_step, *self.heads) if step <= self.at)
             stop = min(step for step in self.cuts if step > self.at)
@@ -238,7 +268,7 @@ class JobRun:
                     if not self._has_weights(found):
                         raise NothingLeft
                     try:
-                        moments = self.states.put_back(model, found)
+                        moments = self._put_back(chain, found)
                     except FileNotFoundError:
                         self.states.forget(found)  # a run that cuts elsewhere has dropped it
                         continue
@@ -381,9 +411,12 @@ class JobRun:
     # -----------------------------------------------------------------------------------------------------
     # Knots
 
-    @property
-    def _max_drift(self) -> float:
-        return self.recipe.knot.max_drift or MAX_DRIFT[self.recipe.model.dtype]
+    def _check_drift(self, record: dict[str, Any]) -> None:
+        """What a knot moved must be within what rounding can explain, unless its rules move the outputs themselves."""
+        partial_merge = (self.rules.merge_fraction or 1) < 1 and record["link"] < len(self.links)
+        moves = partial_merge or self.rules.merge == "naive"
+        allowed = self.rules.max_drift or (math.inf if moves else MAX_DRIFT[self.dtype])
+        Drift(record["drift_max_logit_change"], record["drift_relative"], record["drift_of_learned"]).check(allowed)
 
     @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> torch.Tensor:
@@ -403,14 +436,13 @@ class JobRun:
             "relative_size_max": max(sizes, default=None),
             "seconds": perf_counter() - self.tied_from,
         }
+        self._check_drift(record)
         self.measured.keep_knot(link.last_step, record)
         self.bench.write_references()
         self._note_knot(record)
 
     def _note_knot(self, record: dict[str, Any]) -> None:
-        Drift(record["drift_max_logit_change"], record["drift_relative"], record["drift_of_learned"]).check(
-            self._max_drift
-        )
+        self._check_drift(record)
         self.knots.append(record)
         if record["relative_size_median"] is not None:
             self._write_metric("knot", record)
@@ -423,7 +455,7 @@ class JobRun:
 
     def _score(self, model: PreTrainedModel, split: str, at: str) -> list[ExampleScore]:
         self.bench.progress.stage(f"scoring {split}{at}")
-        return self.bench.evaluator(model, getattr(self.bench.splits, split))
+        return self.evaluator(model, getattr(self.bench.splits, split))
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         evaluation: dict[str, Any] = {}
@@ -450,12 +482,13 @@ class JobRun:
         for needed in (*ends, step):
             if not self._has_weights(needed):
                 raise FileNotFoundError(f"{self.job.label}: the state after step {needed} has gone from the store")
-        if self.links[number].method == "full":
-            adapters.attach(self.chain.model, self.links[number])
-            self.states.put_back(self.chain.model, step)
-            adapters.detach(self.chain.model)
+        link, chain = self.links[number], self.chain
+        if link.method == "lora":
+            retie(chain, [*self._tied(ends), self.states.pair(step)])
         else:
-            retie(self.chain, [self.states.pair(end) for end in (*ends, step)])
+            chain.model = adapters.attach(chain.model, link.what, link.seed)
+            self.states.put_back(chain.model, step)
+            adapters.detach(chain.model)
         self.placed = step
         return self.chain.model
 
@@ -470,13 +503,15 @@ class JobRun:
             kept.append((f"knots/best-link-{number + 1}", scored_step, self.links[number]))
         for name, step, link in kept:
             full = link.method == "full"
-            if (full and (step != scored_step or not self.recipe.keep_full_weights)) or not self._has_weights(step):
+            if (link.method != "lora" and step != scored_step) or not self._has_weights(step):
                 continue
-            folder = self.path / ("model" if full else name)
+            if full and not self.recipe.keep_full_weights:
+                continue
+            folder = self.path / {"lora": name, "full": "model"}.get(link.method, "adapter")
             folder.mkdir(parents=True)
             segment = self.states.there(step)
             for file in segment.record["files"]:
-                if file.startswith(("adapter_", "model", "config")):
+                if adapters.is_export(file):
                     _same_file(segment.folder / file, folder / file)
             if full:
                 self.bench.evaluator.tokenizer.save_pretrained(folder)
@@ -496,7 +531,10 @@ class JobRun:
         train_seconds = sum(row["seconds"] for row in self.rows)
         return {
             "learning_rate": max(peaks, default=None),
-            "at_grid_edge": _at_edge(self.recipe, self.job),
+            "choice": dict(self.job.choice),
+            "at_grid_edge": _at_edge(self.bench.recipe, self.job),
+            "base": {"dtype": self.dtype, "quantization": self.quantization},
+            "rules": self.rules.model_dump(mode="json") if self.links else None,
             "checkpoint": self.recipe.evaluation.checkpoint,
             "scored_step": scored_step,
             "looked_loss": self.looks[scored_step]["loss"] if scored_step in self.looks else None,
@@ -507,18 +545,25 @@ class JobRun:
             "final_state": self.lineage.names[-1],
             "scored_state": self.lineage.names[scored_step],
             "tokens": sum(row["tokens"] for row in self.rows),
-            "num_trainable_params": max(
-                (adapters.count_parameters(self.bench.skeleton, link) for link in self.links), default=0
-            ),
+            "flops": self.cost.flops,
+            "positions": self.cost.positions,
+            "without_gradient": min((row["without_gradient"] for row in self.rows), default=0),
+            "num_trainable_params": self.n_trained,
             "num_total_params": sum(p.numel() for p in self.bench.skeleton.parameters()),
             "train_seconds": train_seconds,
             # What the result costs, whichever session made its parts.
             "total_seconds": train_seconds + self.measured.seconds + sum(knot["seconds"] for knot in self.knots),
             "accelerator_memory_max": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "links": [link_record(link) for link in self.links],
+            "links": [link_record(link) | {"cleared": self.rows[link.first_step]["cleared"]} for link in self.links],
             "knots": self.knots,
             "evaluations": [self.looks[step] for step in sorted(self.looks)],
         }
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs and positions of all the links' steps, whenever they were made."""
+        costs = [self.bench.meter.steps(link, self.order[link.first_step : link.last_step]) for link in self.links]
+        return sum((cost for steps in costs for cost in steps), Cost(0.0, 0))
 
     def _made(self) -> list[dict[str, Any]]:
         """With what the segments were made, in this session or an earlier one; what they agree in is said once."""
@@ -577,12 +622,20 @@ def selection_key(recipe: Recipe, loss: float, score: float | None) -> tuple[flo
 
 def link_record(link: Link) -> dict[str, Any]:
     """A link for the records, its learning rates shortened to first, peak and last."""
-    record = asdict(link)
-    rates = record.pop("learning_rates")
-    shape = {"learning_rate_first": rates[0], "learning_rate_peak": max(rates), "learning_rate_last": rates[-1]}
-    return record | {"last_step": link.last_step} | shape
+    rates = link.learning_rates
+    return {
+        **link.what.model_dump(mode="json", exclude_none=True),
+        "first_step": link.first_step,
+        "last_step": link.last_step,
+        "learning_rate_first": rates[0],
+        "learning_rate_peak": max(rates),
+        "learning_rate_last": rates[-1],
+        "seed": link.seed,
+    }
 
 
-def _at_edge(recipe: Recipe, job: Job) -> bool:
-    rate = recipe.learning_rate_of(job.arm)
-    return isinstance(rate, Search) and job.learning_rate in (min(rate.search), max(rate.search))
+def _at_edge(recipe: Recipe, job: Job) -> list[str]:
+    """The searched keys whose chosen number is the smallest or the largest that was tried."""
+    searches, chosen = recipe.searches_of(job.arm), dict(job.choice)
+    grids = {key: [v for v in search.search if isinstance(v, int | float)] for key, search in searches.items()}
+    return [key for key, grid in grids.items() if grid and chosen.get(key) in (min(grid), max(grid))]

@@ -23,6 +23,7 @@ class Measurements:
         rows: Digest of each split's examples.
         scoring: What a score depends on besides the state and the rows.
         probe: Digest of the rows whose logits tell what a knot changed.
+        tie: What tying a link means: merged how, and which share of it where another link follows.
         used: Names of all measurements that were asked for; shared with the run's other jobs.
     """
 
@@ -31,6 +32,7 @@ class Measurements:
     rows: dict[str, str]
     scoring: dict[str, Any]
     probe: str
+    tie: dict[str, Any]
     used: set[str]
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -79,10 +81,13 @@ class Measurements:
 
     def _scores_of(self, split: str, step: int, form: Form) -> dict[str, Any]:
         state = self.lineage.names[step]
-        return {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]} | self.scoring
+        causes = {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]} | self.scoring
+        return causes | ({"merge": self.tie["merge"]} if form == "tied" else {})
 
     def _knot_of(self, step: int) -> dict[str, Any]:
-        return {"measured": "knot", "state": self.lineage.names[step], "rows": self.probe}
+        last = step == len(self.lineage.steps)
+        tie = {**self.tie, "fraction": 1.0} if last else self.tie
+        return {"measured": "knot", "state": self.lineage.names[step], "rows": self.probe, **tie}
 
     def _read(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
         self._seconds[digest(what)] = value["seconds"]

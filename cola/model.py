@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 from cola import recipe
 from cola.cache import cache_dir
 from cola.errors import ModelError
-from cola.package_file import package_file
+from cola.package_file import need_package, package_file
 
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 
@@ -100,12 +101,21 @@ class Source:
             )
         return model
 
-    def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
+    def load(self, dtype: str, device: torch.device, quantization: str | None = None) -> PreTrainedModel:
         """The model in eval mode, all weights frozen.
 
+        Args:
+            dtype: Of the weights and the computation.
+            device: To hold it.
+            quantization: `nf4` (with double quantization) or `int8` codes for the linear layers but the output head.
+
         Raises:
-            ModelError: it is no causal language model, or its weights do not load.
+            ModelError: it is no causal language model, its weights do not load, or bitsandbytes is not there.
         """
+        quantized = {}
+        if quantization is not None:
+            need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
+            quantized = {"quantization_config": _quantization_config(quantization, dtype), "device_map": {"": device}}
         try:
             model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 self.folder,
@@ -114,6 +124,7 @@ class Source:
                 ignore_mismatched_sizes=True,  # reported below, with names
                 output_loading_info=True,
                 trust_remote_code=self.trust_remote_code,
+                **quantized,
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(f"model.name_or_path: {self.name} does not load: {_line(error)}") from error
@@ -127,9 +138,25 @@ class Source:
         if model.get_output_embeddings() is None:
             raise ModelError(f"model.name_or_path: {self.name} ({type(model).__name__}) has no output head")
         model.requires_grad_(False)
+        for module in model.modules():
+            # On CPUs with avx512_bf16, bitsandbytes repacks NF4 codes at the first look in eval mode and rounds their
+            # scales to bfloat16 for good: the frozen base would be another one from then on.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
         # Many models come with sampling and repetition penalties of their own; here greedy decoding is the argmax.
         model.generation_config = GenerationConfig()
-        return model.to(device).eval()  # pyright: ignore[reportArgumentType] - transformers wraps Module.to
+        return (model if quantized else model.to(device)).eval()  # pyright: ignore[reportArgumentType] - transformers wraps Module.to
+
+
+def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text: None) -> Source:
@@ -177,7 +204,10 @@ def _source(settings: recipe.Model, folder: Path, revision: str | None = None) -
             ) from None
         raise ModelError(f"model.name_or_path: {source.name}: {_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"model.name_or_path: {source.name} is quantized; this version trains on dense weights only")
+        raise ModelError(
+            f"model.name_or_path: {source.name} is quantized already; give the dense model and say "
+            "model.quantization: nf4 (or int8)"
+        )
     return source
 
 

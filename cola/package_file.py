@@ -26,3 +26,13 @@ def package_file(name: str) -> Path:
         there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")) or "no GGUF file"
         raise ModelError(f"model.name_or_path: {package} has no file {inside}; it has {there}")
     return file
+
+
+def need_package(package: str, what: str, extra: str) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        ModelError: it is not; says what needs it and how to get it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{what} needs the package {package}: pip install 'chain-of-lora[{extra}]'")

@@ -5,11 +5,14 @@ Pure arithmetic: no torch, no files, no network. Steps are optimizer steps.
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, TypeAlias
 
 from cola.errors import RecipeError
-from cola.recipe import OneLink, Recipe, Search, Training
+from cola.recipe import KnotRules, OneLink, Recipe, Search, Training
+
+Choice: TypeAlias = tuple[tuple[str, Any], ...]  # searched keys and the values tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,21 +20,15 @@ class Link:
     """One link of an arm, ready to be trained.
 
     Attributes:
-        method: `lora` or `full`.
-        rank: Rank of the pair; None for `full`.
-        alpha: The update is scaled by alpha / rank; None for `full`.
-        dropout: Dropout probability on the pair's input.
-        target_modules: Names of linear layers, or `all-linear`; None for `full`.
+        what: What is trained, every setting explicit.
+        knot: The rules at the joint before it; None for the first link.
         first_step: Steps of the run before this link.
         learning_rates: The learning rate of each of the link's optimizer steps.
-        seed: Seed of the pair's first draw and of its dropout.
+        seed: Seed of its weights' first draw and of its dropout.
     """
 
-    method: Literal["lora", "full"]
-    rank: int | None
-    alpha: float | None
-    dropout: float
-    target_modules: tuple[str, ...] | str | None
+    what: OneLink
+    knot: KnotRules | None
     first_step: int
     learning_rates: tuple[float, ...]
     seed: int
@@ -40,6 +37,12 @@ class Link:
     def last_step(self) -> int:
         """Steps of the run once this link is tuned."""
         return self.first_step + len(self.learning_rates)
+
+    @property
+    def method(self) -> str:
+        """`lora`, `full`, `adapter`, `prefix`, `p_tuning` or `prompt_tuning`."""
+        assert self.what.method is not None
+        return self.what.method
 
 
 def derived_seed(*causes: object) -> int:
@@ -61,7 +64,14 @@ def steps_per_epoch(training: Training, n_train: int) -> int:
     return math.ceil(n_train / training.batch_size)
 
 
-def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: float | None = None) -> list[Link]:
+def plan_arm(
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    n_train: int,
+    choice: Choice = (),
+    total: int | None = None,
+) -> list[Link]:
     """The links of one arm and seed.
 
     Args:
@@ -69,35 +79,43 @@ def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: f
         arm: Name of the arm.
         seed: One of the recipe's seeds.
         n_train: Training examples.
-        learning_rate: Peak learning rate chosen by a search; None takes the recipe's (a grid's first value).
+        choice: Values chosen by a search; without any, the first that it tries.
+        total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
 
     Raises:
         RecipeError: the links' own lengths do not add up to the run's steps.
     """
-    training = recipe.training
+    recipe = recipe.with_choice(arm, dict(choice) or next(iter(recipe.choices_of(arm)), {}))
+    training, rules = recipe.training, recipe.knot_of(arm)
     settings = recipe.links_of(arm)
     if not settings:
         return []
-    lengths = _share(recipe, arm, settings, n_train)
-    own = recipe.learning_rate_of(arm)
-    peak = learning_rate or (own.search[0] if isinstance(own, Search) else own)
-    scope = sum(lengths) if training.scope == "run" else min(lengths)
-    if training.warmup_steps >= scope:
-        raise RecipeError(
-            f"training.warmup_steps: {training.warmup_steps:g} of {scope} steps leave none for the rest of the schedule"
-        )
-    whole = schedule(training, sum(lengths), sum(lengths))
+    lengths = _share(recipe, arm, settings, n_train, total or budget_steps(training, n_train))
+    peak = _number(recipe.learning_rate_of(arm))
+    assert peak is not None
+    scopes = [sum(lengths)] if rules.schedule == "run" else lengths
+    warmups = [(scopes[0], training.warmup_steps, "training")]
+    warmups += [(length, rules.warmup_steps or 0, "knot") for length in lengths[1:]]
+    for scope, warmup, section in warmups:
+        if warmup >= scope:
+            raise RecipeError(
+                f"{section}.warmup_steps: {warmup:g} of {scope} steps leave none for the rest of the schedule"
+            )
+    whole = schedule(training, sum(lengths))
     links, first = [], 0
     for number, (link, length) in enumerate(zip(settings, lengths, strict=True)):
-        shape = whole[first : first + length] if training.scope == "run" else schedule(training, length, length)
-        modules = link.target_modules
+        if rules.schedule == "link":
+            shape = schedule(training, length, rules.warmup_steps if number else None)
+        else:
+            shape = whole[first : first + length]
+            rewarm = _warmup(rules.warmup_steps or 0, length) if number else 0
+            shape = [
+                factor * min(1.0, step / max(1, rewarm)) if rewarm else factor for step, factor in enumerate(shape)
+            ]
         links.append(
             Link(
-                method=link.method or "lora",
-                rank=link.rank,
-                alpha=link.alpha,
-                dropout=link.dropout or 0.0,
-                target_modules=tuple(modules) if isinstance(modules, list) else modules,
+                what=link.model_copy(update={"steps": None, "epochs": None, "learning_rate": None}),
+                knot=rules if number else None,
                 first_step=first,
                 learning_rates=tuple((_number(link.learning_rate) or peak) * factor for factor in shape),
                 # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
@@ -109,12 +127,11 @@ def plan_arm(recipe: Recipe, arm: str, seed: int, n_train: int, learning_rate: f
 
 
 def _number(rate: float | Search | None) -> float | None:
-    assert not isinstance(rate, Search), "the recipe refuses a search under one link"
+    assert not isinstance(rate, Search), "the search was replaced by one of its values"
     return rate
 
 
-def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int) -> list[int]:
-    total = budget_steps(recipe.training, n_train)
+def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int, total: int) -> list[int]:
     per_epoch = steps_per_epoch(recipe.training, n_train)
     own = [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
     if recipe.training.protocol == "grow":
@@ -136,19 +153,23 @@ def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int) -> list
     return [steps for steps in own if steps is not None]
 
 
-def schedule(training: Training, n_steps: int, scope: int) -> list[float]:
-    """Factors of the peak learning rate for steps 0 .. n_steps - 1 of a scope.
+def _warmup(warmup_steps: float, scope: int) -> int:
+    return round(warmup_steps * scope) if warmup_steps < 1 else int(warmup_steps)
+
+
+def schedule(training: Training, n_steps: int, warmup_steps: float | None = None) -> list[float]:
+    """Factors of the peak learning rate for the steps of a scope.
 
     The formulas are those of transformers' `get_linear_schedule_with_warmup` and its siblings, so the first
-    step of a warm-up has learning rate 0.
+    step of a warm-up has learning rate 0. `warmup_steps`: default training.warmup_steps.
     """
-    warmup = round(training.warmup_steps * scope) if training.warmup_steps < 1 else int(training.warmup_steps)
+    warmup = _warmup(training.warmup_steps if warmup_steps is None else warmup_steps, n_steps)
     factors = []
     for step in range(n_steps):
         if step < warmup:
             factors.append(step / max(1, warmup))
             continue
-        done = (step - warmup) / max(1, scope - warmup)
+        done = (step - warmup) / max(1, n_steps - warmup)
         match training.schedule:
             case "constant":
                 factors.append(1.0)
@@ -178,36 +199,41 @@ def evaluation_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[in
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training from the base weights: an arm, a seed, and the learning rate where it is searched."""
+    """One training from the base weights: an arm, a seed, and the values of what is searched."""
 
     arm: str
     seed: int
-    learning_rate: float | None = None
+    choice: Choice = ()
     trial: bool = False
 
     @property
     def label(self) -> str:
-        rate = f" lr {self.learning_rate:g}" if self.trial else ""
-        return f"{self.arm} seed {self.seed}{rate}"
+        """The job in words."""
+        return f"{self.arm} seed {self.seed}" + (f" {choice_text(self.choice)}" if self.trial else "")
+
+
+def choice_of(values: Mapping[str, Any]) -> Choice:
+    """Searched values in a form that can be a key."""
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in values.items())
+
+
+def choice_text(choice: Choice) -> str:
+    """Searched values in words: `learning_rate=0.0006 rank=8`."""
+    return " ".join(f"{k}={'+'.join(v) if isinstance(v, tuple) else repr(v).strip(chr(39))}" for k, v in choice)
 
 
 def trials_of(recipe: Recipe, arm: str) -> list[Job]:
-    """The trainings that choose an arm's learning rate; none where it is given."""
-    rate = recipe.learning_rate_of(arm)
-    if not isinstance(rate, Search) or not recipe.arms[arm].n_links:
-        return []
-    seeds = rate.seeds or recipe.seeds[:1]
-    return [Job(arm=arm, seed=s, learning_rate=r, trial=True) for r in rate.search for s in seeds]
+    """The trainings that choose an arm's searched values; none where nothing is searched."""
+    choices, seeds = map(choice_of, recipe.choices_of(arm)), recipe.search_seeds(arm)
+    return [Job(arm=arm, seed=seed, choice=choice, trial=True) for choice in choices for seed in seeds]
 
 
 def candidates_of(recipe: Recipe) -> list[Job]:
-    """Everything that may be trained: the trials, and each arm and seed at every learning rate of its search."""
+    """Everything that may be trained: the trials, and each arm and seed at every choice of its search."""
     found = []
     for job in jobs_of(recipe):
-        rate = recipe.learning_rate_of(job.arm)
-        searched = isinstance(rate, Search) and not job.trial and recipe.arms[job.arm].n_links
-        rates = rate.search if searched and isinstance(rate, Search) else [job.learning_rate]
-        found += [replace(job, learning_rate=each) for each in rates]
+        choices = [] if job.trial else recipe.choices_of(job.arm)
+        found += [replace(job, choice=choice_of(choice)) for choice in choices] or [job]
     return found
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from cola.errors import DataError, ModelError, RunFolderError
-from cola.package_file import package_file
+from cola.package_file import need_package, package_file
 from cola.plan import jobs_of, plan_arm, trials_of
 from cola.recipe import SPLITS, Recipe, is_remote
 from cola.tables import plan_table
@@ -21,13 +21,19 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
             in a model whose config is on this disk.
     """
     unchecked = []
-    known = recipe.data.rows.train is not None or recipe.training.steps is not None
-    if not known:
+    matched = recipe.training.match
+    known = (recipe.data.rows.train is not None or recipe.training.steps is not None) and matched == "steps"
+    if matched != "steps":
+        unchecked.append(f"the optimizer steps of each arm, which are matched by {matched}")
+    elif not known:
         unchecked.append("the number of training rows, and with it the steps")
     # Which rows there are does not change what a link trains, so one row stands for an unknown number.
     links = {arm: plan_arm(recipe, arm, recipe.seeds[0], recipe.data.rows.train or 1) for arm in recipe.arms if known}
     steps = {arm: [len(link.learning_rates) for link in links[arm]] if known else None for arm in recipe.arms}
     unchecked += _check_data(recipe)
+    for arm in recipe.arms:
+        if (quantization := recipe.base_of(arm)[1]) is not None:
+            need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
     parameters = _parameters(recipe)
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
@@ -79,14 +85,19 @@ def _parameters(recipe: Recipe) -> dict[str, int] | None:
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
     if path.is_file():
         return None
-    from cola import adapters
+    from cola import adapters, starts
     from cola.model import Source
 
     skeleton = Source(name, path, recipe.model.trust_remote_code).skeleton()
-    return {
-        arm: max((adapters.count_parameters(skeleton, link) for link in recipe.links_of(arm)), default=0)
-        for arm in recipe.arms
-    }
+    counts = {}
+    for arm in recipe.arms:
+        links = recipe.links_of(arm)
+        try:
+            starts.check_room(skeleton, links)
+            counts[arm] = max((adapters.count_parameters(skeleton, link) for link in links), default=0)
+        except ModelError as error:
+            raise ModelError(f"arms.{arm}: {error}") from None
+    return counts
 
 
 def _free_bytes(output: Path) -> str:

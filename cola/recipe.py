@@ -3,15 +3,41 @@
 `recipe_file.py` reads one from YAML. Nothing heavier than pydantic is imported here.
 """
 
+import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SPLITS = ("train", "validation", "test")
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
+
+# Each method, the keys it takes and their defaults; a None is worked out from other keys or the model.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "rank": 8,
+        "alpha": None,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "init": "default",
+        "init_batches": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "loraplus_lr_ratio": 1.0,
+    },
+    "full": {"freeze": []},
+    "adapter": {"bottleneck": 64, "placement": "pfeiffer", "activation": "relu"},
+    "prefix": {"num_virtual_tokens": 20, "prefix_projection": False, "encoder_hidden_size": None},
+    "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": None},
+    "prompt_tuning": {"num_virtual_tokens": 20},
+}
+METHODS["qlora"] = METHODS["lora"]  # LoRA on an NF4 base: `method: lora` and `quantization: nf4` in two words
 
 
 class Section(BaseModel):
@@ -28,10 +54,15 @@ class Model(Section):
         "dequantized once to safetensors in the cache.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         default="float32",
         description="Number format of the frozen weights and of the computation. Trainable weights are always "
-        "kept in float32.",
+        "kept in float32. An arm may have its own.",
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Keep the frozen linear layers (but the output head) as `nf4` (4 bits, double quantization) or "
+        "`int8` codes of bitsandbytes, computing in `dtype`. An arm may have its own.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
 
@@ -195,16 +226,26 @@ class Data(Section):
 class Search(Section):
     """Choose a value per arm on validation, with the same trials for every arm."""
 
-    search: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, description="The grid.")
+    search: list[float | int | str | list[str]] = Field(min_length=2, description="The grid.")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         default=None, min_length=1, description="Seeds of the trials; default: the first seed."
     )
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        if len(set(self.search)) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
+        values = [value for n, value in enumerate(self.search) if value not in self.search[:n]]
+        if len(values) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
             raise ValueError("a search names each value, and each seed, once")
         return self
+
+
+def _rates(search: Search) -> Search:
+    if not all(isinstance(rate, float | int) and rate > 0 for rate in search.search):
+        raise ValueError("every learning rate is a number greater than 0")
+    return search
+
+
+Rate = Positive | Annotated[Search, AfterValidator(_rates)]
 
 
 class Training(Section):
@@ -219,23 +260,24 @@ class Training(Section):
         description="`fixed`: the budget is an arm's, and a chain's links share it (the paper's); `grow`: it is each "
         "link's, so that a longer chain trains longer and begins as the shorter one did.",
     )
+    match: Literal["steps", "tokens", "flops"] = Field(
+        default="steps",
+        description="What all arms get the same of. `steps`: optimizer steps, as epochs or steps say. `tokens` "
+        "(positions that pass through the model, virtual ones too), `flops` (of training): as much as the arm "
+        "`comparison.lora` needs for those steps, or the first trained arm where there is none of that name.",
+    )
     batch_size: PositiveInt = Field(default=8, description="Rows per optimizer step.")
     micro_batch_tokens: PositiveInt = Field(
         default=4096,
         description="Tokens, padding included, in one forward pass; a step's rows are split to fit. Changes memory; "
         "the loss only by rounding, and by which values a dropout takes out.",
     )
-    learning_rate: Annotated[float, Field(gt=0)] | Search = Field(
+    learning_rate: Rate = Field(
         default=2e-4, description="Peak learning rate, or `{search: [...]}` to choose it per arm on validation."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="Shape after the warm-up.")
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         default=0, description="Steps of linear warm-up; below 1: a fraction of the scope's steps."
-    )
-    schedule_scope: Literal["run", "link"] | None = Field(
-        default=None,
-        description="`run`: one schedule over all steps, knots inside it; `link`: restarted at every knot. Default: "
-        "`run` with protocol `fixed`, `link` with `grow`.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -247,15 +289,12 @@ class Training(Section):
     )
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
 
-    @property
-    def scope(self) -> Literal["run", "link"]:
-        """What one schedule of the learning rate spans."""
-        return self.schedule_scope or ("link" if self.protocol == "grow" else "run")
-
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the budget as epochs or as steps, one of them")
+        if self.match != "steps" and self.protocol == "grow":
+            raise ValueError(f"match: {self.match} is about arms of one budget; protocol: grow gives it to each link")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             raise ValueError("warmup_steps is a whole number, or a fraction below 1")
         return self
@@ -264,24 +303,68 @@ class Training(Section):
 class LinkSettings(Section):
     """What one link trains. Set under `link` for all arms, under an arm for it, or under `links` for one link."""
 
-    method: Literal["lora", "full"] | None = Field(
-        default=None, description="`lora`: a low-rank pair beside frozen weights; `full`: all weights. Default: `lora`."
+    method: Literal["lora", "qlora", "full", "adapter", "prefix", "p_tuning", "prompt_tuning"] | None = Field(
+        default=None,
+        description="`lora`: a low-rank pair beside frozen weights; `qlora`: the same on an NF4 base; `full`: all "
+        "weights; `adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first "
+        "token; `p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`.",
     )
-    rank: PositiveInt | None = Field(default=None, description="Rank of the pair. Default: 8.")
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="The update is scaled by alpha / rank. Default: twice the rank."
+    rank: PositiveInt | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
+    alpha: Positive | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?r$")] | None = Field(
+        default=None,
+        description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
+        "Default: `2r`.",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="Dropout on the pair's input. Default: 0."
+        default=None, description="lora: dropout on the pair's input. Default: 0."
     )
     target_modules: list[str] | str | None = Field(
         default=None,
-        description="Names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every linear "
-        "layer but the output head. Default: `all-linear`.",
+        description="lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every "
+        "linear layer but the output head. Default: `all-linear`.",
     )
-    learning_rate: Annotated[float, Field(gt=0)] | Search | None = Field(
-        default=None, description="Peak learning rate. Default: training.learning_rate."
+    init: Literal["default", "gaussian", "pissa", "orthogonal", "gradient"] | None = Field(
+        default=None,
+        description="lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with "
+        "standard deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; "
+        "`orthogonal`: rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right "
+        "singular vectors of the full gradient. None changes the function.",
     )
+    init_batches: PositiveInt | None = Field(
+        default=None, description="lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
+    )
+    use_rslora: bool | None = Field(
+        default=None, description="lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`."
+    )
+    use_dora: bool | None = Field(
+        default=None, description="lora: train the length of each row of the weight too (DoRA). Default: `false`."
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
+    )
+    freeze: list[Literal["embeddings", "head"]] | None = Field(
+        default=None,
+        description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
+        "Default: nothing.",
+    )
+    bottleneck: PositiveInt | None = Field(default=None, description="adapter: inner width. Default: 64.")
+    placement: Literal["pfeiffer", "houlsby"] | None = Field(
+        default=None,
+        description="adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`.",
+    )
+    activation: Literal["relu", "gelu", "silu"] | None = Field(
+        default=None, description="adapter: the nonlinearity. Default: `relu`."
+    )
+    num_virtual_tokens: PositiveInt | None = Field(
+        default=None, description="prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
+    )
+    prefix_projection: bool | None = Field(
+        default=None, description="prefix: learn it through a two-layer network. Default: `false`."
+    )
+    encoder_hidden_size: PositiveInt | None = Field(
+        default=None, description="prefix with projection, p_tuning: width of the encoder. Default: the model's."
+    )
+    learning_rate: Rate | None = Field(default=None, description="Peak learning rate. Default: training.learning_rate.")
 
     @field_validator("target_modules")
     @classmethod
@@ -292,12 +375,17 @@ class LinkSettings(Section):
             return "all-linear"
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_part(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
 
 class OneLink(LinkSettings):
     """One link of a list of links."""
 
     steps: PositiveInt | None = Field(default=None, description="Optimizer steps of this link. Default: an even share.")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(default=None, description="The same in epochs.")
+    epochs: Positive | None = Field(default=None, description="The same in epochs.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -308,6 +396,72 @@ class OneLink(LinkSettings):
         return self
 
 
+class Prune(Section):
+    """Part of AdamW's moments is cleared at a knot, the same entries of both; its step count goes on (ReLoRA)."""
+
+    prune_magnitude: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Share of each tensor's entries that is cleared, those of the smallest first moment."
+    )
+    prune_random: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Share of each tensor's entries that is cleared, drawn from the link's seed."
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.prune_magnitude is None) == (self.prune_random is None):
+            raise ValueError("give prune_magnitude or prune_random, one of them")
+        return self
+
+
+class KnotRules(Section):
+    """The joint after each link. Set under `knot` for all arms, or under an arm for it."""
+
+    merge: Literal["exact", "naive", "no"] | None = Field(
+        default=None,
+        description="`exact`: added in float32 to the untouched base and rounded once; `naive`: added in place, in the "
+        "weights' own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. "
+        "A quantized base keeps every pair beside its codes. Default: `exact`.",
+    )
+    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move "
+        "(PLoRA, LoRASC). The last link is kept whole. Default: 1.",
+    )
+    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = Field(
+        default=None,
+        description="AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set "
+        "to zero, which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part "
+        "of the moments cleared. Default: `fresh`.",
+    )
+    schedule: Literal["run", "link"] | None = Field(
+        default=None,
+        description="`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at "
+        "every knot. Default: `run` with protocol `fixed`, `link` with `grow`.",
+    )
+    warmup_steps: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the "
+        "schedule's rate is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`.",
+    )
+    max_drift: Positive | None = Field(
+        default=None,
+        description="Largest change of a logit across a knot, relative to the largest logit, before it is an error. "
+        "Default: 1e-4 in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`.",
+    )
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: "exact", False: "no"}[value] if isinstance(value, bool) else value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _whole_or_fraction(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
+        return value
+
+
 class Arm(LinkSettings):
     """One thing that is compared: a number of links, each trained, then tied into the weights."""
 
@@ -315,14 +469,49 @@ class Arm(LinkSettings):
         default=1,
         description="Number of equal links (0: the untrained base, 1: plain LoRA, 3: a chain), or a list of links.",
     )
+    knot: KnotRules = Field(default_factory=KnotRules, description="This arm's own rules at its knots.")
+    dtype: Dtype | None = Field(default=None, description="Number format of this arm's base. Default: model.dtype.")
+    quantization: Quantization | Literal["none"] | None = Field(
+        default=None, description="Quantization of this arm's base. Default: model.quantization."
+    )
+    search: dict[str, Search] | None = Field(
+        default=None,
+        description="Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are "
+        "tried. `rank: {search: [4, 8]}` says the same.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_searches(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inline = {k: v for k, v in value.items() if k in SEARCHABLE and isinstance(v, dict) and "search" in v}
+        if not inline and not isinstance(value.get("search"), dict):
+            return value
+        found = value.get("search") or {}
+        listed = {k: {"search": v} if isinstance(v, list) else v for k, v in found.items()}
+        return {k: v for k, v in value.items() if k not in inline} | {"search": listed | inline}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for key, search in (self.search or {}).items():
+            if key not in SEARCHABLE:
+                raise ValueError(f"search: {key!r} cannot be searched; these can: {', '.join(SEARCHABLE)}")
+            if getattr(self, key) is not None and key in self.model_fields_set:
+                raise ValueError(f"search: {key} has a value of its own too; leave one of the two out")
+            for value in search.search:
+                try:
+                    tried = Arm.model_validate({key: value})
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"search: {key} cannot be {value!r}: {reason}") from None
+                if tried.links in (0, []):
+                    raise ValueError("search: links counts from 1, since without links nothing is trained")
+        if len({tuple(search.seeds or ()) for search in (self.search or {}).values()}) > 1:
+            raise ValueError("search: all keys of an arm are searched over the same seeds")
         if self.links == 0 or self.links == []:
-            extra = sorted(
-                self.model_fields_set - {"links"} - {k for k in type(self).model_fields if getattr(self, k) is None}
-            )
-            if extra:
+            given = {k for k in self.model_fields_set if getattr(self, k) not in (None, KnotRules())}
+            if extra := sorted(given - {"links", "dtype", "quantization"}):
                 raise ValueError(f"an arm without links trains nothing, so {extra[0]!r} has no effect: remove it")
         return self
 
@@ -331,14 +520,7 @@ class Arm(LinkSettings):
         return self.links if isinstance(self.links, int) else len(self.links)
 
 
-class KnotRules(Section):
-    """The joint after each link: the pair is merged in float32 from the pristine base and the optimizer rebuilt."""
-
-    max_drift: Annotated[float, Field(gt=0)] | None = Field(
-        default=None,
-        description="Largest change of a logit across a knot, relative to the largest logit, before it is an error. "
-        "Default: 1e-4 in float32, 0.02 in float16, 0.1 in bfloat16.",
-    )
+SEARCHABLE = ("links", *(key for key in LinkSettings.model_fields if key != "method"))
 
 
 class Evaluation(Section):
@@ -434,33 +616,161 @@ class Recipe(Section):
                 raise ValueError(f"comparison.{key} names the arm {name!r}; the arms are {', '.join(self.arms)}")
         if self.evaluation.checkpoint == "best" and self.evaluation.every == "never":
             raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
-        for name, arm in self.arms.items():
-            links = self.links_of(name)
-            methods = [link.method for link in links]
-            if "full" in methods and len(links) > 1:
-                raise ValueError(
-                    f"arms.{name}.links: full fine-tuning has no knot to tie, so it takes links: 1, not {arm.n_links}"
-                )
-            if "full" in methods:
-                for key in ("rank", "alpha", "dropout", "target_modules"):
-                    own = arm.links[0] if isinstance(arm.links, list) else arm
-                    if getattr(arm, key) is not None or getattr(own, key) is not None:
-                        raise ValueError(f"arms.{name}.{key} has no effect with method full: remove it")
-            own_rates = isinstance(arm.links, list) and any(link.learning_rate is not None for link in arm.links)
-            if own_rates and isinstance(self.learning_rate_of(name), Search):
-                raise ValueError(f"arms.{name}: a link's own learning_rate and a search exclude each other")
+        for name in self.arms:
+            for choice in self.choices_of(name) or [{}]:
+                self.with_choice(name, choice)._check_arm(name)
         counts = {
-            name: len(rate.search) * len(rate.seeds or [0])
+            name: len(self.choices_of(name) or [{}]) * len(self.search_seeds(name))
             for name, arm in self.arms.items()
-            if arm.n_links and isinstance(rate := self.learning_rate_of(name), Search)
+            if arm.n_links
         }
         if len(set(counts.values())) > 1:
-            raise ValueError(f"every searched arm must have the same number of trials; they have {counts}")
+            raise ValueError(f"every arm must have the same number of trials; they have {counts}")
         return self
+
+    def _check_arm(self, name: str) -> None:
+        """What the settings of one arm rule out together."""
+        arm, links, knot = self.arms[name], self.links_of(name), self.knot_of(name)
+        dtype, quantization = self.base_of(name)
+        method = links[0].method if links else None
+        for n, link in enumerate(links):
+            takes = METHODS[link.method or "lora"]
+            own = arm.links[n] if isinstance(arm.links, list) else arm
+            for key in LinkSettings.model_fields:
+                given = getattr(arm, key) is not None or getattr(own, key) is not None
+                if given and key not in takes and key not in ("method", "learning_rate"):
+                    raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
+            for key in arm.search or {}:
+                if isinstance(arm.links, list) and getattr(own, key, None) is not None:
+                    raise ValueError(f"arms.{name}: a link's own {key} and a search exclude each other")
+        own_rates = isinstance(arm.links, list) and any(link.learning_rate is not None for link in arm.links)
+        if own_rates and isinstance(self.learning_rate_of(name), Search):
+            raise ValueError(f"arms.{name}: a link's own learning_rate and a search exclude each other")
+        if len(links) > 1 and (odd := next((link.method for link in links if link.method != "lora"), None)):
+            why = "full fine-tuning" if odd == "full" else f"method {odd}"
+            raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
+        if quantization and method == "full":
+            raise ValueError(
+                f"arms.{name}: full fine-tuning has no use for {quantization} codes, which cannot be trained: leave "
+                "quantization out, or train a pair beside them (method: lora)"
+            )
+        if quantization and dtype == "float16" and quantization == "nf4":
+            raise ValueError(f"arms.{name}: nf4 computes in float32 or bfloat16 here; set dtype")
+        if quantization and knot.merge == "naive":
+            raise ValueError(
+                f"arms.{name}.knot.merge: naive would quantize the base anew at each knot, which loses nearly all that "
+                "was learned; a quantized base keeps its pairs beside the codes: leave merge out"
+            )
+        for link in links:
+            exact = knot.merge == "exact" and quantization is None
+            if link.use_dora and not exact:
+                why = f"on an {quantization} base" if quantization else f"with knot.merge: {knot.merge}"
+                raise ValueError(
+                    f"arms.{name}.use_dora: DoRA rescales the rows of the weight, so it cannot be kept {why}; use a "
+                    "dense base and merge: exact, or leave use_dora out"
+                )
+            if link.use_dora and knot.merge_fraction != 1 and len(links) > 1:
+                raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
+            if link.init == "pissa" and not exact:
+                why = f"{quantization} codes" if quantization else f"knot.merge: {knot.merge}"
+                raise ValueError(
+                    f"arms.{name}.init: pissa takes the pair out of the frozen weight, which {why} does not allow; use "
+                    "init: default"
+                )
+            if link.init_batches is not None and link.init != "gradient":
+                raise ValueError(f"arms.{name}.init_batches has no effect with init: {link.init}: remove it")
+            if link.encoder_hidden_size is not None and link.method == "prefix" and not link.prefix_projection:
+                raise ValueError(f"arms.{name}.encoder_hidden_size has no effect without prefix_projection: true")
+            if link.method == "prefix" and self.training.gradient_checkpointing:
+                raise ValueError(
+                    f"arms.{name}: method prefix lies in the cache of keys and values, which "
+                    "training.gradient_checkpointing does without: set that to false, or use p_tuning"
+                )
+        if knot.optimizer not in ("fresh", "zero"):
+            for n, (before, after) in enumerate(itertools.pairwise(links), 2):
+                for key in ("rank", "target_modules", "use_dora"):
+                    if getattr(before, key) != getattr(after, key):
+                        raise ValueError(
+                            f"arms.{name}.knot.optimizer: link {n} has {key} {getattr(after, key)} after "
+                            f"{getattr(before, key)}, so the moments do not fit it: use fresh"
+                        )
+        if method not in ("lora", None) and (idle := sorted(arm.knot.model_fields_set)):
+            raise ValueError(f"arms.{name}.knot.{idle[0]}: method {method} has no knot to tie: remove it")
 
     def learning_rate_of(self, arm: str) -> float | Search:
         """Peak learning rate of an arm, or the search that will choose it."""
         return self.arms[arm].learning_rate or self.link.learning_rate or self.training.learning_rate
+
+    def base_of(self, arm: str) -> tuple[Dtype, Quantization | None]:
+        """Number format and quantization of the weights that an arm starts from."""
+        settings = self.arms[arm]
+        quantization = settings.quantization or self.model.quantization
+        if any(link.method == "qlora" for link in self._methods(arm)):
+            if quantization == "int8" or settings.quantization == "none":
+                raise ValueError(
+                    f"arms.{arm}: qlora is LoRA on an nf4 base; for {settings.quantization or quantization} write "
+                    "method: lora"
+                )
+            quantization = "nf4"
+        return settings.dtype or self.model.dtype, None if quantization == "none" else quantization
+
+    def _methods(self, arm: str) -> list[LinkSettings]:
+        settings = self.arms[arm]
+        if not settings.n_links:
+            return []
+        own = settings.links if isinstance(settings.links, list) else [OneLink()]
+        said = [next((s for s in (link, settings, self.link) if s.method is not None), LinkSettings()) for link in own]
+        return said
+
+    def knot_of(self, arm: str) -> KnotRules:
+        """An arm's rules at its knots, every one explicit but max_drift."""
+        own = self.arms[arm].knot
+
+        def first(key: str, fallback: Any) -> Any:
+            return next((v for rules in (own, self.knot) if (v := getattr(rules, key)) is not None), fallback)
+
+        schedule = first("schedule", "link" if self.training.protocol == "grow" else "run")
+        return KnotRules(
+            merge=first("merge", "exact"),
+            merge_fraction=first("merge_fraction", 1.0),
+            optimizer=first("optimizer", "fresh"),
+            schedule=schedule,
+            warmup_steps=first("warmup_steps", 0 if schedule == "run" else self.training.warmup_steps),
+            max_drift=first("max_drift", None),
+        )
+
+    def searches_of(self, arm: str) -> dict[str, Search]:
+        """What is searched for an arm; empty for one without links."""
+        if not self.arms[arm].n_links:
+            return {}
+        rate = self.learning_rate_of(arm)
+        return (self.arms[arm].search or {}) | ({"learning_rate": rate} if isinstance(rate, Search) else {})
+
+    def choices_of(self, arm: str) -> list[dict[str, Any]]:
+        """Every combination that an arm's search tries; none where nothing is searched."""
+        searches = self.searches_of(arm)
+        if not searches:
+            return []
+        grids = itertools.product(*(search.search for search in searches.values()))
+        return [dict(zip(searches, values, strict=True)) for values in grids]
+
+    def search_seeds(self, arm: str) -> list[int]:
+        """Seeds of an arm's trials."""
+        return next((s.seeds for s in self.searches_of(arm).values() if s.seeds), self.seeds[:1])
+
+    def with_choice(self, arm: str, choice: Mapping[str, Any]) -> "Recipe":
+        """The recipe with the searched keys of an arm set to values."""
+        if not choice:
+            return self
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in choice.items()}
+        settings = self.arms[arm].model_copy(update={**values, "search": None})
+        return self.model_copy(update={"arms": self.arms | {arm: settings}})
+
+    @property
+    def reference_arm(self) -> str | None:
+        """The arm whose tokens or FLOPs the others match: the one that is plain LoRA, else the first trained."""
+        trained = [name for name, arm in self.arms.items() if arm.n_links]
+        return self.lora_arm if self.lora_arm in trained else next(iter(trained), None)
 
     @property
     def full_arm(self) -> str:
@@ -484,21 +794,18 @@ def _resolve(default: LinkSettings, arm: Arm, link: OneLink) -> OneLink:
         return next((v for s in (link, arm, default) if (v := getattr(s, key)) is not None), fallback)
 
     method = first("method", "lora")
+    settings = {key: first(key, fallback) for key, fallback in METHODS[method].items()}
+    if "rank" in settings:
+        # An alpha belongs to the rank beside which it stands: a link with a rank of its own does not take over an
+        # alpha from further out, or a step-down in rank would silently be a step-up in scale. A multiple is safe.
+        near = [s.alpha for s in (link, arm, default)]
+        own = next((s.alpha for s in (link, arm, default) if s.alpha or s.rank), None)
+        alpha = own or next((alpha for alpha in near if isinstance(alpha, str)), "2r")
+        settings["alpha"] = float(alpha[:-1]) * settings["rank"] if isinstance(alpha, str) else alpha
+    if settings.get("init") == "gradient":
+        settings["init_batches"] = settings["init_batches"] or 8
     lengths = {"steps": link.steps, "epochs": link.epochs, "learning_rate": link.learning_rate}
-    if method == "full":
-        return OneLink(method="full", **lengths)
-    rank = first("rank", 8)
-    # An alpha belongs to the rank beside which it stands: a link with a rank of its own does not take over an
-    # alpha from further out, or a step-down in rank would silently be a step-up in scale.
-    alpha = next((s.alpha for s in (link, arm, default) if s.alpha or s.rank), None) or 2 * rank
-    return OneLink(
-        method="lora",
-        rank=rank,
-        alpha=alpha,
-        dropout=first("dropout", 0.0),
-        target_modules=first("target_modules", "all-linear"),
-        **lengths,
-    )
+    return OneLink(method="lora" if method == "qlora" else method, **settings, **lengths)
 
 
 def label_text(value: Any) -> str:

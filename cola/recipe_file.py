@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cola.errors import RecipeError
-from cola.recipe import Arm, Files, LinkSettings, OneLink, Recipe, is_remote
+from cola.recipe import METHODS, Arm, Files, LinkSettings, OneLink, Recipe, is_remote
 
 # Keys that people paste from other tools -> the key that is meant here.
 PASTED_KEYS = {
@@ -23,13 +23,22 @@ PASTED_KEYS = {
     "torch_dtype": "model.dtype",
     "bf16": "model.dtype: bfloat16",
     "fp16": "model.dtype: float16",
-    "load_in_4bit": "no key yet: quantized bases are not supported by this version",
-    "load_in_8bit": "no key yet: quantized bases are not supported by this version",
+    "load_in_4bit": "model.quantization: nf4, or method: qlora under an arm",
+    "load_in_8bit": "model.quantization: int8",
+    "bnb_4bit_quant_type": "model.quantization: nf4",
     "lora_r": "link.rank",
     "lora_rank": "link.rank",
     "r": "rank (under link or an arm)",
     "lora_alpha": "link.alpha",
     "lora_dropout": "link.dropout",
+    "init_lora_weights": "link.init",
+    "schedule_scope": "knot.schedule",
+    "relora_prune_ratio": "knot.optimizer: {prune_magnitude: ...}",
+    "relora_prune_method": "knot.optimizer: {prune_magnitude: ...}",
+    "jagged_restart_steps": "links (under an arm), with knot.schedule: link",
+    "jagged_restart_warmup_steps": "knot.warmup_steps",
+    "reduction_factor": "link.bottleneck (the inner width itself)",
+    "bottleneck_size": "link.bottleneck",
     "lora_target": "link.target_modules",
     "lora_target_modules": "link.target_modules",
     "lora_target_linear": "link.target_modules: all-linear",
@@ -208,7 +217,8 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
         return
     trained = {name: arm for name, arm in recipe.arms.items() if arm.n_links}
     if key not in ("method", "learning_rate"):
-        trained = {name: arm for name, arm in trained.items() if arm.method != "full"}
+        takes = {name: METHODS[recipe.links_of(name)[0].method or "lora"] for name in trained}
+        trained = {name: arm for name, arm in trained.items() if key in takes[name]}
 
     def says(arm: Arm) -> bool:
         own = arm.links if isinstance(arm.links, list) else []
@@ -392,22 +402,34 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         )
     name = recipe.model.name_or_path
     model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
-    training = recipe.training.model_copy(update={"schedule_scope": recipe.training.scope})
+    # Without an arm's own rules, what holds at every knot.
+    rules = recipe.model_copy(update={"arms": {"all": Arm()}}).knot_of("all")
+    knot = recipe.knot.model_copy(update=rules.model_dump(include={"merge", "merge_fraction", "schedule"}))
+    knot = knot.model_copy(update={"optimizer": rules.optimizer})
     arms = {}
     for arm, settings in recipe.arms.items():
         links = recipe.links_of(arm)
-        explicit = settings.model_dump(exclude={"links"})
+        searched = recipe.searches_of(arm)
+        explicit: dict[str, Any] = {}
         if links and isinstance(settings.links, int):
-            explicit |= links[0].model_dump(exclude={"steps", "epochs", "learning_rate"})
+            said = links[0].model_dump(exclude={"steps", "epochs", "learning_rate", *searched})
+            explicit = {key: value for key, value in said.items() if key in LinkSettings.model_fields}
+            if "rank" in searched and isinstance(alpha := _alpha(recipe, settings), str | None):
+                explicit["alpha"] = alpha
+        if links:
             explicit["learning_rate"] = recipe.learning_rate_of(arm)
-        elif links:
-            explicit["learning_rate"] = recipe.learning_rate_of(arm)
+            explicit["quantization"] = recipe.base_of(arm)[1] or settings.quantization
         n_links = settings.links if isinstance(settings.links, int) else links
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
     # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
-    parts = {"data": data.model_copy(update=update), "model": model, "training": training}
+    parts = {"data": data.model_copy(update=update), "model": model, "knot": knot}
     parts |= {"arms": arms, "link": LinkSettings()}
     return recipe.model_copy(update=parts)
+
+
+def _alpha(recipe: Recipe, arm: Arm) -> float | str | None:
+    """An alpha that follows the rank, which is still to be chosen."""
+    return next((s.alpha for s in (arm, recipe.link) if s.alpha or s.rank), None)
 
 
 def find_path(name: str, base: Path) -> str:

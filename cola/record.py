@@ -4,7 +4,7 @@ RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs 
 RUN/provenance.json        versions, commit, machine, fingerprints of data and model
 RUN/summary.json           every number of the table (also report.html)
 RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
-RUN/trials/ARM/lr-R/seed-S/  the same for the trainings that choose a learning rate (validation only)
+RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them
 """
 
 import fcntl
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cola.errors import RunFolderError
-from cola.plan import Job
+from cola.plan import Job, choice_text
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
 
@@ -93,7 +94,8 @@ class RunFolder:
     def job(self, job: Job) -> Path:
         """Where a job's files lie."""
         if job.trial:
-            return self.path / "trials" / job.arm / f"lr-{job.learning_rate!r}" / f"seed-{job.seed}"
+            values = re.sub(r"[^A-Za-z0-9.=+-]+", "_", choice_text(job.choice).replace(" ", ","))
+            return self.path / "trials" / job.arm / values / f"seed-{job.seed}"
         return self.path / "arms" / job.arm / f"seed-{job.seed}"
 
     def result(self, job: Job) -> dict[str, Any] | None:
@@ -142,6 +144,10 @@ class RunFolder:
     def write_text(self, name: str | Path, text: str) -> None:
         """Write a text file atomically."""
         write_text(self.path / name, text)
+
+    def trials(self, arm: str) -> dict[str, Any] | None:
+        """What an arm's search tried and chose; None where there was none."""
+        return read_json(self.path / "trials" / arm / "chosen.json", ("chosen", "trials"))
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where there is none yet."""

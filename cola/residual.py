@@ -2,15 +2,17 @@
 
     W_k = cast(float32(W_0) + Σ_{i<=k} s_i B_i A_i)
 
-Adding each link to the rounded result of the one before loses what is smaller than half a unit in the last
-place, and the more links, the smaller each is. So the sum is always taken anew from W_0, which is read from its
-memory-mapped safetensors file, and no second model lies in memory.
+(with DoRA's rows d: W_k = d_k (W_{k-1} + s_k B_k A_k), unrolled). Adding each link to the rounded result of the one
+before loses what is smaller than half a unit in the last place, and the more links, the smaller each is. So the sum is
+always taken anew from W_0, which is read from its memory-mapped safetensors file, and no second model lies in memory.
+Where nothing may be written (a quantized base, or `merge: no`) the pairs are stacked beside the weights: one low-rank
+product for all links, and no rounding at all.
 
 Axes: O output features, I input features, R rank.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,16 +20,46 @@ import torch
 from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One matrix's share of a link: the update scale * B @ A, kept in float32 on the CPU."""
+    """One matrix's share of a link, kept in float32 on the CPU: W <- rows * (W + scale * B @ A).
+
+    Attributes:
+        A_RI: Reads the input.
+        B_OR: Writes the output.
+        scale: alpha / rank, or alpha / sqrt(rank).
+        rows_O: DoRA's factor of each row of the weight; None: 1.
+        magnitude_O: DoRA's trained length of each row.
+    """
 
     A_RI: Tensor
     B_OR: Tensor
     scale: float
+    rows_O: Tensor | None = None
+    magnitude_O: Tensor | None = None
+
+    def without(self, other: "Pair") -> "Pair":
+        """scale * (B @ A - other's B @ A) as one pair of both ranks."""
+        A_RI, B_OR = torch.cat([self.A_RI, other.A_RI]), torch.cat([self.B_OR, -other.B_OR], dim=1)
+        return replace(self, A_RI=A_RI, B_OR=B_OR)
+
+    def split(self, rank: int) -> tuple["Pair", "Pair | None"]:
+        """What `without` put together: the pair of that rank, and what was taken away."""
+        own = replace(self, A_RI=self.A_RI[:rank], B_OR=self.B_OR[:, :rank])
+        rest = Pair(self.A_RI[rank:], -self.B_OR[:, rank:], self.scale)
+        return own, rest if len(rest.A_RI) else None
+
+    def negated(self) -> "Pair":
+        """The pair that takes this one away."""
+        return Pair(self.A_RI, -self.B_OR, self.scale)
+
+    def times(self, share: float) -> "Pair":
+        """A share of the update."""
+        return self if share == 1 else replace(self, scale=self.scale * share)
 
 
 LinkWeights: TypeAlias = dict[str, Pair]  # module name -> its pair; empty for a link that leaves none (full)
@@ -42,11 +74,13 @@ class Base:
     asked for, which must be before it is changed: `remember` does that.
     """
 
-    def __init__(self, model: nn.Module, files: Sequence[Path] = ()) -> None:
+    def __init__(self, model: nn.Module, files: Sequence[Path] = (), quantized: bool = False) -> None:
+        self.quantized = quantized
         self._model = model
         self._files: dict[str, Path] = {}
         self._copies: dict[str, Tensor] = {}
         self._remembered: set[str] = set()
+        self._beside: dict[str, RemovableHandle] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
@@ -58,7 +92,10 @@ class Base:
                 continue
             weight = weight_of(self._model, name)
             stored = self._stored(name)
-            if stored is None or not torch.equal(stored.to(weight.dtype), weight.cpu()):
+            # Codes are never written, so the files' own weights are all that can be asked for.
+            if self.quantized:
+                assert stored is not None
+            elif stored is None or not torch.equal(stored.to(weight.dtype), weight.cpu()):
                 self._copies[name] = weight.to("cpu", copy=True)
             self._remembered.add(name)
 
@@ -70,6 +107,20 @@ class Base:
         assert stored is not None
         return stored.float()
 
+    def put_beside(self, name: str, module: nn.Module, factors: "tuple[Tensor, Tensor] | None") -> None:
+        """Let a module add B A x to its output, in float32, from now on; None: nothing. One product for all links."""
+        if (handle := self._beside.pop(name, None)) is not None:
+            handle.remove()
+        if factors is None:
+            return
+        B_OK, A_KI = (factor.to(weight_of(module, "").device) for factor in factors)
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            with torch.autocast(output.device.type, enabled=False):
+                return output + (args[0].float() @ A_KI.T @ B_OK.T).to(output.dtype)
+
+        self._beside[name] = module.register_forward_hook(add)
+
     def _stored(self, name: str) -> Tensor | None:
         key = f"{name}.weight"
         if key not in self._files:
@@ -80,20 +131,41 @@ class Base:
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """The weight of a linear module, without its history."""
-    weight = model.get_submodule(name).weight
+    weight = model.get_submodule(name).weight  # of the module itself where the name is empty
     assert isinstance(weight, Tensor)
     return weight.detach()
 
 
-def update(residual: Residual, name: str) -> Tensor | None:
-    """Σ s B A of one module as float32, shape (O, I); None where no link touched it."""
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """Output and input features of a linear module."""
+    n_out, n_in = weight_of(model, name).shape
+    return (n_in, n_out) if isinstance(model.get_submodule(name), Conv1D) else (n_out, n_in)
+
+
+def linear(model: nn.Module, name: str) -> nn.Module:
+    """The linear module of that name, under the pair that may be attached to it."""
+    module = model.get_submodule(name)
+    return getattr(module, "base_layer", module)
+
+
+def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the links have made of one matrix W: rows * W + B A, as B (O, K), A (K, I) and rows (O,), None where no link
+    scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k].
+
+    Raises:
+        KeyError: no link touched the module.
+    """
     pairs = [link[name] for link in residual if name in link]
     if not pairs:
-        return None
-    # One product of stacked factors: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k].
-    stacked_OK = torch.cat([pair.B_OR * pair.scale for pair in pairs], dim=1)
-    stacked_KI = torch.cat([pair.A_RI for pair in pairs], dim=0)
-    return stacked_OK @ stacked_KI
+        raise KeyError(name)
+    rows_O: Tensor | None = None
+    blocks = []
+    for pair in reversed(pairs):  # a later link's rows scale all that came before
+        if pair.rows_O is not None:
+            rows_O = pair.rows_O if rows_O is None else rows_O * pair.rows_O
+        block_OR = pair.B_OR * pair.scale
+        blocks.append(block_OR if rows_O is None else block_OR * rearrange(rows_O, "o -> o 1"))
+    return torch.cat(blocks[::-1], dim=1), torch.cat([pair.A_RI for pair in pairs]), rows_O
 
 
 def modules_of(residual: Residual) -> list[str]:
@@ -102,24 +174,59 @@ def modules_of(residual: Residual) -> list[str]:
 
 
 @torch.no_grad()
-def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str]) -> None:
-    """Set the weights of `names` to base + residual, added in float32 and cast once to each weight's dtype."""
+def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str], merge: str = "exact") -> None:
+    """Make the function of `names` that of base + residual.
+
+    Args:
+        model: Changed in place.
+        base: Its own weights.
+        residual: The links tied so far.
+        names: Modules to be brought up to date.
+        merge: `exact`: added in float32 to the base and cast once to each weight's dtype; `naive`: link by link in the
+            weight's dtype, which rounds each time; `no`: beside the weights, which stay the base's. A quantized base
+            has it beside whatever is asked for.
+    """
     for name in names:
-        module = model.get_submodule(name)
-        delta_OI = update(residual, name)
-        merged = base.weight(name)
-        if delta_OI is not None:
-            # GPT-2's Conv1D keeps its weight as (I, O).
-            merged = merged + (rearrange(delta_OI, "o i -> i o") if isinstance(module, Conv1D) else delta_OI)
-        weight_of(model, name).copy_(merged)
+        module = linear(model, name)
+        touched = any(name in link for link in residual)
+        if merge == "no" or base.quantized:
+            base.put_beside(name, module, factors(residual, name)[:2] if touched else None)
+        elif merge == "naive":
+            weight = weight_of(module, "")
+            weight.copy_(base.weight(name))
+            for pair in (link[name] for link in residual if name in link):
+                weight += _as_stored(module, pair.scale * (pair.B_OR @ pair.A_RI)).to(weight)
+        else:
+            weight_of(module, "").copy_(_as_stored(module, merged(base, residual, name, module)))
 
 
-def relative_size(base: Base, link: LinkWeights) -> dict[str, float]:
-    """||s B A||_F / ||W_0||_F for each matrix of a link."""
+def merged(base: Base, residual: Residual, name: str, module: nn.Module) -> Tensor:
+    """float32 weight (O, I) of one module with the links of the residual."""
+    weight_OI = _as_stored(module, base.weight(name))
+    if not any(name in link for link in residual):
+        return weight_OI
+    B_OK, A_KI, rows_O = factors(residual, name)
+    if rows_O is not None:
+        weight_OI = weight_OI * rearrange(rows_O, "o -> o 1")
+    return weight_OI + B_OK @ A_KI
+
+
+def _as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """From (O, I) to the module's own layout, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
+    return rearrange(weight, "a b -> b a") if isinstance(module, Conv1D) else weight
+
+
+def relative_size(model: nn.Module, base: Base, before: Residual, link: LinkWeights) -> dict[str, float]:
+    """||W_k - W_{k-1}||_F / ||W_0||_F for each matrix of a link."""
     sizes = {}
     for name, pair in link.items():
-        # ||BA||_F from two R x R products: no dense update is formed.
-        gram = (pair.B_OR.T @ pair.B_OR) * (pair.A_RI @ pair.A_RI.T)
-        norm = pair.scale * gram.sum().clamp(min=0).sqrt().item()
+        if pair.rows_O is None:
+            # ||BA||_F from two R x R products: no dense update is formed.
+            gram = (pair.B_OR.T @ pair.B_OR) * (pair.A_RI @ pair.A_RI.T)
+            norm = pair.scale * gram.sum().clamp(min=0).sqrt().item()
+        else:
+            module = linear(model, name)
+            change = merged(base, [*before, link], name, module) - merged(base, before, name, module)
+            norm = change.norm().item()
         sizes[name] = norm / max(base.weight(name).norm().item(), 1e-30)
     return sizes

@@ -10,26 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cola import adapters, residual
+from cola import adapters, residual, starts
 from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
 from cola.compare import summarize
 from cola.data import Splits, load_splits
-from cola.errors import ColaError, DataError, ModelError, RecipeError, RunChanged, RunFolderError
+from cola.errors import ColaError, DataError, ModelError, RunChanged, RunFolderError
 from cola.evaluate import Evaluator
+from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
 from cola.job import JobRun, make_accelerator, selection_key
 from cola.measure import rows_digest
 from cola.model import Source, dtype_warning, find_model
-from cola.plan import Job, Link, candidates_of, evaluation_steps, jobs_of, plan_arm, trials_of
+from cola.package_file import need_package
+from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
-from cola.segments import Tree, root_causes
+from cola.segments import Causes, Tree, knot_causes, root_causes
 from cola.store import Store, size_of
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
@@ -63,13 +64,12 @@ def run(
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # accelerate fixes the precision once per process; the points of an ablation may have one each.
-    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(recipe.model.dtype)
     if accelerator.num_processes > 1:
         raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
-    if warning := dtype_warning(recipe.model.dtype, accelerator.device):
-        terminal.warn(warning)
+    for dtype in sorted({recipe.base_of(arm)[0] for arm in recipe.arms}):
+        if warning := dtype_warning(dtype, accelerator.device):
+            terminal.warn(warning)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
     splits = load_splits(recipe.data, tokenizer)
@@ -89,10 +89,12 @@ def run(
         max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers),
     )
     skeleton = source.skeleton()
-    tree = _tree(recipe, siblings, source, skeleton, splits, accelerator.device.type)
+    meter = _meter(recipe, skeleton, splits)
+    tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
     jobs = jobs_of(recipe)
+    _say_twins(recipe, tree, jobs, terminal)
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
-    steps = {job: _n_steps(recipe, job, splits) for job in jobs}
+    steps = {job: tree.lineage(job).n_steps for job in jobs}
     interrupted = False
     with (
         store.in_use(),
@@ -114,6 +116,7 @@ def run(
             progress=progress,
             tracker=tracker,
             tracked=set() if tracked is None else tracked,
+            meter=meter,
             meta=meta,
             used=folder.references(),
         )
@@ -122,7 +125,7 @@ def run(
             known = _known(bench, jobs)
             _say_plan(bench, known, jobs, terminal)
             for job, n_steps in steps.items():
-                if not job.trial and len(known) < len(jobs):  # all learning rates have been chosen by now
+                if not job.trial and len(known) < len(jobs):  # all searches are at their end by now
                     jobs = known = _known(bench, jobs)
                     _say_plan(bench, known, jobs, terminal)
                 _do(bench, job, n_steps, terminal)
@@ -138,27 +141,49 @@ def run(
     return summary
 
 
+def _meter(recipe: Recipe, skeleton: PreTrainedModel, splits: Splits) -> Meter:
+    rows = [(example.n_tokens, len(example.answers[example.gold])) for example in splits.train]
+    return Meter(skeleton, rows, recipe.training.gradient_checkpointing)
+
+
 def _tree(
-    recipe: Recipe, siblings: Sequence[Recipe], source: Source, skeleton: PreTrainedModel, splits: Splits, device: str
+    recipe: Recipe, siblings: Sequence[Recipe], source: Source, meter: Meter, splits: Splits, device: str
 ) -> Tree:
     """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
     lengths = [example.n_tokens for example in splits.train]
-    root = root_causes(source.fingerprint(), recipe.model.dtype, device)
+    fingerprint, skeleton = source.fingerprint(), meter.skeleton
+    modules: dict[str, list[str]] = {}
 
     def modules_of(link: Link) -> list[str] | None:
-        return None if link.method == "full" else adapters.target_names(skeleton, link)
+        if link.method != "lora":
+            return None
+        said = str(link.what.target_modules)
+        if said not in modules:
+            modules[said] = adapters.target_names(skeleton, link.what)
+        return modules[said]
 
     def tree_of(one: Recipe) -> Tree:
         known: dict[int, list[str]] = {}
+        orders: dict[int, list[list[int]]] = {}
+
+        # The first n steps of a seed's order are the same however many follow.
+        def order_of(seed: int, n_steps: int) -> list[list[int]]:
+            if len(orders.get(seed, [])) < n_steps:
+                orders[seed] = batch_order(lengths, one.training.batch_size, n_steps, seed)
+            return orders[seed][:n_steps] if n_steps else []
 
         def digests_of(seed: int, n_steps: int) -> list[str]:
-            # The first n steps of a seed's order are the same however many follow.
             if len(known.get(seed, [])) < n_steps:
-                order = batch_order(lengths, one.training.batch_size, n_steps, seed)
+                order = order_of(seed, n_steps)
                 known[seed] = list(batch_digests(splits.train, order, one.training.micro_batch_tokens))
             return known.get(seed, [])[:n_steps]
 
-        return Tree(one, len(splits.train), root, modules_of, digests_of)
+        def root_of(arm: str) -> Causes:
+            dtype, quantization = one.base_of(arm)
+            return root_causes(fingerprint, dtype, device, quantization)
+
+        budget = Budget(one, replace(meter, checkpointing=one.training.gradient_checkpointing), order_of)
+        return Tree(one, len(splits.train), root_of, modules_of, digests_of, budget.steps)
 
     tree = tree_of(recipe)
     alike = [tree_of(other) for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
@@ -171,12 +196,26 @@ def _tree(
     return tree
 
 
+def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -> None:
+    """Arms that come to the same weights in the same way: what differs between them in the recipe has no effect."""
+    ends: dict[tuple[str, str | None], str] = {}
+    for job in jobs:
+        if job.trial or job.seed != recipe.seeds[0]:
+            continue
+        lineage = tree.lineage(job)
+        low_rank = lineage.links and lineage.links[0].method == "lora"
+        merge = knot_causes(recipe.knot_of(job.arm), "quantization" in lineage.root)["merge"] if low_rank else None
+        twin = ends.setdefault((lineage.names[-1], merge), job.arm)
+        if twin != job.arm and not recipe.choices_of(job.arm):
+            terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
+
+
 def _known(bench: Bench, jobs: list[Job]) -> list[Job]:
-    """The jobs whose learning rate is known by now; what the run refers to is noted for the store."""
+    """The jobs whose searched values are known by now; what the run refers to is noted for the store."""
     known = []
     for job in jobs:
         with contextlib.suppress(ColaError):  # said when its turn comes
-            known.append(_with_rate(bench, job))
+            known.append(_with_choice(bench, job))
     bench.used["segments"] |= set(bench.tree.segments(known))
     bench.write_references()
     return known
@@ -189,7 +228,7 @@ def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Termina
     begun: dict[str, int] = {}
     for job in known:
         lineage, first = bench.tree.lineage(job), 0
-        names, measured = lineage.names, bench.measurements(lineage)
+        names, measured = lineage.names, bench.measurements(job)
         points = evaluation_steps(bench.recipe, lineage.links, len(bench.splits.train))
         # From a point on where validation is to be looked at for the first time, the steps have to be made again.
         sure = next((p for p in points if not measured.has_scores("validation", p, "attached")), len(names))
@@ -209,7 +248,7 @@ def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Termina
         + (f" ({made} more are in checkpoints)" if made else "")
     )
     if later := len(jobs) - len(known):
-        terminal.say(f"segments: those of {later} more runs are known when the learning rates have been chosen")
+        terminal.say(f"segments: those of {later} more runs are known when the searches are at their end")
 
 
 def device_description() -> str:
@@ -219,26 +258,27 @@ def device_description() -> str:
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
-def _n_steps(recipe: Recipe, job: Job, splits: Splits) -> int:
-    links = plan_arm(recipe, job.arm, job.seed, len(splits.train))
-    return links[-1].last_step if links else 0
-
-
 def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.device) -> None:
     """What an arm asks of the model and the data, checked before anything is trained."""
     skeleton = source.skeleton()
     _check_fit(source, skeleton.config, len(residual.weight_of(skeleton.get_input_embeddings(), "")), splits)
     tried = set()
     for arm in recipe.arms:
-        for link in plan_arm(recipe, arm, 0, len(splits.train)):
-            if link.method == "full" and recipe.model.dtype == "float16" and device.type == "cpu":
-                raise RecipeError(f"arms.{arm}: full fine-tuning in float16 needs a GPU; set model.dtype: float32")
-            if link.method == "lora" and link.target_modules not in tried:
-                tried.add(link.target_modules)
-                try:
-                    adapters.attach(source.skeleton(), link)
-                except (ModelError, ValueError) as error:
-                    raise ModelError(f"arms.{arm}: {error}") from None
+        dtype, quantization = recipe.base_of(arm)
+        if quantization is not None:
+            need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
+        for choice in map(choice_of, recipe.choices_of(arm) or [{}]):
+            whats = [link.what for link in plan_arm(recipe, arm, 0, len(splits.train), choice)]
+            try:
+                for what in whats:
+                    if what.method == "full" and dtype == "float16" and device.type == "cpu":
+                        raise ModelError("full fine-tuning in float16 needs a GPU; set dtype: float32")
+                    if (key := what.model_dump_json()) not in tried:
+                        tried.add(key)
+                        adapters.attach(source.skeleton(), what, 0)
+                starts.check_room(skeleton, whats)
+            except (ModelError, ValueError) as error:
+                raise ModelError(f"arms.{arm}: {error}") from None
 
 
 def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: Splits) -> None:
@@ -301,7 +341,7 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
-        JobRun(bench, _with_rate(bench, job)).go()
+        JobRun(bench, _with_choice(bench, job)).go()
         _let_full_weights_go(bench, job)
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
@@ -334,11 +374,11 @@ def _record_end(bench: Bench, job: Job, status: str, started: float, error: str 
 
 
 class SearchOpen(ColaError):
-    """A learning rate is still to be chosen."""
+    """A searched value is still to be chosen."""
 
 
-def _with_rate(bench: Bench, job: Job) -> Job:
-    """The job with the learning rate that was best on validation over the trials' seeds, where it was searched.
+def _with_choice(bench: Bench, job: Job) -> Job:
+    """The job with the values that were best on validation over the trials' seeds, where any are searched.
 
     The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
 
@@ -350,25 +390,42 @@ def _with_rate(bench: Bench, job: Job) -> Job:
     if not trials:
         return job
     path = bench.folder.path / "trials" / job.arm / "chosen.json"
-    if (written := read_json(path, ("learning_rate",))) is not None:
-        return replace(job, learning_rate=written["learning_rate"])
-    by_rate: dict[float, list[tuple[float, float]]] = {}
-    for trial in trials:
-        result = bench.folder.result(trial)
-        if result is None or result["status"] == "interrupted":
-            raise SearchOpen(f"{job.arm}: its learning rate is still to be chosen")
-        if result["status"] == "ok" and trial.learning_rate is not None:
-            validation = result["evaluation"]["validation"]
-            key = selection_key(bench.recipe, validation["loss"], validation["score"])
-            by_rate.setdefault(trial.learning_rate, []).append(key)
-    # A rate at which some seed failed is no candidate: its mean would be over other seeds than the rest.
-    n_seeds = len({trial.seed for trial in trials})
-    whole = {rate: np.mean(keys, axis=0) for rate, keys in by_rate.items() if len(keys) == n_seeds}
-    if not whole:
-        raise ColaError(f"every trial of the learning-rate search failed; see {path.parent}")
-    chosen = max(whole, key=lambda rate: tuple(whole[rate]))
-    bench.folder.write_json(path.relative_to(bench.folder.path), {"learning_rate": chosen})
-    return replace(job, learning_rate=chosen)
+    choices = list(dict.fromkeys(trial.choice for trial in trials))
+    if (written := read_json(path, ("chosen",))) is not None:
+        return replace(job, choice=choices[int(written["chosen"])])
+    table = []
+    for choice in choices:
+        keys = []
+        for trial in trials:
+            result = bench.folder.result(trial) if trial.choice == choice else None
+            if trial.choice == choice and (result is None or result["status"] == "interrupted"):
+                raise SearchOpen(f"{job.arm}: its search is not at its end")
+            if result is not None and result["status"] == "ok":
+                validation = result["evaluation"]["validation"]
+                keys.append((validation["loss"], validation["score"]))
+        # A choice at which some seed failed is no candidate: its mean would be over other seeds than the rest.
+        whole = len(keys) == len(trials) // len(choices)
+        losses, scores = [loss for loss, _ in keys], [score for _, score in keys]
+        scored = whole and scores[0] is not None
+        table.append(
+            {
+                "values": dict(choice),
+                "loss": float(np.mean(losses)) if whole else None,
+                "score": float(np.mean(scores)) if scored else None,
+                "key": [float(n) for n in np.mean([selection_key(bench.recipe, *k) for k in keys], axis=0)]
+                if whole
+                else None,
+                "failed": not whole,
+            }
+        )
+    candidates = [number for number, row in enumerate(table) if row["key"] is not None]
+    if not candidates:
+        raise ColaError(f"every trial of the search failed; see {path.parent}")
+    chosen = max(candidates, key=lambda number: tuple(table[number]["key"]))
+    rows = [{key: value for key, value in row.items() if key != "key"} for row in table]
+    where = path.relative_to(bench.folder.path)
+    bench.folder.write_json(where, {"chosen": chosen, "seeds": bench.recipe.search_seeds(job.arm), "trials": rows})
+    return replace(job, choice=choices[chosen])
 
 
 def _let_full_weights_go(bench: Bench, job: Job) -> None:
@@ -380,11 +437,11 @@ def _let_full_weights_go(bench: Bench, job: Job) -> None:
     if job.trial or not any(link.method == "full" for link in bench.recipe.links_of(job.arm)):
         return
     try:
-        chosen = _with_rate(bench, job)
+        chosen = _with_choice(bench, job)
         others = bench.store.references(("weights",))
     except ColaError:
         return  # what is needed cannot be told, so nothing goes
-    scored = [trial for trial in trials_of(bench.recipe, job.arm) if trial.learning_rate != chosen.learning_rate]
+    scored = [trial for trial in trials_of(bench.recipe, job.arm) if trial.choice != chosen.choice]
     scored += [] if bench.recipe.keep_full_weights else [chosen]
     wanted = set().union(*(names for folder, names in others.items() if folder != bench.folder.path.resolve()))
     for done in scored:

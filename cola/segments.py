@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cola.plan import Job, Link, plan_arm
-from cola.recipe import Recipe, Training
+from cola.recipe import KnotRules, OneLink, Prune, Recipe, Training
 
 # Part of every name: raise it when the same causes would train other weights (tests/golden holds a loss curve).
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 
 Causes = dict[str, Any]
 
@@ -39,15 +39,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:32]
 
 
-def root_causes(base_sha256: str, dtype: str, device: str) -> Causes:
+def root_causes(base_sha256: str, dtype: str, device: str, quantization: str | None = None) -> Causes:
     """What a state without any training depends on.
 
     Args:
         base_sha256: Fingerprint of the base's config and weights.
         dtype: Number format of the frozen weights and the computation.
         device: Kind of device, `cpu` or `cuda`.
+        quantization: Of the frozen weights: `nf4`, `int8` or None.
     """
-    return {"base": base_sha256, "dtype": dtype, "device": device, "training_version": TRAINING_VERSION}
+    causes = {"base": base_sha256, "dtype": dtype, "device": device, "training_version": TRAINING_VERSION}
+    return causes | ({"quantization": quantization} if quantization else {})
 
 
 def state_name(causes: Causes) -> str:
@@ -87,6 +89,11 @@ class Lineage:
     steps: list[tuple[float, str]]
     names: list[str]
 
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps in all."""
+        return len(self.steps)
+
     def link_of(self, step: int) -> int:
         """Index of the link that makes a step (counted from 1)."""
         return next(i for i, link in enumerate(self.links) if step <= link.last_step)
@@ -116,28 +123,59 @@ def lineage(
     """
     names, headers, steps = [digest(root)], [], []
     for number, link in enumerate(links):
+        theirs = digests[link.first_step : link.last_step]
         header = {
             "parent": names[-1],
             "method": link.method,
+            "settings": _settings(link.what),
             "modules": modules_of(link),
-            "rank": link.rank,
-            "alpha": link.alpha,
-            "dropout": link.dropout,
+            "start": _start(link, number, theirs),
             "seed": link.seed,
-            "knot": {"merge": "exact", "optimizer": "fresh"} if number else None,
+            "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root),
             "optimizer": {
                 "name": "AdamW",
                 "betas": list(training.betas),
                 "epsilon": training.epsilon,
                 "weight_decay": training.weight_decay,
                 "max_grad_norm": training.max_grad_norm,
+                "ratio": link.what.loraplus_lr_ratio or 1.0,
             },
         }
-        mine = list(zip(link.learning_rates, digests[link.first_step : link.last_step], strict=True))
+        mine = list(zip(link.learning_rates, theirs, strict=True))
         names += _names(header, mine)
         headers.append(header)
         steps += mine
     return Lineage(root, links, headers, steps, names)
+
+
+def _settings(what: OneLink) -> Causes:
+    """What a link trains, without what is said elsewhere: the modules by their full names, the start, the rates."""
+    said = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
+    return what.model_dump(mode="json", exclude=said, exclude_none=True)
+
+
+def _start(link: Link, number: int, digests: Sequence[str]) -> Causes:
+    """How the link's weights are drawn; orthogonal to nothing is the default draw."""
+    init = link.what.init or "default"
+    start: Causes = {"init": "default" if init == "orthogonal" and not number else init}
+    if init == "gradient":
+        start["batches"] = list(digests[: link.what.init_batches])
+    return start
+
+
+def knot_causes(rules: KnotRules, quantized: bool) -> Causes:
+    """What a knot does to the weights and to the optimizer, each effect in one spelling.
+
+    A quantized base has its pairs beside the codes whatever the rules say; moments and step count set to zero are a
+    fresh optimizer.
+    """
+    optimizer = rules.optimizer if isinstance(rules.optimizer, str) or rules.optimizer is None else None
+    pruned = rules.optimizer.model_dump(exclude_none=True) if isinstance(rules.optimizer, Prune) else None
+    return {
+        "merge": "no" if quantized else rules.merge,
+        "fraction": rules.merge_fraction,
+        "optimizer": pruned or ("fresh" if optimizer == "zero" else optimizer),
+    }
 
 
 @dataclass
@@ -147,26 +185,28 @@ class Tree:
     Attributes:
         recipe: The resolved recipe.
         n_train: Training examples.
-        root: From `root_causes`.
+        root_of: The causes of an arm's base, from `root_causes`.
         modules_of: As in `lineage`.
         digests_of: Digests of the first n steps' micro-batches under a seed.
+        total_of: A job's optimizer steps, where they are matched to another arm's cost.
     """
 
     recipe: Recipe
     n_train: int
-    root: Causes
+    root_of: Callable[[str], Causes]
     modules_of: Callable[[Link], Sequence[str] | None]
     digests_of: Callable[[int, int], Sequence[str]]
+    total_of: Callable[[Job], int | None] = lambda job: None
     _lineages: dict[Job, Lineage] = field(default_factory=dict)
     _cuts: set[str] = field(default_factory=set)
     _inner: set[str] = field(default_factory=set)
 
     def lineage(self, job: Job) -> Lineage:
-        """The states of a job whose learning rate is known."""
+        """The states of a job whose searched values are known."""
         if job not in self._lineages:
-            links = plan_arm(self.recipe, job.arm, job.seed, self.n_train, job.learning_rate)
+            links = plan_arm(self.recipe, job.arm, job.seed, self.n_train, job.choice, self.total_of(job))
             digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
-            self._lineages[job] = lineage(self.root, links, self.recipe.training, self.modules_of, digests)
+            self._lineages[job] = lineage(self.root_of(job.arm), links, self.recipe.training, self.modules_of, digests)
         return self._lineages[job]
 
     def plan(self, lineages: Iterable[Lineage]) -> None:

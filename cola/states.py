@@ -8,16 +8,16 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cola import adapters
+from cola.moments import Moments
+from cola.recipe import OneLink
 from cola.residual import LinkWeights
 from cola.segments import Lineage
 from cola.store import Segment, Store
-from cola.train import Moments
 
 CHECKPOINT_SHARE = 0.02  # of the time that checkpoints may take
 BYTES_PER_SECOND = 400e6  # what writing, syncing and hashing is taken to reach until a checkpoint has been timed
@@ -34,6 +34,7 @@ class States:
         base_name: Of the model, as the recipe says it.
         seconds: Least time between two checkpoints; 0: one after each step.
         made: What a kept state says of how it was made.
+        n_trained: Parameters of the largest link.
     """
 
     store: Store
@@ -42,14 +43,14 @@ class States:
     base_name: str
     seconds: float
     made: dict[str, Any]
+    n_trained: int
     _verified: dict[int, Segment] = field(default_factory=dict)
     _kept_at: float = field(default_factory=monotonic)
     _cost: float = 0.0
     _own: set[int] = field(default_factory=set)  # what no run had kept before this one
 
     def __post_init__(self) -> None:
-        sizes = [adapters.count_parameters(self.skeleton, link) for link in self.lineage.links]
-        self._cost = 3 * 4 * max(sizes, default=0) / BYTES_PER_SECOND  # float32 weights and two moments
+        self._cost = 3 * 4 * self.n_trained / BYTES_PER_SECOND  # float32 weights and two moments
 
     def get(self, step: int) -> Segment | None:
         """The state as it is in the store, verified once; None where it is not there."""
@@ -65,21 +66,18 @@ class States:
         return self._verified[step]
 
     def pair(self, step: int) -> LinkWeights:
-        """The low-rank pair of a state that is there; empty for full fine-tuning."""
-        return adapters.load_pair(self.there(step).folder) if self._low_rank(step) else {}
+        """The low-rank pair of a state that is there; empty for another method."""
+        return adapters.load_pair(self.there(step).folder) if self._what(step).method == "lora" else {}
 
     def put_back(self, model: PreTrainedModel, step: int) -> Moments | None:
         """Give the attached weights the values of a state that is there; returns the optimizer's state, if kept."""
+        adapters.put_back(self.there(step).folder, model, self._what(step))
+        return self.moments(step)
+
+    def moments(self, step: int) -> Moments | None:
+        """The optimizer's state of a state that is there; None where it was not kept."""
         segment = self.there(step)
-        moments = load_file(segment.folder / "optimizer.safetensors") if segment.resumable else None
-        if self._low_rank(step):
-            adapters.set_pair(model, self.pair(step))
-        else:
-            weights = load_file(segment.folder / "model.safetensors")
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(weights[name])
-        return moments
+        return load_file(segment.folder / "optimizer.safetensors") if segment.resumable else None
 
     def forget(self, step: int) -> None:
         """Look again when it is asked for next: another process has removed it."""
@@ -115,12 +113,7 @@ class States:
         link = self.lineage.links[number]
 
         def write(folder: Path) -> None:
-            if self._low_rank(step):
-                adapters.save_pair(folder, self.skeleton, adapters.read_pair(model), link, self.base_name)
-            else:
-                weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-                save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-                model.config.save_pretrained(folder)
+            adapters.save(folder, model, link.what, self.base_name, self.skeleton)
             if moments is not None:
                 save_file(moments, folder / "optimizer.safetensors")
             (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -158,5 +151,5 @@ class States:
             self._verified.pop(step, None)
             self.store.drop(self.lineage.names[step], kind)
 
-    def _low_rank(self, step: int) -> bool:
-        return self.lineage.links[self.lineage.link_of(step)].method != "full"
+    def _what(self, step: int) -> OneLink:
+        return self.lineage.links[self.lineage.link_of(step)].what

@@ -25,16 +25,17 @@ class Table:
 
 
 def result_tables(summary: dict[str, Any]) -> list[Table]:
-    """Loss and score on the three splits, each beside its gap, then what each arm cost."""
-    arms = summary["arms"]
+    """Loss and score on the three splits, each beside its gap, what each arm cost, and what its search tried."""
+    arms, matched = summary["arms"], matched_text(summary["matched"])
     at = "at the last step" if summary["checkpoint"] == "last" else "at the step that was best on validation"
-    loss = Table(f"Loss {at}, nats per target token", ["arm", "train", "validation", "test", "gap_loss"], [])
+    loss = Table(f"Loss {at}, nats per target token; {matched}", ["arm", "train", "validation", "test", "gap_loss"], [])
     score = Table(
-        f"{summary['metric'].capitalize()} {at}",
+        f"{summary['metric'].capitalize()} {at}; {matched}",
         ["arm", "train", "validation", "test", "gap_acc", "ft_gap", "closed"],
         [],
     )
-    cost = Table("Cost", ["arm", "links", "trained", "steps", "tokens", "learning rate", "scored at", "time"], [])
+    columns = ["arm", "base", "links", "trained", "steps", "tokens", "FLOPs", "learning rate", "scored at", "time"]
+    cost = Table(f"Cost; {matched}", columns, [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
     if summary["metric"] == "perplexity":
         loss.columns.extend(["test perplexity", "ft_gap", "closed"])
@@ -54,8 +55,40 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         score.rows.append([name, *row])
         trained, steps, time = cost_cells(arm)
         rate, scored = _range(arm["learning_rate"]), f"step {_range(arm['scored_step'])}"
-        cost.rows.append([name, str(arm["links"]), trained, steps, _count(arm["tokens"]), rate, scored, time])
-    return tables
+        tokens, flops = _count(arm["tokens"]), _count(arm["flops"])
+        base = arm["base"]["quantization"] or arm["base"]["dtype"]
+        cost.rows.append([name, base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time])
+    return [*tables, *([_trials_table(summary)] if summary["trials"] else [])]
+
+
+def matched_text(matched: dict[str, Any]) -> str:
+    """What all trained arms were given the same of."""
+    what = {"steps": "optimizer steps", "tokens": "positions", "flops": "training FLOPs"}[matched["by"]]
+    if matched["per_link"]:
+        return f"matched: {what} of each link"
+    if not matched.get("used"):
+        return f"matched: {what}"
+    low, high = (f"{n:.0f}" if matched["by"] == "steps" else _count(n) for n in matched["used"])
+    return f"matched: {what} ({low if low == high else f'{low} to {high}'})"
+
+
+def _trials_table(summary: dict[str, Any]) -> Table:
+    """Every value that a search tried, with what validation said of it."""
+    score = [] if summary["metric"] == "perplexity" else [f"validation {summary['metric']}"]
+    table = Table("Trials of the search, on validation", ["arm", "values", "validation loss", *score, "chosen"], [])
+    for arm, search in summary["trials"].items():
+        for number, trial in enumerate(search["trials"]):
+            values = ", ".join(f"{key}={_value(value)}" for key, value in trial["values"].items())
+            numbers = [trial["loss"], trial["score"]][: 1 + len(score)]
+            cells = ["failed" if trial["failed"] else NONE if n is None else f"{n:.3f}" for n in numbers]
+            table.rows.append([arm, values, *cells, "chosen" if number == search["chosen"] else ""])
+    return table
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def verdict(summary: dict[str, Any]) -> list[str]:
@@ -99,8 +132,13 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     rows = summary.get("rows")
     if rows:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
+    for first, second, seed in summary["same_outputs"]:
+        lines.append(
+            f"{first} and {second} give the same test losses to the bit under seed {seed}, though they were not trained "
+            "alike: what one of them does differently has done nothing, so their comparison says nothing."
+        )
     steps = sorted({round(arm["steps"]) for arm in summary["arms"].values() if arm.get("steps")})
-    if len(steps) > 1:
+    if len(steps) > 1 and summary["matched"]["by"] == "steps":
         lines.append(
             f"The arms were trained for {steps[0]} to {steps[-1]} optimizer steps: what differs between them may be "
             "due to that alone."
@@ -111,8 +149,13 @@ def verdict(summary: dict[str, Any]) -> list[str]:
                 f"{name}: rounding at a knot moved the outputs by {arm['max_lost']:.0%} of what its link had learned; "
                 "model.dtype: float32 keeps knots exact."
             )
-        if arm.get("at_grid_edge"):
-            lines.append(f"{name}: the chosen learning rate is at the edge of its grid; a better one may lie outside.")
+        if arm.get("without_gradient"):
+            lines.append(
+                f"{name}: at every step {arm['without_gradient']} of its trained tensors got no gradient or more."
+            )
+        for key in arm.get("at_grid_edge") or ():
+            what = key.replace("_", " ")
+            lines.append(f"{name}: the chosen {what} is at the edge of its grid; a better one may lie outside.")
         for seed, error in arm["errors"].items():
             lines.append(f"{name} seed {seed} failed: {error}")
         if 0 < arm["n_seeds"] < n_seeds:
@@ -131,8 +174,9 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
     rows = []
     for name in recipe.arms:
         links = recipe.links_of(name)
-        rate = recipe.learning_rate_of(name)
+        rate, searches = recipe.learning_rate_of(name), recipe.searches_of(name)
         rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
+        rates += "".join(f", {key} of {len(s.search)}" for key, s in searches.items() if key != "learning_rate")
         lengths = steps[name]
         rows.append(
             [
@@ -151,13 +195,19 @@ def _trains(links: list[OneLink]) -> str:
     """What an arm's links train, in words; settings that change along the chain are written with an arrow."""
     if not links:
         return NONE
-    if links[0].method == "full":
-        return "all weights"
 
     def along(values: list[Any]) -> str:
         texts = [", ".join(v) if isinstance(v, list) else f"{v:g}" if isinstance(v, float | int) else v for v in values]
         return texts[0] if len(set(texts)) == 1 else " → ".join(texts)
 
+    one = links[0]
+    match one.method:
+        case "full":
+            return "all weights" + (f" but the {' and '.join(one.freeze)}" if one.freeze else "")
+        case "adapter":
+            return f"bottlenecks of {one.bottleneck}, {one.placement}"
+        case "prefix" | "p_tuning" | "prompt_tuning":
+            return f"{one.num_virtual_tokens} virtual tokens, {one.method}"
     rank, alpha, modules = (
         along([getattr(link, key) for link in links]) for key in ("rank", "alpha", "target_modules")
     )
@@ -189,7 +239,7 @@ def interval(number: dict[str, Any] | str | None) -> str:
 
 
 def _count(number: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"

@@ -1,10 +1,11 @@
 """tune(): the optimizer steps of one link, or of a part of it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +16,10 @@ from transformers import PreTrainedModel
 
 from cola.adapters import trainable
 from cola.batches import MicroBatch
-from cola.errors import NonFiniteLoss
+from cola.errors import NoGradient, NonFiniteLoss
 from cola.forward import logits_at
+from cola.moments import Moments, check_cleared, set_moments, share_cleared
 from cola.plan import Link, derived_seed
-
-Moments: TypeAlias = dict[str, Tensor]  # AdamW's state: NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter
 
 MAX_SKIPPED = 20  # steps in a row that fp16 gradient scaling may skip before the arm has diverged
 
@@ -36,6 +36,8 @@ class Step:
         tokens: Tokens read, prompts included, padding not.
         target_tokens: Tokens that the loss is taken on.
         seconds: Wall time of the step.
+        without_gradient: Trained tensors whose gradient was zero (A of a pair at its first step).
+        cleared: Share of the optimizer's moments that were zero as a link began; None at its other steps.
         rows: Ids of the rows, in the order of the micro-batches.
     """
 
@@ -46,6 +48,8 @@ class Step:
     tokens: int
     target_tokens: int
     seconds: float
+    without_gradient: int
+    cleared: float | None
     rows: list[str]
 
 
@@ -63,11 +67,11 @@ def tune(
     done: int = 0,
     moments: Moments | None = None,
 ) -> AcceleratedOptimizer:
-    """Train what is trainable, one optimizer step per batch, with an AdamW of its own.
+    """Train what is trainable, one optimizer step per batch.
 
     The loss of a step is the sum over all its target tokens divided by their number, however the rows are split
     into micro-batches. The optimizer is built here, so a link begins without moments and with Adam's step count
-    at zero (COLA, Figure 1); zeroing the moments alone would make the first update 3.2 times too large. Dropout is
+    at zero (COLA, Figure 1), unless it is given some. Dropout is
     seeded anew at each step, so that a link which is stopped and goes on draws what it would have drawn.
 
     Args:
@@ -77,13 +81,15 @@ def tune(
         accelerator: Carries device, precision and gradient scaling.
         on_step: Called after each step; may evaluate the model and leave it in eval mode.
         done: Steps of the link that were made before.
-        moments: The optimizer's state after those, from `read_moments`.
+        moments: The optimizer's state after those, from `read_moments`, or what a knot carries over, from `carried`.
 
     Returns:
         The optimizer, as it is after the last step.
 
     Raises:
         NonFiniteLoss: names the step and the rows of its batch; the weights are those of the step before.
+        NoGradient: nothing that is trained depends on the loss.
+        MomentsNotCleared: the knot before cleared less than it was to.
     """
     parameters = trainable(model)
     skipped = 0
@@ -91,17 +97,22 @@ def tune(
     accelerator.free_memory()
     if accelerator.scaler is not None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
-    adamw = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay)
+    groups = _groups(model, link)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay)
     optimizer = accelerator.prepare_optimizer(adamw)
     assert isinstance(optimizer, AcceleratedOptimizer)
     if moments is not None:
-        _set_moments(model, optimizer, accelerator, moments)
+        set_moments(model, optimizer, accelerator, moments)
+    cleared = None
+    if not done:
+        cleared = share_cleared(parameters, optimizer)
+        check_cleared(cleared, link.knot)
     for place, micro_batches in enumerate(batches, start=done):
         started = perf_counter()
         step, learning_rate = link.first_step + place + 1, link.learning_rates[place]
         torch.manual_seed(derived_seed("dropout", link.seed, place))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         model.train()
         n_targets = sum(batch.n_targets for batch in micro_batches)
         loss_sum = torch.zeros((), device=accelerator.device)
@@ -122,37 +133,75 @@ def tune(
             rows = ", ".join(row for batch in micro_batches for row in batch.ids)
             what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
             raise NonFiniteLoss(f"step {step}: {what}; rows of the batch: {rows}; try a lower learning_rate")
+        silent = sum(p.grad is None or not p.grad.any() for p in parameters)
+        if silent == len(parameters):
+            raise NoGradient(
+                f"step {step}: none of the {len(parameters)} trained tensors got a gradient: nothing would be learned"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens, rows = sum(batch.n_tokens for batch in micro_batches), [row for b in micro_batches for row in b.ids]
-        on_step(Step(step, mean, norm, learning_rate, tokens, n_targets, perf_counter() - started, rows), optimizer)
+        seconds = perf_counter() - started
+        made = Step(step, mean, norm, learning_rate, tokens, n_targets, seconds, silent, cleared, rows)
+        cleared = None
+        on_step(made, optimizer)
     model.eval()
     return optimizer
 
 
-def read_moments(model: PreTrainedModel, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> Moments:
-    """The optimizer's state, and the gradient scaler's under fp16, as tensors on the CPU."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.optimizer.state.get(parameter, {}).items():
-            found[f"{name}.{key}"] = value.detach().cpu().contiguous()
-    if accelerator.scaler is not None:
-        scaler = accelerator.scaler.state_dict()
-        found |= {f"scaler/{key}": torch.tensor(value, dtype=torch.float64) for key, value in scaler.items()}
-    return found
+def _groups(model: PreTrainedModel, link: Link) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: all alike, or LoRA+'s, in which B and whatever is a vector learn faster than A."""
+    ratio = link.what.loraplus_lr_ratio or 1.0
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in named if ratio != 1 and ("lora_B" in name or p.ndim == 1)]
+    known = set(map(id, fast))
+    slow = [p for _, p in named if id(p) not in known]
+    return [{"params": params, "ratio": r} for params, r in ((slow, 1.0), (fast, ratio)) if params]
 
 
-def _set_moments(
-    model: PreTrainedModel, optimizer: AcceleratedOptimizer, accelerator: Accelerator, moments: Moments
-) -> None:
-    for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := moments.get(f"{name}.{key}")) is not None:
-                # AdamW keeps its step count on the CPU.
-                where = value.device if key == "step" else parameter.device
-                optimizer.optimizer.state[parameter][key] = value.to(where, copy=True)
-    if accelerator.scaler is not None:
-        scaler = accelerator.scaler.state_dict()
-        # Whole numbers come back from their tensors as such: PyTorch insists on it.
-        known = {key: type(value)(moments[f"scaler/{key}"].item()) for key, value in scaler.items()}
-        accelerator.scaler.load_state_dict(known)
+def full_gradients(
+    model: PreTrainedModel, names: Sequence[str], batches: Iterable[list[MicroBatch]], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss per target token with respect to the whole weight of some modules, frozen or not.
+
+    It is taken from what goes into a module and the gradient of what comes out of it, so it can be had of quantized
+    codes as well, and of the weight as it is with everything that is attached to it.
+
+    Args:
+        model: In eval mode afterwards; its parameters and their gradients are left as they were.
+        names: Modules that map features to features, the last axis.
+        batches: One list of micro-batches per step.
+        accelerator: Carries device and precision.
+
+    Returns:
+        float32 (O, I) for each name, on the CPU.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str, _module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x_NI = args[0].detach().flatten(0, -2)
+
+        def add(grad: Tensor) -> None:
+            product = grad.flatten(0, -2).float().T @ x_NI.float()
+            sums[name] = sums[name] + product if name in sums else product
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    model.eval()
+    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    n_targets = 0
+    try:
+        for micro_batches in batches:
+            for batch in micro_batches:
+                batch = batch.to(accelerator.device)
+                with accelerator.autocast():
+                    logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+                    loss = cross_entropy(logits_NV, batch.targets_N, reduction="sum")
+                n_targets += batch.n_targets
+                torch.autograd.backward(loss, inputs=trainable(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    return {name: (total / n_targets).cpu() for name, total in sums.items()}

@@ -1,0 +1,174 @@
+"""What training costs, counted before it runs: FLOPs and positions of every optimizer step.
+
+PyTorch's own counter (torch.utils.flop_counter: matrix products and attention, two FLOPs for a multiply and add) sees
+one row go forward and backward through the model on the meta device, with the link's weights attached, so whatever
+needs no gradient is not counted. A row's cost is a polynomial of degree two in its length, so three lengths give it.
+The output head, which is computed where there is a target, is added. Padding, the optimizer, the encoder of virtual
+tokens and the frozen pairs beside an unmerged base are left out; codes count as the matrices they stand for.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from cola import adapters
+from cola.errors import RecipeError
+from cola.plan import Choice, Job, Link, budget_steps, plan_arm
+from cola.recipe import OneLink, Recipe
+
+LENGTHS = (8, 24, 40)  # of the rows that are counted
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of some training.
+
+    Attributes:
+        flops: Floating-point operations, forward and backward.
+        positions: Positions that passed through the model, virtual ones too, padding not.
+    """
+
+    flops: float
+    positions: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.positions + other.positions)
+
+    def of(self, match: str) -> float:
+        """The number that `training.match` names."""
+        return self.flops if match == "flops" else self.positions
+
+
+@dataclass
+class Meter:
+    """Counts what links cost on the training rows.
+
+    Attributes:
+        skeleton: The model without weights.
+        rows: Tokens and target tokens of each training row.
+        checkpointing: Whether activations are computed twice.
+    """
+
+    skeleton: PreTrainedModel
+    rows: Sequence[tuple[int, int]]
+    checkpointing: bool
+    _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict)
+
+    def steps(self, link: Link, order: Sequence[Sequence[int]]) -> list[Cost]:
+        """The cost of each optimizer step of a link, given the rows of each."""
+        polynomial, per_target = self._shape(link.what)
+        virtual = link.what.num_virtual_tokens or 0
+        costs = []
+        for rows in order:
+            tokens, targets = zip(*(self.rows[row] for row in rows), strict=True)
+            flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
+            costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
+        return costs
+
+    def _shape(self, what: OneLink) -> tuple[list[float], float]:
+        """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
+        key = what.model_dump_json()
+        if key not in self._shapes:
+            counts = [self._count(what, length) for length in LENGTHS]
+            head = self.skeleton.get_output_embeddings()
+            assert isinstance(head, torch.nn.Module)
+            trained = what.method == "full" and "head" not in (what.freeze or ())
+            products = 2 + trained  # forward, the gradient of what goes in, and the weight's own
+            self._shapes[key] = (
+                [float(c) for c in np.polyfit(LENGTHS, counts, 2).round(3)],
+                2.0 * products * head.weight.numel(),
+            )
+        return self._shapes[key]
+
+    def _count(self, what: OneLink, length: int) -> float:
+        model = copy.deepcopy(self.skeleton)
+        virtual = what.num_virtual_tokens or 0
+        if what.method not in adapters.PROMPTS:
+            model = adapters.attach(model, what, 0)
+        body: Any = model.base_model
+        hidden = model.config.hidden_size
+        # With a cache, if an empty one, transformers does not look for packed rows, in positions without values here.
+        inputs: dict[str, object] = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+        with torch.device("meta"):
+            if what.method in ("p_tuning", "prompt_tuning"):
+                inputs["inputs_embeds"] = torch.zeros(1, virtual + length, hidden, requires_grad=True)
+            else:
+                inputs["input_ids"] = torch.zeros(1, length, dtype=torch.long)
+            if what.method == "prefix":
+                inputs["past_key_values"] = _cache(model, virtual)
+        with FlopCounterMode(display=False) as counter:
+            output = body(**inputs).last_hidden_state
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        return counter.get_total_flops() + self.checkpointing * forward
+
+
+def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
+    """Keys and values of some positions that want a gradient, as a prefix is."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        keys, values = (torch.zeros(1, heads, length, size, requires_grad=True) for _ in range(2))
+        cache.update(keys, values, layer)
+    return cache
+
+
+@dataclass
+class Budget:
+    """How many optimizer steps each arm gets, where arms are matched by tokens or FLOPs instead of steps.
+
+    Attributes:
+        recipe: The resolved recipe.
+        meter: Counts what links cost.
+        order_of: The rows of the first n steps under a seed.
+    """
+
+    recipe: Recipe
+    meter: Meter
+    order_of: Callable[[int, int], Sequence[Sequence[int]]]
+    _known: dict[tuple[str, int, Choice], int] = field(default_factory=dict)
+
+    def steps(self, job: Job) -> int | None:
+        """A job's optimizer steps: as many as cost no more than the reference arm's; None where steps are the budget.
+
+        Raises:
+            RecipeError: not even its links' first steps fit.
+        """
+        training, reference = self.recipe.training, self.recipe.reference_arm
+        if training.match == "steps" or reference is None or not self.recipe.arms[job.arm].n_links:
+            return None
+        n_train = len(self.meter.rows)
+        budget = budget_steps(training, n_train)
+        if job.arm == reference:
+            return budget
+        key = (job.arm, job.seed, job.choice)
+        if key not in self._known:
+            allowed = self.cost(Job(arm=reference, seed=job.seed), budget).of(training.match)
+            low, high = self.recipe.arms[job.arm].n_links, 2 * budget
+            while self.cost(job, high).of(training.match) <= allowed:
+                low, high = high, 2 * high
+            if self.cost(job, low).of(training.match) > allowed:
+                raise RecipeError(
+                    f"arms.{job.arm}: the {training.match} of {reference} do not pay for {low} steps of it"
+                )
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = self.cost(job, middle).of(training.match) <= allowed
+                low, high = (middle, high) if fits else (low, middle)
+            self._known[key] = low
+        return self._known[key]
+
+    def cost(self, job: Job, n_steps: int) -> Cost:
+        """What a job costs if it is trained for so many steps."""
+        links = plan_arm(self.recipe, job.arm, job.seed, len(self.meter.rows), job.choice, n_steps)
+        order = self.order_of(job.seed, n_steps)
+        steps = [self.meter.steps(link, order[link.first_step : link.last_step]) for link in links]
+        return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))
