@@ -21,12 +21,11 @@ from cola.drift import Drift
 from cola.plan import Link
 from cola.recipe import KnotRules
 from cola.residual import Base, LinkWeights, Residual
-from cola.starts import Gradients
 
 
 @dataclass
 class Chain:
-    """A model, the base it came from, the rules at its knots, and the links tied so far."""
+    """A model, the base it came from, the rules at its knots, the links tied so far."""
 
     model: PreTrainedModel
     base: Base
@@ -54,7 +53,7 @@ def run_chain(
     links: Sequence[Link],
     tune: Callable[[Chain, Link], None],
     probe: Callable[[PreTrainedModel], Tensor],
-    gradients: Gradients,
+    gradients: starts.Gradients,
 ) -> Iterator[Knot]:
     """Train the links that are not tied yet, one after the other.
 
@@ -63,7 +62,7 @@ def run_chain(
         links: What to train, in order.
         tune: Trains what `extend` attached.
         probe: The model's logits on fixed inputs, in eval mode.
-        gradients: Full gradients of a link's matrices, for a start that asks for them.
+        gradients: Full gradients of matrices, for a start along them.
     """
     for link in links[len(chain.learned) :]:
         start = probe(chain.model)
@@ -72,7 +71,7 @@ def run_chain(
         yield tie_knot(chain, start, probe, more_to_come=link is not links[-1])
 
 
-def extend(chain: Chain, link: Link, gradients: Gradients) -> None:
+def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
     """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
     if link.method == "lora":
         chain.base.remember(adapters.target_names(chain.model, link.what))
@@ -93,10 +92,6 @@ def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Ten
     before = probe(chain.model)
     weights = adapters.detach(chain.model)
     sizes = residual.relative_size(chain.model, chain.base, chain.learned, weights)
-    retie(chain, [*chain.learned, shared(weights, chain.rules) if more_to_come else weights])
+    share = (chain.rules.merge_fraction or 1.0) if more_to_come else 1.0
+    retie(chain, [*chain.learned, residual.times(weights, share)])
     return Knot(weights, Drift.between(start, before, probe(chain.model)), sizes)
-
-
-def shared(weights: LinkWeights, rules: KnotRules) -> LinkWeights:
-    """What a knot between two links keeps of a pair: all of it, unless `merge_fraction` says less."""
-    return {name: pair.times(rules.merge_fraction or 1.0) for name, pair in weights.items()}

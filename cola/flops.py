@@ -80,10 +80,8 @@ class Meter:
             assert isinstance(head, torch.nn.Module)
             trained = what.method == "full" and "head" not in (what.freeze or ())
             products = 2 + trained  # forward, the gradient of what goes in, and the weight's own
-            self._shapes[key] = (
-                [float(c) for c in np.polyfit(LENGTHS, counts, 2).round(3)],
-                2.0 * products * head.weight.numel(),
-            )
+            polynomial = [float(factor) for factor in np.polyfit(LENGTHS, counts, 2).round(3)]
+            self._shapes[key] = polynomial, 2.0 * products * weight_of(head, "").numel()
         return self._shapes[key]
 
     def _count(self, what: OneLink, length: int) -> float:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from cola import adapters
 from cola.batches import batch_order, collate, training_batches, training_row
 from cola.bench import Bench
-from cola.chain import Chain, Knot, retie, run_chain, shared
+from cola.chain import Chain, Knot, retie, run_chain
 from cola.drift import Drift
 from cola.evaluate import ExampleScore, mean_loss, mean_score
 from cola.flops import Cost
@@ -35,7 +35,7 @@ from cola.moments import Moments, carried, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
-from cola.residual import Base, Residual
+from cola.residual import Base, Residual, times
 from cola.starts import hold_out
 from cola.states import States
 from cola.train import Step, full_gradients, tune
@@ -235,7 +235,7 @@ class JobRun:
 
     def _tied(self, ends: Sequence[int]) -> Residual:
         """What links that others follow have left in the chain, from the store."""
-        return [shared(self.states.pair(end), self.rules) for end in ends]
+        return [times(self.states.pair(end), self.rules.merge_fraction or 1.0) for end in ends]
 
     def _gradients(self, model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""

@@ -168,6 +168,11 @@ def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | Non
     return torch.cat(blocks[::-1], dim=1), torch.cat([pair.A_RI for pair in pairs]), rows_O
 
 
+def times(link: LinkWeights, share: float) -> LinkWeights:
+    """A share of each of a link's updates."""
+    return {name: pair.times(share) for name, pair in link.items()}
+
+
 def modules_of(residual: Residual) -> list[str]:
     """Names of all modules that some link touched, in a fixed order."""
     return sorted({name for link in residual for name in link})

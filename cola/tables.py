@@ -134,7 +134,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
     for first, second, seed in summary["same_outputs"]:
         lines.append(
-            f"{first} and {second} give the same test losses to the bit under seed {seed}, though they were not trained "
+            f"{first} and {second} give the same test losses to the bit under seed {seed}, though not trained "
             "alike: what one of them does differently has done nothing, so their comparison says nothing."
         )
     steps = sorted({round(arm["steps"]) for arm in summary["arms"].values() if arm.get("steps")})
