@@ -21,6 +21,7 @@ from cola import adapters
 from cola.errors import RecipeError
 from cola.plan import Choice, Job, Link, budget_steps, plan_arm
 from cola.recipe import OneLink, Recipe
+from cola.residual import weight_of
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
 
