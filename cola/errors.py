@@ -45,5 +45,9 @@ class MomentsNotCleared(ColaError, ArithmeticError):
     """A knot cleared less of the optimizer's state than it was to."""
 
 
+class MomentsNotKept(ColaError):
+    """A knot is to hand on an optimizer's state that is not there."""
+
+
 class KnotDrift(ColaError, ArithmeticError):
     """Tying a knot changed the model's outputs by more than rounding can explain."""

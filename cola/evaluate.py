@@ -23,6 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cola.adapters import unwrapped
 from cola.batches import by_tokens, collate, training_row
 from cola.data import Example, tokenizer_fingerprint
 from cola.forward import logits_after, logits_and_cache, logits_at
@@ -118,7 +119,16 @@ class Evaluator:
         texts = {}
         end = self.tokenizer.eos_token_id
         assert isinstance(end, int)  # load_splits refuses task answer without one
-        for group in by_tokens(examples, lambda e: len(e.prompt) + new_tokens, self.batch_tokens):
+        # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
+        padded = unwrapped(model) is model
+        alike: dict[int, list[Example]] = defaultdict(list)
+        for example in examples:
+            alike[0 if padded else len(example.prompt)].append(example)
+
+        def length(example: Example) -> int:
+            return len(example.prompt) + new_tokens
+
+        for group in (group for same in alike.values() for group in by_tokens(same, length, self.batch_tokens)):
             width = max(len(e.prompt) for e in group)
             input_ids_BT = torch.full((len(group), width), end)
             mask_BT = torch.zeros_like(input_ids_BT)

@@ -8,6 +8,8 @@ tokens and the frozen pairs beside an unmerged base are left out; codes count as
 """
 
 import copy
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from cola import adapters
+from cola.cache import cache_dir
 from cola.errors import RecipeError
 from cola.plan import Choice, Job, Link, budget_steps, plan_arm
 from cola.recipe import OneLink, Recipe
-from cola.residual import weight_of
+from cola.record import write_text
+from cola.segments import digest
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
+COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
+SHAPELESS = {"init", "init_batches", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,15 @@ class Meter:
         skeleton: The model without weights.
         rows: Tokens and target tokens of each training row.
         checkpointing: Whether activations are computed twice.
+        trouble: Why a link could not be counted; its FLOPs are nan then.
     """
 
     skeleton: PreTrainedModel
     rows: Sequence[tuple[int, int]]
     checkpointing: bool
-    _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict)
+    trouble: str | None = None
+    # Not shared by `replace`, which may change what is counted.
+    _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict, init=False)
 
     def steps(self, link: Link, order: Sequence[Sequence[int]]) -> list[Cost]:
         """The cost of each optimizer step of a link, given the rows of each."""
@@ -70,27 +79,41 @@ class Meter:
             tokens, targets = zip(*(self.rows[row] for row in rows), strict=True)
             flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
+        if costs and link.what.init_batches:
+            # A pair along the full gradient reads the link's first batches once more, before its first step.
+            costs[0] = sum(costs[: link.what.init_batches], costs[0])
         return costs
 
     def _shape(self, what: OneLink) -> tuple[list[float], float]:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
-        key = what.model_dump_json()
-        if key not in self._shapes:
-            counts = [self._count(what, length) for length in LENGTHS]
-            head = self.skeleton.get_output_embeddings()
-            assert isinstance(head, torch.nn.Module)
-            trained = what.method == "full" and "head" not in (what.freeze or ())
-            products = 2 + trained  # forward, the gradient of what goes in, and the weight's own
-            polynomial = [float(factor) for factor in np.polyfit(LENGTHS, counts, 2).round(3)]
-            self._shapes[key] = polynomial, 2.0 * products * weight_of(head, "").numel()
-        return self._shapes[key]
+        # What changes no shape is left out; counting takes seconds, so it is remembered.
+        key = what.model_dump(mode="json", exclude=SHAPELESS)
+        name = digest([repr(self.skeleton.config.to_dict()), key, self.checkpointing, torch.__version__, COUNT_VERSION])
+        if name not in self._shapes:
+            note = cache_dir() / "flops" / name
+            if note.is_file():
+                self._shapes[name] = tuple(json.loads(note.read_text(encoding="utf-8")))
+                return self._shapes[name]
+            try:
+                model = copy.deepcopy(self.skeleton).requires_grad_(False)
+                if what.method not in adapters.PROMPTS:  # whose tokens are stood in for
+                    model = adapters.attach(model, what, 0)
+                counts, per_target = zip(*(self._count(model, what, length) for length in LENGTHS), strict=True)
+            # A model's own code may ask the meta device for values, and fail in any way: no reason to lose an arm.
+            except Exception as error:
+                self.trouble = self.trouble or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self._shapes[name] = [math.nan], math.nan
+            else:
+                polynomial = [float(factor) for factor in np.polyfit(LENGTHS, counts, 2).round(3)]
+                self._shapes[name] = polynomial, per_target[0]
+                write_text(note, json.dumps(self._shapes[name]))
+        return self._shapes[name]
 
-    def _count(self, what: OneLink, length: int) -> float:
-        model = copy.deepcopy(self.skeleton)
+    def _count(self, model: PreTrainedModel, what: OneLink, length: int) -> tuple[float, float]:
+        """FLOPs of a row without the head, and of the head at one target."""
         virtual = what.num_virtual_tokens or 0
-        if what.method not in adapters.PROMPTS:
-            model = adapters.attach(model, what, 0)
         body: Any = model.base_model
+        head: Any = model.get_output_embeddings()
         hidden = model.config.hidden_size
         # With a cache, if an empty one, transformers does not look for packed rows, in positions without values here.
         inputs: dict[str, object] = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
@@ -104,8 +127,12 @@ class Meter:
         with FlopCounterMode(display=False) as counter:
             output = body(**inputs).last_hidden_state
             forward = counter.get_total_flops()
-            output.sum().backward()
-        return counter.get_total_flops() + self.checkpointing * forward
+            if output.requires_grad:  # not where nothing but the head is trained
+                output.sum().backward()
+        selected = output[:, :1].detach().requires_grad_(output.requires_grad)
+        with FlopCounterMode(display=False) as at_target:
+            head(selected).sum().backward()
+        return counter.get_total_flops() + self.checkpointing * forward, float(at_target.get_total_flops())
 
 
 def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
@@ -151,6 +178,11 @@ class Budget:
         key = (job.arm, job.seed, job.choice)
         if key not in self._known:
             allowed = self.cost(Job(arm=reference, seed=job.seed), budget).of(training.match)
+            if not math.isfinite(allowed) or not math.isfinite(self.cost(job, budget).of(training.match)):
+                raise RecipeError(
+                    f"training.match: the FLOPs of this model cannot be counted ({self.meter.trouble}); match steps or "
+                    "tokens"
+                )
             low, high = self.recipe.arms[job.arm].n_links, 2 * budget
             while self.cost(job, high).of(training.match) <= allowed:
                 low, high = high, 2 * high

@@ -31,7 +31,7 @@ from cola.evaluate import ExampleScore, mean_loss, mean_score
 from cola.flops import Cost
 from cola.forward import logits_at
 from cola.interrupt import Interrupted
-from cola.moments import Moments, carried, read_moments
+from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
@@ -163,7 +163,9 @@ class JobRun:
         """Whether all up to a step is known: its state, the ends of links before, the looks and the knots between."""
         segment = self.states.get(step)
         ends = [link.last_step for link in self.links]
-        if segment is None or not (segment.resumable or step in ends):
+        # Training goes on from a state with its moments, or from the end of a link whose next needs none.
+        fresh = [end for end in ends if end == self.n_steps or not carries(self.rules)]
+        if segment is None or not (segment.resumable or step in fresh):
             return False
         for end in ends[len(self.knots) :]:
             if end < step and (self.states.get(end) is None or self.measured.known_knot(end) is None):
@@ -255,8 +257,8 @@ class JobRun:
         if self.at > link.first_step:
             moments = self._put_back(chain, self.at)
             self._look_if_due(model)
-        elif link.knot is not None and (before := self.states.moments(link.first_step)) is not None:
-            moments = carried(before, link.knot, link.seed)
+        elif link.knot is not None and carries(link.knot):
+            moments = carried(self.states.moments(link.first_step), link.knot, link.seed)
         while self.at < link.last_step:
             start = max(step for step in (link.first_step, *self.heads) if step <= self.at)
             stop = min(step for step in self.cuts if step > self.at)
@@ -415,7 +417,9 @@ class JobRun:
         """What a knot moved must be within what rounding can explain, unless its rules move the outputs themselves."""
         partial_merge = (self.rules.merge_fraction or 1) < 1 and record["link"] < len(self.links)
         moves = partial_merge or self.rules.merge == "naive"
-        allowed = self.rules.max_drift or (math.inf if moves else MAX_DRIFT[self.dtype])
+        # On a GPU int8 products round the activations too, so that rounding moves codes.
+        coarse = self.quantization == "int8" and self.accelerator.device.type == "cuda"
+        allowed = self.rules.max_drift or (math.inf if moves else MAX_DRIFT["float16" if coarse else self.dtype])
         Drift(record["drift_max_logit_change"], record["drift_relative"], record["drift_of_learned"]).check(allowed)
 
     @torch.no_grad()
@@ -637,5 +641,5 @@ def link_record(link: Link) -> dict[str, Any]:
 def _at_edge(recipe: Recipe, job: Job) -> list[str]:
     """The searched keys whose chosen number is the smallest or the largest that was tried."""
     searches, chosen = recipe.searches_of(job.arm), dict(job.choice)
-    grids = {key: [v for v in search.search if isinstance(v, int | float)] for key, search in searches.items()}
+    grids = {key: [v for v in search.search if type(v) in (int, float)] for key, search in searches.items()}
     return [key for key, grid in grids.items() if grid and chosen.get(key) in (min(grid), max(grid))]

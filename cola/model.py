@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -143,9 +144,18 @@ class Source:
             # scales to bfloat16 for good: the frozen base would be another one from then on.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            # On CPUs, bitsandbytes multiplies by dequantized int8 codes in training mode and rounds the activations to
+            # 8 bits too in eval mode: what is scored would be another function than what was trained.
+            if quantization == "int8" and device.type == "cpu" and hasattr(module, "state"):
+                module.train = partial(_in_training_mode, module)
         # Many models come with sampling and repetition penalties of their own; here greedy decoding is the argmax.
         model.generation_config = GenerationConfig()
         return (model if quantized else model.to(device)).eval()  # pyright: ignore[reportArgumentType] - transformers wraps Module.to
+
+
+def _in_training_mode(module: torch.nn.Module, _mode: bool = True) -> torch.nn.Module:
+    module.training = True
+    return module
 
 
 def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:

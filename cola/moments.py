@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from cola.errors import MomentsNotCleared
+from cola.errors import MomentsNotCleared, MomentsNotKept
 from cola.recipe import KnotRules, Prune
 
 Moments = dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter; scaler/KEY under fp16
@@ -46,16 +46,28 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
         accelerator.scaler.load_state_dict(known)
 
 
-def carried(moments: Moments, rules: KnotRules, seed: int) -> Moments | None:
+def carries(rules: KnotRules) -> bool:
+    """Whether a knot hands the optimizer's state on, or a part of it."""
+    return rules.optimizer not in (None, "fresh", "zero")
+
+
+def carried(moments: Moments | None, rules: KnotRules, seed: int) -> Moments | None:
     """What the next link's optimizer begins with, after the one that ended with `moments`; None: a fresh one.
 
     Args:
         moments: Of the link before, whose weights have the same names and shapes.
         rules: The knot's.
         seed: Of the next link, for random pruning.
+
+    Raises:
+        MomentsNotKept: there is nothing that could be handed on.
     """
-    if rules.optimizer in ("fresh", "zero"):
+    if not carries(rules):
         return None
+    if moments is None:
+        raise MomentsNotKept(
+            "the optimizer's state at the end of the link before, which the knot hands on, is not there"
+        )
     if not isinstance(rules.optimizer, Prune):
         return moments
     kept = dict(moments)
@@ -74,7 +86,7 @@ def carried(moments: Moments, rules: KnotRules, seed: int) -> Moments | None:
 
 def least_cleared(rules: KnotRules | None) -> float:
     """The share of the moments that must be zero when a link begins."""
-    if rules is None or rules.optimizer in ("fresh", "zero"):
+    if rules is None or not carries(rules):
         return 1.0
     if isinstance(rules.optimizer, Prune):
         return rules.optimizer.prune_magnitude or rules.optimizer.prune_random or 0.0

@@ -95,7 +95,7 @@ def plan_arm(
     assert peak is not None
     scopes = [sum(lengths)] if rules.schedule == "run" else lengths
     warmups = [(scopes[0], training.warmup_steps, "training")]
-    warmups += [(length, rules.warmup_steps or 0, "knot") for length in lengths[1:]]
+    warmups += [(length, rules.warmup_steps or 0, f"arms.{arm}.knot") for length in lengths[1:]]
     for scope, warmup, section in warmups:
         if warmup >= scope:
             raise RecipeError(

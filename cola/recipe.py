@@ -18,6 +18,8 @@ Positive = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 
+MULTIPLE = r"[0-9]+(\.[0-9]+)?r"  # of the rank, as an alpha
+
 # Each method, the keys it takes and their defaults; a None is worked out from other keys or the model.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {
@@ -226,7 +228,7 @@ class Data(Section):
 class Search(Section):
     """Choose a value per arm on validation, with the same trials for every arm."""
 
-    search: list[float | int | str | list[str]] = Field(min_length=2, description="The grid.")
+    search: list[bool | float | int | str | list[str]] = Field(min_length=2, description="The grid.")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         default=None, min_length=1, description="Seeds of the trials; default: the first seed."
     )
@@ -310,7 +312,7 @@ class LinkSettings(Section):
         "token; `p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`.",
     )
     rank: PositiveInt | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
-    alpha: Positive | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?r$")] | None = Field(
+    alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = Field(
         default=None,
         description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
         "Default: `2r`.",
@@ -365,6 +367,13 @@ class LinkSettings(Section):
         default=None, description="prefix with projection, p_tuning: width of the encoder. Default: the model's."
     )
     learning_rate: Rate | None = Field(default=None, description="Peak learning rate. Default: training.learning_rate.")
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _number_or_multiple(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(MULTIPLE, value) is None:
+            raise ValueError(f"alpha is a number, or a multiple of the rank such as 2r; got {value!r}")
+        return value
 
     @field_validator("target_modules")
     @classmethod
@@ -617,6 +626,7 @@ class Recipe(Section):
         if self.evaluation.checkpoint == "best" and self.evaluation.every == "never":
             raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
         for name in self.arms:
+            self._check_search(name)
             for choice in self.choices_of(name) or [{}]:
                 self.with_choice(name, choice)._check_arm(name)
         counts = {
@@ -625,8 +635,19 @@ class Recipe(Section):
             if arm.n_links
         }
         if len(set(counts.values())) > 1:
-            raise ValueError(f"every arm must have the same number of trials; they have {counts}")
+            groups = {n: [name for name in counts if counts[name] == n] for n in sorted(set(counts.values()))}
+            told = "; ".join(f"{n} for {', '.join(names)}" for n, names in groups.items())
+            raise ValueError(
+                f"every arm must have the same number of trials, or the one with more is luckier; there are {told}: "
+                "give each a search of as many values and seeds"
+            )
         return self
+
+    def _check_search(self, name: str) -> None:
+        links = self.arms[name].links
+        for key in self.searches_of(name):
+            if isinstance(links, list) and any(getattr(link, key, None) is not None for link in links):
+                raise ValueError(f"arms.{name}: a link's own {key} and a search exclude each other")
 
     def _check_arm(self, name: str) -> None:
         """What the settings of one arm rule out together."""
@@ -640,12 +661,6 @@ class Recipe(Section):
                 given = getattr(arm, key) is not None or getattr(own, key) is not None
                 if given and key not in takes and key not in ("method", "learning_rate"):
                     raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
-            for key in arm.search or {}:
-                if isinstance(arm.links, list) and getattr(own, key, None) is not None:
-                    raise ValueError(f"arms.{name}: a link's own {key} and a search exclude each other")
-        own_rates = isinstance(arm.links, list) and any(link.learning_rate is not None for link in arm.links)
-        if own_rates and isinstance(self.learning_rate_of(name), Search):
-            raise ValueError(f"arms.{name}: a link's own learning_rate and a search exclude each other")
         if len(links) > 1 and (odd := next((link.method for link in links if link.method != "lora"), None)):
             why = "full fine-tuning" if odd == "full" else f"method {odd}"
             raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
@@ -672,9 +687,9 @@ class Recipe(Section):
             if link.use_dora and knot.merge_fraction != 1 and len(links) > 1:
                 raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
             if link.init == "pissa" and not exact:
-                why = f"{quantization} codes" if quantization else f"knot.merge: {knot.merge}"
+                why = f"with {quantization} codes" if quantization else f"with knot.merge: {knot.merge}"
                 raise ValueError(
-                    f"arms.{name}.init: pissa takes the pair out of the frozen weight, which {why} does not allow; use "
+                    f"arms.{name}.init: pissa takes the pair out of the frozen weight, which cannot be done {why}; use "
                     "init: default"
                 )
             if link.init_batches is not None and link.init != "gradient":
@@ -699,7 +714,9 @@ class Recipe(Section):
 
     def learning_rate_of(self, arm: str) -> float | Search:
         """Peak learning rate of an arm, or the search that will choose it."""
-        return self.arms[arm].learning_rate or self.link.learning_rate or self.training.learning_rate
+        settings = self.arms[arm]
+        searched = (settings.search or {}).get("learning_rate")
+        return searched or settings.learning_rate or self.link.learning_rate or self.training.learning_rate
 
     def base_of(self, arm: str) -> tuple[Dtype, Quantization | None]:
         """Number format and quantization of the weights that an arm starts from."""
@@ -740,11 +757,12 @@ class Recipe(Section):
         )
 
     def searches_of(self, arm: str) -> dict[str, Search]:
-        """What is searched for an arm; empty for one without links."""
+        """What is searched for an arm, in the order of the keys here; empty for one without links."""
         if not self.arms[arm].n_links:
             return {}
         rate = self.learning_rate_of(arm)
-        return (self.arms[arm].search or {}) | ({"learning_rate": rate} if isinstance(rate, Search) else {})
+        found = (self.arms[arm].search or {}) | ({"learning_rate": rate} if isinstance(rate, Search) else {})
+        return {key: found[key] for key in SEARCHABLE if key in found}
 
     def choices_of(self, arm: str) -> list[dict[str, Any]]:
         """Every combination that an arm's search tries; none where nothing is searched."""
@@ -762,7 +780,9 @@ class Recipe(Section):
         """The recipe with the searched keys of an arm set to values."""
         if not choice:
             return self
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in choice.items()}
+        tried = {key: list(value) if isinstance(value, tuple) else value for key, value in choice.items()}
+        # As if the arm said it: `target_modules: q_proj` is a list of one.
+        values = {key: getattr(Arm.model_validate({key: value}), key) for key, value in tried.items()}
         settings = self.arms[arm].model_copy(update={**values, "search": None})
         return self.model_copy(update={"arms": self.arms | {arm: settings}})
 

@@ -222,7 +222,9 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
 
     def says(arm: Arm) -> bool:
         own = arm.links if isinstance(arm.links, list) else []
-        return getattr(arm, key) is not None or (bool(own) and all(getattr(link, key) is not None for link in own))
+        if getattr(arm, key) is not None or key in (arm.search or {}):
+            return True
+        return bool(own) and all(getattr(link, key) is not None for link in own)
 
     nearer = section == "training" and recipe.link.learning_rate is not None
     if trained and (nearer or all(says(arm) for arm in trained.values())):
@@ -296,7 +298,8 @@ def _explain(error: ValidationError, raw: dict, where: str, lines: dict[tuple[st
     for fault, path, node in faults:
         # A mapping that was tried as a number too (learning_rate: {search: ..}) is none, and that is no fault of it.
         others = [other for _, other, _ in faults if other[: len(path)] == path]
-        if fault["type"].endswith("_type") and isinstance(node, dict | list) and len(others) > 1:
+        other_kind = fault["type"].endswith("_type") or fault["type"] == "literal_error"
+        if other_kind and isinstance(node, dict | list) and len(others) > 1:
             continue
         key = ".".join(path)
         line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 0)
@@ -367,7 +370,8 @@ def _keys_at(path: tuple[str, ...]) -> list[str]:
 
 def _section_of(section: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
     field = section.model_fields.get(key) if section else None
-    options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    told = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    options = [getattr(option, "__origin__", option) for option in told]  # what is under an Annotated
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
@@ -414,10 +418,13 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         if links and isinstance(settings.links, int):
             said = links[0].model_dump(exclude={"steps", "epochs", "learning_rate", *searched})
             explicit = {key: value for key, value in said.items() if key in LinkSettings.model_fields}
-            if "rank" in searched and isinstance(alpha := _alpha(recipe, settings), str | None):
-                explicit["alpha"] = alpha
+            if "rank" in searched and "alpha" not in searched:
+                # Written beside the rank that is still to be chosen, or as a multiple of any.
+                common = recipe.link.alpha
+                explicit["alpha"] = settings.alpha or (common if isinstance(common, str) else None)
         if links:
-            explicit["learning_rate"] = recipe.learning_rate_of(arm)
+            explicit["search"] = searched or None
+            explicit["learning_rate"] = None if "learning_rate" in searched else recipe.learning_rate_of(arm)
             explicit["quantization"] = recipe.base_of(arm)[1] or settings.quantization
         n_links = settings.links if isinstance(settings.links, int) else links
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
@@ -425,11 +432,6 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
     parts = {"data": data.model_copy(update=update), "model": model, "knot": knot}
     parts |= {"arms": arms, "link": LinkSettings()}
     return recipe.model_copy(update=parts)
-
-
-def _alpha(recipe: Recipe, arm: Arm) -> float | str | None:
-    """An alpha that follows the rank, which is still to be chosen."""
-    return next((s.alpha for s in (arm, recipe.link) if s.alpha or s.rank), None)
 
 
 def find_path(name: str, base: Path) -> str:
@@ -445,6 +447,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
     # A null that has no other default says nothing; one that overrides a default (max_grad_norm) must stay.
     tree = _without_idle_nulls(recipe.model_dump(mode="json"), recipe)
+    for arm in tree["arms"].values():
+        arm |= arm.pop("search", {})  # each in the place of the value, where an override replaces it
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

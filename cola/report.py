@@ -62,7 +62,8 @@ def read_curves(folder: RunFolder) -> dict[str, list[list[dict[str, Any]]]]:
 
 def _knots(folder: RunFolder) -> Table:
     """The knot ledger: one row for each merged link."""
-    columns = ["arm", "seed", "link", "step", "rank", "alpha", "‖ΔW‖/‖W‖ median", "max", "drift", "of learned"]
+    columns = ["arm", "seed", "link", "step", "rank", "alpha", "merge", "cleared before"]
+    columns += ["‖ΔW‖/‖W‖ median", "max", "drift", "of learned"]
     rows = []
     for result in folder.results():
         if result["status"] != "ok":
@@ -79,6 +80,8 @@ def _knots(folder: RunFolder) -> Table:
                         str(knot["step"]),
                         f"{link['rank']}",
                         f"{link['alpha']:g}",
+                        "beside" if result["train_info"]["base"]["quantization"] else _merge(result, knot),
+                        f"{link['cleared']:.1%}",
                         f"{knot['relative_size_median']:.2%}",
                         f"{knot['relative_size_max']:.2%}",
                         f"{knot['drift_relative']:.1e}",
@@ -86,3 +89,11 @@ def _knots(folder: RunFolder) -> Table:
                     ]
                 )
     return Table("Knots", columns, rows)
+
+
+def _merge(result: dict[str, Any], knot: dict[str, Any]) -> str:
+    """How a link was merged, and which share of it where that is not all."""
+    rules, links = result["train_info"]["rules"], result["train_info"]["links"]
+    merge = "beside" if rules["merge"] == "no" else rules["merge"]
+    part = rules["merge_fraction"] < 1 and knot["link"] < len(links)
+    return f"{merge}, {rules['merge_fraction']:.0%}" if part else merge

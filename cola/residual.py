@@ -124,6 +124,8 @@ class Base:
     def _stored(self, name: str) -> Tensor | None:
         key = f"{name}.weight"
         if key not in self._files:
+            key = key.removeprefix(f"{getattr(self._model, 'base_model_prefix', '')}.")  # as GPT-2's files have it
+        if key not in self._files:
             return None
         with safe_open(self._files[key], framework="pt") as opened:
             return opened.get_tensor(key)
@@ -187,9 +189,9 @@ def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str]
         base: Its own weights.
         residual: The links tied so far.
         names: Modules to be brought up to date.
-        merge: `exact`: added in float32 to the base and cast once to each weight's dtype; `naive`: link by link in the
-            weight's dtype, which rounds each time; `no`: beside the weights, which stay the base's. A quantized base
-            has it beside whatever is asked for.
+        merge: `exact`: added in float32 to the base and cast once to each weight's dtype; `naive`: link by link, in
+            place as PEFT's merge does it, which rounds each time; `no`: beside the weights, which stay the base's. A
+            quantized base has it beside whatever is asked for.
     """
     for name in names:
         module = linear(model, name)
@@ -200,7 +202,7 @@ def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str]
             weight = weight_of(module, "")
             weight.copy_(base.weight(name))
             for pair in (link[name] for link in residual if name in link):
-                weight += _as_stored(module, pair.scale * (pair.B_OR @ pair.A_RI)).to(weight)
+                weight += _as_stored(module, pair.scale * (pair.B_OR @ pair.A_RI)).to(weight.device)
         else:
             weight_of(module, "").copy_(_as_stored(module, merged(base, residual, name, module)))
 

@@ -28,7 +28,7 @@ from cola.measure import rows_digest
 from cola.model import Source, dtype_warning, find_model
 from cola.package_file import need_package
 from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
-from cola.recipe import Recipe
+from cola.recipe import Prune, Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
 from cola.segments import Causes, Tree, knot_causes, root_causes
 from cola.store import Store, size_of
@@ -93,6 +93,17 @@ def run(
     tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
     jobs = jobs_of(recipe)
     _say_twins(recipe, tree, jobs, terminal)
+    for arm in recipe.arms:
+        rules = recipe.knot_of(arm)
+        if isinstance(rules.optimizer, Prune) and recipe.arms[arm].n_links != 1 and not rules.warmup_steps:
+            terminal.warn(
+                f"{arm}: pruning keeps Adam's step count, so entries that were cleared take steps of up to 6.6 times "
+                "the learning rate after a knot; knot.warmup_steps softens that"
+            )
+    for link in [link for job in jobs for link in tree.lineage(job).links]:
+        meter.steps(link, [])  # what cannot be counted is said before anything is trained
+    if meter.trouble:
+        terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: tree.lineage(job).n_steps for job in jobs}
     interrupted = False
@@ -261,7 +272,9 @@ def device_description() -> str:
 def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.device) -> None:
     """What an arm asks of the model and the data, checked before anything is trained."""
     skeleton = source.skeleton()
-    _check_fit(source, skeleton.config, len(residual.weight_of(skeleton.get_input_embeddings(), "")), splits)
+    virtual = [link.num_virtual_tokens or 0 for arm in recipe.arms for link in recipe.links_of(arm)]
+    n_tokens = len(residual.weight_of(skeleton.get_input_embeddings(), ""))
+    _check_fit(source, skeleton.config, n_tokens, splits, max(virtual, default=0))
     tried = set()
     for arm in recipe.arms:
         dtype, quantization = recipe.base_of(arm)
@@ -281,7 +294,7 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
                 raise ModelError(f"arms.{arm}: {error}") from None
 
 
-def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: Splits) -> None:
+def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: Splits, n_virtual: int) -> None:
     """The tokens must be ones that the model has, at positions that it has."""
     examples = [example for _, part in splits.items() for example in part]
     largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
@@ -291,10 +304,12 @@ def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: 
             "the folder's tokenizer belongs to another model"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    longest = max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
+    longest = n_virtual + max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
     if positions is not None and longest > positions:
         raise DataError(
-            f"data.max_length: rows of {longest} tokens are drawn and the model has {positions} positions; lower it"
+            f"data.max_length: rows of {longest} tokens are drawn"
+            + (f" ({n_virtual} virtual ones among them)" if n_virtual else "")
+            + f" and the model has {positions} positions; lower it"
         )
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cola.recipe import SPLITS, OneLink, Recipe, Search
+from cola.recipe import SPLITS, KnotRules, OneLink, Prune, Recipe, Search
 from cola.terminal import duration
 
 NONE = "–"
@@ -34,7 +34,10 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         ["arm", "train", "validation", "test", "gap_acc", "ft_gap", "closed"],
         [],
     )
-    columns = ["arm", "base", "links", "trained", "steps", "tokens", "FLOPs", "learning rate", "scored at", "time"]
+    columns = ["arm", "links", "trained", "steps", "tokens", "FLOPs", "learning rate", "scored at step", "time"]
+    bases = {name: arm["base"]["quantization"] or arm["base"]["dtype"] for name, arm in arms.items() if "base" in arm}
+    if several := len(set(bases.values())) > 1:
+        columns.insert(1, "base")
     cost = Table(f"Cost; {matched}", columns, [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
     if summary["metric"] == "perplexity":
@@ -54,10 +57,10 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         row += [spread(arm["gap_acc"], signed=True), interval(arm.get("ft_gap")), interval(arm.get("closed"))]
         score.rows.append([name, *row])
         trained, steps, time = cost_cells(arm)
-        rate, scored = _range(arm["learning_rate"]), f"step {_range(arm['scored_step'])}"
+        rate, scored = _range(arm["learning_rate"]), _range(arm["scored_step"])
         tokens, flops = _count(arm["tokens"]), _count(arm["flops"])
-        base = arm["base"]["quantization"] or arm["base"]["dtype"]
-        cost.rows.append([name, base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time])
+        base = [bases[name]] if several else []
+        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time])
     return [*tables, *([_trials_table(summary)] if summary["trials"] else [])]
 
 
@@ -177,18 +180,25 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
         rate, searches = recipe.learning_rate_of(name), recipe.searches_of(name)
         rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
         rates += "".join(f", {key} of {len(s.search)}" for key, s in searches.items() if key != "learning_rate")
-        lengths = steps[name]
+        lengths, many = steps[name], len(links) > 1
         rows.append(
             [
                 name,
                 str(len(links)),
-                _trains(links),
+                ", ".join([*_base(recipe, name), _trains(links)])
+                + (f"; {_knots(recipe.knot_of(name))}" if many else ""),
                 ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
                 rates if links else NONE,
                 _count(parameters[name]) if parameters else "?",
             ]
         )
     return Table("Plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows)
+
+
+def _base(recipe: Recipe, arm: str) -> list[str]:
+    """The base's format, where it is not what it is by default."""
+    dtype, quantization = recipe.base_of(arm)
+    return [what for what in (quantization, dtype) if what not in (None, "float32")]
 
 
 def _trains(links: list[OneLink]) -> str:
@@ -211,7 +221,27 @@ def _trains(links: list[OneLink]) -> str:
     rank, alpha, modules = (
         along([getattr(link, key) for link in links]) for key in ("rank", "alpha", "target_modules")
     )
-    return f"a pair of rank {rank}, alpha {alpha}, on {modules}"
+    kinds = [kind for key, kind in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if getattr(one, key)]
+    kinds += [f"LoRA+ {one.loraplus_lr_ratio:g}"] if one.loraplus_lr_ratio != 1 else []
+    inits = along([link.init for link in links])
+    kinds += [f"init {inits}"] if inits != "default" else []
+    return ", ".join([f"a pair of rank {rank}, alpha {alpha}, on {modules}", *kinds])
+
+
+def _knots(rules: KnotRules) -> str:
+    """What an arm's knots do; a fresh optimizer and one schedule over the run go without saying."""
+    parts = [{"exact": "merged", "naive": "merged in place", "no": "not merged"}[rules.merge or "exact"]]
+    if rules.merge_fraction not in (None, 1):
+        parts.append(f"{rules.merge_fraction:.0%} kept")
+    if isinstance(rules.optimizer, Prune):
+        share = rules.optimizer.prune_magnitude or rules.optimizer.prune_random or 0
+        how = "by magnitude" if rules.optimizer.prune_magnitude else "at random"
+        parts.append(f"{share:.1%} of the moments pruned {how}")
+    elif rules.optimizer not in ("fresh", "zero"):
+        parts.append("optimizer kept")
+    if rules.schedule == "link":
+        parts.append("schedule restarted")
+    return ", ".join(parts)
 
 
 def cost_cells(arm: dict[str, Any]) -> list[str]:
@@ -239,9 +269,11 @@ def interval(number: dict[str, Any] | str | None) -> str:
 
 
 def _count(number: float) -> str:
+    if not math.isfinite(number):
+        return NONE
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.2f} {unit}"
+            return f"{number / size:#.3g} {unit}".replace(". ", " ")
     return f"{number:.0f}"
 
 

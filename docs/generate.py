@@ -36,6 +36,7 @@ SECTIONS = [
     ("arms.NAME", recipe.Arm),
     ("arms.NAME.links[i]", recipe.OneLink),
     ("knot", recipe.KnotRules),
+    ("knot.optimizer", recipe.Prune),
     ("evaluation", recipe.Evaluation),
     ("comparison", recipe.Comparison),
     ("tracking", recipe.Tracking),
@@ -51,8 +52,11 @@ data source (`data.files=mine.jsonl`) replaces the recipe's; `training.steps` re
 way round. Relative paths are looked for from the working directory, then beside the recipe. `cola run` writes the
 resolved recipe, every default made explicit, to `RUN/recipe.yaml`, which runs again as it is.
 
-An arm takes every key of `link` as well (`arms.lora.rank: 24`), and so does an entry of its list of links:
-link < arm < entry. An alpha holds where it stands and below; a rank given further in brings back alpha = 2 x rank.
+An arm takes every key of `link` as well (`arms.lora.rank: 24`), and so does an entry of its list of links: link < arm
+< entry. An alpha holds where it stands and below; a rank given further in brings back alpha = 2 x rank; a multiple
+(`alpha: 0.5r`) holds for every rank. The rules of `knot` can be set under an arm as well (`arms.NAME.knot.merge:
+no`). Under an arm, `links` or a key of `link` is searched by `{search: [...]}` in place of its value; the learning
+rate also under `training` or `link`. [methods.md](methods.md) says what methods, inits and knots do.
 """
 
 

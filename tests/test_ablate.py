@@ -210,14 +210,14 @@ def test_an_ablation_is_one_group_in_wandb_and_an_arm_is_sent_once(recipe_file: 
 
 def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_file: Path) -> None:
     recipe = read_recipe(recipe_file, ["training.protocol=grow", "training.epochs=1"])
-    assert recipe.training.schedule_scope == "link"
+    assert recipe.knot.schedule == recipe.knot_of("chain3").schedule == "link"
     first, second, third = plan_arm(recipe, "chain3", 0, 24)
     assert first.learning_rates == second.learning_rates == third.learning_rates
     assert first.learning_rates == pytest.approx((1e-2, 1e-2 * 2 / 3, 1e-2 / 3))
     assert (first.first_step, second.first_step, third.first_step) == (0, 3, 6)
     [lora] = plan_arm(recipe, "lora", 0, 24)
     assert lora == first
-    whole = read_recipe(recipe_file, ["training.protocol=grow", "training.epochs=1", "training.schedule_scope=run"])
+    whole = read_recipe(recipe_file, ["training.protocol=grow", "training.epochs=1", "knot.schedule=run"])
     assert len({link.learning_rates for link in plan_arm(whole, "chain3", 0, 24)}) == 3
 
 

@@ -21,6 +21,7 @@ from cola.chain import Chain, extend, run_chain, tie_knot
 from cola.drift import Drift
 from cola.errors import KnotDrift, ModelError
 from cola.plan import Link
+from cola.recipe import KnotRules, OneLink
 from cola.residual import Base
 from cola.train import tune
 
@@ -29,21 +30,19 @@ ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01, "max_grad
 
 
 def link(**settings: object) -> Link:
-    defaults = {
-        "method": "lora",
-        "rank": 4,
-        "alpha": 8.0,
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-        "first_step": 0,
-        "learning_rates": (1e-2,) * 5,
-        "seed": 7,
-    }
-    return Link(**{**defaults, **settings})
+    """A low-rank pair unless the settings say otherwise; those of a link's place and steps are told from the others."""
+    place = {"knot": None, "first_step": 0, "learning_rates": (1e-2,) * 5, "seed": 7}
+    place |= {key: settings.pop(key) for key in list(settings) if key in place}
+    pair = {"method": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+    return Link(what=OneLink(**(settings if "method" in settings else pair | settings)), **place)
 
 
 def chain_of(model: PreTrainedModel) -> Chain:
-    return Chain(model, Base(model))
+    return Chain(model, Base(model), KnotRules(merge="exact", merge_fraction=1.0, optimizer="fresh"))
+
+
+def no_gradients(*_: object) -> dict[str, Tensor]:
+    raise AssertionError("only a start along the gradient asks for one")
 
 
 @torch.no_grad()
@@ -61,10 +60,10 @@ def batches(n: int) -> list[list[MicroBatch]]:
     return [[collate([row(i) for i in range(4)])] for _ in range(n)]
 
 
-def tune_with(batches: list[list[MicroBatch]]) -> Callable[[PreTrainedModel, Link], None]:
-    def tune_link(model: PreTrainedModel, link: Link) -> None:
+def tune_with(batches: list[list[MicroBatch]]) -> Callable[[Chain, Link], None]:
+    def tune_link(chain: Chain, link: Link) -> None:
         mine = batches[link.first_step : link.last_step]
-        tune(model, link, mine, Accelerator(), lambda step, _: None, **ADAMW)
+        tune(chain.model, link, mine, Accelerator(), lambda step, _: None, **ADAMW)
 
     return tune_link
 
@@ -76,14 +75,14 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 def test_extend_changes_no_output() -> None:
     model = tiny_model()
     before = logits(model)
-    extend(chain_of(model), link())
+    extend(chain_of(model), link(), no_gradients)
     assert torch.equal(logits(model), before)
 
 
 def test_a_fresh_pair_receives_gradient() -> None:
     # Guitaricet/relora issue 18: with A = 0 beside B = 0 nothing would ever train.
     model = tiny_model()
-    extend(chain_of(model), link())
+    extend(chain_of(model), link(), no_gradients)
     model(input_ids=INPUTS, labels=INPUTS).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * 2 * 7  # A and B on seven linear layers of two blocks
@@ -93,8 +92,9 @@ def test_a_fresh_pair_receives_gradient() -> None:
 def test_the_frozen_weights_do_not_move_while_tuning() -> None:
     model = tiny_model()
     before = weights(model)
-    extend(chain_of(model), link())
-    tune_with(batches(5))(model, link())
+    chain = chain_of(model)
+    extend(chain, link(), no_gradients)
+    tune_with(batches(5))(chain, link())
     after = {name.replace(".base_layer", ""): t for name, t in weights(model).items() if "lora_" not in name}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -103,11 +103,11 @@ def test_the_frozen_weights_do_not_move_while_tuning() -> None:
 def test_a_knot_changes_no_output_beyond_rounding() -> None:
     model = tiny_model()
     chain = chain_of(model)
-    extend(chain, link())
-    tune_with(batches(5))(model, link())
+    extend(chain, link(), no_gradients)
+    tune_with(batches(5))(chain, link())
     before = logits(model)
     start = logits(tiny_model())
-    drift = tie_knot(chain, start, logits).drift
+    drift = tie_knot(chain, start, logits, more_to_come=False).drift
     after = logits(model)
     assert torch.allclose(after, before, rtol=0, atol=1e-5 * before.abs().max())
     assert drift.max_logit_change == pytest.approx((after - before).abs().max().item())
@@ -120,7 +120,7 @@ def test_a_knot_changes_no_output_beyond_rounding() -> None:
 def test_after_a_knot_the_model_is_plain_again() -> None:
     model = tiny_model()
     names = list(model.state_dict())
-    for _ in run_chain(chain_of(model), [link()], tune_with(batches(5)), logits, 1e-5):
+    for _ in run_chain(chain_of(model), [link()], tune_with(batches(5)), logits, no_gradients):
         pass
     assert list(model.state_dict()) == names
     assert not hasattr(model, "peft_config")
@@ -130,7 +130,7 @@ def test_after_a_knot_the_model_is_plain_again() -> None:
 def test_the_rank_of_the_total_update_is_the_sum_of_the_links_ranks() -> None:
     model = tiny_model()
     links = [link(rank=r, first_step=5 * i, seed=i) for i, r in enumerate((2, 3, 1))]
-    for _ in run_chain(chain_of(model), links, tune_with(batches(15)), logits, 1e-5):
+    for _ in run_chain(chain_of(model), links, tune_with(batches(15)), logits, no_gradients):
         pass
     name = "model.layers.0.mlp.up_proj.weight"
     delta = (model.state_dict()[name] - tiny_model().state_dict()[name]).double()
@@ -145,7 +145,7 @@ def test_a_chain_of_one_link_is_pefts_lora_step_for_step() -> None:
     model = tiny_model()
     chain = chain_of(model)
     own = link(learning_rates=rates)
-    extend(chain, own)
+    extend(chain, own, no_gradients)
     tune(model, own, data, Accelerator(), lambda step, _: losses.append(step.loss), **ADAMW)
 
     torch.manual_seed(own.seed)
@@ -167,7 +167,7 @@ def test_a_chain_of_one_link_is_pefts_lora_step_for_step() -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
     assert torch.allclose(logits(model), logits(reference), atol=1e-4)
 
-    tie_knot(chain, logits(tiny_model()), logits)
+    tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
     merged = reference.merge_and_unload()
     assert torch.allclose(logits(model), logits(merged), atol=1e-4)
 
@@ -177,13 +177,13 @@ def test_a_chain_of_three_gives_the_losses_of_the_flat_loop_in_plain_peft() -> N
     links = [link(first_step=4 * i, learning_rates=(1e-2,) * 4, seed=i + 1) for i in range(3)]
     losses: list[float] = []
 
-    def tune_link(model: PreTrainedModel, own: Link) -> None:
+    def tune_link(chain: Chain, own: Link) -> None:
         mine = data[own.first_step : own.last_step]
         settings = {**ADAMW, "weight_decay": 0.0}
-        tune(model, own, mine, Accelerator(), lambda step, _: losses.append(step.loss), **settings)
+        tune(chain.model, own, mine, Accelerator(), lambda step, _: losses.append(step.loss), **settings)
 
     model = tiny_model()
-    knots = list(run_chain(chain_of(model), links, tune_link, logits, 1e-5))
+    knots = list(run_chain(chain_of(model), links, tune_link, logits, no_gradients))
     assert len(knots) == 3
 
     flat = runpy.run_path(str(Path(__file__).parent.parent / "recipes/flat_loop.py"))["chain_of_loras"]
@@ -215,8 +215,8 @@ def test_a_knot_adds_to_the_pristine_base_and_not_to_the_rounded_sum() -> None:
         chain.learned.append({name: residual.Pair(A, B, scale)})
         residual.write(model, chain.base, chain.learned, [name])
         naive = (naive.float() + scale * B @ A).to(torch.bfloat16)
-    total = residual.update(chain.learned, name)
-    assert total is not None
+    B_OK, A_KI, _ = residual.factors(chain.learned, name)
+    total = B_OK @ A_KI
     exact = (start + total).to(torch.bfloat16)
     assert torch.equal(model.get_submodule(name).weight, exact)
     assert (naive.float() - start - total).norm() > 1.5 * (exact.float() - start - total).norm()
@@ -239,12 +239,13 @@ def test_a_knot_that_drifts_is_an_error() -> None:
     model = tiny_model()
     chain = chain_of(model)
 
-    def tune_and_spoil(model: PreTrainedModel, own: Link) -> None:
-        tune_with(batches(5))(model, own)
+    def tune_and_spoil(chain: Chain, own: Link) -> None:
+        tune_with(batches(5))(chain, own)
         chain.base._copies["model.layers.0.mlp.up_proj"] += 0.01  # as if the base were not the one trained on
 
+    [knot] = run_chain(chain, [link()], tune_and_spoil, logits, no_gradients)
     with pytest.raises(KnotDrift, match=r"a knot moved a logit by .* where 0\.0001 is allowed \(knot\.max_drift\)"):
-        list(run_chain(chain, [link()], tune_and_spoil, logits, max_drift=1e-4))
+        knot.drift.check(1e-4)
 
 
 def test_a_knot_that_gives_no_number_is_an_error() -> None:
@@ -257,10 +258,10 @@ def test_the_scale_alpha_over_rank_is_merged() -> None:
     # Yu-val-weiss/relora-pico merges B A without it and throws half of each link away.
     model = tiny_model()
     chain = chain_of(model)
-    extend(chain, link(rank=2, alpha=32.0, target_modules=("q_proj",)))
-    tune_with(batches(5))(model, link())
+    extend(chain, link(rank=2, alpha=32.0, target_modules=["q_proj"]), no_gradients)
+    tune_with(batches(5))(chain, link())
     pair = adapters.read_pair(model)["model.layers.0.self_attn.q_proj"]
-    tie_knot(chain, logits(tiny_model()), logits)
+    tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
     name = "model.layers.0.self_attn.q_proj.weight"
     delta = model.state_dict()[name] - tiny_model().state_dict()[name]
     assert torch.allclose(delta, 16 * pair.B_OR @ pair.A_RI, atol=1e-6)
@@ -271,7 +272,7 @@ def test_conv1d_weights_of_gpt2_are_merged_in_their_own_layout() -> None:
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     before = logits(model)
-    knots = list(run_chain(chain_of(model), [link()], tune_with(batches(5)), logits, 1e-5))
+    knots = list(run_chain(chain_of(model), [link()], tune_with(batches(5)), logits, no_gradients))
     assert len(knots[0].weights) == 2 * 4  # c_attn, c_proj, c_fc, c_proj of two blocks; never the tied head
     assert (logits(model) - before).abs().max() > 1e-2
 
@@ -282,24 +283,23 @@ def test_the_first_draw_does_not_depend_on_the_global_generator() -> None:
         torch.manual_seed(noise)
         torch.rand(noise)
         model = tiny_model()
-        adapters.attach(model, link())
+        adapters.attach(model, link().what, link().seed)
         state = torch.random.get_rng_state()
         pairs.append(adapters.read_pair(model)["model.layers.0.mlp.up_proj"].A_RI)
         assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(*pairs)
     other = tiny_model()
-    adapters.attach(other, link(seed=8))
+    adapters.attach(other, link().what, seed=8)
     assert not torch.equal(pairs[0], adapters.read_pair(other)["model.layers.0.mlp.up_proj"].A_RI)
 
 
 def test_a_saved_knot_is_a_peft_adapter(tmp_path: Path) -> None:
     model = tiny_model()
     chain = chain_of(model)
-    extend(chain, link())
-    tune_with(batches(5))(model, link())
+    extend(chain, link(), no_gradients)
+    tune_with(batches(5))(chain, link())
     expected = logits(model)
-    knot = tie_knot(chain, logits(tiny_model()), logits)
-    adapters.save_pair(tmp_path, model, knot.weights, link(), "some/base")
+    adapters.save(tmp_path, model, link().what, "some/base", tiny_model())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
@@ -312,11 +312,10 @@ def test_a_knot_on_some_of_the_layers_is_saved_for_those_alone(tmp_path: Path) -
     model = tiny_model()
     chain = chain_of(model)
     one = "model.layers.1.mlp.up_proj"
-    extend(chain, link(target_modules=(one,)))
-    tune_with(batches(5))(model, link())
+    extend(chain, link(target_modules=[one]), no_gradients)
+    tune_with(batches(5))(chain, link())
     expected = logits(model)
-    knot = tie_knot(chain, logits(tiny_model()), logits)
-    adapters.save_pair(tmp_path, model, knot.weights, link(), "some/base")
+    adapters.save(tmp_path, model, link().what, "some/base", tiny_model())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [one]
     assert torch.allclose(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected, atol=1e-6)
 
@@ -325,20 +324,20 @@ def test_target_modules_that_match_nothing_are_named_with_what_there_is() -> Non
     with pytest.raises(
         ModelError, match=r"'q_prj' matches no linear layer; did you mean q_proj\? the model has .*v_proj"
     ):
-        adapters.target_names(tiny_model(), link(target_modules=("v_proj", "q_prj")))
+        adapters.target_names(tiny_model(), link(target_modules=["v_proj", "q_prj"]).what)
 
 
 def test_a_tied_head_cannot_be_a_target() -> None:
     model = Qwen2ForCausalLM(tiny_config(tie_word_embeddings=True))
     with pytest.raises(ModelError, match="shares its matrix with the input embeddings"):
-        adapters.target_names(model, link(target_modules=("lm_head",)))
+        adapters.target_names(model, link(target_modules=["lm_head"]).what)
 
 
 def test_full_fine_tuning_is_a_link_that_leaves_no_pair() -> None:
     model = tiny_model()
     before = weights(model)
-    full = link(method="full", rank=None, alpha=None, target_modules=None, learning_rates=(1e-3,) * 5)
-    [knot] = run_chain(chain_of(model), [full], tune_with(batches(5)), logits, 1e-5)
+    full = link(method="full", learning_rates=(1e-3,) * 5)
+    [knot] = run_chain(chain_of(model), [full], tune_with(batches(5)), logits, no_gradients)
     assert knot.weights == {}
     assert knot.drift.relative == 0.0
     assert all(not torch.equal(before[name], after) for name, after in weights(model).items())
@@ -348,10 +347,10 @@ def test_full_fine_tuning_is_a_link_that_leaves_no_pair() -> None:
 def test_a_pair_on_a_half_precision_base_is_trained_in_float32(dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)
     chain = chain_of(model)
-    extend(chain, link())
+    extend(chain, link(), no_gradients)
     assert {p.dtype for p in adapters.trainable(model)} == {torch.float32}
-    tune_with(batches(5))(model, link())
-    knot = tie_knot(chain, logits(tiny_model()), logits)
+    tune_with(batches(5))(chain, link())
+    knot = tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert 0 < knot.drift.relative < 0.1
 
@@ -363,7 +362,7 @@ def test_the_loss_gradient_does_not_depend_on_the_micro_batches() -> None:
     results = []
     for data in (whole, pieces):
         model = tiny_model()
-        extend(chain_of(model), link())
+        extend(chain_of(model), link(), no_gradients)
         steps: list[float] = []
         tune(
             model,

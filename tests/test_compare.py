@@ -270,17 +270,24 @@ class ByHand:
             "run_info": {
                 "arm": arm,
                 "seed": seed,
-                "learning_rate": None,
+                "choice": [],
                 "trial": False,
                 "seconds": 1.0,
                 "error": None,
             },
             "train_info": {
                 "learning_rate": 2e-4,
-                "at_grid_edge": False,
+                "choice": {},
+                "at_grid_edge": [],
+                "base": {"dtype": "float32", "quantization": None},
+                "rules": {"merge_fraction": 1.0},
                 "scored_step": 10,
+                "scored_state": "whatever",
                 "steps": 10,
                 "tokens": 1000,
+                "positions": 1000,
+                "flops": 1e9,
+                "without_gradient": 0,
                 "num_trainable_params": 64,
                 "train_seconds": 1.0,
                 "total_seconds": 2.0,
@@ -302,7 +309,7 @@ class ByHand:
 
     def failed(self, arm: str, seed: int, error: str, status: str = "failed") -> None:
         where = self.folder.job(Job(arm=arm, seed=seed)).relative_to(self.folder.path)
-        info = {"arm": arm, "seed": seed, "learning_rate": None, "trial": False, "seconds": 1.0, "error": error}
+        info = {"arm": arm, "seed": seed, "choice": [], "trial": False, "seconds": 1.0, "error": error}
         self.folder.write_json(where / "result.json", {"format": 1, "status": status, "run_info": info})
 
     def summary(self, plan: Recipe, seed: int = 0) -> dict[str, Any]:
@@ -598,10 +605,83 @@ def test_one_seed_is_said_to_prove_nothing_about_another(run: ByHand) -> None:
 
 
 def test_a_learning_rate_at_the_edge_of_its_grid_is_pointed_out(run: ByHand) -> None:
-    run.ok("lora", 0, first_right(100), at_grid_edge=True)
+    run.ok("lora", 0, first_right(100), at_grid_edge=["learning_rate", "rank"])
     run.ok("chain3", 0, first_right(100))
     said = verdict(run.summary(recipe()))
-    assert [line.split(":")[0] for line in said if "edge of its grid" in line] == ["lora"]
+    assert [line.split(" is at")[0] for line in said if "edge of its grid" in line] == [
+        "lora: the chosen learning rate",
+        "lora: the chosen rank",
+    ]
+
+
+def test_arms_that_were_trained_otherwise_and_answer_alike_to_the_bit_are_pointed_out(run: ByHand) -> None:
+    for arm, state, last in (("lora", "a", 1.0), ("chain3", "b", 1.0), ("full", "c", 1.0 + 1e-12), ("base", "a", 1.0)):
+        run.ok(arm, 0, first_right(2, 3), test_loss=[1.0, 1.5, last], scored_state=state)
+    summary = run.summary(recipe(comparison={}, arms=["lora", "chain3", "full", "base"]))
+    assert summary["same_outputs"] == [("lora", "chain3", 0)]  # base and lora have one state, so they ought to agree
+    (line,) = [line for line in verdict(summary) if "to the bit" in line]
+    assert line.startswith(
+        "lora and chain3 give the same test losses to the bit under seed 0, though not trained alike"
+    )
+
+
+@pytest.mark.parametrize(
+    ("training", "text"),
+    [
+        ({"steps": 10}, "matched: optimizer steps (10)"),
+        ({"steps": 10, "match": "tokens"}, "matched: positions (1.00 k to 1.20 k)"),
+        ({"steps": 10, "match": "flops"}, "matched: training FLOPs (2.00 B)"),
+        ({"steps": 10, "protocol": "grow"}, "matched: optimizer steps of each link"),
+    ],
+)
+def test_every_table_says_what_the_arms_were_given_the_same_of(
+    run: ByHand, training: dict[str, Any], text: str
+) -> None:
+    run.ok("base", 0, first_right(10), steps=0, positions=0, flops=0.0)  # trains nothing, so nothing is matched
+    run.ok("lora", 0, first_right(10), positions=1000, flops=2e9)
+    run.ok("chain3", 0, first_right(10), positions=1200, flops=2e9)
+    tables = result_tables(run.summary(recipe(training=training)))
+    assert [table.title.rpartition("; ")[2] for table in tables] == [text] * 3
+
+
+def test_arms_of_unequal_steps_are_said_to_differ_by_that_unless_something_else_was_matched(run: ByHand) -> None:
+    run.ok("base", 0, first_right(10), steps=0)
+    run.ok("lora", 0, first_right(10), steps=10)
+    run.ok("chain3", 0, first_right(10), steps=30)
+    said = "The arms were trained for 10 to 30 optimizer steps"
+    assert any(line.startswith(said) for line in verdict(run.summary(recipe())))
+    matched = recipe(training={"steps": 10, "match": "tokens"})
+    assert not any(line.startswith(said) for line in verdict(run.summary(matched)))
+
+
+def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: ByHand) -> None:
+    run.ok("lora", 0, first_right(10))
+    trials = [
+        {"values": {"rank": 4, "init": "default"}, "loss": 0.5, "score": 0.25, "failed": False},
+        {"values": {"rank": 8, "init": "default"}, "loss": None, "score": None, "failed": True},
+        {"values": {"rank": 4, "init": "pissa"}, "loss": 0.25, "score": 0.75, "failed": False},
+    ]
+    run.folder.write_json(Path("trials/lora/chosen.json"), {"chosen": 2, "seeds": [0], "trials": trials})
+    table = result_tables(run.summary(recipe()))[-1]
+    assert table.title == "Trials of the search, on validation"
+    assert table.rows == [
+        ["lora", "rank=4, init=default", "0.500", "0.250", ""],
+        ["lora", "rank=8, init=default", "failed", "failed", ""],
+        ["lora", "rank=4, init=pissa", "0.250", "0.750", "chosen"],
+    ]
+
+
+def test_a_base_has_a_column_only_where_the_arms_bases_differ(run: ByHand) -> None:
+    run.ok("lora", 0, first_right(10))
+    run.ok("chain3", 0, first_right(10))
+    assert "base" not in result_tables(run.summary(recipe()))[-1].columns
+    run.ok("chain3", 0, first_right(10), base={"dtype": "bfloat16", "quantization": "nf4"})
+    cost = result_tables(run.summary(recipe()))[-1]
+    place = cost.columns.index("base")
+    assert {row[0]: row[place] for row in cost.rows if row[0] in ("lora", "chain3")} == {
+        "lora": "float32",
+        "chain3": "nf4",
+    }
 
 
 @pytest.mark.parametrize(

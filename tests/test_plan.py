@@ -102,7 +102,7 @@ def test_a_step_down_in_rank_takes_its_epochs_per_link() -> None:
     chain = {"links": [{"rank": 8, "epochs": 1}, {"rank": 4, "epochs": 2}, {"rank": 2, "epochs": 1}]}
     links = plan_arm(recipe({"down": chain}, training={"epochs": 4, "batch_size": 8}), "down", 0, n_train=21)
     # 21 rows in batches of 8 are 3 steps.
-    assert [(link.rank, link.alpha, n) for link, n in zip(links, lengths(links), strict=True)] == [
+    assert [(link.what.rank, link.what.alpha, n) for link, n in zip(links, lengths(links), strict=True)] == [
         (8, 16, 3),
         (4, 8, 6),
         (2, 4, 3),
@@ -167,7 +167,7 @@ def reference(
     ],
 )
 def test_schedules_are_those_of_transformers_at_every_step(name: str, make: Callable, warmup: int) -> None:
-    ours = schedule(Training(steps=50, schedule=name, warmup_steps=warmup), 50, 50)
+    ours = schedule(Training(steps=50, schedule=name, warmup_steps=warmup), 50)
     assert ours == pytest.approx(reference(lambda o: make(o, warmup, 50), 50), abs=1e-12)
 
 
@@ -186,13 +186,13 @@ def test_the_names_mean_what_they_mean_to_transformers_trainer(ours: str, theirs
 
 
 def test_a_constant_schedule_without_warm_up_is_constant() -> None:
-    ours = schedule(Training(steps=9, schedule="constant"), 9, 9)
+    ours = schedule(Training(steps=9, schedule="constant"), 9)
     assert ours == reference(get_constant_schedule, 9)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.03, 0.5, 0.999])
 def test_a_warm_up_below_one_is_a_fraction_of_the_steps(fraction: float) -> None:
-    ours = schedule(Training(steps=200, warmup_steps=fraction), 200, 200)
+    ours = schedule(Training(steps=200, warmup_steps=fraction), 200)
     warmup = {0.1: 20, 0.03: 6, 0.5: 100, 0.999: 200}[fraction]
     assert ours == pytest.approx(reference(lambda o: get_linear_schedule_with_warmup(o, warmup, 200), 200), abs=1e-12)
 
@@ -206,8 +206,9 @@ def test_with_scope_run_a_chain_has_the_learning_rates_of_plain_lora(name: str) 
 
 
 def test_with_scope_link_every_link_has_a_whole_schedule_of_its_own() -> None:
-    training = {"schedule_scope": "link", "warmup_steps": 0.1, "learning_rate": 1e-3}
-    chain = plan_arm(recipe({"chain": {"links": 3}}, training=training), "chain", 0, n_train=24)
+    training = {"warmup_steps": 0.1, "learning_rate": 1e-3}
+    planned = recipe({"chain": {"links": 3}}, training=training, knot={"schedule": "link"})
+    chain = plan_arm(planned, "chain", 0, n_train=24)
     for link, (n_steps, warmup) in zip(chain, [(66, 7), (67, 7), (67, 7)], strict=True):
         expected = reference(
             lambda o, w=warmup, n=n_steps: get_linear_schedule_with_warmup(o, w, n), n_steps, peak=1e-3
@@ -217,7 +218,7 @@ def test_with_scope_link_every_link_has_a_whole_schedule_of_its_own() -> None:
 
 def test_for_one_link_the_scope_makes_no_difference() -> None:
     plans = [
-        plan_arm(recipe({"a": {}}, training={"schedule_scope": scope, "warmup_steps": 9}), "a", 0, 24)
+        plan_arm(recipe({"a": {}}, training={"warmup_steps": 9}, knot={"schedule": scope}), "a", 0, 24)
         for scope in ("run", "link")
     ]
     assert plans[0] == plans[1]
@@ -242,7 +243,8 @@ def test_a_searched_learning_rate_is_the_one_that_is_asked_for() -> None:
     planned = recipe(
         {"chain": {"links": 2}}, training={"learning_rate": {"search": [1e-4, 5e-4]}, "schedule": "constant"}
     )
-    assert {r for link in plan_arm(planned, "chain", 0, 24, 5e-4) for r in link.learning_rates} == {5e-4}
+    chosen = (("learning_rate", 5e-4),)
+    assert {r for link in plan_arm(planned, "chain", 0, 24, chosen) for r in link.learning_rates} == {5e-4}
     assert {r for link in plan_arm(planned, "chain", 0, 24) for r in link.learning_rates} == {1e-4}
 
 
@@ -322,19 +324,19 @@ def test_all_trials_come_before_the_first_training_that_counts() -> None:
     planned = recipe({"base": {"links": 0}, "lora": GRID, "full": {"method": "full", **GRID}}, seeds=[4, 5])
     jobs = jobs_of(planned)
     assert [job.trial for job in jobs] == [True] * 4 + [False] * 6
-    assert [(job.arm, job.seed, job.learning_rate) for job in jobs[:4]] == [
+    assert [(job.arm, job.seed, dict(job.choice)["learning_rate"]) for job in jobs[:4]] == [
         ("full", 4, 1e-4),
         ("full", 4, 1e-3),
         ("lora", 4, 1e-4),
         ("lora", 4, 1e-3),
     ]
-    assert {job.learning_rate for job in jobs[4:]} == {None}
+    assert {job.choice for job in jobs[4:]} == {()}
     assert len(set(jobs)) == 10
 
 
 def test_trials_run_on_the_seeds_that_the_search_names() -> None:
     planned = recipe({"lora": {"learning_rate": {"search": [1e-4, 1e-3], "seeds": [8, 9]}}}, seeds=[4])
-    assert sorted((job.learning_rate, job.seed) for job in trials_of(planned, "lora")) == [
+    assert sorted((dict(job.choice)["learning_rate"], job.seed) for job in trials_of(planned, "lora")) == [
         (1e-4, 8),
         (1e-4, 9),
         (1e-3, 8),

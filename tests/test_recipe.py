@@ -214,7 +214,9 @@ def test_a_misspelt_key_names_the_line_and_the_key_that_was_meant(
 
 def test_a_key_like_no_other_lists_the_keys_that_are_known(read: Read) -> None:
     said = fault(read, swap("  batch_size: 8\n", "  zzz: 8\n"))
-    assert "plain.yaml:11: training.zzz: unknown key; known here are epochs, steps, protocol, batch_size, " in said
+    assert (
+        "plain.yaml:11: training.zzz: unknown key; known here are epochs, steps, protocol, match, batch_size, " in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ TOP, TRAINING, ARM, DATA = "seeds:", "  batch_size: 8", "{links: 3", "  task: an
         (ARM, "num_links", "links (under an arm)"),
         (TOP, "model_name_or_path", "model.name_or_path"),
         (TOP, "base_model", "model.name_or_path"),
-        (TOP, "load_in_4bit", "no key yet: quantized"),
+        (TOP, "load_in_4bit", "model.quantization: nf4, or method: qlora under an arm"),
         (TOP, "per_device_train_batch_size", "training.batch_size"),
         (TRAINING, "per_device_train_batch_size", "training.batch_size"),
         (TRAINING, "gradient_accumulation_steps", "training.micro_batch_tokens"),
@@ -305,7 +307,9 @@ def test_every_fault_gets_a_line_of_its_own(read: Read) -> None:
         ("batch_size: 8", "learning_rate: 0", 11, "training.learning_rate"),
         ("batch_size: 8", "learning_rate: fast", 11, "training.learning_rate"),
         ("batch_size: 8", "learning_rate: {search: [1e-4]}", 11, "training.learning_rate.search"),
-        ("batch_size: 8", "learning_rate: {search: [1e-4, -1]}", 11, "training.learning_rate.search.1"),
+        ("batch_size: 8", "learning_rate: {search: [1e-4, -1]}", 11, "training.learning_rate"),
+        ("batch_size: 8", "learning_rate: {search: [1e-4, fast]}", 11, "training.learning_rate"),
+        ("{links: 3}", "{rank: {search: [4, 0]}}", 14, "arms.chain3"),
         ("batch_size: 8", "betas: [0.9, 1.0]", 11, "training.betas.1"),
         ("batch_size: 8", "schedule: polynomial", 11, "training.schedule"),
         ("{links: 3}", "{links: -1}", 14, "arms.chain3.links"),
@@ -371,6 +375,13 @@ def test_a_wrong_value_is_shown(read: Read) -> None:
             "{learning_rate: {search: [1, 2]}, links: [{learning_rate: 1}, {}]}",
             "a link's own learning_rate and a search exclude each other",
         ),
+        (
+            "{links: 3}",
+            "{rank: {search: [1, 2]}, links: [{rank: 1}, {}]}",
+            "a link's own rank and a search exclude each other",
+        ),
+        ("{links: 3}", "{rank: 4, search: {rank: [1, 2]}}", "search: rank has a value of its own too"),
+        ("{links: 3}", "{search: {method: [lora, full]}}", "search: 'method' cannot be searched; these can: links, "),
         ("  files: rows.jsonl\n", "", "exactly one source, hub, files or reasoning_gym; none is given"),
         ("  files: rows.jsonl\n", "  files: r.jsonl\n  hub: x\n", "given are hub and files"),
         ('  answer: "{answer}"\n', "", "task answer needs the key 'answer'"),
@@ -404,8 +415,7 @@ def test_searched_arms_with_unequal_trials_are_refused(read: Read) -> None:
     )
     said = fault(read, text)
     assert "same number of trials" in said
-    assert "'lora': 2" in said
-    assert "'chain3': 3" in said
+    assert "2 for lora; 3 for chain3" in said
 
 
 def test_more_seeds_make_up_for_a_smaller_grid_in_the_count_of_trials(read: Read) -> None:
@@ -413,13 +423,45 @@ def test_more_seeds_make_up_for_a_smaller_grid_in_the_count_of_trials(read: Read
     other = "{learning_rate: {search: [1, 2], seeds: [0, 1, 2]}}"
     recipe = read(swap("{links: 1}", one).replace("{links: 3}", other))
     assert recipe.learning_rate_of("lora") == Search(search=[1, 2, 3], seeds=[0, 1])
+    assert recipe.learning_rate_of("chain3") == Search(search=[1, 2], seeds=[0, 1, 2])
 
 
-def test_an_arm_that_is_not_searched_does_not_count_among_the_trials(read: Read) -> None:
+def test_an_arm_that_is_not_searched_has_one_trial_and_an_arm_without_links_has_none(read: Read) -> None:
     text = swap("{links: 1}", "{learning_rate: 1e-3}") + "link: {learning_rate: {search: [1, 2]}}\n"
-    recipe = read(text.replace("seeds:", "  base: {links: 0}\nseeds:"))
-    assert recipe.learning_rate_of("lora") == 1e-3
+    said = fault(read, text.replace("seeds:", "  base: {links: 0}\nseeds:"))
+    assert "every arm must have the same number of trials" in said
+    assert "1 for lora; 2 for chain3: give each a search" in said
+    recipe = read(text.replace("  lora: {learning_rate: 1e-3}\n", "  base: {links: 0}\n"))
     assert recipe.learning_rate_of("chain3") == Search(search=[1, 2])
+    assert recipe.searches_of("base") == {}
+
+
+def test_every_combination_of_an_arms_searches_is_a_trial_whatever_the_order_they_are_written_in(read: Read) -> None:
+    one = "{rank: {search: [4, 8]}, links: {search: [1, 3]}}"
+    other = "{search: {links: [1, 3], rank: {search: [4, 8]}}}"
+    recipe = read(swap("{links: 1}", one).replace("{links: 3}", other))
+    assert recipe.choices_of("lora") == recipe.choices_of("chain3")
+    assert recipe.choices_of("lora") == [{"links": links, "rank": rank} for links in (1, 3) for rank in (4, 8)]
+
+
+def test_a_searched_value_means_what_it_means_where_it_is_written_alone(read: Read) -> None:
+    arm = "{target_modules: {search: [q_proj, all-linear]}, use_rslora: {search: [true, false]}}"
+    recipe = read(swap("  lora: {links: 1}\n  chain3: {links: 3}\n", f"  lora: {arm}\n"))
+    links = [recipe.with_choice("lora", choice).links_of("lora")[0] for choice in recipe.choices_of("lora")]
+    assert [(link.target_modules, link.use_rslora) for link in links] == [
+        (["q_proj"], True),
+        (["q_proj"], False),
+        ("all-linear", True),
+        ("all-linear", False),
+    ]
+
+
+def test_an_alpha_beside_another_rank_is_not_taken_over_by_a_rank_that_is_searched(read: Read) -> None:
+    text = swap("  lora: {links: 1}\n  chain3: {links: 3}\n", "  lora: {rank: {search: [2, 8]}}\n")
+    for link, alphas in (("{rank: 4, alpha: 5}", [4, 16]), ("{rank: 4, alpha: 1r}", [2, 8])):
+        recipe = read(text + f"link: {link}\n")
+        chosen = [recipe.with_choice("lora", choice).links_of("lora")[0] for choice in recipe.choices_of("lora")]
+        assert [link.alpha for link in chosen] == alphas
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -626,7 +668,13 @@ CHOICE = 'task: multiple_choice\n  prompt: "{q}"\n  label: gold\n  choices: '
     [
         pytest.param("", "", "", id="plain"),
         pytest.param("batch_size: 8", "learning_rate: {search: [1e-4, 2e-4], seeds: [0, 7]}", "", id="searched"),
-        pytest.param("{links: 3}", "{links: 3, learning_rate: {search: [1e-4, 2e-4]}}", "", id="searched-by-one-arm"),
+        pytest.param(
+            "  lora: {links: 1}\n  chain3: {links: 3}\n",
+            "  lora: {learning_rate: {search: [1e-4, 2e-4]}}\n  wide: {search: {rank: [8, 64]}}\n"
+            "  chain: {links: {search: [2, 3]}}\n  chain3: {links: 3, init: {search: [default, orthogonal]}}\n",
+            "",
+            id="searched-by-each-arm",
+        ),
         pytest.param(
             "{links: 3}", "{links: [{rank: 8, steps: 3}, {rank: 2, learning_rate: 0.1}]}", "", id="list-of-links"
         ),
@@ -646,7 +694,10 @@ CHOICE = 'task: multiple_choice\n  prompt: "{q}"\n  label: gold\n  choices: '
         ),
         pytest.param("files: rows.jsonl", "reasoning_gym: {name: n, options: {limit: null}}", "", id="gym-null-option"),
         pytest.param("batch_size: 8", "max_grad_norm: null", "", id="no-clipping"),
-        pytest.param("batch_size: 8", "warmup_steps: 0.1\n  schedule_scope: link", "", id="warm-up"),
+        pytest.param("batch_size: 8", "warmup_steps: 0.1", "knot: {schedule: link, warmup_steps: 3}\n", id="warm-up"),
+        pytest.param("{links: 3}", "{links: 3, knot: {merge: naive, schedule: link}}", "", id="an-arms-own-knots"),
+        pytest.param("{links: 3}", "{links: 3, knot: {optimizer: {prune_random: 0.5}}}", "", id="pruned"),
+        pytest.param("epochs: 2", "epochs: 2\n  match: flops", "", id="matched-by-flops"),
         pytest.param("epochs: 2", "steps: 17", "", id="steps"),
         pytest.param('prompt: "{question}?"', 'prompt: "{question}: "', "", id="prompt-that-ends-in-a-space"),
         pytest.param("task: answer", "task: answer\n  chat: true\n  system: 'Ünï: \"#\\n'", "", id="chat"),
@@ -694,8 +745,13 @@ def test_a_written_recipe_says_every_default(read: Read) -> None:
         "alpha": 16,
         "dropout": 0,
         "target_modules": "all-linear",
+        "init": "default",
+        "use_rslora": False,
+        "use_dora": False,
+        "loraplus_lr_ratio": 1,
         "learning_rate": 2e-4,
     }
+    assert tree["knot"] == {"merge": "exact", "merge_fraction": 1, "optimizer": "fresh", "schedule": "run"}
     assert tree["training"]["schedule"] == "linear"
     assert tree["data"]["too_long"] == "drop"
 

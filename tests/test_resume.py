@@ -51,8 +51,8 @@ def kill_at_call(number: int, function: Callable[..., Any], half_way: bool = Fal
         calls += 1
         if calls == number:
             if half_way:
-                [model, base, residual, names] = args
-                function(model, base, residual, names[: len(names) // 2])
+                [model, base, residual, names, *how] = args
+                function(model, base, residual, names[: len(names) // 2], *how)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
@@ -185,6 +185,7 @@ VARIANTS = {
     "last": ["link.dropout=0.1", "training.schedule=constant", "evaluation.every=2", *CHOICE],
     "best": ["evaluation.checkpoint=best", "evaluation.every=1", "training.learning_rate=3e-2", "link.dropout=0.1"],
     "search": ["training.learning_rate={search: [1e-3, 1e-2]}", "arms.full.learning_rate=null", *CHOICE],
+    "knots": ["knot={optimizer: {prune_random: 0.5}, merge_fraction: 0.5}", "link.init=orthogonal", *CHOICE],
     "forgetful": ["keep_full_weights=false", "arms.lora=null", "comparison.primary=null", *CHOICE],
 }
 
@@ -262,8 +263,8 @@ def test_the_same_command_after_the_end_makes_a_new_folder_trains_nothing_and_lo
     recipe_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
-    search = ["arms.chain3.learning_rate={search: [1e-3, 1e-2]}"]
-    command = ["run", str(recipe), *CHOICE, *search]
+    search = VARIANTS["search"]
+    command = ["run", str(recipe), *search]
     assert end(start(command, said)) == 0, said.read_text()
     [first] = (tmp_path / "runs").iterdir()
 
@@ -271,7 +272,7 @@ def test_the_same_command_after_the_end_makes_a_new_folder_trains_nothing_and_lo
         raise AssertionError("the model is loaded though nothing is left to be computed")
 
     monkeypatch.setattr(Source, "load", load)
-    folder, summary = go(recipe, *CHOICE, *search)
+    folder, summary = go(recipe, *search)
     assert folder.path != first
     assert outcome(folder.path).differences(outcome(first)) == []
     for path in folder.path.rglob("result.json"):
@@ -457,7 +458,7 @@ def test_the_chosen_trial_is_not_trained_again(recipe_text: str, tmp_path: Path)
     folder, lines = told(recipe, grid, "arms.full.learning_rate=null", "arms.base=null", *CHOICE)
     # Two rates of three arms; LoRA and the chain part after three steps.
     assert counts(lines[0])[:3] == (10, 0, 10)
-    assert lines[1] == "segments: those of 3 more runs are known when the learning rates have been chosen"
+    assert lines[1] == "segments: those of 3 more runs are known when the searches are at their end"
     assert counts(lines[2])[:3] == (10, 10, 0) or counts(lines[2])[:3] == (5, 5, 0)
     assert [reused(folder, arm) for arm in ("lora", "chain3", "full")] == [(9, 9)] * 3
 

@@ -142,11 +142,40 @@ def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_fi
         trial = json.loads(path.read_text())
         assert list(trial["evaluation"]) == ["validation"]
         assert not (path.parent / "scores/test.jsonl").exists()
-        losses[trial["run_info"]["learning_rate"]] = trial["evaluation"]["validation"]["loss"]
+        ((key, rate),) = trial["run_info"]["choice"]
+        assert (key, path.parent.parent.name) == ("learning_rate", f"learning_rate={rate}")
+        losses[rate] = trial["evaluation"]["validation"]["loss"]
     assert len(losses) == 3
     assert result(folder, "lora")["train_info"]["learning_rate"] == min(losses, key=losses.__getitem__)
     chosen = result(folder, "lora")["train_info"]["learning_rate"]
-    assert summary["arms"]["lora"]["at_grid_edge"] is (chosen != 1e-2)
+    assert summary["arms"]["lora"]["at_grid_edge"] == ([] if chosen == 1e-2 else ["learning_rate"])
+    searched = summary["trials"]["lora"]
+    assert [trial["values"] for trial in searched["trials"]] == [{"learning_rate": rate} for rate in (1e-5, 1e-2, 5.0)]
+    assert searched["trials"][searched["chosen"]]["values"] == {"learning_rate": chosen}
+    assert [trial["loss"] for trial in searched["trials"]] == [losses[rate] for rate in (1e-5, 1e-2, 5.0)]
+
+
+def test_a_run_whose_arms_search_keys_of_their_own_runs_again_from_its_resolved_recipe(recipe_file: Path) -> None:
+    arms = ["arms.lora={search: {rank: [2, 16]}}", "arms.chain3={links: {search: [2, 3]}, rank: 4}"]
+    folder, summary = go(recipe_file, *arms, "arms.full=null")
+    for arm, key, grid in (("lora", "rank", [2, 16]), ("chain3", "links", [2, 3])):
+        trials = summary["trials"][arm]["trials"]
+        assert [trial["values"] for trial in trials] == [{key: value} for value in grid]
+        info = result(folder, arm)["train_info"]
+        best = min(trials, key=lambda trial: trial["loss"])
+        assert info["choice"] == best["values"]
+        assert (info["links"][0]["rank"] if key == "rank" else len(info["knots"])) == best["values"][key]
+    _, again = go(folder.path / "recipe.yaml")
+    assert {name: arm["test_loss"] for name, arm in again["arms"].items()} == {
+        name: arm["test_loss"] for name, arm in summary["arms"].items()
+    }
+
+
+def test_a_knot_that_drifts_more_than_is_allowed_fails_its_arm_alone(recipe_file: Path) -> None:
+    folder, summary = go(recipe_file, "arms.chain3.knot={max_drift: 1e-12}", "arms.full=null")
+    assert summary["arms"]["chain3"]["states"] == {0: "failed"}
+    assert summary["arms"]["lora"]["states"] == {0: "ok"}
+    assert "where 1e-12 is allowed (knot.max_drift)" in result(folder, "chain3")["run_info"]["error"]
 
 
 def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(recipe_file: Path) -> None:

@@ -21,7 +21,7 @@ from cola import run as cola_run
 from cola import segments
 from cola.data import load_splits
 from cola.model import find_model
-from cola.plan import Job
+from cola.plan import Job, trials_of
 from cola.recipe_file import read_recipe
 from cola.record import read_jsonl
 from cola.segments import Lineage, Tree
@@ -127,8 +127,9 @@ def tree_of(case: Case, device: str = "cpu") -> Tree:
     recipe = read_recipe(case.write())
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    tree = cola_run._tree(recipe, [], source, source.skeleton(), splits, device)
-    return Tree(recipe, tree.n_train, tree.root, tree.modules_of, tree.digests_of)
+    meter = cola_run._meter(recipe, source.skeleton(), splits)
+    tree = cola_run._tree(recipe, [], source, meter, splits, device)
+    return Tree(recipe, tree.n_train, tree.root_of, tree.modules_of, tree.digests_of, tree.total_of)
 
 
 def lineages(case: Case) -> dict[str, Lineage]:
@@ -226,6 +227,13 @@ def spell_links(case: Case, rng: random.Random) -> None:
     case.training.update({"betas": [0.9, 0.999], "epsilon": 1e-8, "weight_decay": 0})
 
 
+def spell_knots(case: Case, rng: random.Random) -> None:
+    """The rules said for each low-rank arm, and others for all arms that none of them follows."""
+    for role in LOW_RANK:
+        case.arm(role)["knot"] = {"merge": "exact", "merge_fraction": 1, "optimizer": "fresh", "schedule": "run"}
+    case.recipe["knot"] = case.recipe.get("knot", {}) | {"merge": "no", "merge_fraction": 0.5}
+
+
 def steps_for_epochs(case: Case, rng: random.Random) -> None:
     if case.training.pop("epochs", None) is not None:
         case.training["steps"] = 5
@@ -258,6 +266,9 @@ HARMLESS: dict[str, Change] = {
     "tracking": put("tracking", "project", value="another"),
     "name": put("name", value="another"),
     "drift": put("knot", "max_drift", value=0.5),
+    "the knots of each arm": spell_knots,
+    "an optimizer of zeros": put("knot", "optimizer", value="zero"),
+    "match": put("training", "match", value="tokens"),
     "weights": put("keep_full_weights", value=False),
     "gradient_checkpointing": put("training", "gradient_checkpointing", value=True),
     "checkpoint_seconds": put("checkpoint_seconds", value=0),
@@ -320,13 +331,25 @@ HARMFUL: dict[str, tuple[Change, frozenset[str]]] = {
     "learning_rate of an arm": (for_arm("full", learning_rate=0.0011), frozenset({"full"})),
     "schedule": (put("training", "schedule", value="cosine"), ROLES),
     "warmup_steps": (put("training", "warmup_steps", value=1), ROLES),
-    "schedule_scope": (put("training", "schedule_scope", value="link"), CHAIN),
+    "knot.schedule": (put("knot", "schedule", value="link"), CHAIN),
+    "knot.warmup_steps": (put("knot", "warmup_steps", value=1), CHAIN),
+    "knot.merge": (put("knot", "merge", value="no"), CHAIN),
+    "knot.merge_fraction": (put("knot", "merge_fraction", value=0.5), CHAIN),
+    "knot.optimizer": (put("knot", "optimizer", value="keep"), CHAIN),
+    "knot.optimizer pruned": (put("knot", "optimizer", value={"prune_magnitude": 0.9}), CHAIN),
+    "knot.optimizer pruned at random": (put("knot", "optimizer", value={"prune_random": 0.9}), CHAIN),
     "protocol": (put("training", "protocol", value="grow"), CHAIN),
     "rank": (put("link", "rank", value=4), LOW_RANK),
     "alpha": (put("link", "alpha", value=9), LOW_RANK),
     "dropout": (put("link", "dropout", value=0.2), LOW_RANK),
     "no dropout": (put("link", "dropout", value=0.0), LOW_RANK),
     "dropout of an arm": (for_arm("lora", dropout=0.3), frozenset({"lora"})),
+    "init": (put("link", "init", value="gaussian"), LOW_RANK),
+    "init after the first link": (put("link", "init", value="orthogonal"), CHAIN),
+    "use_rslora": (put("link", "use_rslora", value=True), LOW_RANK),
+    "use_dora": (put("link", "use_dora", value=True), LOW_RANK),
+    "loraplus_lr_ratio": (put("link", "loraplus_lr_ratio", value=4), LOW_RANK),
+    "freeze": (for_arm("full", freeze="embeddings"), frozenset({"full"})),
     "target_modules": (put("link", "target_modules", value=["q_proj", "v_proj"]), LOW_RANK),
     "batch_size": (put("training", "batch_size", value=5), ROLES),
     "seed": (another_seed, ROLES),
@@ -336,6 +359,7 @@ HARMFUL: dict[str, tuple[Change, frozenset[str]]] = {
     "epsilon": (put("training", "epsilon", value=1e-6), ROLES),
     "max_grad_norm": (put("training", "max_grad_norm", value=0.01), ROLES),
     "dtype": (put("model", "dtype", value="bfloat16"), ROLES),
+    "dtype of an arm": (for_arm("lora", dtype="bfloat16"), frozenset({"lora"})),
     "links": (for_arm("chain", links=3), CHAIN),
     "link lengths": (for_arm("chain", links=[{"steps": 1}, {}]), CHAIN),
     "rank of a link": (of_each_link, CHAIN),
@@ -363,6 +387,12 @@ def changed(case: Case, rng: random.Random, harmless: list[str], harmful: str | 
 
 def some_harmless(rng: random.Random, harmful: str | None = None) -> list[str]:
     names = sorted(HARMLESS)
+    if harmful and harmful.startswith("knot."):
+        names = [n for n in names if n not in ("the knots of each arm", "an optimizer of zeros")]
+    if harmful == "use_dora":
+        names.remove("the knots of each arm")  # for all others it leaves pairs beside the weights, which DoRA cannot
+    if harmful == "protocol":
+        names.remove("match")
     if harmful in ("target_modules", "rank", "alpha", "rank of a link", "method", "micro_batch_tokens", "seed"):
         # These speak of the same keys.
         names = [n for n in names if n not in ("spell_modules", "spell_links", "micro_batch_tokens", "seeds")]
@@ -529,9 +559,10 @@ def test_paths_that_never_meet_are_not_cut_for_each_other(case: Case) -> None:
 
 def test_a_trial_and_the_run_that_takes_its_rate_are_one_path(case: Case) -> None:
     case.training["learning_rate"] = {"search": [0.01, 0.02]}
+    del case.arm("full")["learning_rate"]  # every arm has the same trials
     tree = tree_of(case)
-    trials = [Job(arm="lora", seed=0, learning_rate=rate, trial=True) for rate in (0.01, 0.02)]
-    chosen = Job(arm="lora", seed=0, learning_rate=0.02)
+    trials = trials_of(tree.recipe, "lora")
+    chosen = Job(arm="lora", seed=0, choice=(("learning_rate", 0.02),))
     tree.plan(map(tree.lineage, [*trials, chosen]))
     assert len(tree.segments([*trials, chosen])) == 2
     assert tree.lineage(chosen).names == tree.lineage(trials[1]).names

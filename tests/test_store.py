@@ -488,7 +488,8 @@ def full_lineage(recipe_file: Path, *overrides: str) -> Lineage:
     recipe = read_recipe(recipe_file, list(overrides))
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    return cola_run._tree(recipe, [], source, source.skeleton(), splits, "cpu").lineage(Job(arm="full", seed=0))
+    meter = cola_run._meter(recipe, source.skeleton(), splits)
+    return cola_run._tree(recipe, [], source, meter, splits, "cpu").lineage(Job(arm="full", seed=0))
 
 
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
