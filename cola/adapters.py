@@ -226,7 +226,8 @@ def save(folder: Path, model: PreTrainedModel, what: OneLink, base_name: str, sk
     save_file(_own_weights(model), folder / _file_of(what), metadata={"format": "pt"})
     if isinstance(model, PeftModel):
         model.peft_config[ADAPTER].base_model_name_or_path = base_name
-        model.save_pretrained(str(folder))
+        # "auto" would look on the hub for whether the embeddings were resized.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
     else:
         shape = what.model_dump(include={"method", "bottleneck", "placement", "activation"}) | {"base": base_name}

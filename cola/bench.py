@@ -15,7 +15,7 @@ from cola.model import Source
 from cola.plan import Job
 from cola.recipe import OneLink, Recipe
 from cola.record import RunFolder
-from cola.segments import Tree, knot_causes
+from cola.segments import Tree, merge_of
 from cola.store import Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
@@ -68,8 +68,8 @@ class Bench:
     def measurements(self, job: Job) -> Measurements:
         """What was and will be measured of a job's states."""
         probe, recipe = rows_digest(self.probe_rows), self.recipe_of(job)
-        causes = knot_causes(recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None)
-        tie = {"merge": causes["merge"], "fraction": causes["fraction"]}
+        rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
+        tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
         lineage = self.tree.lineage(job)
         return Measurements(self.store, lineage, self.rows, self.scoring, probe, tie, self.used["measured"])
 

@@ -75,8 +75,11 @@ def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
     """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
     if link.method == "lora":
         chain.base.remember(adapters.target_names(chain.model, link.what))
+    last = chain.learned[-1] if link.knot and link.knot.pair == "keep" else None
+    if last is not None:
+        retie(chain, [*chain.learned[:-1], {}])  # a control: the pair before, untied, goes on in its place
     chain.model = adapters.attach(chain.model, link.what, link.seed)
-    starts.draw(chain.model, link, chain.base, chain.learned, gradients)
+    starts.draw(chain.model, link, chain.base, chain.learned, gradients, last)
 
 
 def retie(chain: Chain, learned: Residual) -> None:

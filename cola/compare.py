@@ -13,6 +13,7 @@ about another seed, and the table says so.
 Axes: S seeds, N examples.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -120,7 +121,7 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         "select_by": recipe.evaluation.select_by,
         "seeds": list(recipe.seeds),
         "matched": _matched(recipe, arms),
-        "trials": {name: found for name in recipe.arms if (found := folder.trials(name)) is not None},
+        "trials": _trials(recipe, folder),
         "same_outputs": _same_outputs(recipe, folder, results),
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
@@ -168,6 +169,15 @@ def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     used = [arm[key] for name, arm in arms.items() if arm["n_seeds"] and recipe.arms[name].n_links]
     per_link = recipe.training.protocol == "grow"
     return {"by": recipe.training.match, "per_link": per_link, "used": [min(used), max(used)] if used else None}
+
+
+def _trials(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """What each arm's search tried; a damaged record fails the seeds that need it, and no more."""
+    found = {}
+    for name in recipe.arms:
+        with contextlib.suppress(RunFolderError):
+            found[name] = folder.trials(name)
+    return {name: trials for name, trials in found.items() if trials is not None}
 
 
 def _same_outputs(

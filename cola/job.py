@@ -227,7 +227,7 @@ class JobRun:
 
     def _train(self) -> None:
         """Go on from what was found to the last knot."""
-        retie(self.chain, self._tied([link.last_step for link in self.links[: len(self.knots)]]))
+        retie(self.chain, self._tied([link.last_step for link in self.links[: len(self.knots)]], gone_on=False))
         try:
             for knot in run_chain(self.chain, self.links, self._tune, self._probe, self._gradients):
                 self._record_knot(knot)
@@ -235,9 +235,17 @@ class JobRun:
         except NothingLeft:
             self._recall(self.n_steps, with_knot=True)
 
-    def _tied(self, ends: Sequence[int]) -> Residual:
-        """What links that others follow have left in the chain, from the store."""
-        return [times(self.states.pair(end), self.rules.merge_fraction or 1.0) for end in ends]
+    def _tied(self, ends: Sequence[int], gone_on: bool) -> Residual:
+        """What links that others follow have left in the chain, from the store.
+
+        Args:
+            ends: Their last steps.
+            gone_on: Whether the link after them has begun; a pair that is kept is in that link's then.
+        """
+        left = [times(self.states.pair(end), self.rules.merge_fraction or 1.0) for end in ends]
+        if self.rules.pair != "keep" or not left:
+            return left
+        return [*({} for _ in left[1:]), {} if gone_on else left[-1]]
 
     def _gradients(self, model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
@@ -488,7 +496,7 @@ class JobRun:
                 raise FileNotFoundError(f"{self.job.label}: the state after step {needed} has gone from the store")
         link, chain = self.links[number], self.chain
         if link.method == "lora":
-            retie(chain, [*self._tied(ends), self.states.pair(step)])
+            retie(chain, [*self._tied(ends, gone_on=True), self.states.pair(step)])
         else:
             chain.model = adapters.attach(chain.model, link.what, link.seed)
             self.states.put_back(chain.model, step)

@@ -431,6 +431,11 @@ class KnotRules(Section):
         "weights' own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. "
         "A quantized base keeps every pair beside its codes. Default: `exact`.",
     )
+    pair: Literal["fresh", "keep"] | None = Field(
+        default=None,
+        description="`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot "
+        "is a reset of the optimizer or the schedule and nothing else. Default: `fresh`.",
+    )
     merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
         description="Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move "
@@ -684,6 +689,10 @@ class Recipe(Section):
                     f"arms.{name}.use_dora: DoRA rescales the rows of the weight, so it cannot be kept {why}; use a "
                     "dense base and merge: exact, or leave use_dora out"
                 )
+            if knot.pair == "keep" and knot.merge_fraction != 1 and len(links) > 1:
+                raise ValueError(
+                    f"arms.{name}.knot.merge_fraction: with pair: keep nothing is let go of between links: remove it"
+                )
             if link.use_dora and knot.merge_fraction != 1 and len(links) > 1:
                 raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
             if link.init == "pissa" and not exact:
@@ -701,13 +710,15 @@ class Recipe(Section):
                     f"arms.{name}: method prefix lies in the cache of keys and values, which "
                     "training.gradient_checkpointing does without: set that to false, or use p_tuning"
                 )
-        if knot.optimizer not in ("fresh", "zero"):
+        handed_on = [("optimizer", "the moments do", knot.optimizer not in ("fresh", "zero"))]
+        handed_on += [("pair", "the pair before does", knot.pair == "keep")]
+        for rule, what, _ in (entry for entry in handed_on if entry[2]):
             for n, (before, after) in enumerate(itertools.pairwise(links), 2):
                 for key in ("rank", "target_modules", "use_dora"):
                     if getattr(before, key) != getattr(after, key):
                         raise ValueError(
-                            f"arms.{name}.knot.optimizer: link {n} has {key} {getattr(after, key)} after "
-                            f"{getattr(before, key)}, so the moments do not fit it: use fresh"
+                            f"arms.{name}.knot.{rule}: link {n} has {key} {getattr(after, key)} after "
+                            f"{getattr(before, key)}, so {what} not fit it: use fresh"
                         )
         if method not in ("lora", None) and (idle := sorted(arm.knot.model_fields_set)):
             raise ValueError(f"arms.{name}.knot.{idle[0]}: method {method} has no knot to tie: remove it")
@@ -749,6 +760,7 @@ class Recipe(Section):
         schedule = first("schedule", "link" if self.training.protocol == "grow" else "run")
         return KnotRules(
             merge=first("merge", "exact"),
+            pair=first("pair", "fresh"),
             merge_fraction=first("merge_fraction", 1.0),
             optimizer=first("optimizer", "fresh"),
             schedule=schedule,

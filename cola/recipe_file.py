@@ -408,7 +408,7 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
     model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
     # Without an arm's own rules, what holds at every knot.
     rules = recipe.model_copy(update={"arms": {"all": Arm()}}).knot_of("all")
-    knot = recipe.knot.model_copy(update=rules.model_dump(include={"merge", "merge_fraction", "schedule"}))
+    knot = recipe.knot.model_copy(update=rules.model_dump(include={"merge", "pair", "merge_fraction", "schedule"}))
     knot = knot.model_copy(update={"optimizer": rules.optimizer})
     arms = {}
     for arm, settings in recipe.arms.items():

@@ -30,7 +30,7 @@ from cola.package_file import need_package
 from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import Prune, Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
-from cola.segments import Causes, Tree, knot_causes, root_causes
+from cola.segments import Causes, Tree, merge_of, root_causes
 from cola.store import Store, size_of
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
@@ -215,7 +215,7 @@ def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) 
             continue
         lineage = tree.lineage(job)
         low_rank = lineage.links and lineage.links[0].method == "lora"
-        merge = knot_causes(recipe.knot_of(job.arm), "quantization" in lineage.root)["merge"] if low_rank else None
+        merge = merge_of(recipe.knot_of(job.arm), "quantization" in lineage.root) if low_rank else None
         twin = ends.setdefault((lineage.names[-1], merge), job.arm)
         if twin != job.arm and not recipe.choices_of(job.arm):
             terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")

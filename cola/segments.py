@@ -157,6 +157,8 @@ def _settings(what: OneLink) -> Causes:
 def _start(link: Link, number: int, digests: Sequence[str]) -> Causes:
     """How the link's weights are drawn; orthogonal to nothing is the default draw."""
     init = link.what.init or "default"
+    if link.knot is not None and link.knot.pair == "keep":
+        return {"init": "kept"}
     start: Causes = {"init": "default" if init == "orthogonal" and not number else init}
     if init == "gradient":
         start["batches"] = list(digests[: link.what.init_batches])
@@ -166,16 +168,19 @@ def _start(link: Link, number: int, digests: Sequence[str]) -> Causes:
 def knot_causes(rules: KnotRules, quantized: bool) -> Causes:
     """What a knot does to the weights and to the optimizer, each effect in one spelling.
 
-    A quantized base has its pairs beside the codes whatever the rules say; moments and step count set to zero are a
-    fresh optimizer.
+    Moments and step count set to zero are a fresh optimizer.
     """
     optimizer = rules.optimizer if isinstance(rules.optimizer, str) or rules.optimizer is None else None
     pruned = rules.optimizer.model_dump(exclude_none=True) if isinstance(rules.optimizer, Prune) else None
-    return {
-        "merge": "no" if quantized else rules.merge,
-        "fraction": rules.merge_fraction,
-        "optimizer": pruned or ("fresh" if optimizer == "zero" else optimizer),
-    }
+    resets = {"optimizer": pruned or ("fresh" if optimizer == "zero" else optimizer)}
+    if rules.pair == "keep":
+        return {"pair": "keep", **resets}  # untied again where the next link begins, however it was tied
+    return {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction, **resets}
+
+
+def merge_of(rules: KnotRules, quantized: bool) -> str | None:
+    """How links are tied; a quantized base has its pairs beside the codes whatever the rules say."""
+    return "no" if quantized else rules.merge
 
 
 @dataclass

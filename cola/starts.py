@@ -27,7 +27,7 @@ from cola import adapters, residual
 from cola.errors import ModelError
 from cola.plan import Link
 from cola.recipe import OneLink
-from cola.residual import Base, Residual
+from cola.residual import Base, LinkWeights, Residual
 
 ROW_LENGTH = 1 / math.sqrt(
     3
@@ -37,7 +37,14 @@ Gradients = Callable[[PreTrainedModel, Link, Sequence[str]], dict[str, Tensor]]
 
 
 @torch.no_grad()
-def draw(model: PreTrainedModel, link: Link, base: Base, learned: Residual, gradients: Gradients) -> None:
+def draw(
+    model: PreTrainedModel,
+    link: Link,
+    base: Base,
+    learned: Residual,
+    gradients: Gradients,
+    kept: LinkWeights | None = None,
+) -> None:
     """Redraw the attached pair as the link's `init` says; what PEFT has drawn already is left.
 
     Args:
@@ -46,7 +53,12 @@ def draw(model: PreTrainedModel, link: Link, base: Base, learned: Residual, grad
         base: Where `pissa` takes the pair out of.
         learned: The links tied before.
         gradients: Gives the full gradient (O, I) of the named modules' weights, float32, over the link's first batches.
+        kept: The pair of the link before, where it goes on in place of a fresh one.
     """
+    if kept is not None:
+        adapters.set_pair(model, kept)
+        hold_out(model, base, learned)
+        return
     layers = adapters.pair_layers(model)
     init, rank = link.what.init, link.what.rank or 0
     generator = torch.Generator().manual_seed(link.seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cola.errors import StoreError
+from cola.recipe import LinkSettings
 from cola.segments import digest
 from cola.store import Segment, Store, size_of
 from cola.tables import NONE
@@ -28,7 +29,8 @@ def inspect(store: Store, beginning: str, terminal: Terminal) -> None:
         path.insert(0, before)
     terminal.say(f"base {digest(root)}")
     terminal.say(f"  SHA-256 of config and weights {root['base']}")
-    terminal.say(f"  {root['dtype']} on {root['device']}, training version {root['training_version']}")
+    base = ", ".join([root["dtype"], *([root["quantization"]] if "quantization" in root else [])])
+    terminal.say(f"  {base} on {root['device']}, training version {root['training_version']}")
     for segment in path:
         _show(segment, terminal)
     terminal.say(f"all names recomputed, all checksums verified; files in {path[-1].folder}")
@@ -37,12 +39,6 @@ def inspect(store: Store, beginning: str, terminal: Terminal) -> None:
 def _show(segment: Segment, terminal: Terminal) -> None:
     record, link = segment.record, segment.record["causes"]["link"]
     rates = [rate for rate, _ in record["causes"]["steps"]]
-    what = "all weights"
-    if link["method"] == "lora":
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in link["modules"]}))
-        what = f"a pair of rank {link['rank']}, alpha {link['alpha']:g}, dropout {link['dropout']:g} on "
-        what += f"{len(link['modules'])} modules ({kinds})"
-    knot = link["knot"]
     adam = link["optimizer"]
     clip = "no clipping" if adam["max_grad_norm"] is None else f"clipped at {adam['max_grad_norm']:g}"
     rows = segment.steps()
@@ -52,8 +48,8 @@ def _show(segment: Segment, terminal: Terminal) -> None:
     lines = [
         f"{segment.kind} {segment.name}, steps {record['first_step'] + 1} to {record['last_step']}, "
         f"link {record['link_number']}",
-        f"from {link['parent']}" + (f"; knot: merge {knot['merge']}, optimizer {knot['optimizer']}" if knot else ""),
-        f"trains {what}, {link['method']}, seed {link['seed']}",
+        f"from {link['parent']}" + (f"; knot: {_settings(link['knot'])}" if link["knot"] else ""),
+        f"trains {_trained(link)}, {link['method']}, seed {link['seed']}",
         f"{adam['name']} betas {adam['betas'][0]:g} {adam['betas'][1]:g}, epsilon {adam['epsilon']:g}, weight decay "
         f"{adam['weight_decay']:g}, {clip}; learning rate {rates[0]:g} → {rates[-1]:g}",
         f"rows {', '.join(rows[0]['rows'])} (batch {record['causes']['steps'][0][1][:8]}) and {len(rows) - 1} more "
@@ -64,6 +60,40 @@ def _show(segment: Segment, terminal: Terminal) -> None:
     ]
     for number, line in enumerate(lines):
         terminal.say(("  " if number else "") + line)
+
+
+def _trained(link: dict[str, Any]) -> str:
+    """What a link trains and how it was drawn, from its causes; what is off is left out."""
+    parts = ["all weights"] if link["method"] == "full" else []
+    parts.append(_settings({key: link["settings"].get(key) for key in LinkSettings.model_fields}))
+    if link["modules"]:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in link["modules"]}))
+        parts.append(f"on {len(link['modules'])} modules ({kinds})")
+    if (init := link["start"]["init"]) != "default":
+        parts.append(f"init {init}")
+    if (ratio := link["optimizer"]["ratio"]) != 1:
+        parts.append(f"B at {ratio:g} times the rate of A")
+    return ("a pair of " if link["method"] == "lora" else "") + ", ".join(part for part in parts if part)
+
+
+def _settings(values: dict[str, Any]) -> str:
+    """Keys and values in words; what is off is left out."""
+    told = []
+    for key, value in values.items():
+        match value:
+            case None | False | 0 | []:
+                pass
+            case True:
+                told.append(key)
+            case dict():
+                told.append(f"{key} ({_settings(value)})")
+            case list():
+                told.append(f"{key} {', '.join(value)}")
+            case int() | float():
+                told.append(f"{key} {value:g}")
+            case _:
+                told.append(f"{key} {value}")
+    return ", ".join(told)
 
 
 def show_all(store: Store, terminal: Terminal) -> None:

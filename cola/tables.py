@@ -231,6 +231,8 @@ def _trains(links: list[OneLink]) -> str:
 def _knots(rules: KnotRules) -> str:
     """What an arm's knots do; a fresh optimizer and one schedule over the run go without saying."""
     parts = [{"exact": "merged", "naive": "merged in place", "no": "not merged"}[rules.merge or "exact"]]
+    if rules.pair == "keep":
+        parts = ["the same pair goes on"]
     if rules.merge_fraction not in (None, 1):
         parts.append(f"{rules.merge_fraction:.0%} kept")
     if isinstance(rules.optimizer, Prune):

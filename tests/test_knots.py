@@ -26,7 +26,7 @@ from cola.moments import Moments, carried, check_cleared, read_moments
 from cola.plan import Link, plan_arm
 from cola.recipe import KnotRules, Prune
 from cola.recipe_file import read_recipe
-from cola.record import RunFolder
+from cola.record import RunFolder, read_jsonl
 from cola.residual import Base
 from cola.run import run
 from cola.segments import lineage, root_causes
@@ -208,6 +208,11 @@ def only(arms: dict[str, str]) -> list[str]:
         *(f"arms.{name}=null" for name in ("base", "lora", "chain3", "full")),
         *(f"arms.{n}={s}" for n, s in arms.items()),
     ]
+
+
+def metrics(folder: RunFolder, arm: str) -> list[dict[str, Any]]:
+    """An arm's optimizer steps."""
+    return [row for row in read_jsonl(folder.path / f"arms/{arm}/seed-0/metrics.jsonl") if row["kind"] == "step"]
 
 
 def test_what_a_knot_clears_is_measured_and_recorded(recipe_file: Path) -> None:
@@ -406,6 +411,7 @@ NEW_SETTINGS = [
     "knot.merge=naive",
     "knot.merge=no",
     "knot.merge_fraction=0.5",
+    "knot.pair=keep",
     "knot.optimizer=keep",
     "knot.optimizer={prune_magnitude: 0.5}",
     "knot.optimizer={prune_magnitude: 0.6}",
@@ -433,6 +439,7 @@ def test_each_setting_that_changes_the_training_changes_the_name(recipe_file: Pa
         (["link={init: gradient, init_batches: 2}"], ["link={init: gradient, init_batches: 8}"]),  # of two steps each
         (["knot.merge=true"], ["knot.merge=exact"]),
         (["knot.max_drift=0.5"], []),
+        (["knot={pair: keep, merge: no}"], ["knot.pair=keep"]),  # untied again where the next link begins
         (["arms.chain3.links=1", "knot={optimizer: keep, merge: no}"], ["arms.chain3.links=1"]),
         (["arms.chain3.quantization=nf4", "arms.chain3.knot={merge: no}"], ["arms.chain3.quantization=nf4"]),
         (["arms.chain3={method: qlora, links: 3}"], ["arms.chain3.quantization=nf4"]),
@@ -450,6 +457,7 @@ ARMS = {
     "dora": "{links: 2, use_dora: true, knot: {optimizer: keep}}",
     "pissa": "{links: 2, init: pissa, knot: {optimizer: {prune_random: 0.5}}}",
     "orthogonal": "{links: 2, init: orthogonal, loraplus_lr_ratio: 4, dropout: 0.1, knot: {merge: no}}",
+    "same": "{links: 2, use_dora: true, init: gaussian, knot: {pair: keep}}",
     "part": "{links: 2, knot: {merge_fraction: 0.5, optimizer: {prune_magnitude: 0.5}, schedule: link}}",
     "naive": "{links: 2, dtype: bfloat16, knot: {merge: naive}}",
     "nf4": "{links: 2, method: qlora, init: gradient, init_batches: 2}",
@@ -519,6 +527,20 @@ def test_moments_are_kept_across_a_knot_whoever_trained_the_first_link(recipe_fi
     assert segment == result(lora, "one")["train_info"]["scored_state"]
     assert result(after, "keep")["train_info"]["links"][1]["cleared"] < 0.05
     assert after.scores("keep", 0, "test") == alone.scores("keep", 0, "test")
+
+
+@pytest.mark.parametrize("kind", ["default", "pissa", "dora"])
+def test_a_chain_that_keeps_its_pair_and_optimizer_is_lora_to_the_bit(recipe_file: Path, kind: str) -> None:
+    settings = {"default": "", "pissa": "init: pissa, ", "dora": "use_dora: true, "}[kind]
+    kept = "links: 3, knot: {pair: keep, optimizer: keep}"
+    arms = {"lora": f"{{{settings}links: 1}}", "same": f"{{{settings}{kept}}}"}
+    arms |= {"reset": f"{{{settings}links: 3, knot: {{pair: keep}}}}"}
+    folder, summary = go(recipe_file, *SHORT, "training.steps=6", *only(arms))
+    assert summary["same_outputs"] == [("lora", "same", 0)]  # the two that must be; a reset changes what is learned
+    rows = [[step["loss"] for step in metrics(folder, arm)] for arm in arms]
+    assert rows[0] == rows[1]
+    assert rows[0][:3] == rows[2][:3]  # the first link, and the step whose gradient is still the same
+    assert rows[0] != rows[2]
 
 
 # ---------------------------------------------------------------------------------------------------------

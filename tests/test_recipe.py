@@ -751,7 +751,13 @@ def test_a_written_recipe_says_every_default(read: Read) -> None:
         "loraplus_lr_ratio": 1,
         "learning_rate": 2e-4,
     }
-    assert tree["knot"] == {"merge": "exact", "merge_fraction": 1, "optimizer": "fresh", "schedule": "run"}
+    assert tree["knot"] == {
+        "merge": "exact",
+        "pair": "fresh",
+        "merge_fraction": 1,
+        "optimizer": "fresh",
+        "schedule": "run",
+    }
     assert tree["training"]["schedule"] == "linear"
     assert tree["data"]["too_long"] == "drop"
 

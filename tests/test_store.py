@@ -681,6 +681,31 @@ def test_inspecting_follows_a_chain_back_to_the_base(recipe_file: Path, place: P
     assert "all names recomputed, all checksums verified" in told.output
 
 
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ("{}", "trains a pair of rank 8, alpha 16, on 14 modules (down_proj, gate_proj, "),
+        ("{rank: 4, use_dora: true, loraplus_lr_ratio: 4}", "a pair of rank 4, alpha 8, use_dora, on 14 modules ("),
+        ("{loraplus_lr_ratio: 4, init: gaussian}", "init gaussian, B at 4 times the rate of A, lora, seed "),
+        ("{links: 2}", "; knot: merge exact, fraction 1, optimizer fresh"),
+        ("{links: 2, knot: {optimizer: {prune_random: 0.5}}}", "fraction 1, optimizer (prune_random 0.5)"),
+        ("{method: full, freeze: embeddings}", "trains all weights, freeze embeddings, full, seed "),
+        (
+            "{method: adapter, bottleneck: 8}",
+            "trains bottleneck 8, placement pfeiffer, activation relu, adapter, seed ",
+        ),
+        ("{method: p_tuning, num_virtual_tokens: 3}", "trains num_virtual_tokens 3, p_tuning, seed "),
+    ],
+)
+def test_inspecting_says_what_a_link_trains_and_what_the_knot_before_it_did(
+    recipe_file: Path, arm: str, words: str
+) -> None:
+    folder, _ = go(recipe_file, *SHORT, *LORA_ONLY, f"arms.lora={arm}")
+    told = cola("inspect", result(folder, "lora")["train_info"]["segments"][-1])
+    assert told.exit_code == 0
+    assert words in told.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize("word", ["zzz", "", "0" * 32, "../..", "*"])
 def test_inspecting_what_is_not_there_is_one_line(recipe_file: Path, word: str) -> None:
     go(recipe_file, *SHORT, *LORA_ONLY)
