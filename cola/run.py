@@ -92,7 +92,8 @@ def run(
     meter = _meter(recipe, skeleton, splits)
     tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
     jobs = jobs_of(recipe)
-    _say_twins(recipe, tree, jobs, terminal)
+    if not siblings:  # a point of an ablation may well be another arm: a chain of one link is LoRA
+        _say_twins(recipe, tree, jobs, terminal)
     for arm in recipe.arms:
         rules = recipe.knot_of(arm)
         if isinstance(rules.optimizer, Prune) and recipe.arms[arm].n_links != 1 and not rules.warmup_steps:

@@ -1,8 +1,7 @@
 """What a knot does to weights, moments and learning rates, also after a kill. Run: pytest tests/test_knots.py"""
 
-import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ from cola.train import tune
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """accelerate collects garbage at every link, among all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def rules(**settings: Any) -> KnotRules:

@@ -1,9 +1,7 @@
 """Every recipe in recipes/ on a tiny random Qwen2, and the controls' one key each. Run: pytest tests/test_recipes.py"""
 
-import gc
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,12 @@ from cola.ablation import AblationFolder, points_of
 from cola.recipe import METHODS, Recipe
 from cola.recipe_file import read_recipe, values_of
 
-pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 FEW = "{search: [1e-2, 5e-3]}"  # the fewest trials of a search
 SEARCHED = ("qwen1_8b_chain3",)  # whose search is tried here; the others get one learning rate
-
-
-@pytest.fixture(scope="module")
-def little_garbage() -> Iterator[None]:
-    """accelerate collects garbage twice a job; where it looks at all of torch, that takes longer than the job."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def save_tiny64(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
