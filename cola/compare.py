@@ -141,6 +141,8 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
     }
     if not done:
         return summary
+    if "links" in recipe.searches_of(name):
+        summary["links"] = len(done[0]["train_info"]["links"])
     for split in SPLITS:
         for key in ("loss", "score"):
             summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])

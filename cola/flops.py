@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cola import adapters
 from cola.cache import cache_dir
 from cola.errors import RecipeError
-from cola.plan import Choice, Job, Link, budget_steps, plan_arm
+from cola.plan import Choice, Job, Link, budget_steps, own_lengths, plan_arm
 from cola.recipe import OneLink, Recipe
 from cola.record import write_text
 from cola.segments import digest
@@ -79,7 +80,8 @@ class Meter:
             tokens, targets = zip(*(self.rows[row] for row in rows), strict=True)
             flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
-        if costs and link.what.init_batches:
+        drawn = link.knot is None or link.knot.pair != "keep"
+        if costs and drawn and link.what.init_batches:
             # A pair along the full gradient reads the link's first batches once more, before its first step.
             costs[0] = sum(costs[: link.what.init_batches], costs[0])
         return costs
@@ -162,6 +164,17 @@ class Budget:
     order_of: Callable[[int, int], Sequence[Sequence[int]]]
     _known: dict[tuple[str, int, Choice], int] = field(default_factory=dict)
 
+    @cached_property
+    def _without_warmup(self) -> Recipe:
+        """Warm-ups cost nothing, and may be longer than the few steps that a search for the right number tries."""
+        none = {"warmup_steps": 0}
+        recipe = self.recipe
+        arms = {
+            name: arm.model_copy(update={"knot": arm.knot.model_copy(update=none)}) for name, arm in recipe.arms.items()
+        }
+        training, knot = recipe.training.model_copy(update=none), recipe.knot.model_copy(update=none)
+        return recipe.model_copy(update={"training": training, "knot": knot, "arms": arms})
+
     def steps(self, job: Job) -> int | None:
         """A job's optimizer steps: as many as cost no more than the reference arm's; None where steps are the budget.
 
@@ -178,18 +191,24 @@ class Budget:
         key = (job.arm, job.seed, job.choice)
         if key not in self._known:
             allowed = self.cost(Job(arm=reference, seed=job.seed), budget).of(training.match)
-            if not math.isfinite(allowed) or not math.isfinite(self.cost(job, budget).of(training.match)):
+            # Links that say their own lengths leave nothing to be found, or the rest of them.
+            recipe = self.recipe.with_choice(job.arm, dict(job.choice))
+            own = own_lengths(recipe, job.arm, n_train)
+            low = sum(steps or 1 for steps in own)
+            least = self.cost(job, low).of(training.match)
+            if not math.isfinite(allowed + least):
                 raise RecipeError(
                     f"training.match: the FLOPs of this model cannot be counted ({self.meter.trouble}); match steps or "
                     "tokens"
                 )
-            low, high = self.recipe.arms[job.arm].n_links, 2 * budget
-            while self.cost(job, high).of(training.match) <= allowed:
-                low, high = high, 2 * high
-            if self.cost(job, low).of(training.match) > allowed:
+            if least > allowed:
                 raise RecipeError(
-                    f"arms.{job.arm}: the {training.match} of {reference} do not pay for {low} steps of it"
+                    f"arms.{job.arm}: {low} steps of it cost more than training.match: {training.match} allows, "
+                    f"which is what {budget} steps of {reference} cost"
                 )
+            high = low + 1 if None not in own else 2 * max(low, budget)
+            while None in own and self.cost(job, high).of(training.match) <= allowed:
+                low, high = high, 2 * high
             while high - low > 1:
                 middle = (low + high) // 2
                 fits = self.cost(job, middle).of(training.match) <= allowed
@@ -199,7 +218,7 @@ class Budget:
 
     def cost(self, job: Job, n_steps: int) -> Cost:
         """What a job costs if it is trained for so many steps."""
-        links = plan_arm(self.recipe, job.arm, job.seed, len(self.meter.rows), job.choice, n_steps)
+        links = plan_arm(self._without_warmup, job.arm, job.seed, len(self.meter.rows), job.choice, n_steps)
         order = self.order_of(job.seed, n_steps)
         steps = [self.meter.steps(link, order[link.first_step : link.last_step]) for link in links]
         return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))

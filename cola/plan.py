@@ -132,8 +132,7 @@ def _number(rate: float | Search | None) -> float | None:
 
 
 def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int, total: int) -> list[int]:
-    per_epoch = steps_per_epoch(recipe.training, n_train)
-    own = [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
+    own = own_lengths(recipe, arm, n_train)
     if recipe.training.protocol == "grow":
         return [steps or total for steps in own]
     free = [i for i, steps in enumerate(own) if steps is None]
@@ -151,6 +150,13 @@ def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int, total: 
     for place, i in enumerate(free):
         own[i] = (place + 1) * left // len(free) - place * left // len(free)
     return [steps for steps in own if steps is not None]
+
+
+def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
+    """Optimizer steps of an arm's links, as far as they say them themselves."""
+    per_epoch = steps_per_epoch(recipe.training, n_train)
+    links = recipe.links_of(arm)
+    return [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
 
 
 def _warmup(warmup_steps: float, scope: int) -> int:

@@ -93,7 +93,7 @@ def _parameters(recipe: Recipe) -> dict[str, int] | None:
     for arm in recipe.arms:
         links = recipe.links_of(arm)
         try:
-            starts.check_room(skeleton, links)
+            starts.check_room(skeleton, links[:1] if recipe.knot_of(arm).pair == "keep" else links)
             counts[arm] = max((adapters.count_parameters(skeleton, link) for link in links), default=0)
         except ModelError as error:
             raise ModelError(f"arms.{arm}: {error}") from None

@@ -634,6 +634,14 @@ class Recipe(Section):
             self._check_search(name)
             for choice in self.choices_of(name) or [{}]:
                 self.with_choice(name, choice)._check_arm(name)
+        if self.training.match != "steps" and (reference := self.reference_arm) is not None:
+            costly = set(self.searches_of(reference)) - {"learning_rate", "alpha", "dropout", "loraplus_lr_ratio"}
+            if costly:
+                raise ValueError(
+                    f"training.match: {self.training.match}: the other arms are matched to {reference}, whose "
+                    f"{min(costly)} is searched, so what it costs is not known: name another arm with comparison.lora, "
+                    "or match steps"
+                )
         counts = {
             name: len(self.choices_of(name) or [{}]) * len(self.search_seeds(name))
             for name, arm in self.arms.items()
@@ -671,8 +679,8 @@ class Recipe(Section):
             raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
         if quantization and method == "full":
             raise ValueError(
-                f"arms.{name}: full fine-tuning has no use for {quantization} codes, which cannot be trained: leave "
-                "quantization out, or train a pair beside them (method: lora)"
+                f"arms.{name}: full fine-tuning has no use for {quantization} codes, which cannot be trained: say "
+                "quantization: none, or train a pair beside them (method: lora)"
             )
         if quantization and dtype == "float16" and quantization == "nf4":
             raise ValueError(f"arms.{name}: nf4 computes in float32 or bfloat16 here; set dtype")
@@ -714,7 +722,9 @@ class Recipe(Section):
         handed_on += [("pair", "the pair before does", knot.pair == "keep")]
         for rule, what, _ in (entry for entry in handed_on if entry[2]):
             for n, (before, after) in enumerate(itertools.pairwise(links), 2):
-                for key in ("rank", "target_modules", "use_dora"):
+                # Under another scale the same pair would be another update.
+                scale = ("alpha", "use_rslora") if rule == "pair" else ()
+                for key in ("rank", "target_modules", "use_dora", *scale):
                     if getattr(before, key) != getattr(after, key):
                         raise ValueError(
                             f"arms.{name}.knot.{rule}: link {n} has {key} {getattr(after, key)} after "

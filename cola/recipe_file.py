@@ -415,13 +415,19 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         links = recipe.links_of(arm)
         searched = recipe.searches_of(arm)
         explicit: dict[str, Any] = {}
+        # What is searched has no value yet, nor has what follows from it.
+        open_keys = {*searched} | ({"alpha"} if "rank" in searched else set())
+        open_keys |= {"init_batches"} if "init" in searched else set()
         if links and isinstance(settings.links, int):
-            said = links[0].model_dump(exclude={"steps", "epochs", "learning_rate", *searched})
+            said = links[0].model_dump(exclude={"steps", "epochs", "learning_rate", *open_keys})
             explicit = {key: value for key, value in said.items() if key in LinkSettings.model_fields}
-            if "rank" in searched and "alpha" not in searched:
-                # Written beside the rank that is still to be chosen, or as a multiple of any.
-                common = recipe.link.alpha
-                explicit["alpha"] = settings.alpha or (common if isinstance(common, str) else None)
+        elif isinstance(settings.links, list):
+            own = zip(links, settings.links, strict=True)
+            links = [one.model_copy(update={key: getattr(mine, key, None) for key in open_keys}) for one, mine in own]
+        if "rank" in searched and "alpha" not in searched:
+            # Written beside the rank that is still to be chosen, or as a multiple of any.
+            common = recipe.link.alpha
+            explicit["alpha"] = settings.alpha or (common if isinstance(common, str) else None)
         if links:
             explicit["search"] = searched or None
             explicit["learning_rate"] = None if "learning_rate" in searched else recipe.learning_rate_of(arm)

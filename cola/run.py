@@ -96,7 +96,8 @@ def run(
         _say_twins(recipe, tree, jobs, terminal)
     for arm in recipe.arms:
         rules = recipe.knot_of(arm)
-        if isinstance(rules.optimizer, Prune) and recipe.arms[arm].n_links != 1 and not rules.warmup_steps:
+        several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
+        if isinstance(rules.optimizer, Prune) and several and not rules.warmup_steps:
             terminal.warn(
                 f"{arm}: pruning keeps Adam's step count, so entries that were cleared take steps of up to 6.6 times "
                 "the learning rate after a knot; knot.warmup_steps softens that"
@@ -273,7 +274,10 @@ def device_description() -> str:
 def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.device) -> None:
     """What an arm asks of the model and the data, checked before anything is trained."""
     skeleton = source.skeleton()
-    virtual = [link.num_virtual_tokens or 0 for arm in recipe.arms for link in recipe.links_of(arm)]
+    tried = [
+        recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
+    ]
+    virtual = [link.num_virtual_tokens or 0 for links in tried for link in links]
     n_tokens = len(residual.weight_of(skeleton.get_input_embeddings(), ""))
     _check_fit(source, skeleton.config, n_tokens, splits, max(virtual, default=0))
     tried = set()
@@ -290,7 +294,7 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
                     if (key := what.model_dump_json()) not in tried:
                         tried.add(key)
                         adapters.attach(source.skeleton(), what, 0)
-                starts.check_room(skeleton, whats)
+                starts.check_room(skeleton, whats[:1] if recipe.knot_of(arm).pair == "keep" else whats)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None
 

@@ -119,7 +119,7 @@ def orthogonal_rows(used_KI: Tensor, rank: int, generator: torch.Generator) -> T
 
 
 def check_room(skeleton: PreTrainedModel, links: Sequence[OneLink]) -> None:
-    """Whether the model's matrices have room for the directions that the starts ask for.
+    """Whether the model's matrices have room for the directions that the starts of these links ask for.
 
     Raises:
         ModelError: names the module, its size and what would fit.
@@ -141,4 +141,4 @@ def check_room(skeleton: PreTrainedModel, links: Sequence[OneLink]) -> None:
                     f"init: {what.init}: {name} is {n_out} x {n_in} and has {room} singular vectors, so rank "
                     f"{what.rank} is too large; lower it, or use init: default"
                 )
-            used[name] = before + what.rank
+            used[name] = before + what.rank * (2 if what.init == "pissa" else 1)  # with what was taken out

@@ -34,7 +34,7 @@ from cola import adapters, starts
 from cola.batches import MicroBatch, collate
 from cola.chain import Chain, extend, run_chain, tie_knot
 from cola.data import Example
-from cola.errors import ModelError, NoGradient
+from cola.errors import ModelError, NoGradient, RecipeError
 from cola.evaluate import Evaluator, choice_nats
 from cola.flops import Budget, Meter
 from cola.forward import logits_at
@@ -677,6 +677,23 @@ def test_a_matched_arm_gets_the_most_steps_that_cost_no_more(recipe_file: Path, 
         assert steps is not None
         assert cost(method, steps, **settings) <= allowed < cost(method, steps + 1, **settings)
     assert budget.steps(Job(arm="base", seed=0)) is None
+
+
+def test_a_matched_budget_takes_warm_ups_and_links_that_say_their_lengths(recipe_file: Path) -> None:
+    def read(arm: str) -> Budget:
+        overrides = ["training.match=flops", "training.warmup_steps=2", "knot.warmup_steps=1", f"arms.other={arm}"]
+        recipe = read_recipe(recipe_file, overrides)
+        meter = Meter(tiny_model(), [(10, 2)] * 24, False)
+        return Budget(recipe, meter, lambda seed, n: [list(range(8))] * n)
+
+    other = Job(arm="other", seed=0)
+    lora = read("{links: 1}").steps(other)
+    assert lora == 6
+    assert read("{links: 3}").steps(other) == lora
+    assert read("{links: [{steps: 2}, {steps: 3}]}").steps(other) == 5
+    assert read("{links: [{steps: 2}, {}]}").steps(other) == lora
+    with pytest.raises(RecipeError, match=r"arms\.other: 8 steps of it cost more than training\.match: flops allows"):
+        read("{links: [{steps: 4}, {steps: 4}]}").steps(other)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -767,3 +767,24 @@ def test_the_recipes_of_this_repository_can_be_read() -> None:
     assert paths
     for path in paths:
         assert read_recipe(path).arms
+
+
+def test_a_search_over_links_of_a_list_sets_the_value_of_each(read: Read) -> None:
+    arms = "{lora: {links: [{epochs: 1}, {epochs: 1}], rank: {search: [2, 16]}}}"
+    recipe = read(PLAIN, f"arms={arms}", "comparison={}", "training.epochs=2", "link.alpha=2r")
+    chosen = [recipe.with_choice("lora", choice).links_of("lora") for choice in recipe.choices_of("lora")]
+    assert [[(link.rank, link.alpha) for link in links] for links in chosen] == [[(2, 4)] * 2, [(16, 32)] * 2]
+    assert read(dump_recipe(recipe)) == recipe
+
+
+def test_arms_cannot_be_matched_to_one_whose_cost_is_searched(read: Read) -> None:
+    arms = "{lora: {rank: {search: [2, 16]}}, full: {method: full, learning_rate: {search: [1e-3, 1e-4]}}}"
+    with pytest.raises(RecipeError, match="whose rank is searched"):
+        read(PLAIN, f"arms={arms}", "comparison={}", "training.match=flops")
+    read(PLAIN, f"arms={arms.replace('rank', 'learning_rate')}", "comparison={}", "training.match=flops")
+
+
+@pytest.mark.parametrize("links", ["[{alpha: 4}, {alpha: 8}]", "[{}, {use_rslora: true}]", "[{rank: 4}, {rank: 8}]"])
+def test_a_pair_that_is_kept_keeps_its_scale(read: Read, links: str) -> None:
+    with pytest.raises(RecipeError, match=r"knot\.pair: link 2 has .* so the pair before does not fit it"):
+        read(PLAIN, f"arms.chain3={{links: {links}, knot: {{pair: keep}}}}")
