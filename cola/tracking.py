@@ -140,6 +140,7 @@ class Tracker:
         if not whole:
             known = {"id": secrets.token_hex(4), "logged": 0, "clean": True}
         self.identity, self.logged = known["id"], known["logged"]
+        self._sweep()
         if not known["clean"] and self.mode == "offline":
             part = self.folder / "wandb" / known["session"]
             if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
@@ -148,6 +149,12 @@ class Tracker:
                     part = part.rename(part.with_name(f"killed-{part.name}"))
                 shutil.rmtree(part, ignore_errors=True)
                 self.logged = known["began"]
+
+    def _sweep(self) -> None:
+        """Remove what a session left that was killed before W&B had begun its file: `wandb sync` cannot read it."""
+        for part in self.folder.glob("wandb/offline-run-*"):
+            if not any(part.glob("*.wandb")):
+                shutil.rmtree(part, ignore_errors=True)
 
     def _write_note(self, clean: bool) -> None:
         known = {"id": self.identity, "session": self.session, "began": self.began, "logged": self.logged}
@@ -167,6 +174,7 @@ class Tracker:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})
             self.run.finish(exit_code=0 if status == "ok" else 1)
             self._write_note(clean=True)
+            self._sweep()
 
         self._guard(end)
         self.run = None
