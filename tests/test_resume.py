@@ -358,7 +358,8 @@ class Curves:
 
 def sent(folder: Path) -> dict[str, Curves]:
     found: dict[str, Curves] = {}
-    for path in sorted(folder.glob("wandb/offline-run-*")):
+    # W&B's own process outlives a kill by a moment and may leave a folder whose file was never begun.
+    for path in sorted({file.parent for file in folder.glob("wandb/offline-run-*/*.wandb")}):
         mine = records(path)
         for head in [record["run"] for record in mine if record["type"] == "run"]:
             curves = found.setdefault(head["display_name"], Curves(set(), [], {}))
