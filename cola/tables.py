@@ -78,7 +78,8 @@ def matched_text(matched: dict[str, Any]) -> str:
 def _trials_table(summary: dict[str, Any]) -> Table:
     """Every value that a search tried, with what validation said of it."""
     score = [] if summary["metric"] == "perplexity" else [f"validation {summary['metric']}"]
-    table = Table("Trials of the search, on validation", ["arm", "values", "validation loss", *score, "chosen"], [])
+    title = f"Trials of the search, on validation; {matched_text(summary['matched'])}"
+    table = Table(title, ["arm", "values", "validation loss", *score, "chosen"], [])
     for arm, search in summary["trials"].items():
         for number, trial in enumerate(search["trials"]):
             values = ", ".join(f"{key}={_value(value)}" for key, value in trial["values"].items())

@@ -663,7 +663,7 @@ def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: B
     ]
     run.folder.write_json(Path("trials/lora/chosen.json"), {"chosen": 2, "seeds": [0], "trials": trials})
     table = result_tables(run.summary(recipe()))[-1]
-    assert table.title == "Trials of the search, on validation"
+    assert table.title.startswith("Trials of the search, on validation; matched: optimizer steps")
     assert table.rows == [
         ["lora", "rank=4, init=default", "0.500", "0.250", ""],
         ["lora", "rank=8, init=default", "failed", "failed", ""],
