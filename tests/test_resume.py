@@ -86,6 +86,8 @@ def child(command: list[str], said: Path, environment: dict[str, str], place: st
     from cola.cli import app
 
     os.environ.update(environment)
+    # A W&B service of the tests' own process would outlive this one and hold its run; a user's dies with the command.
+    os.environ.pop("WANDB_SERVICE", None)
     torch.set_num_threads(1)
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
