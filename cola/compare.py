@@ -13,7 +13,6 @@ about another seed, and the table says so.
 Axes: S seeds, N examples.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -111,17 +110,18 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
     for name, contrast in contrasts.pop("arms").items():
         arms[name] |= contrast
     meta = folder.provenance()
+    trials, damaged = _trials(recipe, folder)
     states = {state for arm in arms.values() for state in arm["states"].values()}
     return {
         "meta": meta,
-        "notes": meta["data"]["notes"] if meta else [],
+        "notes": [*(meta["data"]["notes"] if meta else []), *damaged],
         "interrupted": bool(states & {"interrupted", "missing"}),
         "metric": METRICS[recipe.data.task],
         "checkpoint": recipe.evaluation.checkpoint,
         "select_by": recipe.evaluation.select_by,
         "seeds": list(recipe.seeds),
         "matched": _matched(recipe, arms),
-        "trials": _trials(recipe, folder),
+        "trials": trials,
         "same_outputs": _same_outputs(recipe, folder, results),
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
@@ -173,13 +173,15 @@ def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"by": recipe.training.match, "per_link": per_link, "used": [min(used), max(used)] if used else None}
 
 
-def _trials(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """What each arm's search tried; a damaged record fails the seeds that need it, and no more."""
-    found = {}
+def _trials(recipe: Recipe, folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
+    """What each arm's search tried, and what is wrong with a record that cannot be read, which spoils no other."""
+    found, damaged = {}, []
     for name in recipe.arms:
-        with contextlib.suppress(RunFolderError):
+        try:
             found[name] = folder.trials(name)
-    return {name: trials for name, trials in found.items() if trials is not None}
+        except RunFolderError as error:
+            damaged.append(str(error))
+    return {name: trials for name, trials in found.items() if trials is not None}, damaged
 
 
 def _same_outputs(

@@ -1,10 +1,9 @@
 """Every method against PEFT, bitsandbytes' paper or a formula. Run: pytest tests/test_methods.py"""
 
 import copy
-import gc
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from peft import (
 )
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
+from test_chain import INPUTS, batches, logits
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, gelu, relu, silu
@@ -45,20 +45,10 @@ from cola.recipe_file import read_recipe
 from cola.residual import Base
 from cola.train import full_gradients, tune
 
-INPUTS = torch.randint(1, 400, (4, 12), generator=torch.Generator().manual_seed(1))
 ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
 RULES = KnotRules(merge="exact", merge_fraction=1.0, optimizer="fresh", schedule="run", warmup_steps=0)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Gradients = starts.Gradients
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """accelerate collects garbage at every link, among all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def what(method: str = "lora", **settings: Any) -> OneLink:
@@ -73,21 +63,6 @@ def link(method: str = "lora", n_steps: int = 6, first_step: int = 0, seed: int 
 
 def links(n: int, **settings: Any) -> list[Link]:
     return [link(first_step=6 * i, seed=7 + i, **settings) for i in range(n)]
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model.eval()(input_ids=INPUTS).logits.float()
-
-
-def batches(n: int) -> list[list[MicroBatch]]:
-    generator = torch.Generator().manual_seed(3)
-
-    def row(i: int) -> tuple[str, list[int], list[int]]:
-        tokens = torch.randint(1, 400, (9 + i,), generator=generator).tolist()
-        return f"row-{i}", tokens[:6], tokens[6:]
-
-    return [[collate([row(i) for i in range(3)])] for _ in range(n)]
 
 
 def gradients(model: PreTrainedModel, own: Link, names: Sequence[str]) -> dict[str, Tensor]:

@@ -775,6 +775,7 @@ def test_a_damaged_choice_of_a_learning_rate_fails_its_arm_alone(recipe_file: Pa
     summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
     assert summary["arms"]["lora"]["states"] == {0: "failed"}
     assert "chosen.json is damaged" in summary["arms"]["lora"]["errors"][0]
+    assert any("chosen.json is damaged" in note for note in summary["notes"])  # its trials have no rows in the table
     assert summary["arms"]["base"]["states"] == {0: "ok"}
 
 
