@@ -251,7 +251,7 @@ def ablation_notes(summary: dict[str, Any]) -> list[str]:
     if summary["matched"]["by"] != "steps":
         lines.append(f"Within each point all arms have the same {summary['matched']['by']} in all.")
     elif summary["protocol"] == "fixed":
-        lines.append("Protocol fixed: every length has the same optimizer steps in all.")
+        lines.append("Protocol fixed: every point has the same optimizer steps in all.")
     else:
         lines.append("Protocol grow: every link has the same optimizer steps, so longer chains are trained longer.")
     total = summary["trained_steps"] + summary["recalled_steps"]

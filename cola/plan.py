@@ -109,9 +109,8 @@ def plan_arm(
         else:
             shape = whole[first : first + length]
             rewarm = _warmup(rules.warmup_steps or 0, length) if number else 0
-            shape = [
-                factor * min(1.0, step / max(1, rewarm)) if rewarm else factor for step, factor in enumerate(shape)
-            ]
+            if rewarm:
+                shape = [factor * min(1.0, step / rewarm) for step, factor in enumerate(shape)]
         links.append(
             Link(
                 what=link.model_copy(update={"steps": None, "epochs": None, "learning_rate": None}),

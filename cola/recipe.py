@@ -664,9 +664,13 @@ class Recipe(Section):
 
     def _check_arm(self, name: str) -> None:
         """What the settings of one arm rule out together."""
-        arm, links, knot = self.arms[name], self.links_of(name), self.knot_of(name)
-        dtype, quantization = self.base_of(name)
-        method = links[0].method if links else None
+        self._check_methods(name)
+        self._check_base(name)
+        self._check_knot(name)
+
+    def _check_methods(self, name: str) -> None:
+        """Keys that a link's method does not take, or not beside the others."""
+        arm, links = self.arms[name], self.links_of(name)
         for n, link in enumerate(links):
             takes = METHODS[link.method or "lora"]
             own = arm.links[n] if isinstance(arm.links, list) else arm
@@ -674,41 +678,6 @@ class Recipe(Section):
                 given = getattr(arm, key) is not None or getattr(own, key) is not None
                 if given and key not in takes and key not in ("method", "learning_rate"):
                     raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
-        if len(links) > 1 and (odd := next((link.method for link in links if link.method != "lora"), None)):
-            why = "full fine-tuning" if odd == "full" else f"method {odd}"
-            raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
-        if quantization and method == "full":
-            raise ValueError(
-                f"arms.{name}: full fine-tuning has no use for {quantization} codes, which cannot be trained: say "
-                "quantization: none, or train a pair beside them (method: lora)"
-            )
-        if quantization and dtype == "float16" and quantization == "nf4":
-            raise ValueError(f"arms.{name}: nf4 computes in float32 or bfloat16 here; set dtype")
-        if quantization and knot.merge == "naive":
-            raise ValueError(
-                f"arms.{name}.knot.merge: naive would quantize the base anew at each knot, which loses nearly all that "
-                "was learned; a quantized base keeps its pairs beside the codes: leave merge out"
-            )
-        for link in links:
-            exact = knot.merge == "exact" and quantization is None
-            if link.use_dora and not exact:
-                why = f"on an {quantization} base" if quantization else f"with knot.merge: {knot.merge}"
-                raise ValueError(
-                    f"arms.{name}.use_dora: DoRA rescales the rows of the weight, so it cannot be kept {why}; use a "
-                    "dense base and merge: exact, or leave use_dora out"
-                )
-            if knot.pair == "keep" and knot.merge_fraction != 1 and len(links) > 1:
-                raise ValueError(
-                    f"arms.{name}.knot.merge_fraction: with pair: keep nothing is let go of between links: remove it"
-                )
-            if link.use_dora and knot.merge_fraction != 1 and len(links) > 1:
-                raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
-            if link.init == "pissa" and not exact:
-                why = f"with {quantization} codes" if quantization else f"with knot.merge: {knot.merge}"
-                raise ValueError(
-                    f"arms.{name}.init: pissa takes the pair out of the frozen weight, which cannot be done {why}; use "
-                    "init: default"
-                )
             if link.init_batches is not None and link.init != "gradient":
                 raise ValueError(f"arms.{name}.init_batches has no effect with init: {link.init}: remove it")
             if link.encoder_hidden_size is not None and link.method == "prefix" and not link.prefix_projection:
@@ -718,20 +687,68 @@ class Recipe(Section):
                     f"arms.{name}: method prefix lies in the cache of keys and values, which "
                     "training.gradient_checkpointing does without: set that to false, or use p_tuning"
                 )
-        handed_on = [("optimizer", "the moments do", knot.optimizer not in ("fresh", "zero"))]
-        handed_on += [("pair", "the pair before does", knot.pair == "keep")]
-        for rule, what, _ in (entry for entry in handed_on if entry[2]):
-            for n, (before, after) in enumerate(itertools.pairwise(links), 2):
-                # Under another scale the same pair would be another update.
-                scale = ("alpha", "use_rslora") if rule == "pair" else ()
-                for key in ("rank", "target_modules", "use_dora", *scale):
+        if len(links) > 1 and (odd := next((link.method for link in links if link.method != "lora"), None)):
+            why = "full fine-tuning" if odd == "full" else f"method {odd}"
+            raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
+        if links and links[0].method != "lora" and (idle := sorted(arm.knot.model_fields_set)):
+            raise ValueError(f"arms.{name}.knot.{idle[0]}: method {links[0].method} has no knot to tie: remove it")
+
+    def _check_base(self, name: str) -> None:
+        """What a quantized base, or weights that a knot may not write, cannot take."""
+        links, knot = self.links_of(name), self.knot_of(name)
+        dtype, quantization = self.base_of(name)
+        if quantization and any(link.method == "full" for link in links):
+            raise ValueError(
+                f"arms.{name}: full fine-tuning has no use for {quantization} codes, which cannot be trained: say "
+                "quantization: none, or train a pair beside them (method: lora)"
+            )
+        if quantization == "nf4" and dtype == "float16":
+            raise ValueError(f"arms.{name}: nf4 computes in float32 or bfloat16 here; set dtype")
+        if quantization and knot.merge == "naive":
+            raise ValueError(
+                f"arms.{name}.knot.merge: naive would quantize the base anew at each knot, which loses nearly all that "
+                "was learned; a quantized base keeps its pairs beside the codes: leave merge out"
+            )
+        if knot.merge == "exact" and quantization is None:
+            return
+        for link in links:
+            if link.use_dora:
+                why = f"on an {quantization} base" if quantization else f"with knot.merge: {knot.merge}"
+                raise ValueError(
+                    f"arms.{name}.use_dora: DoRA rescales the rows of the weight, so it cannot be kept {why}; use a "
+                    "dense base and merge: exact, or leave use_dora out"
+                )
+            if link.init == "pissa":
+                why = f"with {quantization} codes" if quantization else f"with knot.merge: {knot.merge}"
+                raise ValueError(
+                    f"arms.{name}.init: pissa takes the pair out of the frozen weight, which cannot be done {why}; use "
+                    "init: default"
+                )
+
+    def _check_knot(self, name: str) -> None:
+        """What one link hands on to the next must fit it, and be whole."""
+        links, knot = self.links_of(name), self.knot_of(name)
+        if knot.merge_fraction != 1 and len(links) > 1:
+            if knot.pair == "keep":
+                raise ValueError(
+                    f"arms.{name}.knot.merge_fraction: with pair: keep nothing is let go of between links: remove it"
+                )
+            if any(link.use_dora for link in links):
+                raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
+        shape = ("rank", "target_modules", "use_dora")
+        rules = {
+            "optimizer": (knot.optimizer not in ("fresh", "zero"), "the moments do", shape),
+            # Under another scale the same pair would be another update.
+            "pair": (knot.pair == "keep", "the pair before does", (*shape, "alpha", "use_rslora")),
+        }
+        for rule, (hands_on, what, keys) in rules.items():
+            for n, (before, after) in enumerate(itertools.pairwise(links if hands_on else []), 2):
+                for key in keys:
                     if getattr(before, key) != getattr(after, key):
                         raise ValueError(
                             f"arms.{name}.knot.{rule}: link {n} has {key} {getattr(after, key)} after "
                             f"{getattr(before, key)}, so {what} not fit it: use fresh"
                         )
-        if method not in ("lora", None) and (idle := sorted(arm.knot.model_fields_set)):
-            raise ValueError(f"arms.{name}.knot.{idle[0]}: method {method} has no knot to tie: remove it")
 
     def learning_rate_of(self, arm: str) -> float | Search:
         """Peak learning rate of an arm, or the search that will choose it."""
