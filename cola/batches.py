@@ -42,6 +42,12 @@ class MicroBatch:
     def n_targets(self) -> int:
         return self.targets_N.numel()
 
+    def last_targets(self, n: int) -> "MicroBatch":
+        """The same rows with the last n targets of each at most."""
+        left_BT = self.predicts_BT.flip(1).cumsum(1).flip(1)  # targets from a position on
+        keeps_BT = self.predicts_BT & (left_BT <= n)
+        return replace(self, predicts_BT=keeps_BT, targets_N=self.targets_N[keeps_BT[self.predicts_BT]])
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on a device."""
         return replace(

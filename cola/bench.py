@@ -15,12 +15,12 @@ from cola.model import Source
 from cola.plan import Job
 from cola.recipe import OneLink, Recipe
 from cola.record import RunFolder
-from cola.segments import Tree, merge_of
+from cola.segments import Tree, digest, merge_of
 from cola.store import Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
 
-PROBE_ROWS = 4  # training rows whose logits tell what a knot changed
+PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Bench:
     @property
     def probe_rows(self) -> list[Example]:
         """The rows whose logits tell what a knot changed."""
-        return self.splits.train[:PROBE_ROWS]
+        return self.splits.validation[:PROBE_ROWS]
 
     def recipe_of(self, job: Job) -> Recipe:
         """The recipe with the job's searched values in their place."""
@@ -67,7 +67,7 @@ class Bench:
 
     def measurements(self, job: Job) -> Measurements:
         """What was and will be measured of a job's states."""
-        probe, recipe = rows_digest(self.probe_rows), self.recipe_of(job)
+        probe, recipe = digest([rows_digest(self.probe_rows), PROBE_TARGETS]), self.recipe_of(job)
         rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
         tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
         lineage = self.tree.lineage(job)

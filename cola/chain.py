@@ -13,14 +13,15 @@ link is LoRA, of none the base; full fine-tuning is a link whose method is `full
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from cola import adapters, residual, starts
-from cola.drift import Drift
+from cola.drift import Drift, Outputs
 from cola.plan import Link
 from cola.recipe import KnotRules
-from cola.residual import Base, LinkWeights, Residual
+from cola.residual import Applied, Base, LinkWeights, Residual
+
+Probe = Callable[[PreTrainedModel], Outputs]  # what a model says on fixed inputs
 
 
 @dataclass
@@ -35,40 +36,37 @@ class Chain:
 
 @dataclass(frozen=True)
 class Knot:
-    """What tying one link did.
+    """What tying one link did."""
 
-    Attributes:
-        weights: The link's pairs; empty for a method that has none.
-        drift: What the knot did to the outputs, which should be nothing but rounding.
-        relative_size: ||W_k - W_{k-1}||_F / ||W_0||_F of each matrix.
-    """
-
-    weights: LinkWeights
-    drift: Drift
-    relative_size: dict[str, float]
+    weights: LinkWeights  # empty for a method that leaves no pair
+    outputs: Outputs  # once it was tied
+    drift: Drift  # of the outputs, which should be nothing but rounding
+    applied: dict[str, Applied]  # what each of the link's matrices was given, against what was learned
 
 
 def run_chain(
     chain: Chain,
     links: Sequence[Link],
     tune: Callable[[Chain, Link], None],
-    probe: Callable[[PreTrainedModel], Tensor],
+    probe: Probe,
     gradients: starts.Gradients,
 ) -> Iterator[Knot]:
-    """Train the links that are not tied yet, one after the other.
+    """Train the links that are not tied yet, in order.
 
     Args:
-        chain: The model to train, in place.
-        links: What to train, in order.
+        chain: Changed in place.
+        links: What to train.
         tune: Trains what `extend` attached.
-        probe: The model's logits on fixed inputs, in eval mode.
+        probe: Asks the model, in eval mode.
         gradients: Full gradients of matrices, for a start along them.
     """
+    start = probe(chain.model)
     for link in links[len(chain.learned) :]:
-        start = probe(chain.model)
         extend(chain, link, gradients)
         tune(chain, link)
-        yield tie_knot(chain, start, probe, more_to_come=link is not links[-1])
+        knot = tie_knot(chain, start, probe, more_to_come=link is not links[-1])
+        yield knot
+        start = knot.outputs
 
 
 def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
@@ -82,19 +80,20 @@ def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
     starts.draw(chain.model, link, chain.base, chain.learned, gradients, last)
 
 
-def retie(chain: Chain, learned: Residual) -> None:
-    """Set the chain to links that were trained before, whatever it has tied now."""
-    names = residual.modules_of([*chain.learned, *learned])
+def retie(chain: Chain, learned: Residual, account: bool = False) -> dict[str, Applied]:
+    """Set the chain to links that were trained before, whatever it has tied now; `account`: say what that did."""
+    before, chain.learned = chain.learned, list(learned)
+    names = residual.modules_of([*before, *learned])
     chain.base.remember(names)
-    chain.learned = list(learned)
-    residual.write(chain.model, chain.base, chain.learned, names, chain.rules.merge or "exact")
+    merge = chain.rules.merge or "exact"
+    return residual.write(chain.model, chain.base, learned, names, merge, before if account else None)
 
 
-def tie_knot(chain: Chain, start: Tensor, probe: Callable[[PreTrainedModel], Tensor], more_to_come: bool) -> Knot:
+def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool) -> Knot:
     """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
     before = probe(chain.model)
     weights = adapters.detach(chain.model)
-    sizes = residual.relative_size(chain.model, chain.base, chain.learned, weights)
     share = (chain.rules.merge_fraction or 1.0) if more_to_come else 1.0
-    retie(chain, [*chain.learned, residual.times(weights, share)])
-    return Knot(weights, Drift.between(start, before, probe(chain.model)), sizes)
+    applied = retie(chain, [*chain.learned, residual.times(weights, share)], account=True)
+    after = probe(chain.model)
+    return Knot(weights, after, Drift.between(start, before, after), {name: applied[name] for name in weights})

@@ -319,7 +319,7 @@ def _exit_code(summary: dict[str, Any], command: str, terminal: "Terminal") -> i
 
 def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal") -> None:
     from cola.report import write_report
-    from cola.tables import result_tables, verdict
+    from cola.tables import knots_table, result_tables, verdict
 
     # Ctrl-C while the last files are written would leave them behind the results: it takes a second.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -327,8 +327,9 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
         page = write_report(folder)
     finally:
         signal.signal(signal.SIGINT, before)
-    for table in result_tables(summary):
-        terminal.table(table.title, table.columns, table.rows)
+    for table in [*result_tables(summary), knots_table(summary, short=True)]:
+        if table.rows:
+            terminal.table(table.title, table.columns, table.rows)
     for line in verdict(summary):
         terminal.say(line)
     terminal.say(f"report   {page}")

@@ -156,6 +156,7 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
     summary["base"] = done[0]["train_info"]["base"]
     summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
     summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
+    summary["knots"] = _ledger(done)
     summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
     # A knot that lets a part of its pair go moves the outputs on purpose.
     infos = [r["train_info"] for r in done]
@@ -163,6 +164,28 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
     lost = [k["drift_of_learned"] for i in whole for k in i["knots"]]
     summary["max_lost"] = max((share for share in lost if share is not None), default=None)
     return summary
+
+
+def _ledger(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
+    rows = []
+    for number in range(max(len(r["train_info"]["knots"]) for r in done)):
+        infos = [r["train_info"] for r in done if len(r["train_info"]["knots"]) > number]
+        knots = [info["knots"][number] for info in infos if info["knots"][number]["merge"] is not None]
+        if not knots:
+            continue
+        row = {"link": number + 1, "merge": knots[0]["merge"]}
+        part = infos[0]["rules"]["merge_fraction"]
+        row["fraction"] = 1.0 if number + 1 == len(infos[0]["links"]) else part
+        row["cleared"] = float(np.mean([info["links"][number]["cleared"] for info in infos]))
+        for key in ("relative_size_median", "unchanged_median"):
+            row[key] = float(np.mean([knot[key] for knot in knots]))
+        worst = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
+        for key, pick in {**worst, "drift_relative": max, "drift_of_learned": max, "drift_kl": max}.items():
+            row[key] = pick((knot[key] for knot in knots if knot[key] is not None), default=None)
+        row["drift_loss_change"] = max((knot["drift_loss_change"] for knot in knots), key=abs)
+        rows.append(row)
+    return rows
 
 
 def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,19 @@ from cola.errors import KnotDrift
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a model says on fixed inputs.
+
+    Attributes:
+        logits_NV: float32 logits at N positions.
+        targets_N: The tokens that stand there.
+    """
+
+    logits_NV: Tensor
+    targets_N: Tensor
+
+
+@dataclass(frozen=True)
 class Drift:
     """Outputs on fixed inputs before and after a knot.
 
@@ -16,20 +29,34 @@ class Drift:
         relative: The same divided by the largest logit.
         of_learned: ||after - before|| / ||before - start||, where start is the outputs before the link: the change by
             rounding as a share of the change by learning. None for a link that changed nothing.
+        kl: Mean over positions of KL(before || after), nats.
+        loss_change: Mean over positions of loss after - loss before, nats per target token.
     """
 
     max_logit_change: float
     relative: float
     of_learned: float | None
+    kl: float
+    loss_change: float
 
     @classmethod
-    def between(cls, start: Tensor, before: Tensor, after: Tensor) -> "Drift":
-        change = (after - before).abs().max().item()
-        learned = (before - start).norm().item()
+    def between(cls, start: Outputs, before: Outputs, after: Outputs) -> "Drift":
+        change_NV = after.logits_NV - before.logits_NV
+        change = change_NV.abs().max().item()
+        learned = (before.logits_NV - start.logits_NV).norm().item()
+        kl, loss_change = 0.0, 0.0
+        for logits_V, moved_V, target in zip(before.logits_NV, after.logits_NV, before.targets_N, strict=True):
+            # In float64: the divergence of distributions this close is smaller than float32's rounding of it.
+            log_p_V, log_q_V = logits_V.double().log_softmax(-1), moved_V.double().log_softmax(-1)
+            kl += (log_p_V.exp() * (log_p_V - log_q_V)).sum().item()
+            loss_change += (log_p_V[target] - log_q_V[target]).item()
+        n = len(before.targets_N)
         return cls(
             change,
-            change / max(before.abs().max().item(), 1e-30),
-            (after - before).norm().item() / learned if learned > 0 else None,
+            change / max(before.logits_NV.abs().max().item(), 1e-30),
+            change_NV.norm().item() / learned if learned > 0 else None,
+            kl / n,
+            loss_change / n,
         )
 
     def check(self, max_relative: float) -> None:

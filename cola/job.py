@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from cola import adapters
 from cola.batches import batch_order, collate, training_batches, training_row
-from cola.bench import Bench
+from cola.bench import PROBE_TARGETS, Bench
 from cola.chain import Chain, Knot, retie, run_chain
-from cola.drift import Drift
+from cola.drift import Drift, Outputs
 from cola.evaluate import ExampleScore, mean_loss, mean_score
 from cola.flops import Cost
 from cola.forward import logits_at
@@ -35,7 +35,7 @@ from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
-from cola.residual import Base, Residual, times
+from cola.residual import Applied, Base, Residual, times
 from cola.starts import hold_out
 from cola.states import States
 from cola.train import Step, full_gradients, tune
@@ -108,6 +108,7 @@ class JobRun:
         self.rows: list[dict[str, Any]] = []
         self.looks: dict[int, dict[str, Any]] = {}
         self.knots: list[dict[str, Any]] = []
+        self.ledger: list[dict[str, Any]] = []  # of each knot's matrices
         self.best: Best | None = None
         self.checkpoint: int | None = None
         self.outdone: list[int] = []  # former bests: needed until a later state can be gone on from
@@ -428,24 +429,25 @@ class JobRun:
         # On a GPU int8 products round the activations too, so that rounding moves codes.
         coarse = self.quantization == "int8" and self.accelerator.device.type == "cuda"
         allowed = self.rules.max_drift or (math.inf if moves else MAX_DRIFT["float16" if coarse else self.dtype])
-        Drift(record["drift_max_logit_change"], record["drift_relative"], record["drift_of_learned"]).check(allowed)
+        Drift(**{key: record[f"drift_{key}"] for key in Drift.__dataclass_fields__}).check(allowed)
 
     @torch.no_grad()
-    def _probe(self, model: PreTrainedModel) -> torch.Tensor:
-        batch = collate([training_row(example) for example in self.bench.probe_rows]).to(self.accelerator.device)
+    def _probe(self, model: PreTrainedModel) -> Outputs:
+        rows = [training_row(example) for example in self.bench.probe_rows]
+        batch = collate(rows).last_targets(PROBE_TARGETS).to(self.accelerator.device)
         with self.accelerator.autocast():
-            return logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT)
+            return Outputs(logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT), batch.targets_N)
 
     def _record_knot(self, knot: Knot) -> None:
         link = self.links[len(self.knots)]
-        sizes = list(knot.relative_size.values())
         record = {
             "link": len(self.knots) + 1,
             "step": link.last_step,
             "seed": link.seed,
+            "merge": self.measured.tie["merge"] if knot.applied else None,
             **{f"drift_{name}": value for name, value in asdict(knot.drift).items()},
-            "relative_size_median": float(np.median(sizes)) if sizes else None,
-            "relative_size_max": max(sizes, default=None),
+            **_over_matrices(list(knot.applied.values())),
+            "matrices": {name: asdict(applied) for name, applied in knot.applied.items()},
             "seconds": perf_counter() - self.tied_from,
         }
         self._check_drift(record)
@@ -455,12 +457,16 @@ class JobRun:
 
     def _note_knot(self, record: dict[str, Any]) -> None:
         self._check_drift(record)
-        self.knots.append(record)
-        if record["relative_size_median"] is not None:
-            self._write_metric("knot", record)
-            if self.tracker:
-                sizes = {"knot/drift": record["drift_relative"], "knot/relative_size": record["relative_size_median"]}
-                self.tracker.log(record["step"], sizes)
+        knot = {key: value for key, value in record.items() if key != "matrices"}
+        self.knots.append(knot)
+        if not record["matrices"]:
+            return
+        rows = [{"link": knot["link"], "module": name, **applied} for name, applied in record["matrices"].items()]
+        self.ledger += rows
+        self.bench.folder.write_jsonl(self._name("ledger.jsonl"), self.ledger)
+        self._write_metric("knot", knot)
+        if self.tracker:
+            self.tracker.log(knot["step"], {f"knot/{key}": n for key, n in knot.items() if isinstance(n, float)})
 
     # -----------------------------------------------------------------------------------------------------
     # Scores
@@ -609,6 +615,16 @@ class JobRun:
 
     def _write_metric(self, kind: str, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"kind": kind, **row}) + "\n")
+
+
+def _over_matrices(entries: Sequence[Applied]) -> dict[str, float | None]:
+    """Median and worst of what the matrices were given."""
+    found: dict[str, float | None] = {}
+    for key, worst in (("relative_size", max), ("unchanged", max), ("error", max), ("cosine", min)):
+        values = [value for entry in entries if (value := getattr(entry, key)) is not None]
+        found[f"{key}_median"] = float(np.median(values)) if values else None
+        found[f"{key}_{worst.__name__}"] = worst(values, default=None)
+    return found
 
 
 def tracked_state(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from cola.evaluate import ExampleScore
 from cola.segments import Lineage, digest
 from cola.store import Store
 
+KNOT_VERSION = 2  # of a knot's record: raise it when more is measured, or otherwise
 # A pair beside the weights, or merged into them, which rounds: the scores are not the same to the last bit.
 Form = Literal["attached", "tied"]
 
@@ -22,7 +23,7 @@ class Measurements:
         lineage: Gives each state its name.
         rows: Digest of each split's examples.
         scoring: What a score depends on besides the state and the rows.
-        probe: Digest of the rows whose logits tell what a knot changed.
+        probe: Digest of the positions whose logits tell what a knot changed.
         tie: What tying a link means: merged how, and which share of it where another link follows.
         used: Names of all measurements that were asked for; shared with the run's other jobs.
     """
@@ -87,7 +88,13 @@ class Measurements:
     def _knot_of(self, step: int) -> dict[str, Any]:
         last = step == len(self.lineage.steps)
         tie = {**self.tie, "fraction": 1.0} if last else self.tie
-        return {"measured": "knot", "state": self.lineage.names[step], "rows": self.probe, **tie}
+        return {
+            "measured": "knot",
+            "version": KNOT_VERSION,
+            "state": self.lineage.names[step],
+            "rows": self.probe,
+            **tie,
+        }
 
     def _read(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
         self._seconds[digest(what)] = value["seconds"]

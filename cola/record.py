@@ -3,7 +3,8 @@
 RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
 RUN/provenance.json        versions, commit, machine, fingerprints of data and model
 RUN/summary.json           every number of the table (also report.html)
-RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
+RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), scores/SPLIT.jsonl,
+                           knots/link-K/ (PEFT adapters)
 RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them
 """
 
@@ -30,7 +31,7 @@ from cola.recipe_file import dump_recipe, read_recipe
 
 RESULT_KEYS = ("status", "run_info")
 WANDB_NOTE = "wandb.json"
-FORMAT = 1  # of result.json and summary.json
+FORMAT = 2  # of result.json and summary.json
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
 
@@ -70,7 +71,7 @@ class RunFolder:
         """The last run of exactly this recipe, if it did not come to its end and no other process is at it."""
         digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
         found = Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml")
-        same = [cls(path.parent) for path in found if cls(path.parent).recipe_digest() == digest]
+        same = [folder for path in found if (folder := cls(path.parent)).recipe_digest() == digest and folder.readable]
         last = max(same, key=lambda folder: folder.path.stat().st_mtime, default=None)
         if last is None or last.finished:
             return None
@@ -89,7 +90,19 @@ class RunFolder:
         """
         if not (path / "recipe.yaml").is_file():
             raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
-        return cls(path), read_recipe(path / "recipe.yaml")
+        folder = cls(path)
+        if not folder.readable:
+            raise RunFolderError(
+                f"{path} was written by another version of cola, whose results this one does not read; run its recipe "
+                f"anew: cola run {path / 'recipe.yaml'}"
+            )
+        return folder, read_recipe(path / "recipe.yaml")
+
+    @property
+    def readable(self) -> bool:
+        """Whether its results are in this version's format; a run without any is."""
+        provenance = self.provenance()
+        return provenance is None or provenance.get("format") == FORMAT
 
     def job(self, job: Job) -> Path:
         """Where a job's files lie."""

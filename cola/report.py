@@ -10,7 +10,7 @@ import jinja2
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.figures import ablation_figure, loss_figure
 from cola.record import RunFolder, read_jsonl, write_text
-from cola.tables import NONE, Table, result_tables, verdict
+from cola.tables import knots_table, result_tables, verdict
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -24,7 +24,7 @@ def write_report(folder: RunFolder) -> Path:
         tables=result_tables(summary),
         verdict=verdict(summary),
         figure=loss_figure(curves) if curves else None,
-        knots=_knots(folder),
+        knots=knots_table(summary),
         recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
         provenance=json.dumps({k: v for k, v in summary["meta"].items() if k != "all_packages"}, indent=2),
     )
@@ -58,42 +58,3 @@ def read_curves(folder: RunFolder) -> dict[str, list[list[dict[str, Any]]]]:
         if rows:
             curves[info["arm"]].append(rows)
     return dict(curves)
-
-
-def _knots(folder: RunFolder) -> Table:
-    """The knot ledger: one row for each merged link."""
-    columns = ["arm", "seed", "link", "step", "rank", "alpha", "merge", "cleared before"]
-    columns += ["‖ΔW‖/‖W‖ median", "max", "drift", "of learned"]
-    rows = []
-    for result in folder.results():
-        if result["status"] != "ok":
-            continue
-        links = result["train_info"]["links"]
-        for knot in result["train_info"]["knots"]:
-            if knot["relative_size_median"] is not None:
-                link = links[knot["link"] - 1]
-                rows.append(
-                    [
-                        result["run_info"]["arm"],
-                        str(result["run_info"]["seed"]),
-                        str(knot["link"]),
-                        str(knot["step"]),
-                        f"{link['rank']}",
-                        f"{link['alpha']:g}",
-                        "beside" if result["train_info"]["base"]["quantization"] else _merge(result, knot),
-                        f"{link['cleared']:.1%}",
-                        f"{knot['relative_size_median']:.2%}",
-                        f"{knot['relative_size_max']:.2%}",
-                        f"{knot['drift_relative']:.1e}",
-                        NONE if knot["drift_of_learned"] is None else f"{knot['drift_of_learned']:.1e}",
-                    ]
-                )
-    return Table("Knots", columns, rows)
-
-
-def _merge(result: dict[str, Any], knot: dict[str, Any]) -> str:
-    """How a link was merged, and which share of it where that is not all."""
-    rules, links = result["train_info"]["rules"], result["train_info"]["links"]
-    merge = "beside" if rules["merge"] == "no" else rules["merge"]
-    part = rules["merge_fraction"] < 1 and knot["link"] < len(links)
-    return f"{merge}, {rules['merge_fraction']:.0%}" if part else merge

@@ -4,14 +4,15 @@
 
 (with DoRA's rows d: W_k = d_k (W_{k-1} + s_k B_k A_k), unrolled). Adding each link to the rounded result of the one
 before loses what is smaller than half a unit in the last place, and the more links, the smaller each is. So the sum is
-always taken anew from W_0, which is read from its memory-mapped safetensors file, and no second model lies in memory.
+always taken anew from W_0, which is read from its memory-mapped safetensors file some rows at a time, and neither a
+second model nor a second matrix lies in memory. What each matrix was given is measured on the way (`Applied`).
 Where nothing may be written (a quantized base, or `merge: no`) the pairs are stacked beside the weights: one low-rank
 product for all links, and no rounding at all.
 
 Axes: O output features, I input features, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -62,6 +63,8 @@ class Pair:
         return self if share == 1 else replace(self, scale=self.scale * share)
 
 
+BLOCK = 1 << 22  # entries of a matrix that are summed at a time: 16 MB in float32
+
 LinkWeights: TypeAlias = dict[str, Pair]  # module name -> its pair; empty for a link that leaves none (full)
 Residual: TypeAlias = list[LinkWeights]
 
@@ -100,12 +103,13 @@ class Base:
             self._remembered.add(name)
 
     def weight(self, name: str) -> Tensor:
-        """float32 weight of a remembered module on the CPU, in the module's own layout; not to be changed."""
+        """Weight of a remembered module on the CPU, in the file's dtype and the module's own layout; not to be
+        changed. Where it comes from a file, only what is read of it is ever in memory."""
         stored = self._copies.get(name)
         stored = self._stored(name) if stored is None else stored
         assert name in self._remembered, f"{name} was never remembered"
         assert stored is not None
-        return stored.float()
+        return stored
 
     def put_beside(self, name: str, module: nn.Module, factors: "tuple[Tensor, Tensor] | None") -> None:
         """Let a module add B A x to its output, in float32, from now on; None: nothing. One product for all links."""
@@ -180,8 +184,33 @@ def modules_of(residual: Residual) -> list[str]:
     return sorted({name for link in residual for name in link})
 
 
+@dataclass(frozen=True)
+class Applied:
+    """What tying a link did to one matrix, against what was learned.
+
+    Attributes:
+        relative_size: ||W_k - W_{k-1}||_F / ||W_0||_F, before any rounding.
+        unchanged: Share of the matrix's entries that the knot left as they were, in the dtype they are kept in.
+        error: ||applied - learned||_F / ||learned||_F of all links together: what the weights now hold above W_0, and
+            the sum of the pairs. None where nothing was learned.
+        cosine: Between the two; None where one of them is zero.
+    """
+
+    relative_size: float
+    unchanged: float
+    error: float | None
+    cosine: float | None
+
+
 @torch.no_grad()
-def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str], merge: str = "exact") -> None:
+def write(
+    model: nn.Module,
+    base: Base,
+    residual: Residual,
+    names: Sequence[str],
+    merge: str = "exact",
+    before: Residual | None = None,
+) -> dict[str, Applied]:
     """Make the function of `names` that of base + residual.
 
     Args:
@@ -192,48 +221,104 @@ def write(model: nn.Module, base: Base, residual: Residual, names: Sequence[str]
         merge: `exact`: added in float32 to the base and cast once to each weight's dtype; `naive`: link by link, in
             place as PEFT's merge does it, which rounds each time; `no`: beside the weights, which stay the base's. A
             quantized base has it beside whatever is asked for.
+        before: The links tied before this knot, where it is to be accounted for.
+
+    Returns:
+        What each matrix was given, if `before` is said. Pairs beside the weights are applied as they were learned.
     """
+    done: dict[str, Applied] = {}
     for name in names:
         module = linear(model, name)
-        touched = any(name in link for link in residual)
-        if merge == "no" or base.quantized:
+        weight = weight_of(module, "")
+        beside = merge == "no" or base.quantized
+        if beside:
+            touched = any(name in link for link in residual)
             base.put_beside(name, module, factors(residual, name)[:2] if touched else None)
-        elif merge == "naive":
-            weight = weight_of(module, "")
-            weight.copy_(base.weight(name))
-            for pair in (link[name] for link in residual if name in link):
-                weight += _as_stored(module, pair.scale * (pair.B_OR @ pair.A_RI)).to(weight.device)
-        else:
-            weight_of(module, "").copy_(_as_stored(module, merged(base, residual, name, module)))
+            if before is None:
+                continue
+        weight_OI, pristine_OI = _as_stored(module, weight), _as_stored(module, base.weight(name))
+        now, then = _Links(residual, name, weight.device), _Links(before or [], name, weight.device)
+        sums: dict[str, Tensor] = {}
+        for rows in _blocks(pristine_OI):
+            pristine_bI = pristine_OI[rows].to(weight.device, torch.float32, copy=True)
+            if not beside:
+                weight_OI[rows] = now.tied(pristine_bI, rows, merge, weight.dtype)
+            if before is not None:
+                learned_bI = now.update(pristine_bI, rows)
+                of_block = {
+                    "pristine": pristine_bI.square(),
+                    "link": (learned_bI - then.update(pristine_bI, rows)).square(),
+                    "learned": learned_bI.square(),
+                }
+                if not beside:
+                    applied_bI = weight_OI[rows].float() - pristine_bI
+                    of_block["applied"] = applied_bI.square()
+                    of_block["product"] = applied_bI * learned_bI
+                    of_block["error"] = (applied_bI - learned_bI).square()
+                    of_block["same"] = weight_OI[rows] == then.tied(pristine_bI, rows, merge, weight.dtype)
+                for what, values in of_block.items():
+                    sums[what] = sums.get(what, torch.zeros(())) + values.sum(dtype=torch.float64)
+        if before is not None:
+            done[name] = _applied({what: total.item() for what, total in sums.items()}, pristine_OI.numel())
+    return done
 
 
-def merged(base: Base, residual: Residual, name: str, module: nn.Module) -> Tensor:
-    """float32 weight (O, I) of one module with the links of the residual."""
-    weight_OI = _as_stored(module, base.weight(name))
-    if not any(name in link for link in residual):
-        return weight_OI
-    B_OK, A_KI, rows_O = factors(residual, name)
-    if rows_O is not None:
-        weight_OI = weight_OI * rearrange(rows_O, "o -> o 1")
-    return weight_OI + B_OK @ A_KI
+def _applied(sums: dict[str, float], n_entries: int) -> Applied:
+    """From the sums over a matrix's entries; those of what was applied are missing where it is beside the weights."""
+    size = (sums["link"] / max(sums["pristine"], 1e-60)) ** 0.5
+    if "applied" not in sums:
+        return Applied(size, 0.0, 0.0, 1.0)
+    lengths = (sums["applied"] * sums["learned"]) ** 0.5
+    return Applied(
+        size,
+        sums["same"] / n_entries,
+        (sums["error"] / sums["learned"]) ** 0.5 if sums["learned"] else None,
+        sums["product"] / lengths if lengths else None,
+    )
+
+
+class _Links:
+    """All links of one matrix, on the device where they are added to it."""
+
+    def __init__(self, residual: Residual, name: str, device: torch.device) -> None:
+        pairs = [link[name] for link in residual if name in link]
+        self.pairs = [(pair.scale * pair.B_OR.to(device), pair.A_RI.to(device)) for pair in pairs]
+        self.stacked = None
+        self.rows_O: Tensor | None = None
+        if pairs:
+            B_OK, A_KI, rows_O = factors(residual, name)
+            self.stacked = B_OK.to(device), A_KI.to(device)
+            self.rows_O = None if rows_O is None else rearrange(rows_O, "o -> o 1").to(device)
+
+    def tied(self, pristine_bI: Tensor, rows: slice, merge: str, dtype: torch.dtype) -> Tensor:
+        """Some rows of base + links, in the dtype they are kept in."""
+        if self.stacked is None:
+            return pristine_bI.to(dtype)
+        if merge == "naive":
+            tied_bI = pristine_bI.to(dtype, copy=True)
+            for B_OR, A_RI in self.pairs:
+                tied_bI += B_OR[rows] @ A_RI
+            return tied_bI
+        B_OK, A_KI = self.stacked
+        scaled_bI = pristine_bI if self.rows_O is None else pristine_bI * self.rows_O[rows]
+        return torch.addmm(scaled_bI, B_OK[rows], A_KI).to(dtype)
+
+    def update(self, pristine_bI: Tensor, rows: slice) -> Tensor:
+        """What the links add to some rows of the base."""
+        if self.stacked is None:
+            return torch.zeros_like(pristine_bI)
+        B_OK, A_KI = self.stacked
+        low_rank_bI = B_OK[rows] @ A_KI
+        return low_rank_bI if self.rows_O is None else low_rank_bI + (self.rows_O[rows] - 1) * pristine_bI
+
+
+def _blocks(matrix_OI: Tensor) -> Iterator[slice]:
+    """Rows of a matrix, some at a time."""
+    n_rows = max(1, BLOCK // matrix_OI.shape[1])
+    for first in range(0, len(matrix_OI), n_rows):
+        yield slice(first, min(first + n_rows, len(matrix_OI)))
 
 
 def _as_stored(module: nn.Module, weight: Tensor) -> Tensor:
-    """From (O, I) to the module's own layout, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
+    """A view from (O, I) to the module's own layout, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
     return rearrange(weight, "a b -> b a") if isinstance(module, Conv1D) else weight
-
-
-def relative_size(model: nn.Module, base: Base, before: Residual, link: LinkWeights) -> dict[str, float]:
-    """||W_k - W_{k-1}||_F / ||W_0||_F for each matrix of a link."""
-    sizes = {}
-    for name, pair in link.items():
-        if pair.rows_O is None:
-            # ||BA||_F from two R x R products: no dense update is formed.
-            gram = (pair.B_OR.T @ pair.B_OR) * (pair.A_RI @ pair.A_RI.T)
-            norm = pair.scale * gram.sum().clamp(min=0).sqrt().item()
-        else:
-            module = linear(model, name)
-            change = merged(base, [*before, link], name, module) - merged(base, before, name, module)
-            norm = change.norm().item()
-        sizes[name] = norm / max(base.weight(name).norm().item(), 1e-30)
-    return sizes

@@ -75,6 +75,37 @@ def matched_text(matched: dict[str, Any]) -> str:
     return f"matched: {what} ({low if low == high else f'{low} to {high}'})"
 
 
+def knots_table(summary: dict[str, Any], short: bool = False) -> Table:
+    """The knot ledger: what each link added, and what tying it lost. `short`: what a terminal has room for."""
+    title = "Knots: sizes are means over seeds, losses the worst of any seed and matrix"
+    rows: list[dict[str, str]] = []
+    for name, arm in summary["arms"].items():
+        for knot in arm.get("knots") or ():
+            merge = "beside" if knot["merge"] == "no" else knot["merge"]
+            row = {"arm": name, "link": str(knot["link"])}
+            if not short:
+                row["merge"] = merge if knot["fraction"] == 1 else f"{merge}, {knot['fraction']:.0%}"
+                row["cleared"] = f"{knot['cleared']:.1%}"
+            row["‖ΔW‖/‖W‖"] = f"{knot['relative_size_median']:.2%}"
+            if not short:
+                row["max"] = f"{knot['relative_size_max']:.2%}"
+            row["unchanged"] = f"{knot['unchanged_median']:.1%}"
+            row["error"] = _small(knot["error_max"])
+            row["cosine"] = NONE if knot["cosine_min"] is None else f"{knot['cosine_min']:.3f}"
+            row["logits"] = _small(knot["drift_max_logit_change"])
+            if not short:
+                row["of learned"] = _small(knot["drift_of_learned"])
+            row |= {"KL": _small(knot["drift_kl"]), "loss": _small(knot["drift_loss_change"], signed=True)}
+            rows.append(row)
+    return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+
+
+def _small(number: float | None, signed: bool = False) -> str:
+    if number is None:
+        return NONE
+    return "0" if number == 0 else f"{number:+.0e}" if signed else f"{number:.0e}"
+
+
 def _trials_table(summary: dict[str, Any]) -> Table:
     """Every value that a search tried, with what validation said of it."""
     score = [] if summary["metric"] == "perplexity" else [f"validation {summary['metric']}"]

@@ -4,7 +4,7 @@ Whatever goes wrong in it costs a warning and the rest of the tracking, never th
 
     train/loss  train/grad_norm  train/learning_rate  train/tokens_per_second    per optimizer step (`step`)
     validation/loss  validation/score                                            at evaluation points
-    knot/drift  knot/relative_size                                               at knots
+    knot/{relative_size,unchanged,error,cosine}_{median,max,min}  knot/drift_*    at knots
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
 """
 
