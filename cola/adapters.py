@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
 )
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -216,7 +219,8 @@ def save(folder: Path, model: PreTrainedModel, what: OneLink, base_name: str, sk
     the link began; all weights are a Hugging Face folder; virtual tokens have PEFT's folder beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     if what.method == "lora":
-        _save_pair(folder, skeleton, read_pair(model), what, base_name)
+        # With what was taken out of the weight beside it (PiSSA) the pair is a plain one of twice the rank.
+        save_pair(folder, read_pair(model), base_name, skeleton, bool(what.use_dora), what.dropout or 0.0)
         return
     if what.method == "full":
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
@@ -243,7 +247,25 @@ def _own_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if _is_trained(name)}
 
 
-def _save_pair(folder: Path, skeleton: PreTrainedModel, pair: LinkWeights, what: OneLink, base_name: str) -> None:
+def save_pair(
+    folder: Path,
+    pair: LinkWeights,
+    base_name: str,
+    skeleton: PreTrainedModel,
+    use_dora: bool = False,
+    dropout: float = 0.0,
+) -> None:
+    """Write a standard PEFT LoRA that adds these pairs, whatever rank and scale each of them has.
+
+    Args:
+        folder: Made where it is missing.
+        pair: One of each module.
+        base_name: What the adapter's config calls the base.
+        skeleton: Knows the modules.
+        use_dora: With the trained lengths of rows; `rows.safetensors` then holds the factors they came to.
+        dropout: What the pair was trained with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     tensors, rows = {}, {}
     for name, factors in pair.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A_RI.contiguous()
@@ -254,21 +276,30 @@ def _save_pair(folder: Path, skeleton: PreTrainedModel, pair: LinkWeights, what:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if rows:
         save_file(rows, folder / "rows.safetensors", metadata={"format": "pt"})
-    config = _lora_config(what, _target_modules(skeleton, list(pair)))
-    # With what was taken out of the weight beside it (PiSSA) the pair is a plain one of twice the rank.
-    rank = len(next(iter(pair.values())).A_RI)
-    scale = next(iter(pair.values())).scale
-    config.r, config.lora_alpha, config.init_lora_weights = rank, scale * rank, True  # pyright: ignore[reportAttributeAccessIssue]
-    config.use_rslora = False  # alpha / rank is the scale now, whichever rule it came from
-    config.base_model_name_or_path = base_name
-    config.inference_mode = True
-    config.fan_in_fan_out = any(isinstance(skeleton.get_submodule(name), Conv1D) for name in pair)
+    ranks = {name: len(factors.A_RI) for name, factors in pair.items()}
+    alphas = {name: factors.scale * ranks[name] for name, factors in pair.items()}  # alpha / rank, from whichever rule
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+        lora_dropout=dropout,
+        target_modules=_target_modules(skeleton, list(pair)),
+        use_dora=use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base_name,
+        fan_in_fan_out=any(isinstance(skeleton.get_submodule(name), Conv1D) for name in pair),
+    )
     config.save_pretrained(str(folder))
 
 
 def is_export(file: str) -> bool:
     """Whether a file that `save` wrote is of use outside the store."""
-    return file.startswith(("adapter_", "model", "config", "bottleneck"))
+    return file.startswith(("adapter_", "rows", "model", "config", "bottleneck"))
 
 
 def load_pair(folder: Path) -> LinkWeights:
@@ -282,12 +313,42 @@ def load_pair(folder: Path) -> LinkWeights:
         name: Pair(
             A_RI=tensors[f"{prefix}{name}.lora_A.weight"],
             B_OR=tensors[f"{prefix}{name}.lora_B.weight"],
-            scale=config["lora_alpha"] / config["r"],
+            scale=config["alpha_pattern"].get(name, config["lora_alpha"])
+            / len(tensors[f"{prefix}{name}.lora_A.weight"]),
             rows_O=rows.get(name),
             magnitude_O=tensors.get(f"{prefix}{name}.lora_magnitude_vector"),
         )
         for name in names
     }
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one.
+
+    Raises:
+        ModelError: the adapter has no safetensors weights, or does not fit the model.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} has no adapter_model.safetensors; pickled weights (.bin) can run code and are not read"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing weights, which are looked for below
+            loaded = PeftModel.from_pretrained(model, str(folder))
+        with safe_open(file, framework="pt") as opened:
+            stored = set(opened.keys())
+    except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: the adapter does not fit this base: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if wrong := stored.symmetric_difference(get_peft_model_state_dict(loaded, save_embedding_layers=False)):
+        raise ModelError(
+            f"{folder}: the adapter is for another base: {len(wrong)} of its weights and the base's modules do not "
+            f"match, the first is {min(wrong)}"
+        )
+    return loaded.eval()  # pyright: ignore[reportReturnType] - it stands for the model wherever one is called
 
 
 @torch.no_grad()

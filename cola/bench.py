@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from cola.adapters import count_parameters
 from cola.data import Example, Splits
-from cola.evaluate import Evaluator
+from cola.evaluate import PROBE_ROWS, PROBE_TARGETS, Evaluator
 from cola.flops import Meter
 from cola.interrupt import Signals
 from cola.measure import Measurements, rows_digest
@@ -19,8 +19,6 @@ from cola.segments import Tree, digest, merge_of
 from cola.store import Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
-
-PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from einops import rearrange, repeat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola.adapters import unwrapped
 from cola.batches import by_tokens, collate, training_row
-from cola.data import Example, tokenizer_fingerprint
+from cola.data import Example, Splits, tokenizer_fingerprint
+from cola.drift import Outputs
 from cola.forward import logits_after, logits_and_cache, logits_at
+from cola.recipe import Recipe
 
 EVALUATION_VERSION = 1  # part of what a kept score depends on: raise it when the same weights would score otherwise
+
+PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,20 @@ class Evaluator:
     autocast: Callable[[], AbstractContextManager[None]]
     answer_tokens: int
 
+    @classmethod
+    def of(
+        cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: Splits, accelerator: Accelerator
+    ) -> "Evaluator":
+        """The one that a recipe asks for."""
+        return cls(
+            recipe.data.task,
+            tokenizer,
+            recipe.data.normalize or [],
+            recipe.evaluation.batch_tokens,
+            accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
+            max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers),
+        )
+
     def causes(self) -> dict[str, Any]:
         """What a score depends on besides the weights, their precision and the examples."""
         return {
@@ -91,6 +110,13 @@ class Evaluator:
             score = self._choices if self.task == "multiple_choice" else self._sequences
             results = {result.id: result for result in score(model, examples)}
         return [results[example.id] for example in examples]
+
+    @torch.no_grad()
+    def outputs(self, model: PreTrainedModel, examples: Sequence[Example]) -> Outputs:
+        """What the model says at the last few targets of some examples, in eval mode."""
+        batch = collate([training_row(example) for example in examples]).last_targets(PROBE_TARGETS).to(model.device)
+        with self.autocast():
+            return Outputs(logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT), batch.targets_N)
 
     def _sequences(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
         missed = []
@@ -227,3 +253,15 @@ def mean_score(scores: Iterable[ExampleScore]) -> float | None:
     """Mean of the examples' scores; None for plain text."""
     values = [s.score for s in scores if s.score is not None]
     return math.fsum(values) / len(values) if values else None
+
+
+def evaluation_of(scores: dict[str, list[ExampleScore]]) -> dict[str, Any]:
+    """Loss, score and number of rows of each split, and the gaps where train and test are there."""
+    evaluation: dict[str, Any] = {
+        split: {"loss": mean_loss(rows), "score": mean_score(rows), "n": len(rows)} for split, rows in scores.items()
+    }
+    if "train" in evaluation and "test" in evaluation:
+        train, test = evaluation["train"], evaluation["test"]
+        evaluation["gap_loss"] = test["loss"] - train["loss"]
+        evaluation["gap_acc"] = None if train["score"] is None else train["score"] - test["score"]
+    return evaluation

@@ -17,41 +17,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel
 
 from cola import adapters
-from cola.batches import batch_order, collate, training_batches, training_row
-from cola.bench import PROBE_TARGETS, Bench
+from cola.batches import batch_order, training_batches
+from cola.bench import Bench
 from cola.chain import Chain, Knot, retie, run_chain
 from cola.drift import Drift, Outputs
-from cola.evaluate import ExampleScore, mean_loss, mean_score
+from cola.evaluate import ExampleScore, evaluation_of, mean_loss, mean_score
 from cola.flops import Cost
-from cola.forward import logits_at
 from cola.interrupt import Interrupted
+from cola.model import make_accelerator
 from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
-from cola.residual import Applied, Base, Residual, times
+from cola.residual import Applied, Base, Residual, left_behind
 from cola.starts import hold_out
 from cola.states import States
 from cola.train import Step, full_gradients, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
 MADE_WITH = ("cola", "commit", "python", "packages", "machine", "device")  # what a kept state says of its making
-
-
-def make_accelerator(dtype: str) -> Accelerator:
-    """accelerate with a base's precision, on the device it finds.
-
-    accelerate fixes the precision once per process; here every arm may have one of its own. On a CPU it has no fp16
-    autocast: the weights are fp16 there and a pair computes in float32.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
 
 
 @dataclass(frozen=True)
@@ -243,10 +231,10 @@ class JobRun:
             ends: Their last steps.
             gone_on: Whether the link after them has begun; a pair that is kept is in that link's then.
         """
-        left = [times(self.states.pair(end), self.rules.merge_fraction or 1.0) for end in ends]
-        if self.rules.pair != "keep" or not left:
-            return left
-        return [*({} for _ in left[1:]), {} if gone_on else left[-1]]
+        pairs, share, kept = [self.states.pair(end) for end in ends], self.rules.merge_fraction or 1.0, self.rules.pair
+        if kept == "keep" and pairs and not gone_on:
+            return [*left_behind(pairs[:-1], share, True), pairs[-1]]
+        return left_behind(pairs, share, kept == "keep")
 
     def _gradients(self, model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
@@ -431,12 +419,8 @@ class JobRun:
         allowed = self.rules.max_drift or (math.inf if moves else MAX_DRIFT["float16" if coarse else self.dtype])
         Drift(**{key: record[f"drift_{key}"] for key in Drift.__dataclass_fields__}).check(allowed)
 
-    @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> Outputs:
-        rows = [training_row(example) for example in self.bench.probe_rows]
-        batch = collate(rows).last_targets(PROBE_TARGETS).to(self.accelerator.device)
-        with self.accelerator.autocast():
-            return Outputs(logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT), batch.targets_N)
+        return self.evaluator.outputs(model, self.bench.probe_rows)
 
     def _record_knot(self, knot: Knot) -> None:
         link = self.links[len(self.knots)]
@@ -476,17 +460,12 @@ class JobRun:
         return self.evaluator(model, getattr(self.bench.splits, split))
 
     def _evaluate(self, step: int) -> dict[str, Any]:
-        evaluation: dict[str, Any] = {}
+        scores: dict[str, list[ExampleScore]] = {}
         for name in self.splits:
             compute = partial(self._score_tied, step, name)
-            scores = self.measured.scores(name, step, "tied", compute)
-            self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), map(asdict, scores))
-            evaluation[name] = {"loss": mean_loss(scores), "score": mean_score(scores), "n": len(scores)}
-        if "test" in evaluation:
-            train, test = evaluation["train"], evaluation["test"]
-            evaluation["gap_loss"] = test["loss"] - train["loss"]
-            evaluation["gap_acc"] = None if train["score"] is None else train["score"] - test["score"]
-        return evaluation
+            scores[name] = self.measured.scores(name, step, "tied", compute)
+            self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), map(asdict, scores[name]))
+        return evaluation_of(scores)
 
     def _score_tied(self, step: int, split: str) -> list[ExampleScore]:
         return self._score(self._scored_model(step), split, "")

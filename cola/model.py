@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
@@ -25,14 +28,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from cola import recipe
 from cola.cache import cache_dir
-from cola.errors import ModelError
+from cola.data import Splits
+from cola.errors import DataError, ModelError
 from cola.package_file import need_package, package_file
 
-HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 
 
 # Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
@@ -59,6 +64,12 @@ class Source:
     def files(self) -> list[Path]:
         """The safetensors files of the weights, without another format's copy of them."""
         return sorted(self.folder.glob("model*.safetensors"))
+
+    @property
+    def codes(self) -> str | None:
+        """`nf4` or `int8` where the weights lie there quantized by bitsandbytes."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        return None if config is None else "int8" if config.get("load_in_8bit") else "nf4"
 
     def fingerprint(self) -> str:
         """SHA-256 over config, weights and code of its own, remembered by path, size and time of change."""
@@ -113,10 +124,13 @@ class Source:
         Raises:
             ModelError: it is no causal language model, its weights do not load, or bitsandbytes is not there.
         """
-        quantized = {}
+        quantized: dict[str, Any] = {}
+        if quantization is not None or self.codes is not None:
+            need_package("bitsandbytes", f"quantization: {quantization or self.codes}", "quantized")
+            quantized = {"device_map": {"": device}}
         if quantization is not None:
-            need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
-            quantized = {"quantization_config": _quantization_config(quantization, dtype), "device_map": {"": device}}
+            quantized["quantization_config"] = _quantization_config(quantization, dtype)
+        quantization = quantization or self.codes
         try:
             model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 self.folder,
@@ -169,12 +183,15 @@ def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text: None) -> Source:
+def find_model(
+    settings: recipe.Model, say: Callable[[str], None] = lambda text: None, quantized: bool = False
+) -> Source:
     """Locate the base, downloading from the hub or dequantizing a GGUF file once where that is needed.
 
     Args:
         settings: The recipe's.
         say: Told what takes a while.
+        quantized: Whether its weights may be codes already, which is for scoring only.
 
     Raises:
         ModelError: it is not there, cannot be reached, or is not in a format that is safe to load.
@@ -192,12 +209,26 @@ def find_model(settings: recipe.Model, say: Callable[[str], None] = lambda text:
             raise ModelError(f"model.name_or_path: {name}: no such folder")
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
-        return _source(settings, path.resolve())
+        return _source(settings, path.resolve(), quantized=quantized)
     snapshot = _from_hub(settings)
-    return _source(settings, snapshot, revision=snapshot.name)  # the hub's cache names a snapshot by its commit
+    # The hub's cache names a snapshot by its commit.
+    return _source(settings, snapshot, revision=snapshot.name, quantized=quantized)
 
 
-def _source(settings: recipe.Model, folder: Path, revision: str | None = None) -> Source:
+def find_adapter(settings: recipe.Model) -> Path | None:
+    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter.
+
+    Raises:
+        ModelError: the hub cannot be reached.
+    """
+    name = settings.name_or_path
+    folder = Path(name).expanduser()
+    if recipe.is_remote(name) and not name.startswith("package://"):
+        folder = _from_hub(settings)
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _source(settings: recipe.Model, folder: Path, revision: str | None = None, quantized: bool = False) -> Source:
     source = Source(settings.name_or_path, folder, settings.trust_remote_code, revision)
     if not source.files:
         raise ModelError(
@@ -213,7 +244,12 @@ def _source(settings: recipe.Model, folder: Path, revision: str | None = None) -
                 "recipe says model.trust_remote_code: true"
             ) from None
         raise ModelError(f"model.name_or_path: {source.name}: {_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
+    codes = getattr(config, "quantization_config", None) or {}
+    if quantized and codes and codes.get("quant_method") != "bitsandbytes":
+        raise ModelError(
+            f"{source.name} is quantized by {codes.get('quant_method')}; only bitsandbytes' codes are read"
+        )
+    if codes and not quantized:
         raise ModelError(
             f"model.name_or_path: {source.name} is quantized already; give the dense model and say "
             "model.quantization: nf4 (or int8)"
@@ -278,6 +314,37 @@ def _file_digest(file: Path) -> str:
     return digest
 
 
+def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtual: int = 0) -> None:
+    """Check that the tokens are ones that the model has, at positions that it has.
+
+    Raises:
+        ModelError: a token is not the model's.
+        DataError: a row is too long.
+    """
+    n_tokens = len(skeleton.get_input_embeddings().get_parameter("weight"))
+    examples = [example for _, part in splits.items() for example in part]
+    largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
+    if largest >= n_tokens:
+        raise ModelError(
+            f"model.name_or_path: {source.name}: its tokenizer gives token {largest} and the model has {n_tokens}; "
+            "the folder's tokenizer belongs to another model"
+        )
+    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    longest = n_virtual + max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"data.max_length: rows of {longest} tokens are drawn"
+            + (f" ({n_virtual} virtual ones among them)" if n_virtual else "")
+            + f" and the model has {positions} positions; lower it"
+        )
+
+
+def quiet_libraries() -> None:
+    """No warnings and progress bars of transformers between cola's own lines."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def dtype_warning(dtype: str, device: torch.device) -> str | None:
     """What a half-precision format costs on a CPU that has no instructions for it; None where it is fine."""
     if device.type != "cpu" or dtype == "float32":
@@ -286,6 +353,16 @@ def dtype_warning(dtype: str, device: torch.device) -> str | None:
         return None
     times = "3 to 4" if dtype == "bfloat16" else "about 10"
     return f"model.dtype {dtype} on this CPU, which has no instructions for it, is {times} times slower than float32"
+
+
+def make_accelerator(dtype: str) -> Accelerator:
+    """accelerate with a base's precision, on the device it finds.
+
+    accelerate fixes the precision once per process; here every arm may have one of its own. On a CPU it has no fp16
+    autocast: the weights are fp16 there and a pair computes in float32.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
 
 
 def _line(error: Exception) -> str:

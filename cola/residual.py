@@ -63,7 +63,7 @@ class Pair:
         return self if share == 1 else replace(self, scale=self.scale * share)
 
 
-BLOCK = 1 << 22  # entries of a matrix that are summed at a time: 16 MB in float32
+BLOCK = 1 << 20  # entries of a matrix that are worked on at a time: 4 MB in float32, a dozen of which are needed
 
 LinkWeights: TypeAlias = dict[str, Pair]  # module name -> its pair; empty for a link that leaves none (full)
 Residual: TypeAlias = list[LinkWeights]
@@ -179,6 +179,45 @@ def times(link: LinkWeights, share: float) -> LinkWeights:
     return {name: pair.times(share) for name, pair in link.items()}
 
 
+def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:
+    """What links are to the chain once another has begun: a share of each, or nothing where all are one pair that goes
+    on from link to link."""
+    return [{} if goes_on else times(link, share) for link in links]
+
+
+def stacked(residual: Residual) -> LinkWeights:
+    """The whole chain as one pair of each module, of rank Σ r_i. No link may have scaled rows."""
+    whole = {}
+    scales = {pair.scale for link in residual for pair in link.values()}
+    for name in modules_of(residual):
+        B_OK, A_KI, rows_O = factors(residual, name)
+        assert rows_O is None
+        if len(scales) == 1:  # alpha / rank stays what it was, and not even the scaling rounds
+            B_OK = torch.cat([link[name].B_OR for link in residual if name in link], dim=1)
+        whole[name] = Pair(A_KI, B_OK, scales.copy().pop() if len(scales) == 1 else 1.0)
+    return whole
+
+
+def compressed(residual: Residual, rank: int) -> tuple[LinkWeights, dict[str, tuple[float, float]]]:
+    """The best approximation of the chain by one pair of at most this rank per module, by singular values.
+
+    From the factors alone: with B = Q R and A^T = P S, the singular values of B A are those of the small R S^T.
+
+    Returns:
+        The pairs; and the squared Frobenius norm of each module's update that is kept, and all of it.
+    """
+    pairs, energy = {}, {}
+    for name, pair in stacked(residual).items():
+        Q_OK, R_KK = torch.linalg.qr(pair.scale * pair.B_OR.double())
+        P_IK, S_KK = torch.linalg.qr(pair.A_RI.double().T)
+        left_KK, values_K, right_KK = torch.linalg.svd(R_KK @ S_KK.T, full_matrices=False)
+        root_R = values_K[:rank].sqrt()
+        B_OR, A_RI = Q_OK @ left_KK[:, :rank] * root_R, rearrange(root_R, "r -> r 1") * (right_KK[:rank] @ P_IK.T)
+        pairs[name] = Pair(A_RI.float(), B_OR.float(), 1.0)
+        energy[name] = values_K[:rank].square().sum().item(), values_K.square().sum().item()
+    return pairs, energy
+
+
 def modules_of(residual: Residual) -> list[str]:
     """Names of all modules that some link touched, in a fixed order."""
     return sorted({name for link in residual for name in link})
@@ -273,7 +312,7 @@ def _applied(sums: dict[str, float], n_entries: int) -> Applied:
         size,
         sums["same"] / n_entries,
         (sums["error"] / sums["learned"]) ** 0.5 if sums["learned"] else None,
-        sums["product"] / lengths if lengths else None,
+        min(sums["product"] / lengths, 1.0) if lengths else None,
     )
 
 
@@ -320,5 +359,6 @@ def _blocks(matrix_OI: Tensor) -> Iterator[slice]:
 
 
 def _as_stored(module: nn.Module, weight: Tensor) -> Tensor:
-    """A view from (O, I) to the module's own layout, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
-    return rearrange(weight, "a b -> b a") if isinstance(module, Conv1D) else weight
+    """A view from (O, I) to the layout of the module's file, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
+    kind = getattr(module, "source_cls", type(module))  # what codes stand in for, whose file is all that is read of it
+    return rearrange(weight, "a b -> b a") if issubclass(kind, Conv1D) else weight

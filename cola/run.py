@@ -10,22 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
-from cola import adapters, residual, starts
+from cola import adapters, starts
 from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
 from cola.compare import summarize
 from cola.data import Splits, load_splits
-from cola.errors import ColaError, DataError, ModelError, RunChanged, RunFolderError
+from cola.errors import ColaError, ModelError, RunChanged, RunFolderError
 from cola.evaluate import Evaluator
 from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
-from cola.job import JobRun, make_accelerator, selection_key
+from cola.job import JobRun, selection_key
 from cola.measure import rows_digest
-from cola.model import Source, dtype_warning, find_model
+from cola.model import Source, check_fit, dtype_warning, find_model, make_accelerator, quiet_libraries
 from cola.package_file import need_package
 from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import Prune, Recipe
@@ -62,8 +61,7 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     accelerator = make_accelerator(recipe.model.dtype)
     if accelerator.num_processes > 1:
         raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
@@ -80,14 +78,7 @@ def run(
     _check_arms(recipe, source, splits, accelerator.device)
     store = Store(store_path(recipe.store), terminal.warn)
     meta = _check_and_record(recipe, folder, source, splits, store, terminal)
-    evaluator = Evaluator(
-        recipe.data.task,
-        tokenizer,
-        recipe.data.normalize or [],
-        recipe.evaluation.batch_tokens,
-        accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
-        max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers),
-    )
+    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator)
     skeleton = source.skeleton()
     meter = _meter(recipe, skeleton, splits)
     tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
@@ -278,8 +269,7 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
         recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
     ]
     virtual = [link.num_virtual_tokens or 0 for links in tried for link in links]
-    n_tokens = len(residual.weight_of(skeleton.get_input_embeddings(), ""))
-    _check_fit(source, skeleton.config, n_tokens, splits, max(virtual, default=0))
+    check_fit(source, skeleton, splits, max(virtual, default=0))
     tried = set()
     for arm in recipe.arms:
         dtype, quantization = recipe.base_of(arm)
@@ -297,25 +287,6 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
                 starts.check_room(skeleton, whats[:1] if recipe.knot_of(arm).pair == "keep" else whats)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None
-
-
-def _check_fit(source: Source, config: PreTrainedConfig, n_tokens: int, splits: Splits, n_virtual: int) -> None:
-    """The tokens must be ones that the model has, at positions that it has."""
-    examples = [example for _, part in splits.items() for example in part]
-    largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
-    if largest >= n_tokens:
-        raise ModelError(
-            f"model.name_or_path: {source.name}: its tokenizer gives token {largest} and the model has {n_tokens}; "
-            "the folder's tokenizer belongs to another model"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = n_virtual + max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
-    if positions is not None and longest > positions:
-        raise DataError(
-            f"data.max_length: rows of {longest} tokens are drawn"
-            + (f" ({n_virtual} virtual ones among them)" if n_virtual else "")
-            + f" and the model has {positions} positions; lower it"
-        )
 
 
 def _check_and_record(

@@ -64,6 +64,24 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     return [*tables, *([_trials_table(summary)] if summary["trials"] else [])]
 
 
+def scored_table(scored: list[tuple[str, dict[str, Any], dict[str, Any] | None]], metric: str) -> Table:
+    """What `cola eval` found: label, evaluation, and what a run reported of the same rows."""
+    known = any(reported for _, _, reported in scored)
+    table = Table("Scores", ["model", "split", "rows", "loss", metric, *(["in the run", ""] if known else [])], [])
+
+    def cells(numbers: dict[str, Any]) -> list[str]:
+        score = math.exp(numbers["loss"]) if metric == "perplexity" else numbers["score"]
+        return [f"{numbers['loss']:.4f}", f"{score:.4f}"]
+
+    for label, evaluation, reported in scored:
+        for split in (split for split in SPLITS if split in evaluation):
+            row = [label, split, str(evaluation[split]["n"]), *cells(evaluation[split])]
+            if known:
+                row += cells(reported[split]) if reported else [NONE, NONE]
+            table.rows.append(row)
+    return table
+
+
 def matched_text(matched: dict[str, Any]) -> str:
     """What all trained arms were given the same of."""
     what = {"steps": "optimizer steps", "tokens": "positions", "flops": "training FLOPs"}[matched["by"]]

@@ -1,0 +1,236 @@
+"""cola eval: a run, an adapter or a model on a recipe's data, by the evaluator that scores arms."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cola import adapters, recipe
+from cola.data import load_splits
+from cola.errors import ModelError, RunFolderError
+from cola.evaluate import Evaluator, ExampleScore, evaluation_of
+from cola.model import Source, check_fit, dtype_warning, find_adapter, find_model, make_accelerator, quiet_libraries
+from cola.outcome import Outcome, outcomes
+from cola.recipe import Recipe
+from cola.terminal import Terminal
+
+NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how it was made, what the run measured
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that can be scored.
+
+    Attributes:
+        label: What it is called.
+        source: Its base, which has its tokenizer.
+        dtype: Number format of the computation.
+        load: Puts it on a device.
+        n_virtual: Virtual tokens that stand before each row.
+        reported: Digest of the data that a run scored it on, and what came out.
+    """
+
+    label: str
+    source: Source
+    dtype: str
+    load: Callable[[torch.device], PreTrainedModel]
+    n_virtual: int = 0
+    reported: tuple[str, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of scoring one target.
+
+    Attributes:
+        label: The target's.
+        evaluation: Loss, score and number of rows of each split, as in result.json.
+        scores: Every example's.
+        reported: The same numbers as the run reported them, on the same data; None where it was other data.
+    """
+
+    label: str
+    evaluation: dict[str, Any]
+    scores: dict[str, list[ExampleScore]]
+    reported: dict[str, Any] | None
+
+
+def score(targets: Iterable[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
+    """Score targets one after the other.
+
+    Args:
+        targets: What to score.
+        data: The recipe whose data, prompts and evaluation are taken.
+        splits: Of `train`, `validation` and `test`.
+        terminal: Told what is going on.
+
+    Raises:
+        ColaError: a target does not load, or the data does not fit it.
+    """
+    quiet_libraries()
+    done = []
+    for target in targets:
+        tokenizer = target.source.tokenizer()
+        loaded = load_splits(data.data, tokenizer)
+        check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
+        accelerator = make_accelerator(target.dtype)
+        if warning := dtype_warning(target.dtype, accelerator.device):
+            terminal.warn(warning)
+        evaluator = Evaluator.of(data, tokenizer, loaded, accelerator)
+        model = target.load(accelerator.device)
+        scores = {}
+        for split in splits:
+            rows = getattr(loaded, split)
+            terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows)")
+            scores[split] = evaluator(model, rows)
+        reported = None
+        if target.reported is not None and target.reported[0] == loaded.fingerprint:
+            reported = target.reported[1]
+        done.append(Scored(target.label, evaluation_of(scores), scores, reported))
+    return done
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model or an adapter is loaded, where that is not to be as it says itself.
+
+    Attributes:
+        base: What an adapter is put on. Default: what its cola.json or its config names.
+        dtype: Number format. Default: that of what `cola export` wrote, else that of the recipe.
+        quantization: Of the frozen weights, likewise.
+        trust_remote_code: Whether Python code that comes with a model may run.
+    """
+
+    base: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    trust_remote_code: bool = False
+
+    def model(self, name: str) -> recipe.Model:
+        """A model of that name, as a recipe would say it."""
+        return recipe.Model(name_or_path=name, trust_remote_code=self.trust_remote_code)
+
+
+def targets_of(
+    name: str, data: Recipe, loading: Loading, arm: str | None = None, seed: int | None = None
+) -> list[Target]:
+    """What a command line names.
+
+    Args:
+        name: Folder of a run, of a PEFT adapter or of a model; a hub id; a GGUF file; `package://PACKAGE/FILE`.
+        data: The recipe it is to be scored on.
+        loading: For an adapter or a model; a run says all of it itself.
+        arm: Of a run; None: all.
+        seed: Of a run; None: all.
+
+    Raises:
+        ColaError: there is no such thing, or the options do not fit it.
+    """
+    if (Path(name) / "recipe.yaml").is_file():
+        if loading != Loading():
+            raise ModelError(
+                f"{name} is a run, which says itself what its base is; leave out --base, --dtype, --quantization and "
+                "--trust-remote-code"
+            )
+        return [_of_run(outcome) for outcome in outcomes(Path(name), arm, seed)]
+    if arm is not None or seed is not None:
+        raise ModelError(f"{name} is no run folder; --arm and --seed belong to a run")
+    if (folder := find_adapter(loading.model(name))) is not None:
+        return [_of_adapter(folder, name, data, loading)]
+    if loading.base is not None:
+        raise ModelError(f"{name} is no PEFT adapter: it has no adapter_config.json, so --base says nothing")
+    source, note = find_model(loading.model(name), quantized=True), read_note(Path(name))
+    dtype, quantization = loading.dtype or note.get("dtype") or data.model.dtype, loading.quantization
+    if quantization is not None and source.codes is not None:
+        raise ModelError(f"{name} is quantized already; leave out --quantization")
+    return [
+        Target(
+            Path(name).name, source, dtype, lambda device: source.load(dtype, device, quantization), 0, _reported(note)
+        )
+    ]
+
+
+def _of_run(outcome: Outcome) -> Target:
+    provenance = outcome.folder.provenance()
+    assert provenance is not None  # a result was written after it
+    virtual = (outcome.links[0].num_virtual_tokens or 0) if outcome.links else 0
+    reported = provenance["data"]["sha256"], outcome.result["evaluation"]
+    label = f"{outcome.job.arm} seed {outcome.job.seed}"
+    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, reported)
+
+
+def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Target:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    note = read_note(folder)
+    trained_on = note.get("base", {})
+    named = loading.base or trained_on.get("name") or config.get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{name} does not say which base it is for; name it by --base")
+    try:
+        source = find_model(loading.model(named))
+    except ModelError as error:
+        raise ModelError(f"the base of {name} cannot be had; name it by --base ({error})") from error
+    if note and source.fingerprint() != trained_on["sha256"]:
+        raise ModelError(
+            f"{name} is for another base: it was trained on the fingerprint {trained_on['sha256'][:12]}, and {named} "
+            f"has {source.fingerprint()[:12]}"
+        )
+    dtype = loading.dtype or note.get("dtype") or data.model.dtype
+    quantization = loading.quantization or trained_on.get("quantization")
+
+    def load(device: torch.device) -> PreTrainedModel:
+        return adapters.load_adapter(source.load(dtype, device, quantization), folder)
+
+    return Target(Path(name).name, source, dtype, load, config.get("num_virtual_tokens") or 0, _reported(note))
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What `cola export` wrote beside the weights; empty for what is not from cola.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    file = folder / NOTE
+    if not file.is_file():
+        return {}
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            "dtype": str(note["dtype"]),
+            "base": {key: note["base"][key] for key in ("name", "sha256", "quantization")},
+            "run": {key: note["run"][key] for key in ("data", "evaluation")},
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is damaged ({type(error).__name__}: {error}); export it again") from None
+
+
+def _reported(note: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    return (note["run"]["data"], note["run"]["evaluation"]) if note else None
+
+
+def check_new(out: Path | None) -> None:
+    """Check before anything is scored that what comes out can be kept.
+
+    Raises:
+        RunFolderError: the folder exists.
+    """
+    if out is not None and out.exists():
+        raise RunFolderError(f"{out} exists and is kept as it is; name another folder by --out")
+
+
+def write_scores(scored: Sequence[Scored], folder: Path) -> None:
+    """eval.json and every example's score, into a new folder."""
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(
+        json.dumps({one.label: one.evaluation for one in scored}, indent=1) + "\n", encoding="utf-8"
+    )
+    for one in scored:
+        for split, rows in one.scores.items():
+            where = folder / "scores" / one.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
+            where.mkdir(parents=True, exist_ok=True)
+            file = where / f"{split}.jsonl"
+            file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
