@@ -86,17 +86,25 @@ class RunFolder:
         """An existing run and its recipe.
 
         Raises:
-            RunFolderError: it is no run folder.
+            RunFolderError: it is no run folder, or another version's.
         """
         if not (path / "recipe.yaml").is_file():
             raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
         folder = cls(path)
-        if not folder.readable:
-            raise RunFolderError(
-                f"{path} was written by another version of cola, whose results this one does not read; run its recipe "
-                f"anew: cola run {path / 'recipe.yaml'}"
-            )
+        folder.check_readable()
         return folder, read_recipe(path / "recipe.yaml")
+
+    def check_readable(self) -> None:
+        """Refuse results that this version does not read.
+
+        Raises:
+            RunFolderError: another version wrote them.
+        """
+        if not self.readable:
+            raise RunFolderError(
+                f"{self.path} was written by another version of cola, whose results this one does not read; run its "
+                f"recipe anew: cola run {self.path / 'recipe.yaml'}"
+            )
 
     @property
     def readable(self) -> bool:

@@ -302,6 +302,7 @@ def _check_and_record(
         "data": {"sha256": splits.fingerprint, "notes": splits.notes},
         "rows": {name: len(examples) for name, examples in splits.items()},
     }
+    folder.check_readable()
     if (before := folder.provenance()) is not None:
         for what in ("recipe", "model", "data"):
             if before[what]["sha256"] != meta[what]["sha256"]:

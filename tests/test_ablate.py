@@ -227,7 +227,7 @@ def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
     assert [row["values"]["model.dtype"] for row in summary["rows"] if row["arm"] == "lora"] == ["float32", "bfloat16"]
 
 
-@pytest.mark.parametrize("damage", ["[]", '{"rows": []}', "", '{"format": 1}'])
+@pytest.mark.parametrize("damage", ["[]", '{"rows": []}', "", '{"format": 1}', '{"format": 2}'])
 def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path, damage: str) -> None:
     keys = ["arms.chain3.links=1,2", *SMALL]
     folder, _ = run_points(recipe_file, *keys)

@@ -6,7 +6,7 @@ Run: pytest tests/test_architectures.py
 import pytest
 import torch
 import transformers as hf
-from test_chain import batches, chain_of, link, logits, no_gradients, tune_with
+from test_chain import batches, chain_of, link, logits, no_gradients, outputs, tune_with
 
 from cola.chain import run_chain
 from cola.data import Example
@@ -109,7 +109,7 @@ def test_a_chain_on_all_linear_layers_learns_and_its_knots_hold(name: str) -> No
     model = make(name)
     before = logits(model)
     links = [link(first_step=0), link(first_step=5, seed=8)]
-    knots = list(run_chain(chain_of(model), links, tune_with(batches(10)), logits, no_gradients))
+    knots = list(run_chain(chain_of(model), links, tune_with(batches(10)), outputs, no_gradients))
     assert len(knots) == 2
     for knot in knots:
         knot.drift.check(1e-4)

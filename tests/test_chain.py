@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2ForC
 from cola import adapters, residual
 from cola.batches import MicroBatch, collate
 from cola.chain import Chain, extend, run_chain, tie_knot
-from cola.drift import Drift
+from cola.drift import Drift, Outputs
 from cola.errors import KnotDrift, ModelError
 from cola.plan import Link
 from cola.recipe import KnotRules, OneLink
@@ -48,6 +48,11 @@ def no_gradients(*_: object) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> Tensor:
     return model.eval()(input_ids=INPUTS).logits.float()
+
+
+def outputs(model: torch.nn.Module) -> Outputs:
+    """What a model says on INPUTS, at every position; the token after a row's last is its first."""
+    return Outputs(logits(model).flatten(0, 1), INPUTS.roll(-1, 1).flatten())
 
 
 def batches(n: int) -> list[list[MicroBatch]]:
@@ -107,7 +112,7 @@ def test_a_knot_changes_no_output_beyond_rounding() -> None:
     tune_with(batches(5))(chain, link())
     before = logits(model)
     start = logits(tiny_model())
-    drift = tie_knot(chain, start, logits, more_to_come=False).drift
+    drift = tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False).drift
     after = logits(model)
     assert torch.allclose(after, before, rtol=0, atol=1e-5 * before.abs().max())
     assert drift.max_logit_change == pytest.approx((after - before).abs().max().item())
@@ -120,7 +125,7 @@ def test_a_knot_changes_no_output_beyond_rounding() -> None:
 def test_after_a_knot_the_model_is_plain_again() -> None:
     model = tiny_model()
     names = list(model.state_dict())
-    for _ in run_chain(chain_of(model), [link()], tune_with(batches(5)), logits, no_gradients):
+    for _ in run_chain(chain_of(model), [link()], tune_with(batches(5)), outputs, no_gradients):
         pass
     assert list(model.state_dict()) == names
     assert not hasattr(model, "peft_config")
@@ -130,7 +135,7 @@ def test_after_a_knot_the_model_is_plain_again() -> None:
 def test_the_rank_of_the_total_update_is_the_sum_of_the_links_ranks() -> None:
     model = tiny_model()
     links = [link(rank=r, first_step=5 * i, seed=i) for i, r in enumerate((2, 3, 1))]
-    for _ in run_chain(chain_of(model), links, tune_with(batches(15)), logits, no_gradients):
+    for _ in run_chain(chain_of(model), links, tune_with(batches(15)), outputs, no_gradients):
         pass
     name = "model.layers.0.mlp.up_proj.weight"
     delta = (model.state_dict()[name] - tiny_model().state_dict()[name]).double()
@@ -167,7 +172,7 @@ def test_a_chain_of_one_link_is_pefts_lora_step_for_step() -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
     assert torch.allclose(logits(model), logits(reference), atol=1e-4)
 
-    tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
+    tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False)
     merged = reference.merge_and_unload()
     assert torch.allclose(logits(model), logits(merged), atol=1e-4)
 
@@ -183,7 +188,7 @@ def test_a_chain_of_three_gives_the_losses_of_the_flat_loop_in_plain_peft() -> N
         tune(chain.model, own, mine, Accelerator(), lambda step, _: losses.append(step.loss), **settings)
 
     model = tiny_model()
-    knots = list(run_chain(chain_of(model), links, tune_link, logits, no_gradients))
+    knots = list(run_chain(chain_of(model), links, tune_link, outputs, no_gradients))
     assert len(knots) == 3
 
     flat = runpy.run_path(str(Path(__file__).parent.parent / "recipes/flat_loop.py"))["chain_of_loras"]
@@ -205,7 +210,7 @@ def test_a_knot_adds_to_the_pristine_base_and_not_to_the_rounded_sum() -> None:
     name = "model.layers.0.self_attn.q_proj"
     chain = chain_of(model)
     chain.base.remember([name])
-    start = chain.base.weight(name).clone()
+    start = chain.base.weight(name).float()
     naive = start.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for _ in range(16):
@@ -243,15 +248,15 @@ def test_a_knot_that_drifts_is_an_error() -> None:
         tune_with(batches(5))(chain, own)
         chain.base._copies["model.layers.0.mlp.up_proj"] += 0.01  # as if the base were not the one trained on
 
-    [knot] = run_chain(chain, [link()], tune_and_spoil, logits, no_gradients)
+    [knot] = run_chain(chain, [link()], tune_and_spoil, outputs, no_gradients)
     with pytest.raises(KnotDrift, match=r"a knot moved a logit by .* where 0\.0001 is allowed \(knot\.max_drift\)"):
         knot.drift.check(1e-4)
 
 
 def test_a_knot_that_gives_no_number_is_an_error() -> None:
-    nan = torch.full((2, 2), torch.nan)
+    start, before, nan = (Outputs(torch.full((2, 2), n), torch.zeros(2).long()) for n in (0.0, 1.0, torch.nan))
     with pytest.raises(KnotDrift):
-        Drift.between(torch.zeros(2, 2), torch.ones(2, 2), nan).check(0.1)
+        Drift.between(start, before, nan).check(0.1)
 
 
 def test_the_scale_alpha_over_rank_is_merged() -> None:
@@ -261,7 +266,7 @@ def test_the_scale_alpha_over_rank_is_merged() -> None:
     extend(chain, link(rank=2, alpha=32.0, target_modules=["q_proj"]), no_gradients)
     tune_with(batches(5))(chain, link())
     pair = adapters.read_pair(model)["model.layers.0.self_attn.q_proj"]
-    tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
+    tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False)
     name = "model.layers.0.self_attn.q_proj.weight"
     delta = model.state_dict()[name] - tiny_model().state_dict()[name]
     assert torch.allclose(delta, 16 * pair.B_OR @ pair.A_RI, atol=1e-6)
@@ -272,7 +277,7 @@ def test_conv1d_weights_of_gpt2_are_merged_in_their_own_layout() -> None:
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     before = logits(model)
-    knots = list(run_chain(chain_of(model), [link()], tune_with(batches(5)), logits, no_gradients))
+    knots = list(run_chain(chain_of(model), [link()], tune_with(batches(5)), outputs, no_gradients))
     assert len(knots[0].weights) == 2 * 4  # c_attn, c_proj, c_fc, c_proj of two blocks; never the tied head
     assert (logits(model) - before).abs().max() > 1e-2
 
@@ -337,7 +342,7 @@ def test_full_fine_tuning_is_a_link_that_leaves_no_pair() -> None:
     model = tiny_model()
     before = weights(model)
     full = link(method="full", learning_rates=(1e-3,) * 5)
-    [knot] = run_chain(chain_of(model), [full], tune_with(batches(5)), logits, no_gradients)
+    [knot] = run_chain(chain_of(model), [full], tune_with(batches(5)), outputs, no_gradients)
     assert knot.weights == {}
     assert knot.drift.relative == 0.0
     assert all(not torch.equal(before[name], after) for name, after in weights(model).items())
@@ -350,7 +355,7 @@ def test_a_pair_on_a_half_precision_base_is_trained_in_float32(dtype: torch.dtyp
     extend(chain, link(), no_gradients)
     assert {p.dtype for p in adapters.trainable(model)} == {torch.float32}
     tune_with(batches(5))(chain, link())
-    knot = tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
+    knot = tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert 0 < knot.drift.relative < 0.1
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from conftest import tiny_model
 from peft import PeftModel
 from test_cli import cola
-from test_methods import ADAMW, WIDE, batches, close, gradients, link, logits, what
+from test_methods import ADAMW, WIDE, batches, close, gradients, link, logits, outputs, what
 from test_resume import outcome
 from test_run import go, quiet, result
 from torch import Tensor
@@ -232,12 +232,12 @@ def trained_chain(
     chain, pairs, before = Chain(model, Base(model), rule), [], torch.empty(0)
     for n in range(n_links):
         own = link(first_step=6 * n, seed=n, **settings)
-        start = logits(chain.model)
+        start = outputs(chain.model)
         extend(chain, own, gradients)
         tune(chain.model, own, batches(6 * n + 6)[6 * n :], Accelerator(), lambda *_: None, **ADAMW)
         before = logits(chain.model)
         pairs.append(adapters.read_pair(chain.model))
-        tie_knot(chain, start, logits, more_to_come=n < n_links - 1)
+        tie_knot(chain, start, outputs, more_to_come=n < n_links - 1)
     return chain, pairs, before
 
 
@@ -282,7 +282,7 @@ def test_naive_merging_loses_small_updates_that_an_exact_merge_keeps() -> None:
         model = tiny_model().to(torch.bfloat16)
         chain = Chain(model, Base(model), rules(merge=merge))
         chain.base.remember([NAME])
-        start = chain.base.weight(NAME).clone()
+        start = chain.base.weight(NAME).float()
         generator = torch.Generator().manual_seed(0)
         total = torch.zeros_like(start)
         for _ in range(16):
@@ -291,7 +291,7 @@ def test_naive_merging_loses_small_updates_that_an_exact_merge_keeps() -> None:
             B_OR.copy_(torch.randn(B_OR.shape, generator=generator))
             B_OR *= 1e-3 * start.norm() / (2 * B_OR @ A_RI).norm()
             total += 2 * B_OR @ A_RI
-            tie_knot(chain, logits(tiny_model()), logits, more_to_come=True)
+            tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=True)
         off = model.get_submodule(NAME).weight.float() - start - total
         losses[merge] = (off.norm() / total.norm()).item()
     assert losses["naive"] > 1.5 * losses["exact"]

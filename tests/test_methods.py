@@ -23,7 +23,7 @@ from peft import (
 )
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from test_chain import INPUTS, batches, logits
+from test_chain import INPUTS, batches, logits, outputs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, gelu, relu, silu
@@ -151,7 +151,7 @@ def test_a_variant_is_pefts_step_for_step_and_tied_it_is_pefts_merge(variant: st
     tuner(losses)(chain, own)
     trained = logits(chain.model)
     adapters.save(tmp_path, chain.model, own.what, "some/base", tiny_model())
-    tie_knot(chain, logits(tiny_model()), logits, more_to_come=False)
+    tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False)
 
     reference = plain_peft(settings, own.seed)
     optimizer = None
@@ -190,12 +190,12 @@ def test_a_chain_of_three_moves_no_output_where_a_link_begins_or_ends(variant: s
     model = tiny_model()
     chain = chain_of(model)
     for own in links(3, **CHAINS[variant]):
-        start = logits(chain.model)
+        start = outputs(chain.model)
         extend(chain, own, gradients)
-        begun = logits(chain.model)
-        assert close(begun, start, 2e-6)
+        begun = outputs(chain.model)
+        assert close(begun.logits_NV, start.logits_NV, 2e-6)
         tuner()(chain, own)
-        knot = tie_knot(chain, start, logits, more_to_come=True)
+        knot = tie_knot(chain, start, outputs, more_to_come=True)
         assert knot.drift.relative < 2e-6
         assert knot.drift.of_learned < 2e-5
     assert adapters.pair_layers(model) == {}
@@ -210,7 +210,7 @@ def test_a_chain_of_a_variant_is_pefts_merge_repeated(variant: str, tmp_path: Pa
         folders.append(tmp_path / str(own.first_step))
         adapters.save(folders[-1], chain.model, own.what, "some/base", tiny_model())
 
-    knots = list(run_chain(chain, links(3, **VARIANTS[variant]), tune_and_save, logits, gradients))
+    knots = list(run_chain(chain, links(3, **VARIANTS[variant]), tune_and_save, outputs, gradients))
     model: Any = tiny_model()
     for folder, knot in zip(folders, knots, strict=True):
         before = copy.deepcopy(model)
@@ -218,7 +218,7 @@ def test_a_chain_of_a_variant_is_pefts_merge_repeated(variant: str, tmp_path: Pa
         name = "model.layers.1.mlp.down_proj"
         old, new = (m.get_submodule(name).weight for m in (before, model))
         size = ((new - old).norm() / tiny_model().get_submodule(name).weight.norm()).item()
-        assert knot.relative_size[name] == pytest.approx(size, rel=1e-3)
+        assert knot.applied[name].relative_size == pytest.approx(size, rel=1e-3)
     for name, weight in model.state_dict().items():
         assert close(chain.model.state_dict()[name], weight, 1e-5), name
 
@@ -235,12 +235,12 @@ def test_pissa_takes_out_the_top_of_the_weight(use_dora: bool) -> None:
 
 def test_a_pissa_link_that_is_put_back_is_the_one_that_was_kept(tmp_path: Path) -> None:
     chain, own = chain_of(tiny_model()), links(2, init="pissa")
-    list(run_chain(chain, own[:1], tuner(), logits, gradients))
+    list(run_chain(chain, own[:1], tuner(), outputs, gradients))
     extend(chain, own[1], gradients)
     tuner()(chain, own[1])
     adapters.save(tmp_path, chain.model, own[1].what, "some/base", tiny_model())
     again = chain_of(tiny_model())
-    list(run_chain(again, own[:1], tuner(), logits, gradients))
+    list(run_chain(again, own[:1], tuner(), outputs, gradients))
     extend(again, own[1], gradients)
     adapters.put_back(tmp_path, again.model, own[1].what)
     starts.hold_out(again.model, again.base, again.learned)
@@ -258,7 +258,7 @@ def test_orthogonal_rows_have_nothing_in_common_with_the_rows_of_earlier_links()
         seen.append({name: pair.A_RI.double() for name, pair in adapters.read_pair(chain.model).items()})
         tuner()(chain, own)
 
-    list(run_chain(chain, links(3, init="orthogonal"), watch, logits, gradients))
+    list(run_chain(chain, links(3, init="orthogonal"), watch, outputs, gradients))
     default = chain_of(tiny_model())
     extend(default, links(1)[0], gradients)
     for name, first in seen[0].items():
@@ -306,7 +306,7 @@ def test_full_gradients_are_autograds(trained_before: bool, checkpointing: bool)
 
 def test_a_gradient_start_reads_along_the_top_of_the_full_gradient() -> None:
     chain = chain_of(tiny_model())
-    list(run_chain(chain, links(1), tuner(), logits, gradients))
+    list(run_chain(chain, links(1), tuner(), outputs, gradients))
     before = logits(chain.model)
     names = adapters.target_names(chain.model, what())
     expected = true_gradients(chain.model, names, batches(12)[6:8])
@@ -764,24 +764,24 @@ def test_the_codes_are_the_papers_and_their_product_is_that_of_the_weights_they_
 def test_a_chain_on_codes_learns_and_leaves_them_as_they_are(wide_folder: Path, how: str) -> None:
     model, base = quantized(wide_folder, how)
     chain, losses, before = chain_of(model, base), [], codes_of(model)
-    outputs = logits(model)
+    untrained = logits(model)
     assert len([name for name in before if name.endswith("_proj scales")]) == 14
     dense, dense_losses = chain_of(dequantized(wide_folder, how)), []
     for own in links(3):
-        start = logits(chain.model)
+        start = outputs(chain.model)
         extend(chain, own, gradients)
         extend(dense, own, gradients)
-        assert close(logits(chain.model), start, 2e-6)
+        assert close(logits(chain.model).flatten(0, 1), start.logits_NV, 2e-6)
         tuner(losses)(chain, own)
         tuner(dense_losses)(dense, own)
-        drift = tie_knot(chain, start, logits, more_to_come=True).drift
-        tie_knot(dense, start, logits, more_to_come=True)
+        drift = tie_knot(chain, start, outputs, more_to_come=True).drift
+        tie_knot(dense, start, outputs, more_to_come=True)
         assert drift.relative < 5e-6
     # The same chain on a dense base with the weights that the codes stand for.
     allowed = 1e-4 if how == "nf4" else 2e-2
     assert losses == pytest.approx(dense_losses, rel=allowed)
     assert close(logits(model), logits(dense.model), 10 * allowed)
-    assert not close(logits(model), outputs, 0.05)
+    assert not close(logits(model), untrained, 0.05)
     after = codes_of(model)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -818,12 +818,12 @@ def test_a_quantized_base_may_have_files_without_the_bodys_prefix(tmp_path: Path
     save_file(stripped, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model, base = quantized(tmp_path, how)
     chain = chain_of(model, base)
-    knots = list(run_chain(chain, links(2), tuner(), logits, gradients))
+    knots = list(run_chain(chain, links(2), tuner(), outputs, gradients))
     assert all(knot.drift.relative < 1e-5 for knot in knots)
     name = "transformer.h.0.mlp.c_fc"
     change = 2.0 * knots[0].weights[name].B_OR @ knots[0].weights[name].A_RI
     expected = (change.norm() / weights[f"{name}.weight"].norm()).item()
-    assert knots[0].relative_size[name] == pytest.approx(expected, rel=1e-5)
+    assert knots[0].applied[name].relative_size == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])

@@ -160,10 +160,9 @@ def outcome(run_folder: Path) -> Outcome:
                 files[name] = path.read_text()
             elif path.name == "metrics.jsonl":
                 rows = read_jsonl(path)
-                files[name] = [
-                    {key: value for key, value in row.items() if key not in ("seconds", "relative_size_max")}
-                    for row in rows
-                ]
+                files[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+            elif path.name == "ledger.jsonl":
+                files[name] = read_jsonl(path)
             elif path.name == "result.json":
                 record = json.loads(path.read_text())
                 info = record["train_info"]
@@ -409,7 +408,7 @@ def test_wandb_goes_on_with_the_same_run_and_gets_each_step_once(
         assert len(steps) >= len(losses) - lost, steps
         if not lost:
             assert mine.steps("validation/loss") == looks
-            assert mine.steps("knot/drift") == ([9] if arm == "lora" else [3, 6, 9])
+            assert mine.steps("knot/drift_relative") == ([9] if arm == "lora" else [3, 6, 9])
 
 
 # ---------------------------------------------------------------------------------------------------------

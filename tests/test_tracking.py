@@ -39,7 +39,7 @@ def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) ->
     history = [r["history"]["item"] for r in mine if r["type"] == "history"]
     steps = [row for row in history if "train/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in history if "knot/drift" in row] == [2, 4, 6]
+    assert [row["step"] for row in history if "knot/drift_relative" in row] == [2, 4, 6]
     assert [row["step"] for row in history if "validation/loss" in row] == [3, 6]
     final: dict = {}
     for record in mine:
