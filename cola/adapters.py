@@ -343,7 +343,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise ModelError(
             f"{folder}: the adapter does not fit this base: {' '.join(str(error).split())[:300]}"
         ) from error
-    if wrong := stored.symmetric_difference(get_peft_model_state_dict(loaded, save_embedding_layers=False)):
+    own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    with_embeddings = get_peft_model_state_dict(loaded, save_embedding_layers=True)  # which PEFT may have stored too
+    if wrong := (stored - with_embeddings.keys()) | (own.keys() - stored):
         raise ModelError(
             f"{folder}: the adapter is for another base: {len(wrong)} of its weights and the base's modules do not "
             f"match, the first is {min(wrong)}"

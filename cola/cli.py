@@ -225,7 +225,7 @@ def export(
         terminal = Terminal()
         outcome = found[0]
         to = to or run_folder / "exports" / f"{arm}-seed{outcome.job.seed}-{form}"
-        write(outcome, Request(form, dtype, rank, quantization), to, terminal)
+        write(outcome, Request(form, dtype, rank, quantization), to, terminal, push)
         terminal.say(f"export   {to}")
         if form != Form.knots:
             terminal.say(f"check it with: cola eval {to} --data {run_folder}")
@@ -260,8 +260,10 @@ def evaluate(
     """Score a run, an adapter or any model on a recipe's data, by the evaluator that scores arms.
 
     For example: cola eval runs/quickstart-.../exports/chain3-seed0-merged --data recipes/quickstart.yaml
+
+    Exit code: 0 all is scored, 1 some arms of a run could not be, 2 nothing could be.
     """
-    with _one_line_errors():
+    with _one_line_errors(unsaid="model.name_or_path: "):
         from cola.compare import METRICS
         from cola.recipe_file import read_recipe
         from cola.tables import scored_table
@@ -280,6 +282,7 @@ def evaluate(
         if out is not None:
             write_scores(scored, out)
             terminal.say(f"results  {out / 'eval.json'}")
+    raise typer.Exit(1 if len(scored) < len(targets) else 0)
 
 
 StoreOption = Annotated[
@@ -489,12 +492,13 @@ def _dry_run(recipe_path: Path, overrides: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """The user's mistakes without a traceback; defects of cola keep theirs."""
+def _one_line_errors(unsaid: str = "") -> Iterator[None]:
+    """The user's mistakes without a traceback; defects of cola keep theirs. `unsaid`: a recipe's key that messages name
+    and that means nothing to whom names a model on the command line."""
     try:
         yield
     except ColaError as error:
-        for line in str(error).splitlines():
+        for line in str(error).replace(unsaid, "").splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
     except OSError as error:

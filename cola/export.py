@@ -28,6 +28,7 @@ from cola.errors import ModelError, RunFolderError
 from cola.evaluate import PROBE_ROWS, Evaluator, evaluation_of
 from cola.model import Source, check_fit, make_accelerator, quiet_libraries
 from cola.outcome import Outcome
+from cola.package_file import need_package
 from cola.recipe import KnotRules
 from cola.residual import Base, Residual, compressed, stacked
 from cola.score import NOTE
@@ -67,7 +68,7 @@ class Findings:
         self.numbers |= numbers
 
 
-def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal) -> None:
+def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None = None) -> None:
     """Write an arm and seed into a new folder, which is there as a whole or not at all.
 
     Args:
@@ -75,9 +76,10 @@ def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal) -> 
         request: What to write.
         to: The folder.
         terminal: Told what is found.
+        name: What the card tells others to load. Default: the folder's.
 
     Raises:
-        ModelError: the arm has no such form, or a part of it is not there.
+        ModelError: the arm has no such form, or a part of it or a package is not there.
         RunFolderError: the folder exists.
     """
     quiet_libraries()
@@ -91,12 +93,19 @@ def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal) -> 
         note = _note(outcome, request, findings)
         (aside / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         parts = sorted(path.name for path in aside.glob("link-*"))
-        card = model_card(outcome, request.form, note["dtype"], findings.notes, parts, to.name)
+        card = model_card(outcome, request.form, note["dtype"], findings.notes, parts, name or to.name)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        aside.chmod(0o755)  # which mkdtemp made for its user alone
+        _open_up(aside)
         aside.rename(to)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """mkdtemp and safetensors make what they write for its user alone; give it the rights of any other file."""
+    readers = (folder / NOTE).stat().st_mode & 0o444
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(path.stat().st_mode | (readers | readers >> 2 if path.is_dir() else readers))
 
 
 def _check(outcome: Outcome, request: Request) -> None:
@@ -116,6 +125,9 @@ def _check(outcome: Outcome, request: Request) -> None:
         raise ModelError(
             f"arm {arm}: {method} cannot be merged into the weights, nor quantized; export it --as adapter"
         )
+    loads = request.form == "merged" or request.rank is not None
+    if loads and (codes := request.quantization or outcome.quantization) is not None:
+        need_package("bitsandbytes", f"quantization: {codes}", "quantized")
     if request.form == "adapter" and method == "full":
         raise ModelError(f"arm {arm}: full fine-tuning is no adapter; export it --as merged")
     if request.form == "knots" or request.rank is not None:
@@ -147,6 +159,8 @@ def _write(outcome: Outcome, request: Request, folder: Path, terminal: Terminal)
             )
         _write_merged(outcome, learned, request, folder, findings, terminal)
         source.tokenizer().save_pretrained(folder)
+        # transformers writes one that knows no end token; where the base has none, the config's is used.
+        (folder / "generation_config.json").unlink(missing_ok=True)
         for file in [source.folder / "generation_config.json", *source.folder.glob("*.py")]:
             if file.is_file() and (file.suffix != ".py" or source.trust_remote_code):
                 shutil.copy(file, folder)
@@ -197,7 +211,7 @@ def _compress(outcome: Outcome, learned: Residual, rank: int, findings: Findings
     """The chain as one pair of a lower rank; says what that keeps and how it scores."""
     pairs, energy = compressed(learned, rank)
     kept, whole = (sum(values) for values in zip(*energy.values(), strict=True))
-    shares = {name: part / max(all_of_it, 1e-60) for name, (part, all_of_it) in energy.items()}
+    shares = {name: part / all_of_it if all_of_it else 1.0 for name, (part, all_of_it) in energy.items()}
     least = min(shares, key=shares.__getitem__)
     terminal.say("scoring validation before and after the compression")
     trial = _Trial(outcome)
@@ -207,7 +221,7 @@ def _compress(outcome: Outcome, learned: Residual, rank: int, findings: Findings
     after = trial.score(chain.model)
     findings.say(
         terminal,
-        f"Compressed to rank {rank}: {kept / max(whole, 1e-60):.2%} of the update's energy is kept (least: "
+        f"Compressed to rank {rank}: {kept / whole if whole else 1.0:.2%} of the update's energy is kept (least: "
         f"{shares[least]:.2%}, {least}); validation {_change(before, after)}.",
         compression={"rank": rank, "energy": shares, "validation_before": before, "validation_after": after},
     )
@@ -268,8 +282,7 @@ def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str |
     """The dense model in a number format; with a quantization, on the weights that its codes stand for."""
     device, source = torch.device("cpu"), outcome.source
     if outcome.method == "full":
-        tuned = Source(str(outcome.path / "model"), outcome.path / "model", source.trust_remote_code)
-        return tuned.load(dtype, device)
+        return outcome.tuned.load(dtype, device)
     if quantization is None:
         model = source.load(dtype, device)
         base = Base(model, source.files)

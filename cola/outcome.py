@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cola import adapters, residual
@@ -93,9 +94,14 @@ class Outcome:
         """What the chain had learned where it was scored, float32 on the CPU.
 
         Raises:
-            ModelError: as `link_folders`.
+            ModelError: as `link_folders`, or one is damaged.
         """
-        pairs = [adapters.load_pair(folder) for folder in self.link_folders()]
+        pairs = []
+        for folder in self.link_folders():
+            try:
+                pairs.append(adapters.load_pair(folder))
+            except (SafetensorError, ValueError, KeyError, OSError) as error:
+                raise ModelError(f"the link in {folder} is damaged ({error}); run the recipe anew") from error
         rules = self.rules
         return [*residual.left_behind(pairs[:-1], rules.merge_fraction or 1.0, rules.pair == "keep"), pairs[-1]]
 
@@ -128,6 +134,20 @@ class Outcome:
         name = self.recipe.model.name_or_path
         return name if is_remote(name) and not name.startswith("package://") else str(self.source.folder)
 
+    @property
+    def tuned(self) -> Source:
+        """All weights, of full fine-tuning.
+
+        Raises:
+            ModelError: they were not kept.
+        """
+        if not (self.path / "model" / "config.json").is_file():
+            raise ModelError(
+                f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
+                "keep_full_weights: true"
+            )
+        return Source(str(self.path / "model"), self.path / "model", self.recipe.model.trust_remote_code)
+
     def load(self, device: torch.device) -> PreTrainedModel:
         """The model that was scored.
 
@@ -135,13 +155,7 @@ class Outcome:
             ModelError: a part of it is not there.
         """
         if self.method == "full":
-            if not (self.path / "model" / "config.json").is_file():
-                raise ModelError(
-                    f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
-                    "keep_full_weights: true"
-                )
-            tuned = Source(str(self.path / "model"), self.path / "model", self.recipe.model.trust_remote_code)
-            return tuned.load("float32", device)  # as they were trained, whatever the base's dtype
+            return self.tuned.load("float32", device)  # as they were trained, whatever the base's dtype
         if self.method == "lora":
             return self.chain(device).model
         model = self.source.load(self.dtype, device, self.quantization)

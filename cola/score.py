@@ -1,7 +1,7 @@
 """cola eval: a run, an adapter or a model on a recipe's data, by the evaluator that scores arms."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cola.errors import ModelError, RunFolderError
 from cola.evaluate import Evaluator, ExampleScore, evaluation_of
 from cola.model import Source, check_fit, dtype_warning, find_adapter, find_model, make_accelerator, quiet_libraries
 from cola.outcome import Outcome, outcomes
-from cola.recipe import Recipe
+from cola.recipe import SPLITS, Recipe
 from cola.terminal import Terminal
 
 NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how it was made, what the run measured
@@ -59,8 +59,8 @@ class Scored:
     reported: dict[str, Any] | None
 
 
-def score(targets: Iterable[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
-    """Score targets one after the other.
+def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
+    """Score targets one after the other. Among several, one that does not load is told of and passed over.
 
     Args:
         targets: What to score.
@@ -69,29 +69,38 @@ def score(targets: Iterable[Target], data: Recipe, splits: Sequence[str], termin
         terminal: Told what is going on.
 
     Raises:
-        ColaError: a target does not load, or the data does not fit it.
+        ColaError: no target loads, or the data does not fit them.
     """
     quiet_libraries()
     done = []
-    for target in targets:
-        tokenizer = target.source.tokenizer()
-        loaded = load_splits(data.data, tokenizer)
-        check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
-        accelerator = make_accelerator(target.dtype)
-        if warning := dtype_warning(target.dtype, accelerator.device):
-            terminal.warn(warning)
-        evaluator = Evaluator.of(data, tokenizer, loaded, accelerator)
-        model = target.load(accelerator.device)
-        scores = {}
-        for split in splits:
-            rows = getattr(loaded, split)
-            terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows)")
-            scores[split] = evaluator(model, rows)
-        reported = None
-        if target.reported is not None and target.reported[0] == loaded.fingerprint:
-            reported = target.reported[1]
-        done.append(Scored(target.label, evaluation_of(scores), scores, reported))
+    for number, target in enumerate(targets, 1):
+        try:
+            done.append(_score(target, data, splits, terminal))
+        except ModelError as error:
+            if not done and number == len(targets):
+                raise
+            terminal.warn(f"{target.label} is not scored: {error}")
     return done
+
+
+def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Terminal) -> Scored:
+    tokenizer = target.source.tokenizer()
+    loaded = load_splits(data.data, tokenizer)
+    check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
+    accelerator = make_accelerator(target.dtype)
+    if warning := dtype_warning(target.dtype, accelerator.device):
+        terminal.warn(warning)
+    evaluator = Evaluator.of(data, tokenizer, loaded, accelerator)
+    model = target.load(accelerator.device)
+    scores = {}
+    for split in splits:
+        rows = getattr(loaded, split)
+        terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows)")
+        scores[split] = evaluator(model, rows)
+    reported = None
+    if target.reported is not None and target.reported[0] == loaded.fingerprint:
+        reported = target.reported[1]
+    return Scored(target.label, evaluation_of(scores), scores, reported)
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,9 @@ class Loading:
     quantization: str | None = None
     trust_remote_code: bool = False
 
-    def model(self, name: str) -> recipe.Model:
+    def model(self, name: str, revision: str | None = None) -> recipe.Model:
         """A model of that name, as a recipe would say it."""
-        return recipe.Model(name_or_path=name, trust_remote_code=self.trust_remote_code)
+        return recipe.Model(name_or_path=name, revision=revision, trust_remote_code=self.trust_remote_code)
 
 
 def targets_of(
@@ -141,17 +150,28 @@ def targets_of(
         raise ModelError(f"{name} is no run folder; --arm and --seed belong to a run")
     if (folder := find_adapter(loading.model(name))) is not None:
         return [_of_adapter(folder, name, data, loading)]
+    if read_note(Path(name)).get("form") == "knots":
+        raise ModelError(
+            f"{name} holds a chain's links one by one, each for the base with those before it merged; score the run, "
+            "or an export --as adapter or --as merged"
+        )
     if loading.base is not None:
         raise ModelError(f"{name} is no PEFT adapter: it has no adapter_config.json, so --base says nothing")
-    source, note = find_model(loading.model(name), quantized=True), read_note(Path(name))
+    source = find_model(loading.model(name), quantized=True)
+    note = read_note(source.folder)
     dtype, quantization = loading.dtype or note.get("dtype") or data.model.dtype, loading.quantization
     if quantization is not None and source.codes is not None:
         raise ModelError(f"{name} is quantized already; leave out --quantization")
-    return [
-        Target(
-            Path(name).name, source, dtype, lambda device: source.load(dtype, device, quantization), 0, _reported(note)
-        )
-    ]
+
+    def load(device: torch.device) -> PreTrainedModel:
+        return source.load(dtype, device, quantization)
+
+    return [Target(_label(name), source, dtype, load, 0, _reported(note))]
+
+
+def _label(name: str) -> str:
+    """The last part of a path or of a hub id."""
+    return Path(name).name or Path(name).resolve().name  # of `.`
 
 
 def _of_run(outcome: Outcome) -> Target:
@@ -164,14 +184,19 @@ def _of_run(outcome: Outcome) -> Target:
 
 
 def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Target:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        virtual = int(config.get("num_virtual_tokens") or 0)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} is damaged ({error})") from None
     note = read_note(folder)
     trained_on = note.get("base", {})
     named = loading.base or trained_on.get("name") or config.get("base_model_name_or_path")
     if not named:
         raise ModelError(f"{name} does not say which base it is for; name it by --base")
     try:
-        source = find_model(loading.model(named))
+        # At the commit that it was trained on; a branch may have moved on.
+        source = find_model(loading.model(named, None if loading.base else trained_on.get("revision")))
     except ModelError as error:
         raise ModelError(f"the base of {name} cannot be had; name it by --base ({error})") from error
     if note and source.fingerprint() != trained_on["sha256"]:
@@ -185,7 +210,7 @@ def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Targ
     def load(device: torch.device) -> PreTrainedModel:
         return adapters.load_adapter(source.load(dtype, device, quantization), folder)
 
-    return Target(Path(name).name, source, dtype, load, config.get("num_virtual_tokens") or 0, _reported(note))
+    return Target(_label(name), source, dtype, load, virtual, _reported(note))
 
 
 def read_note(folder: Path) -> dict[str, Any]:
@@ -199,13 +224,23 @@ def read_note(folder: Path) -> dict[str, Any]:
         return {}
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
+        evaluation = note["run"]["evaluation"]
         return {
+            "form": str(note["form"]),
             "dtype": str(note["dtype"]),
-            "base": {key: note["base"][key] for key in ("name", "sha256", "quantization")},
-            "run": {key: note["run"][key] for key in ("data", "evaluation")},
+            "base": {key: note["base"][key] for key in ("name", "revision", "sha256", "quantization")},
+            "run": {
+                "data": note["run"]["data"],
+                "evaluation": {split: _numbers(evaluation[split]) for split in SPLITS},
+            },
         }
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged ({type(error).__name__}: {error}); export it again") from None
+
+
+def _numbers(numbers: dict[str, Any]) -> dict[str, Any]:
+    score = numbers["score"]
+    return {"loss": float(numbers["loss"]), "score": None if score is None else float(score)}
 
 
 def _reported(note: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -171,3 +171,72 @@ def recipe_file(recipe_text: str, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe_text)
     return path
+
+
+ARMS = """
+  base: {links: 0}
+  lora: {links: 1}
+  chain3: {links: 3}
+  stepdown: {links: [{rank: 6}, {rank: 2, alpha: 5, target_modules: [q_proj, down_proj]}, {rank: 3, alpha: 3}]}
+  part3: {links: 3, knot: {merge_fraction: 0.5}}
+  kept: {links: 3, knot: {pair: keep, optimizer: keep}}
+  dora: {use_dora: true}
+  dora2: {use_dora: true, links: 2}
+  pissa2: {init: pissa, links: 2}
+  nf4: {quantization: nf4, links: 2}
+  int8: {quantization: int8, links: 2}
+  bf16: {dtype: bfloat16, links: 3}
+  naive: {dtype: bfloat16, links: 2, knot: {merge: naive}}
+  full: {method: full, learning_rate: 2e-3}
+  prefix: {method: prefix, num_virtual_tokens: 4}
+  bottleneck: {method: adapter, bottleneck: 8}
+"""
+
+
+def run_once(folder: Path, text: str) -> Path:
+    """A finished run for many tests to read, whose store they do not see."""
+    from test_run import go
+
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLA_CACHE", str(folder / "cache"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        _, summary = go(recipe, folder=folder / "run")
+    assert not any(arm["errors"] for arm in summary["arms"].values()), summary["arms"]
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def warm_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny model that comes with a generation config of its own, and has no more rows than there are tokens."""
+    folder = tmp_path_factory.mktemp("warm") / "tiny-qwen2"
+    model = tiny_model(vocab_size=len(tokenizer))
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_k=7, eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def many_arms(tmp_path_factory: pytest.TempPathFactory, warm_folder: Path, colours: Path) -> Path:
+    """The folder of a run with every kind of arm that an export treats in its own way."""
+    return run_once(
+        tmp_path_factory.mktemp("many-arms"),
+        f"""
+name: many
+model: {{name_or_path: {warm_folder}}}
+data:
+  files: {colours}
+  rows: {{train: 24, validation: 8, test: 16}}
+  task: answer
+  prompt: "{{question}}?"
+  answer: "{{answer}}"
+training: {{epochs: 3, batch_size: 4, learning_rate: 2e-2}}
+link: {{rank: 4}}
+arms: {ARMS}
+seeds: [0]
+tracking: {{wandb: off}}
+output: {tmp_path_factory.mktemp("runs")}
+""",
+    )
