@@ -134,8 +134,8 @@ def report(
             return
         import numpy as np
 
-        from cola.compare import summarize
         from cola.record import RunFolder
+        from cola.summary import summarize
         from cola.terminal import Terminal
         from cola.tracking import sync_command
 
@@ -264,8 +264,8 @@ def evaluate(
     Exit code: 0 all is scored, 1 some arms of a run could not be, 2 nothing could be.
     """
     with _one_line_errors(unsaid="model.name_or_path: "):
-        from cola.compare import METRICS
         from cola.recipe_file import read_recipe
+        from cola.summary import METRICS
         from cola.tables import scored_table
         from cola.terminal import Terminal
 

@@ -123,10 +123,24 @@ class RunFolder:
         """The job's result, whatever its status; None where there is none yet."""
         return read_json(self.job(job) / "result.json", RESULT_KEYS)
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """The results of all arms and seeds (not of trials), as they were run."""
+    def results(self, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The results of all arms and seeds (not of trials), as they were run.
+
+        Args:
+            damaged: What is wrong with a result that cannot be read is added here.
+
+        Raises:
+            RunFolderError: a result is damaged, and there is no such list.
+        """
         for path in sorted(self.path.glob("arms/*/seed-*/result.json")):
-            if (result := read_json(path, RESULT_KEYS)) is not None:
+            try:
+                result = read_json(path, RESULT_KEYS)
+            except RunFolderError as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+                continue
+            if result is not None:
                 yield result
 
     def provenance(self) -> dict[str, Any] | None:

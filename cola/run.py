@@ -16,7 +16,6 @@ from cola import adapters, starts
 from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
-from cola.compare import summarize
 from cola.data import Splits, load_splits
 from cola.errors import ColaError, ModelError, RunChanged, RunFolderError
 from cola.evaluate import Evaluator
@@ -31,6 +30,7 @@ from cola.recipe import Prune, Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
 from cola.segments import Causes, Tree, merge_of, root_causes
 from cola.store import Store, size_of
+from cola.summary import summarize
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
 

@@ -144,30 +144,69 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
+def contrasts_table(summary: dict[str, Any]) -> Table:
+    """Every contrast with its interval and tests; those named before the run first."""
+    table = Table(
+        f"Contrasts on test: {_of_contrasts(summary)}, more is better",
+        ["first − second", "role", "difference [95 %]", "p", "p (Holm)", "smallest p", "detectable", "seeds", "rows"],
+        [],
+    )
+    for one in summary["contrasts"]:
+        table.rows.append(
+            [
+                f"{one['first']} − {one['second']}",
+                "not named before" if one["role"] == "full" else one["role"],
+                interval(one),
+                _p(one["p"]),
+                _p(one["p_holm"]),
+                _p(one["smallest_p"]) if one["p"] is not None else NONE,
+                NONE if one["minimum_detectable"] is None else f"{one['minimum_detectable']:.3f}",
+                str(one["n_seeds"]),
+                str(one["n_examples"]) + ("" if one["n_groups"] == one["n_examples"] else f" in {one['n_groups']}"),
+            ]
+        )
+    return table
+
+
+def _of_contrasts(summary: dict[str, Any]) -> str:
+    by_loss = any(one["metric"] == "loss" for one in summary["contrasts"])
+    return "−loss, nats per target token" if by_loss else summary["metric"]
+
+
+def _p(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def contrast_sentence(one: dict[str, Any], metric: str) -> str:
+    """What a contrast named before the run allows to be said; never a winner inside its interval."""
+    first, second = one["first"], one["second"]
+    seeds = "1 seed" if one["n_seeds"] == 1 else f"{one['n_seeds']} seeds"
+    line = f"{first} − {second} = {one['value']:+.3f} test {'-loss' if one['metric'] == 'loss' else metric} ({seeds})"
+    if one["low"] is None:
+        return f"{line}; these results give it no interval, so nothing is claimed."
+    line += f", 95 % interval [{one['low']:+.3f}, {one['high']:+.3f}]"
+    detectable = f"a difference below {one['minimum_detectable']:.3f} would mostly be missed by this study"
+    if one["low"] <= 0 <= one["high"]:
+        return f"{line}: the two cannot be told apart; {detectable}."
+    better = first if one["value"] > 0 else second
+    corrected = one["p_holm"] is not None
+    p = one["p_holm"] if corrected else one["p"]
+    said = "" if p is None else f"{'Holm-corrected ' if corrected else ''}sign-flip p = {_p(p)}"
+    if one["claim"]:
+        return f"{line}, {said}: {better} is the better one."
+    why = (
+        f"{said}; {one['n_seeds']} seeds can reach {_p(one['smallest_p'])} at best"
+        if said
+        else "there is no test of it"
+    )
+    return f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods ({why})."
+
+
 def verdict(summary: dict[str, Any]) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    lines = []
-    # Plain text has no score: there the arms are compared by minus the loss, so that more is better everywhere.
-    metric = "-loss" if summary["metric"] == "perplexity" else summary["metric"]
-    primary = summary.get("primary")
-    if primary:
-        first, second = primary["arms"]
-        seeds = "1 seed" if primary["n_seeds"] == 1 else f"{primary['n_seeds']} seeds"
-        line = f"{first} − {second} = {primary['value']:+.3f} test {metric} ({seeds})"
-        if primary["low"] is None:
-            lines.append(f"{line}; these results give it no interval, so nothing is claimed.")
-        else:
-            line += f", 95 % interval [{primary['low']:+.3f}, {primary['high']:+.3f}]"
-            better = first if primary["value"] > 0 else second
-            if not primary["excludes_zero"]:
-                lines.append(f"{line}: the two cannot be told apart.")
-            elif primary["p_sign_flip"] < 0.05:
-                lines.append(f"{line}, sign-flip p = {primary['p_sign_flip']:.3g}: {better} is the better one.")
-            else:
-                lines.append(
-                    f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods "
-                    f"(sign-flip p = {primary['p_sign_flip']:.3g}; 6 seeds or more can fall below .05)."
-                )
+    named = [one for one in summary["contrasts"] if one["role"] != "full"]
+    lines = [contrast_sentence(one, summary["metric"]) for one in sorted(named, key=lambda one: one["role"])]
+    lines += summary["unpaired"]
     n_seeds = len(summary["seeds"])
     if n_seeds == 1:
         lines.append(
