@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,11 +125,24 @@ def ablate(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a run or of an ablation.")],
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first."),
+    ] = None,
 ) -> None:
     """Print the tables of a run or an ablation, and build its page anew: a run's from its results, an ablation's
-    from its ablation.json."""
+    from its ablation.json.
+
+    Several runs make one report: each data set is a task, and runs on the same data are more seeds of it.
+    """
     with _one_line_errors():
+        if len(run_folders) > 1:
+            _report_tasks(run_folders, to)
+            return
+        if to is not None:
+            raise ColaError("--to is for the report of several runs; that of one is in its folder")
+        run_folder = run_folders[0]
         if (run_folder / "ablation.json").is_file():
             _report_ablation(run_folder)
             return
@@ -146,6 +160,26 @@ def report(
         summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
         folder.write_json("summary.json", summary)
         _print_results(folder, summary, Terminal())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
+) -> None:
+    """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
+    with _one_line_errors():
+        import numpy as np
+
+        from cola.differences import compare_runs
+        from cola.terminal import Terminal
+
+        tables, notes = compare_runs(first, second, np.random.default_rng(0))
+        terminal = Terminal()
+        for table in tables:
+            terminal.table(table.title, table.columns, table.rows)
+        for note in notes:
+            terminal.say(note)
 
 
 class Form(StrEnum):
@@ -401,6 +435,32 @@ def _report_ablation(path: Path) -> None:
     if "rows" not in summary:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
     _print_ablation(folder, summary, Terminal())
+
+
+def _report_tasks(paths: list[Path], to: Path | None) -> None:
+    import numpy as np
+
+    from cola.record import make_new
+    from cola.report import write_tasks
+    from cola.tables import contrast_sentence
+    from cola.tasks import summarize_tasks, task_tables
+    from cola.terminal import Terminal
+
+    if to is not None and to.exists():
+        raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
+    summary = summarize_tasks(paths, np.random.default_rng(0))
+    if to is None:
+        to = make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
+    terminal = Terminal()
+    page = write_tasks(to, summary)
+    for table in task_tables(summary):
+        terminal.table(table.title, table.columns, table.rows)
+    for one in summary["contrasts"] if summary["averaged"] else ():
+        terminal.say(contrast_sentence(one, summary["metric"]))
+    for note in summary["notes"]:
+        terminal.say(note)
+    terminal.say(f"report   {page}")
+    terminal.say(f"results  {to / 'summary.json'}")
 
 
 def _print_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal: "Terminal") -> None:

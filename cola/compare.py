@@ -91,7 +91,7 @@ class Table:
         names, member_N = np.unique(np.asarray([str(group) for group in self.groups]), return_inverse=True)
 
         def summed(values_N: Array) -> Array:
-            return np.bincount(member_N, weights=values_N * self.weights_N, minlength=len(names))
+            return np.bincount(member_N, values_N * self.weights_N, len(names)).astype(np.float64)
 
         return np.apply_along_axis(summed, 2, self.scores_ASN), summed(np.ones(len(member_N)))
 

@@ -25,6 +25,7 @@ from cola.record import RunFolder
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
 
 Results = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
+Rows = dict[str, dict[str, Any]]  # scores of one arm, seed and split, by example
 
 
 def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class Comparer:
         self.unpaired: list[str] = []
         self.ok = {a: [s for s in recipe.seeds if results.get((a, s), {}).get("status") == "ok"] for a in recipe.arms}
         self._base = int(rng.integers(2**32))
-        self._scores: dict[tuple[str, int], dict[str, dict[str, Any]] | None] = {}
+        self._scores: dict[tuple[str, int], Rows | None] = {}
 
     def against_full(self, name: str) -> dict[str, Any]:
         """`ft_gap` and `closed` of an arm, where they can be had."""
@@ -219,14 +220,7 @@ class Comparer:
         if full in self.recipe.arms:
             named += [("full", (arm, full)) for arm in trained if {arm, full} not in said]
         found = [one for role, pair in named if (one := self._contrast(role, *pair)) is not None]
-        tested = [one for one in found if one["role"] == "secondary" and one["p"] is not None]
-        for one, p in zip(tested, compare.holm([one["p"] for one in tested]), strict=True):
-            one["p_holm"] = p
-        for one in found:
-            p = one["p_holm"] if one["role"] == "secondary" else one["p"]
-            away = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)
-            # What was not named before the run is shown and not claimed.
-            one["claim"] = bool(away and p is not None and p < 0.05 and one["role"] != "full")
+        settle(found)
         return found
 
     def _contrast(self, role: str, first: str, second: str) -> dict[str, Any] | None:
@@ -234,34 +228,20 @@ class Comparer:
         table = self.table([first, second], by_loss)
         if table is None:
             return None
-        found = estimate(difference, table, self._rng("contrast", first, second))
-        n_seeds = table.scores_ASN.shape[1]
-        differences_S = table.means_AS[0] - table.means_AS[1]
         return {
             "first": first,
             "second": second,
             "role": role,
             "metric": self.recipe.metric,
-            **_record(found),
-            "p": compare.sign_flip_p(differences_S, self._rng("sign-flip", first, second)) if n_seeds > 1 else None,
-            "p_holm": None,
-            "smallest_p": compare.smallest_p(n_seeds),
-            "minimum_detectable": found.minimum_detectable,
-            "n_seeds": n_seeds,
-            "n_examples": table.scores_ASN.shape[2],
-            "n_groups": len(set(table.groups)),
+            **contrast_record(table, self._rng("contrast", first, second), self._rng("sign-flip", first, second)),
         }
 
     def table(self, arms: Sequence[str], by_loss: bool = False) -> Table | None:
-        """The arms' test scores over their common seeds; None where they cannot be paired.
-
-        Where `by_loss`, and for a text, which has no score, it is minus the loss per token, weighted by tokens, so that
-        an arm's mean is minus its loss in the table of results.
-        """
+        """The arms' test scores over their common seeds, as `paired` has them; None where they have none."""
         if any(not self.ok[arm] for arm in arms):
             return None  # the table of arms says so
         seeds = [s for s in self.ok[arms[0]] if all(s in self.ok[arm] for arm in arms)]
-        tables = {(arm, s): rows for s in seeds for arm in arms if (rows := self._rows(arm, s)) is not None}
+        tables = {(arm, s): rows for s in seeds for arm in arms if (rows := self.rows(arm, s)) is not None}
         seeds = [s for s in seeds if all((arm, s) in tables for arm in arms)]
         if not seeds:
             self._say_unpaired(f"{', '.join(arms)} have no seed in common, so they are not compared")
@@ -269,26 +249,16 @@ class Comparer:
         if dropped := sorted({s for arm in arms for s in self.ok[arm]} - set(seeds)):
             left = ", ".join(map(str, dropped))
             self._say_unpaired(f"{', '.join(arms)} are compared over the seeds that all of them have, without {left}")
-        first = tables[arms[0], seeds[0]]
-        ids = list(first)
-        for (arm, seed), rows in tables.items():
-            if seed in seeds and (rows.keys() != first.keys() or not ids):
-                self._say_unpaired(
-                    f"{arm} seed {seed} ({len(rows)} rows) and {arms[0]} seed {seeds[0]} ({len(ids)}) were scored on "
-                    "other test examples, so their arms are not compared; delete the damaged seed folder and run `cola "
-                    "run --resume`"
-                )
-                return None
-        scored = first[ids[0]]["score"] is not None and not by_loss
+        table = paired([[tables[arm, s] for s in seeds] for arm in arms], by_loss)
+        if table is None:
+            self._say_unpaired(
+                f"{', '.join(arms)} were not all scored on the same test examples, so they are not compared; delete "
+                "the damaged seed folder and run `cola run --resume`"
+            )
+        return table
 
-        def value(row: dict[str, Any]) -> float:
-            return row["score"] if scored else -row["loss"] / row["tokens"]
-
-        scores = [[[value(tables[arm, s][i]) for i in ids] for s in seeds] for arm in arms]
-        groups = [first[i]["group"] or i for i in ids]
-        return Table(np.array(scores), groups, None if scored else [float(first[i]["tokens"]) for i in ids])
-
-    def _rows(self, arm: str, seed: int) -> dict[str, dict[str, Any]] | None:
+    def rows(self, arm: str, seed: int) -> Rows | None:
+        """Test scores by example; None where they are damaged."""
         if (arm, seed) not in self._scores:
             try:
                 rows = {row["id"]: row for row in self.folder.scores(arm, seed, "test")}
@@ -305,6 +275,56 @@ class Comparer:
     def _rng(self, *contrast: str) -> np.random.Generator:
         # Each contrast draws for itself, so that adding an arm changes no other's interval.
         return np.random.default_rng([self._base, derived_seed(*contrast)])
+
+
+def contrast_record(table: Table, rng: np.random.Generator, rng_of_test: np.random.Generator) -> dict[str, Any]:
+    """The first arm of a table against the second: the difference, its interval, its test."""
+    found = estimate(difference, table, rng)
+    n_seeds, n_examples = table.scores_ASN.shape[1:]
+    differences_S = table.means_AS[0] - table.means_AS[1]
+    return {
+        **_record(found),
+        "p": compare.sign_flip_p(differences_S, rng_of_test) if n_seeds > 1 else None,
+        "p_holm": None,
+        "smallest_p": compare.smallest_p(n_seeds),
+        "minimum_detectable": found.minimum_detectable,
+        "n_seeds": n_seeds,
+        "n_examples": n_examples,
+        "n_groups": len(set(table.groups)),
+    }
+
+
+def settle(contrasts: Sequence[dict[str, Any]]) -> None:
+    """Correct the secondary contrasts for their number, and say which contrasts carry a claim."""
+    tested = [one for one in contrasts if one["role"] == "secondary" and one["p"] is not None]
+    for one, p in zip(tested, compare.holm([one["p"] for one in tested]), strict=True):
+        one["p_holm"] = p
+    for one in contrasts:
+        p = one["p_holm"] if one["role"] == "secondary" else one["p"]
+        away = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)
+        # What was not named before the run is shown and not claimed.
+        one["claim"] = bool(away and p is not None and p < 0.05 and one["role"] != "full")
+
+
+def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
+    """Scores of some arms (outer) under some seeds (inner), paired by example; None where they are not of the same
+    examples.
+
+    Where `by_loss`, and for a text, which has no score, a score is minus the loss per token, weighted by tokens, so
+    that an arm's mean is minus its loss in the table of results.
+    """
+    first = rows[0][0]
+    ids = list(first)
+    if not ids or any(one.keys() != first.keys() for of_arm in rows for one in of_arm):
+        return None
+    scored = first[ids[0]]["score"] is not None and not by_loss
+
+    def value(row: dict[str, Any]) -> float:
+        return row["score"] if scored else -row["loss"] / row["tokens"]
+
+    scores = [[[value(one[i]) for i in ids] for one in of_arm] for of_arm in rows]
+    groups = [first[i]["group"] or i for i in ids]
+    return Table(np.array(scores), groups, None if scored else [float(first[i]["tokens"]) for i in ids])
 
 
 def _record(found: Estimate) -> dict[str, float | None]:
