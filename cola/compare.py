@@ -25,6 +25,7 @@ from cola.errors import RunFolderError
 from cola.plan import derived_seed
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
+from cola.spectra import spectra_of
 
 RESAMPLES = 4000
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
@@ -111,10 +112,12 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         arms[name] |= contrast
     meta = folder.provenance()
     trials, damaged = _trials(recipe, folder)
+    done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
+    spectra, unread = spectra_of(folder, done)
     states = {state for arm in arms.values() for state in arm["states"].values()}
     return {
         "meta": meta,
-        "notes": [*(meta["data"]["notes"] if meta else []), *damaged],
+        "notes": [*(meta["data"]["notes"] if meta else []), *damaged, *unread],
         "interrupted": bool(states & {"interrupted", "missing"}),
         "metric": METRICS[recipe.data.task],
         "checkpoint": recipe.evaluation.checkpoint,
@@ -125,6 +128,7 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         "same_outputs": _same_outputs(recipe, folder, results),
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
+        "spectra": spectra,
         **contrasts,
     }
 
