@@ -1,8 +1,8 @@
 """What the arms of a run have learned, as spectra, from the files of their weights: no model is loaded.
 
 A chain is analysed from its factors on the CPU, which takes seconds whatever the model's size. Full fine-tuning's
-update is dense, and an eigendecomposition costs the cube of a matrix's side: of that arm only the matrices are looked at
-that the run's low-rank arms train, on the GPU where there is one, and of a large model an even share of those.
+update is dense, and an eigendecomposition costs the cube of a matrix's side: of that arm only those matrices are looked
+at that the run's low-rank arms train, on the GPU where there is one, and of a large model an even share of them.
 """
 
 import math
@@ -157,16 +157,17 @@ class Learned:
                 continue
             base = Tuned.of(weight_OI)
             base_left_OM = base.left_vectors()
+            found = None
             for what, numbers in matrix["updates"].items():
                 if isinstance(tuned, Matrices):
                     tuned_OI = tuned.of(name)
                     assert tuned_OI is not None  # it was there for the record
                     after = Tuned.of(tuned_OI.to(self._device))
-                else:
-                    n_links = len(tuned) if what == "chain" else int(what.removeprefix("link "))
-                    B_OK, A_KI, _ = factors(tuned[:n_links], name)
-                    after = base.plus(B_OK, A_KI)
-                numbers["intruders"] = count_intruders(base_left_OM, after.left_vectors(TOP))
+                    found = count_intruders(base_left_OM, after.left_vectors(TOP))
+                elif what != "chain":  # which is where its last link led
+                    B_OK, A_KI, _ = factors(tuned[: int(what.removeprefix("link "))], name)
+                    found = count_intruders(base_left_OM, base.plus(B_OK, A_KI).left_vectors(TOP))
+                numbers["intruders"] = found
 
     @cached_property
     def trained(self) -> list[str]:

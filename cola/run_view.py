@@ -36,7 +36,7 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
     quiet_libraries()
     found = [outcome for outcome in outcomes(run, arm, seed) if outcome.method in ("lora", "full")]
     if not found:
-        raise ModelError(f"{run}: {f'arm {arm} changes' if arm else 'no arm changes'} the base's matrices")
+        raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
     view = _View(found, terminal)
     records: dict[str, list[dict[str, Any]]] = {}
     for number, outcome in enumerate(found, 1):
@@ -58,9 +58,8 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
     for table in tables:
         if table.rows:
             terminal.table(table.title, table.columns, table.rows)
-    for outcome in found:
-        if (outcome.path / SPECTRUM).is_file():
-            terminal.say(f"matrix by matrix: {outcome.path / SPECTRUM}")
+    where = found[0].path if len(found) == 1 else run / "arms" / "ARM" / "seed-S"
+    terminal.say(f"matrix by matrix: {where / SPECTRUM}")
 
 
 @dataclass
