@@ -27,7 +27,7 @@ from cola.spectrum import KEPT, TOP, Svd, Tuned, count_intruders, dense_svd, num
 
 ALL = "all weights"  # full fine-tuning's update
 DORA = "DoRA scales the rows of the base's matrices, so what it adds to them is not of low rank"
-# float64 operations that full fine-tuning's spectra may take: a minute or two on two cores, and on a data-center GPU.
+# float64 operations that full fine-tuning's spectra may take: a minute or so on two cores; the GPU's is not measured.
 FULL_FLOPS = {"cpu": 2e12, "cuda": 1e14}
 
 

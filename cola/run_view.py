@@ -96,8 +96,8 @@ class _View:
             self.terminal.say(f"{outcome.job.label}: {duration(perf_counter() - started)}")
             try:
                 write_spectrum(outcome.folder, outcome.job, record)
-            except PermissionError:
-                self.terminal.warn(f"{outcome.path} cannot be written to, so the next look computes it again")
+            except OSError as error:  # another's folder, a full disk: what was computed can be shown all the same
+                self.terminal.warn(f"{outcome.path}: {error.strerror}; the next look computes it again")
         return record
 
     def _taken(self, outcome: Outcome) -> dict[str, Any]:
