@@ -22,6 +22,7 @@ from cola.evaluate import Evaluator
 from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
 from cola.job import JobRun, selection_key
+from cola.learned import Learned
 from cola.measure import rows_digest
 from cola.model import Source, check_fit, dtype_warning, find_model, make_accelerator, quiet_libraries
 from cola.package_file import need_package
@@ -121,6 +122,7 @@ def run(
             tracker=tracker,
             tracked=set() if tracked is None else tracked,
             meter=meter,
+            learned=Learned(source, skeleton, recipe, accelerator.device),
             meta=meta,
             used=folder.references(),
         )

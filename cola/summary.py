@@ -21,6 +21,7 @@ from cola.errors import RunFolderError
 from cola.plan import derived_seed
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
+from cola.spectra import spectra_of
 
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
 
@@ -38,6 +39,8 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         arms[name] |= comparer.against_full(name)
     meta = folder.provenance()
     trials = _trials(recipe, folder, damaged)
+    done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
+    spectra, unread = spectra_of(folder, done)
     states = {state for arm in arms.values() for state in arm["states"].values()}
     return {
         "meta": meta,
@@ -51,9 +54,10 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         "same_outputs": _same_outputs(recipe, folder, results, damaged),
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
+        "spectra": spectra,
         "contrasts": comparer.contrasts(),
         "unpaired": comparer.unpaired,
-        "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys(damaged)],
+        "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys([*damaged, *unread])],
     }
 
 

@@ -118,6 +118,79 @@ def knots_table(summary: dict[str, Any], short: bool = False) -> Table:
     return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
 
 
+def spectra_table(summary: dict[str, Any]) -> Table:
+    """What each link, the whole chain and full fine-tuning added to the base's matrices."""
+    rows: list[dict[str, str]] = []
+    spectra = summary.get("spectra") or {}
+    counted = any(row["intruders"] is not None for arm in spectra.values() for row in arm["rows"])
+    for name, arm in spectra.items():
+        alone = len(arm["rows"]) == 2  # a chain of one link is that link
+        for number in arm["rows"][:1] if alone else arm["rows"]:
+            row = {
+                "arm": name,
+                "update": number["what"],
+                "rank": _number(number["rank"]),
+                "‖ΔW‖/‖W‖": NONE if number["relative_size"] is None else f"{number['relative_size']:.2%}",
+                "effective rank": _number(number["effective_rank"], 1),
+                "rank at 90 %": _number(number["rank_90"]),
+                "stable rank": _number(number["stable_rank"], 1),
+            }
+            rows.append(row | ({"intruders": _number(number["intruders"], 2)} if counted else {}))
+    title = "Spectra: medians over matrices, means over seeds"
+    return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+
+
+def overlap_table(summary: dict[str, Any]) -> Table:
+    """Which share of their directions the links have in common, and with full fine-tuning, beside random ones'."""
+    spectra = summary.get("spectra") or {}
+    links = max(
+        (arm["overlap"]["labels"] for arm in spectra.values() if arm["overlap"]),
+        key=lambda labels: len(labels),
+        default=[],
+    )
+    full = any(arm["with_full"] for arm in spectra.values())
+    columns = ["arm", "update", *links, *(["random"] if links else []), *(["full", "random of full"] if full else [])]
+    table = Table("Overlap of directions: 1 the same, 0 orthogonal", columns, [])
+    for name, arm in spectra.items():
+        own, with_full = arm["overlap"], arm["with_full"]
+        if own is None and with_full is None:
+            continue
+        shared = dict(zip(with_full["labels"], with_full["values"], strict=True)) if with_full else {}
+        whats = [row["what"] for row in arm["rows"]]
+        for what in whats[:1] if len(whats) == 2 else whats:
+            mine = own["matrix"][own["labels"].index(what)] if own and what in own["labels"] else []
+            cells = [_number(value, 3) for value in mine] + [NONE] * (len(links) - len(mine))
+            if links:
+                cells.append(_number(own["random"] if own and mine else None, 3))
+            if full:
+                cells += [_number(shared.get(what), 3), _number(with_full["random"] if with_full else None, 3)]
+            table.rows.append([name, what, *cells])
+    return table
+
+
+def matrices_table(record: dict[str, Any]) -> Table:
+    """The spectra of one arm and seed, matrix by matrix, from its spectrum.json."""
+    columns = ["matrix", "update", "rank", "‖ΔW‖/‖W‖", "effective rank", "rank at 90 %", "stable rank"]
+    table = Table("Matrix by matrix", columns, [])
+    for name, matrix in record["matrices"].items():
+        updates = matrix["updates"]
+        for what in list(updates)[:1] if len(updates) == 2 else updates:
+            one = updates[what]
+            size = NONE if one["relative_size"] is None else f"{one['relative_size']:.2%}"
+            ranks = [_number(one["effective_rank"], 1), _number(one["rank_90"]), _number(one["stable_rank"], 1)]
+            table.rows.append([name, what, _number(one["rank"]), size, *ranks])
+    return table
+
+
+def _number(number: float | None, digits: int = 0) -> str:
+    """Rounded; a whole number that a median or mean has made fractional keeps one digit."""
+    if number is None:
+        return NONE
+    if digits == 0 and number != int(number):
+        digits = 1
+    return f"{number:.{digits}f}"
+
+
 def _small(number: float | None, signed: bool = False) -> str:
     if number is None:
         return NONE
