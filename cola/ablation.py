@@ -27,7 +27,7 @@ from cola.recipe_file import dump_recipe, read_recipe, values_of
 from cola.record import RunFolder, make_new, write_text
 from cola.tables import NONE, Table, cost_cells, interval, matched_text, spread
 
-FORMAT = 2  # of ablation.json, and raised with that of the points' runs
+FORMAT = 3  # of ablation.json, and raised with that of the points' runs
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ class Bench:
 
     Attributes:
         skeleton: The base without weights.
-        rows: Digest of each split's examples.
-        scoring: What a score depends on besides the state and the rows.
+        general: Passages of the general text; empty where none is scored.
+        rows: Digest of each split's examples, and of `general`.
+        scoring: What a score of each of them depends on besides the state and the rows.
         meter: Counts what training costs.
         meta: What a result says of how it was made.
         tracked: Arms, seeds and final states that W&B has been sent.
@@ -40,9 +41,10 @@ class Bench:
     source: Source
     skeleton: PreTrainedModel
     splits: Splits
+    general: list[Example]
     rows: dict[str, str]
     evaluator: Evaluator
-    scoring: dict[str, Any]
+    scoring: dict[str, dict[str, Any]]
     store: Store
     tree: Tree
     signals: Signals

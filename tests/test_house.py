@@ -18,7 +18,7 @@ LAYERS = [
     {"data", "compare", "tables", "tracking", "store"},
     {"ablation"},
     {"figures"},
-    {"batches", "bottleneck", "drift", "residual", "model", "moments", "report", "store_view"},
+    {"batches", "bottleneck", "drift", "memory", "residual", "model", "moments", "report", "store_view"},
     {"adapters"},
     {"forward", "starts", "flops"},
     {"chain", "evaluate", "train", "preview"},
