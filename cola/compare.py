@@ -148,11 +148,14 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
             summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])
     summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
     summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
+    general = [r["evaluation"].get("general") or {} for r in done]  # none where the recipe leaves it out
+    summary["forgetting"] = _over_seeds([one.get("forgetting") for one in general])
     keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
     for key in keys:
         summary[key] = float(np.mean([r["train_info"][key] for r in done]))
     summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
     summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
+    summary["peak_memory"] = max((peak for r in done if (peak := _peak(r["train_info"])) is not None), default=None)
     summary["base"] = done[0]["train_info"]["base"]
     summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
     summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
@@ -164,6 +167,12 @@ def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dic
     lost = [k["drift_of_learned"] for i in whole for k in i["knots"]]
     summary["max_lost"] = max((share for share in lost if share is not None), default=None)
     return summary
+
+
+def _peak(info: dict[str, Any]) -> int | None:
+    """Memory that a training took: the GPU's where there is one, else the process's."""
+    on_gpu = info.get("accelerator_memory_max")
+    return info.get("process_memory_max") if on_gpu is None else on_gpu
 
 
 def _ledger(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
