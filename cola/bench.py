@@ -28,8 +28,9 @@ class Bench:
 
     Attributes:
         skeleton: The base without weights.
-        rows: Digest of each split's examples.
-        scoring: What a score depends on besides the state and the rows.
+        general: Passages of the general text; empty where none is scored.
+        rows: Digest of each split's examples, and of `general`.
+        scoring: What a score of each of them depends on besides the state and the rows.
         meter: Counts what training costs.
         learned: Takes the spectra of what was learned.
         meta: What a result says of how it was made.
@@ -42,9 +43,10 @@ class Bench:
     source: Source
     skeleton: PreTrainedModel
     splits: Splits
+    general: list[Example]
     rows: dict[str, str]
     evaluator: Evaluator
-    scoring: dict[str, Any]
+    scoring: dict[str, dict[str, Any]]
     store: Store
     tree: Tree
     signals: Signals

@@ -22,8 +22,8 @@ class Measurements:
     Attributes:
         store: Where they are kept.
         lineage: Gives each state its name.
-        rows: Digest of each split's examples.
-        scoring: What a score depends on besides the state and the rows.
+        rows: Digest of each split's examples, the passages of `general` among them.
+        scoring: What a score of each split depends on besides the state and the rows.
         probe: Digest of the positions whose logits tell what a knot changed.
         tie: What tying a link means: merged how, and which share of it where another link follows.
         used: Names of all measurements that were asked for; shared with the run's other jobs.
@@ -32,7 +32,7 @@ class Measurements:
     store: Store
     lineage: Lineage
     rows: dict[str, str]
-    scoring: dict[str, Any]
+    scoring: dict[str, dict[str, Any]]
     probe: str
     tie: dict[str, Any]
     used: set[str]
@@ -100,7 +100,8 @@ class Measurements:
 
     def _scores_of(self, split: str, step: int, form: Form) -> dict[str, Any]:
         state = self.lineage.names[step]
-        causes = {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]} | self.scoring
+        causes = {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]}
+        causes |= self.scoring[split]
         return causes | ({"merge": self.tie["merge"]} if form == "tied" else {})
 
     def _spectrum_of(self, step: int, beside: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from cola.recipe_file import dump_recipe, read_recipe
 
 RESULT_KEYS = ("status", "run_info")
 WANDB_NOTE = "wandb.json"
-FORMAT = 2  # of result.json and summary.json
+FORMAT = 3  # of result.json and summary.json, see docs/results.md
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
 

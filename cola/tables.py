@@ -40,6 +40,10 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         columns.insert(1, "base")
     cost = Table(f"Cost; {matched}", columns, [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
+    if forgets := any(arm.get("forgetting") for arm in arms.values()):
+        loss.columns.append("forgetting")
+    if measured := any(arm.get("peak_memory") for arm in arms.values()):
+        cost.columns.append("memory")
     if summary["metric"] == "perplexity":
         loss.columns.extend(["test perplexity", "ft_gap", "closed"])
     for name, arm in arms.items():
@@ -50,6 +54,8 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
             continue
         row = [spread(arm[f"{split}_loss"]) for split in SPLITS]
         loss.rows.append([name, *row, spread(arm["gap_loss"], signed=True)])
+        if forgets:
+            loss.rows[-1].append(spread(arm["forgetting"], signed=True))
         if summary["metric"] == "perplexity":
             perplexity = f"{math.exp(arm['test_loss']['mean']):.2f}"
             loss.rows[-1] += [perplexity, interval(arm.get("ft_gap")), interval(arm.get("closed"))]
@@ -60,7 +66,8 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         rate, scored = _range(arm["learning_rate"]), _range(arm["scored_step"])
         tokens, flops = _count(arm["tokens"]), _count(arm["flops"])
         base = [bases[name]] if several else []
-        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time])
+        memory = [size(arm["peak_memory"])] if measured else []
+        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time, *memory])
     return [*tables, *([_trials_table(summary)] if summary["trials"] else [])]
 
 
@@ -430,6 +437,13 @@ def interval(number: dict[str, Any] | str | None) -> str:
     if number["low"] is None:
         return f"{number['value']:+.3f}"
     return f"{number['value']:+.3f} [{number['low']:+.3f}, {number['high']:+.3f}]"
+
+
+def size(n_bytes: int | None) -> str:
+    """Bytes in GB, or in MB below one."""
+    if n_bytes is None:
+        return NONE
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
 def _count(number: float) -> str:

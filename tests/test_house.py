@@ -19,7 +19,7 @@ LAYERS = [
     {"data", "summary", "tables", "tracking", "store"},
     {"ablation", "tasks"},
     {"figures", "differences"},
-    {"batches", "bottleneck", "drift", "residual", "model", "moments", "report", "store_view"},
+    {"batches", "bottleneck", "drift", "memory", "residual", "model", "moments", "report", "store_view"},
     {"adapters"},
     {"forward", "starts", "flops", "spectrum"},
     {"chain", "evaluate", "train", "preview"},
