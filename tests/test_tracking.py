@@ -50,6 +50,8 @@ def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) ->
     assert final["gap/loss"] == pytest.approx(evaluation["gap_loss"])
     assert final["gap/acc"] == pytest.approx(evaluation["gap_acc"])
     assert final["gap/ft"] == pytest.approx(full["test"]["score"] - evaluation["test"]["score"])
+    assert final["general/loss"] == pytest.approx(evaluation["general"]["loss"])
+    assert final["general/forgetting"] == pytest.approx(evaluation["general"]["forgetting"])
     assert final["final/test_loss"] == pytest.approx(evaluation["test"]["loss"])
 
 
