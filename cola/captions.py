@@ -1,4 +1,4 @@
-"""What the figures show, in words: a caption for everyone, and a sentence with the numbers for who does not see them."""
+"""What the figures show in words: a caption for everyone, a sentence with the numbers for who does not see them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,46 +10,46 @@ from cola.tables import interval
 CAPTIONS = {
     "train-test": (
         "Train against test",
-        "Each arm on the rows it was trained on and on test, scored alike; small marks are seeds. The farther an arm is "
-        "from the diagonal, or its two marks from each other, the larger its gap. A small gap beside a bad test number is "
-        "underfitting.",
+        "Each arm on the rows it was trained on and on test, scored alike; small marks are seeds. The farther an "
+        "arm is from the diagonal, or its two marks from each other, the larger its gap. A small gap beside a bad "
+        "test number is underfitting.",
     ),
     "contrasts": (
         "Contrasts",
-        "Paired differences on test with 95 % intervals. A filled mark carries a claim, an open one does not. Differences "
-        "in the faint band are too small to be found in four of five runs with these seeds and rows. p: exact sign-flip "
-        "over seeds, for the secondary contrasts after Holm.",
+        "Paired differences on test with 95 % intervals. A filled mark carries a claim, an open one does not. "
+        "Differences in the faint band are too small to be found in four of five runs with these seeds and rows. "
+        "p: exact sign-flip over seeds, for the secondary contrasts after Holm.",
     ),
     "curves": (
         "Learning curves",
-        "Loss against the optimizer step, means over seeds; with several seeds the thin lines of an arm's colour are its "
-        "seeds on validation. A ring is a knot: there a link was tied into the weights and a fresh pair and optimizer "
-        "began.",
+        "Loss against the optimizer step, means over seeds; with several seeds the thin lines of an arm's colour "
+        "are its seeds on validation. A ring is a knot: there a link was tied into the weights and a fresh pair "
+        "and optimizer began.",
     ),
     "gaps": (
         "Gap against chain length",
-        "The generalization gap and the test number of the arms that train low-rank pairs, against the number of links; "
-        "small marks are seeds. Arms of one length stand side by side.",
+        "The generalization gap and the test number of the arms that train low-rank pairs, against the number of "
+        "links; small marks are seeds. Arms of one length stand side by side.",
     ),
     "cost": (
         "Cost against test",
-        "What an arm's training cost against what it brings. The line joins the arms than which none is both better and "
-        "no dearer, by their means: it is no test of a difference.",
+        "What an arm's training cost against what it brings. The line joins the arms than which none is both "
+        "better and no dearer, by their means: it is no test of a difference.",
     ),
     "knots": (
         "Knot ledger",
-        "What each link added, relative to the base's weights, and how far what the weights then held was from what was "
-        "learned. Darker is more; the last two on a logarithmic scale of all precisions.",
+        "What each link added, relative to the base's weights, and how far what the weights then held was from "
+        "what was learned. Darker is more; the last two on a logarithmic scale of all precisions.",
     ),
     "spectra": (
         "Spectra",
-        "Singular values of what each link, the whole chain and full fine-tuning added to the weights, by the largest; "
-        "median over matrices.",
+        "Singular values of what each link, the whole chain and full fine-tuning added to the weights, by the "
+        "largest; median over matrices.",
     ),
     "overlap": (
         "Overlap of subspaces",
-        "Share of one link's left subspace that lies in another's, and of its in full fine-tuning's top one: 1 is the same "
-        "again, and what two random subspaces would give stands above each map.",
+        "Share of one link's left subspace that lies in another's, and of its in full fine-tuning's top one: 1 is "
+        "the same again, and what two random subspaces would give stands above each map.",
     ),
     "ablation": (
         "Score, gap and cost",
@@ -75,7 +75,9 @@ def alternative(name: str, summary: dict[str, Any]) -> str:
             return f"Forest plot of {len(said)} contrasts, of which {claims} carry a claim: {_some(said)}."
         case "curves":
             said = [f"{arm} {about['validation_loss']['mean']:.3f}" for arm, about in scored_arms(summary).items()]
-            return f"Train and validation loss of each arm against the optimizer step. Validation loss of the scored weights: {_some(said)}."
+            return (
+                f"Train and validation loss against the optimizer step. Validation loss that was scored: {_some(said)}."
+            )
         case "gaps":
             (gap, _), (key, metric) = gap_of(summary), metric_of(summary)
             arms = {arm: about for arm, about in scored_arms(summary).items() if about.get("knots")}
@@ -86,7 +88,7 @@ def alternative(name: str, summary: dict[str, Any]) -> str:
             return f"{gap} and test {metric} against the number of links: {_some(said)}."
         case "cost":
             label, points = costs_of(summary)
-            return f"Test number of each arm against {label}. Cheapest to best, none of these is beaten: {_some(pareto(points))}."
+            return f"Test number against {label}. On the Pareto front, cheapest first: {_some(pareto(points))}."
         case "knots":
             knots = [(arm, knot) for arm, about in summary["arms"].items() for knot in about.get("knots") or ()]
             said = [f"{arm} link {knot['link']} {knot['relative_size_median']:.2%}" for arm, knot in knots]

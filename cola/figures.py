@@ -367,11 +367,16 @@ def _curves(summary: dict[str, Any], curves: Curves) -> Figure | None:
         shown = clipped(ends)
         texts = {
             name: axes.annotate(
-                shown[name], (last, loss), (9, 0), textcoords="offset points", va="center", color=INK,
+                shown[name],
+                (last, loss),
+                (9, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
                 annotation_clip=False,
             )
             for name, (_, loss) in ends.items()
-        }  # fmt: skip
+        }
         figure.legend(handles=[axes.plot([], [], **kind)[0] for kind in kinds], loc="outside lower center", ncols=3)
         _settle(figure)
         scale = figure.dpi / 72
@@ -379,7 +384,7 @@ def _curves(summary: dict[str, Any], curves: Curves) -> Figure | None:
         for (name, text), height, place in zip(texts.items(), heights, _spread(heights, 12 * scale), strict=True):
             text.set_position((16, (place - height) / scale))
             step, loss = ends[name]
-            x, y = axes.transData.transform((last, loss))
+            x = axes.transData.transform((last, loss))[0]
             tip = axes.transData.inverted().transform((x + 14 * scale, place))
             axes.plot([step, tip[0]], [loss, tip[1]], color=look[name].colour, linewidth=0.8, clip_on=False)
         return figure
@@ -464,7 +469,15 @@ def _train_test(summary: dict[str, Any]) -> Figure | None:
     for name, arm in arms.items():
         pairs = list(zip(_seed_values(arm, train), _seed_values(arm, test), strict=True))
         dots += pairs
-        axes.plot([x for x, _ in pairs], [y for _, y in pairs], look[name].marker, color=look[name].colour, ms=3, alpha=0.45, mew=0)  # fmt: skip
+        axes.plot(
+            [x for x, _ in pairs],
+            [y for _, y in pairs],
+            look[name].marker,
+            color=look[name].colour,
+            ms=3,
+            alpha=0.45,
+            mew=0,
+        )
         axes.plot(
             arm[train]["mean"], arm[test]["mean"], look[name].marker, color=look[name].colour, ms=8, mec=INK, mew=0.6
         )
@@ -479,9 +492,15 @@ def _train_test(summary: dict[str, Any]) -> Figure | None:
     _settle(figure)
     corner = limits[0] + 0.95 * (limits[1] - limits[0])
     axes.annotate(
-        "no gap", (corner, corner), (-3, 3), textcoords="offset points", rotation=45, rotation_mode="anchor", ha="right",
+        "no gap",
+        (corner, corner),
+        (-3, 3),
+        textcoords="offset points",
+        rotation=45,
+        rotation_mode="anchor",
+        ha="right",
         fontsize=8,
-    )  # fmt: skip
+    )
     along = [(value, value) for value in np.linspace(limits[0] + 0.75 * (limits[1] - limits[0]), limits[1], 12)]
     _label(axes, means, [*dots, *along])
     return figure
@@ -552,7 +571,8 @@ def _forest(axes: Axes, contrasts: list[dict[str, Any]]) -> None:
         mine = [contrast for contrast in contrasts if contrast["role"] == role]
         if not mine:
             continue
-        headings.append((place, heading))
+        ticks.append((place, heading))
+        headings.append(heading)
         for contrast in mine:
             place -= 1
             ticks.append((place, f"{shown[contrast['first']]} − {shown[contrast['second']]}"))
@@ -567,11 +587,9 @@ def _forest(axes: Axes, contrasts: list[dict[str, Any]]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", alpha=0.15)
-    for y, heading in headings:
-        axes.annotate(
-            heading, (0, y), (0, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
-            weight="bold", fontsize=8.5,
-        )  # fmt: skip
+    for text in axes.get_yticklabels():
+        if text.get_text() in headings:
+            text.set_fontweight("bold")
 
 
 def _forest_row(axes: Axes, contrast: dict[str, Any], y: float) -> None:
@@ -586,17 +604,29 @@ def _forest_row(axes: Axes, contrast: dict[str, Any], y: float) -> None:
     axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
     interval = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
     axes.annotate(
-        interval.replace("-", "−"), (1, y), (8, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-        va="center", fontsize=8, weight="bold" if claim else "normal",
-    )  # fmt: skip
+        interval.replace("-", "−"),
+        (1, y),
+        (8, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        weight="bold" if claim else "normal",
+    )
     axes.annotate(
-        p_text(contrast), (1, y), (132, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
-        fontsize=8, weight="bold" if claim else "normal",
-    )  # fmt: skip
+        p_text(contrast),
+        (1, y),
+        (132, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        weight="bold" if claim else "normal",
+    )
 
 
 def p_text(contrast: dict[str, Any]) -> str:
-    """The p that the contrast is judged by: its own where it is the primary one, else Holm's over the secondary ones."""
+    """The p that a contrast is judged by: the primary one's own, of the others Holm's."""
     holm = contrast.get("p_holm") if contrast["role"] != "primary" else None
     number = contrast.get("p") if holm is None else holm
     if number is None:
@@ -790,7 +820,8 @@ def _spectra(summary: dict[str, Any]) -> Figure | None:
     own = {name: values for name, values in found.items() if "all weights" not in values} or found
     if not own:
         return None
-    figure, panels = _grid(len(own), (1.8 if len(own) > 3 else 2.4, 1.7 if len(own) > 3 else 2.2), 4, sharex=True, sharey=True)  # fmt: skip
+    size = (1.8, 1.7) if len(own) > 3 else (2.4, 2.2)
+    figure, panels = _grid(len(own), size, 4, sharex=True, sharey=True)
     links = list(dict.fromkeys(label for values in own.values() for label in values if label.startswith("link ")))
     look = looks(links)
     lines = {name: {"color": look[name].colour, "linestyle": look[name].dash, "linewidth": 1.5} for name in links}
@@ -855,8 +886,8 @@ def _share(number: float) -> str:
 def _overlap_map(name: str, about: dict[str, Any]) -> Heat:
     """One arm's links against each other, and each against full fine-tuning in the last column."""
     links, full = about["overlap"], about["with_full"]
-    rows = list(dict.fromkeys([*(links["labels"] if links else []), *(full["labels"] if full else [])]))
-    columns = [*(links["labels"] if links else []), *(["full"] if full else [])]
+    rows: list[str] = list(dict.fromkeys([*(links["labels"] if links else []), *(full["labels"] if full else [])]))
+    columns: list[str] = [*(links["labels"] if links else []), *(["full"] if full else [])]
     cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
     if links:
         for i, line in enumerate(links["matrix"]):
@@ -875,22 +906,26 @@ def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Fi
     before = {name: about["overlap"] for name, about in found.items() if about["overlap"]}
     full = {name: about["with_full"] for name, about in found.items() if about["with_full"]}
     most = max(len(part["labels"]) for part in before.values()) if before else 0
-    steps = [
-        [part["matrix"][k][k + 1] if (part := before.get(name)) and k + 1 < len(part["labels"]) else None for k in range(most - 1)]
-        for name in found
-    ]  # fmt: skip
-    labels = list(dict.fromkeys(label for part in full.values() for label in part["labels"]))
+    labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part["labels"]))
     labels.sort(key=lambda label: label == "chain")
-    shares = [[dict(zip(part["labels"], part["values"], strict=True)).get(label) if (part := full.get(name)) else None for label in labels] for name in found]  # fmt: skip
-    maps = []
-    for title, parts, heads, cells in (
-        ("a link and the next", before, [f"{k}·{k + 1}" for k in range(1, most)], steps),
-        ("in full fine-tuning's", full, [label.removeprefix("link ") for label in labels], shares),
+    steps: list[list[float | None]] = []
+    shares: list[list[float | None]] = []
+    for name in found:
+        matrix = before[name]["matrix"] if name in before else []
+        steps.append([matrix[k][k + 1] if k + 1 < len(matrix) else None for k in range(most - 1)])
+        of = dict(zip(full[name]["labels"], full[name]["values"], strict=True)) if name in full else {}
+        shares.append([of.get(label) for label in labels])
+    maps: list[Heat] = []
+    pairs, heads = [f"{k}·{k + 1}" for k in range(1, most)], [label.removeprefix("link ") for label in labels]
+    for title, parts, columns, cells in (
+        ("a link and the next", before, pairs, steps),
+        ("in full fine-tuning's", full, heads, shares),
     ):
+        if not columns:
+            continue
         chance = sorted({_share(part["random"]) for part in parts.values()})
-        if chance:
-            by = chance[0] if len(chance) == 1 else f"{chance[0]} to {chance[-1]}"
-            maps.append(_heat(f"{title}\nby chance: {by}", heads, list(names.values()), cells, _share, float))
+        by = chance[0] if len(chance) == 1 else f"{chance[0]} to {chance[-1]}"
+        maps.append(_heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share, float))
     n_columns = sum(len(heat.columns) for heat in maps)
     figure = _new(0.22 * len(found) + 0.9, 1.8 + 0.37 * n_columns)
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=[len(heat.columns) for heat in maps])
@@ -922,7 +957,9 @@ def ablation_figure(summary: dict[str, Any]) -> Figure:
         figure = _new(3.3, 9)
         for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
             for name, look in looks(names).items():
-                _panel(axes, [row for row in summary["rows"] if row["arm"] == name and row["seeds"]], points, at, key, look)  # fmt: skip
+                _panel(
+                    axes, [row for row in summary["rows"] if row["arm"] == name and row["seeds"]], points, at, key, look
+                )
             axes.set(xlabel=", ".join(map(short, summary["keys"])), ylabel=label)
             axes.set_xticks(at, ticks)
             if sum(map(len, ticks)) > 22:

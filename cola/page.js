@@ -35,10 +35,10 @@ function compare(a, b, sign) {
   return first.rank === 2 ? 0 : sign * first.text.localeCompare(second.text, "en", { numeric: true });
 }
 
-// What is folded is printed too, and folded again afterwards.
+// What is folded is printed too, but for long tables, and folded again afterwards.
 let folded = [];
 addEventListener("beforeprint", () => {
-  folded = [...document.querySelectorAll("details:not([open])")];
+  folded = [...document.querySelectorAll("details:not([open], .long)")];
   for (const fold of folded) fold.open = true;
 });
 addEventListener("afterprint", () => {

@@ -19,11 +19,10 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.captions import CAPTIONS, alternative
-from cola.figures import NAMES, ablation_figure, curve_of, figures_of, save, svg
+from cola.figures import NAMES, Figure, ablation_figure, curve_of, figures_of, save, svg
 from cola.record import RunFolder, read_jsonl, write_text
 from cola.tables import (
     NONE,
@@ -62,8 +61,8 @@ class Drawn:
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write report.html, and the files of its figures and tables, from summary.json, the recipe and the metrics of every
-    arm; returns the page's path."""
+    """Write report.html, and its figures and tables as files, from summary.json, the recipe and the arms' metrics;
+    returns the page's path."""
     summary = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
     found = read_curves(folder)
     curves = {arm: found[arm] for arm in summary["arms"] if arm in found}  # in the recipe's order

@@ -75,7 +75,7 @@ NUMBER = re.compile(r"([+−-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?: ?([A-Za-z%]
 
 
 def sort_key(cell: str) -> float | None:
-    """The number that a cell begins with, in units of one, by which a page sorts its column; None where it is a text."""
+    """The number that a cell begins with, in units of one, by which its column is sorted; None where it is a text."""
     found = NUMBER.match(cell)
     if found is None or (found[2] and found[2] not in SIZES):
         return None
