@@ -616,7 +616,7 @@ def _forest_row(axes: Axes, contrast: dict[str, Any], y: float) -> None:
     axes.annotate(
         p_text(contrast),
         (1, y),
-        (132, 0),
+        (140, 0),
         xycoords=axes.get_yaxis_transform(),
         textcoords="offset points",
         va="center",
@@ -868,7 +868,7 @@ def _overlap(summary: dict[str, Any]) -> Figure | None:
     if len(maps) > MANY:
         return _overlap_rows(names, found)
     columns = max(len(heat.columns) for heat in maps)
-    width = max(1.75, 0.34 * columns + 0.5)
+    width = max(2.2, 0.34 * columns + 0.5)
     figure, panels = _grid(
         len(maps), (width, 0.24 * max(len(heat.rows) for heat in maps) + 0.75), int(WIDE / width) or 1
     )
