@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from cola.compare import METRICS
 from cola.errors import RecipeError, RunFolderError
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe, values_of
 from cola.record import RunFolder, make_new, write_text
+from cola.summary import METRICS
 from cola.tables import NONE, Table, cost_cells, interval, matched_text, spread
 
-FORMAT = 2  # of ablation.json, and raised with that of the points' runs
+FORMAT = 3  # of ablation.json, and raised with that of the points' runs
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,18 +125,31 @@ def ablate(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a run or of an ablation.")],
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first."),
+    ] = None,
 ) -> None:
     """Print the tables of a run or an ablation, and build its page anew: a run's from its results, an ablation's
-    from its ablation.json."""
+    from its ablation.json.
+
+    Several runs make one report: each data set is a task, and runs on the same data are more seeds of it.
+    """
     with _one_line_errors():
+        if len(run_folders) > 1:
+            _report_tasks(run_folders, to)
+            return
+        if to is not None:
+            raise ColaError("--to is for the report of several runs; that of one is in its folder")
+        run_folder = run_folders[0]
         if (run_folder / "ablation.json").is_file():
             _report_ablation(run_folder)
             return
         import numpy as np
 
-        from cola.compare import summarize
         from cola.record import RunFolder
+        from cola.summary import summarize
         from cola.terminal import Terminal
         from cola.tracking import sync_command
 
@@ -146,6 +160,26 @@ def report(
         summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
         folder.write_json("summary.json", summary)
         _print_results(folder, summary, Terminal())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
+) -> None:
+    """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
+    with _one_line_errors():
+        import numpy as np
+
+        from cola.differences import compare_runs
+        from cola.terminal import Terminal
+
+        tables, notes = compare_runs(first, second, np.random.default_rng(0))
+        terminal = Terminal()
+        for table in tables:
+            terminal.table(table.title, table.columns, table.rows)
+        for note in notes:
+            terminal.say(note)
 
 
 class Form(StrEnum):
@@ -264,8 +298,8 @@ def evaluate(
     Exit code: 0 all is scored, 1 some arms of a run could not be, 2 nothing could be.
     """
     with _one_line_errors(unsaid="model.name_or_path: "):
-        from cola.compare import METRICS
         from cola.recipe_file import read_recipe
+        from cola.summary import METRICS
         from cola.tables import scored_table
         from cola.terminal import Terminal
 
@@ -292,14 +326,37 @@ StoreOption = Annotated[
 
 @app.command()
 def inspect(
-    segment: Annotated[str, typer.Argument(help="Name of a segment, or how it begins.")], store: StoreOption = None
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_SEGMENT", help="Folder of a run; or name of a segment, or how it begins.")
+    ],
+    arm: Annotated[str | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
+    ] = False,
+    store: StoreOption = None,
 ) -> None:
-    """Follow a segment back to the base: every link, knot, learning rate and batch, names and checksums verified."""
-    with _one_line_errors():
-        from cola.store_view import inspect as show
+    """Of a run: what its links, chains and full fine-tuning learned, as spectra. Of a segment: where it came from.
+
+    A run's spectra are ranks, sizes and singular values of each update, and which directions the links share with each
+    other and with full fine-tuning; what its folder lacks of them is computed and kept there. A segment is followed
+    back to the base: every link, knot, learning rate and batch, names and checksums verified.
+    """
+    with _one_line_errors(unsaid="model.name_or_path: "):
         from cola.terminal import Terminal
 
-        show(_open_store(store), segment, Terminal())
+        if target and Path(target).is_dir():
+            if store is not None:
+                raise ColaError("--store is for a segment; a run is inspected from its own folder")
+            from cola.run_view import inspect_run
+
+            inspect_run(Path(target), Terminal(), arm, seed, intruders)
+            return
+        if arm is not None or seed is not None or intruders:
+            raise ColaError(f"{target} is no run folder; --arm, --seed and --intruders belong to a run")
+        from cola.store_view import inspect as show
+
+        show(_open_store(store), target, Terminal())
 
 
 @store_app.command("ls")
@@ -401,6 +458,32 @@ def _report_ablation(path: Path) -> None:
     if "rows" not in summary:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
     _print_ablation(folder, summary, Terminal())
+
+
+def _report_tasks(paths: list[Path], to: Path | None) -> None:
+    import numpy as np
+
+    from cola.record import make_new
+    from cola.report import write_tasks
+    from cola.tables import contrast_sentence
+    from cola.tasks import summarize_tasks, task_tables
+    from cola.terminal import Terminal
+
+    if to is not None and to.exists():
+        raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
+    summary = summarize_tasks(paths, np.random.default_rng(0))
+    if to is None:
+        to = make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
+    terminal = Terminal()
+    page = write_tasks(to, summary)
+    for table in task_tables(summary):
+        terminal.table(table.title, table.columns, table.rows)
+    for one in summary["contrasts"] if summary["averaged"] else ():
+        terminal.say(contrast_sentence(one, summary["metric"]))
+    for note in summary["notes"]:
+        terminal.say(note)
+    terminal.say(f"report   {page}")
+    terminal.say(f"results  {to / 'summary.json'}")
 
 
 def _print_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal: "Terminal") -> None:

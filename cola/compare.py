@@ -1,308 +1,337 @@
-"""From results to the numbers of the table. numpy only; the generator is passed in; no torch.
+"""Paired statistics over seeds and examples. numpy and scipy only; the generator is passed in; no files, no torch.
 
-    gap_loss   test loss - train loss, nats per target token
-    gap_acc    train score - test score
-    ft_gap     score(full) - score(arm), on test
-    closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
-               the denominator contains 0, and no gap where full fine-tuning is the worse one
+Two arms are compared by the differences d_sn of what they score under the same seed s on the same example n. Seeds and
+examples are crossed (every seed is scored on the same examples), so that
 
-Arms are paired by seed and example. An interval is a percentile bootstrap over test examples (over groups of
-them where the recipe names a group) and, from two seeds on, over seeds as well; with one seed it says nothing
-about another seed, and the table says so.
+    d_sn = θ + seed_s + example_n + rest_sn        Var(mean d) = σ²_seed / S + σ²_example / N + σ²_rest / (S N)
 
-Axes: S seeds, N examples.
+An interval has to hold for other seeds *and* other examples. To draw seeds, and examples within them, with replacement
+counts σ²_rest about twice and the seeds' part (S - 1) / S times, and with few seeds the normal quantile is too small:
+for six seeds such intervals cover 87 % where seeds dominate and 99 % where the rest does. Here both are drawn, each
+part is scaled to its unbiased variance (ANOVA of the two-way table; Searle, Casella & McCulloch, Variance Components,
+1992, ch. 4) and to Student's t with Satterthwaite's degrees of freedom, and the ends are read off by BCa (Efron, JASA
+82, 1987), with the skewness of both parts. `tests/test_compare.py` measures the coverage.
+
+Axes: A arms, S seeds, N examples, G groups of examples that were drawn together, R resamples, T tasks.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from cola.errors import RunFolderError
-from cola.plan import derived_seed
-from cola.recipe import SPLITS, Recipe
-from cola.record import RunFolder
+from scipy.special import ndtr, ndtri, stdtrit
+from scipy.stats import trim_mean
 
 RESAMPLES = 4000
-METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
+POWER = 0.8  # of the smallest difference that counts as detectable
+FEWEST_SEEDS = 6  # with fewer, no sign-flip p can fall below .05
 
-Scores = NDArray[np.float64]
+Array = NDArray[np.float64]
+Statistic = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; the interval is None where the data cannot give one."""
+    """A number with its 95 % interval.
+
+    Attributes:
+        value: The statistic of the means.
+        low: Lower end; None where the data cannot give an interval (no two examples or seeds differ).
+        high: Upper end, likewise.
+        se: Standard error, over seeds and examples.
+        df: Its degrees of freedom.
+    """
 
     value: float
     low: float | None
     high: float | None
+    se: float | None
+    df: float | None
 
     @property
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    @property
+    def minimum_detectable(self) -> float | None:
+        """The smallest true difference that would be told from 0 in four of five such experiments."""
+        if self.se is None or self.df is None:
+            return None
+        return float(self.se * (stdtrit(self.df, 0.975) + stdtrit(self.df, POWER)))
 
-def estimate(
-    statistic: Callable[..., Any],
-    scores: Sequence[Scores],
-    groups: Sequence[str | int],
-    rng: np.random.Generator,
-    weights: Sequence[float] | None = None,
-) -> Estimate:
-    """A statistic of paired score matrices, with a percentile bootstrap interval.
 
-    Args:
-        statistic: Takes the mean score of each matrix and gives a number.
-        scores: Matrices (S, N) of the arms, rows and columns paired.
+@dataclass(frozen=True)
+class Table:
+    """Scores of some arms, paired by seed and example.
+
+    Attributes:
+        scores_ASN: One matrix for each arm.
         groups: Group of each of the N examples; examples of one group are drawn together.
-        rng: Source of the resamples.
         weights: Weight of each of the N examples in a mean (a text's tokens); None: all alike.
     """
-    matrices_SN = np.stack(scores)  # (arms, S, N)
-    n_seeds = matrices_SN.shape[1]
-    weights_N = np.ones(matrices_SN.shape[2]) if weights is None else np.asarray(weights, dtype=float)
-    value = float(statistic(*np.average(matrices_SN.mean(axis=1), axis=1, weights=weights_N)))
-    names, member_N = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
-    sums = np.zeros((*matrices_SN.shape[:2], len(names)))
-    for a, s in np.ndindex(*sums.shape[:2]):
-        sums[a, s] = np.bincount(member_N, weights=matrices_SN[a, s] * weights_N, minlength=len(names))
-    sizes = np.bincount(member_N, weights=weights_N, minlength=len(names))
-    drawn_RG = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    seeds_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=RESAMPLES) / n_seeds
-    totals_aSR = sums @ drawn_RG.T / (drawn_RG @ sizes)
-    draws = np.array([statistic(*means) for means in np.einsum("asr,rs->ra", totals_aSR, seeds_RS)])
-    finite = draws[np.isfinite(draws)]
-    # Where all resamples agree (one example, or no difference anywhere) the data says nothing about spread.
-    if len(finite) < RESAMPLES or np.ptp(finite) <= 1e-9 * max(1.0, abs(value)):
-        return Estimate(value, None, None)
-    low, high = np.quantile(finite, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
+
+    scores_ASN: Array
+    groups: Sequence[str | int]
+    weights: Sequence[float] | None = None
+
+    @property
+    def weights_N(self) -> Array:
+        return np.ones(self.scores_ASN.shape[2]) if self.weights is None else np.asarray(self.weights, dtype=float)
+
+    @property
+    def means_AS(self) -> Array:
+        """Each arm's score under each seed."""
+        return np.average(self.scores_ASN, axis=2, weights=self.weights_N)
+
+    def of_groups(self) -> tuple[Array, Array]:
+        """Weighted sums of each group (A, S, G), and the groups' weights (G)."""
+        names, member_N = np.unique(np.asarray([str(group) for group in self.groups]), return_inverse=True)
+
+        def summed(values_N: Array) -> Array:
+            return np.bincount(member_N, values_N * self.weights_N, len(names)).astype(np.float64)
+
+        return np.apply_along_axis(summed, 2, self.scores_ASN), summed(np.ones(len(member_N)))
 
 
-def sign_flip_p(first_SN: Scores, second_SN: Scores, weights: Sequence[float], rng: np.random.Generator) -> float:
-    """Two-sided sign-flip test over seeds: the share of sign patterns whose mean difference is as far from 0 as the
-    one seen. Exact over all 2**S patterns, so it cannot fall below 2 / 2**S (five seeds reach .0625); from 17 seeds on
-    over 2**16 patterns drawn at random, the one seen among them."""
-    differences_S = np.average(first_SN - second_SN, axis=1, weights=weights)
-    n_seeds = len(differences_S)
-    if n_seeds <= 16:
-        signs_PS = np.array(list(itertools.product((1, -1), repeat=n_seeds)))
-    else:
-        signs_PS = rng.choice((1, -1), size=(2**16, n_seeds))
-        signs_PS[0] = 1
-    means_P = np.abs(signs_PS @ differences_S)
-    return float(np.mean(means_P >= abs(differences_S.sum()) * (1 - 1e-12)))
+@dataclass(frozen=True)
+class Parts:
+    """What the uncertainty of a mean difference is made of.
 
-
-def closed_share(full: float, lora: float, arm: float) -> float:
-    """The share of full fine-tuning's lead over LoRA that an arm has closed; nan where there is no lead."""
-    return (arm - lora) / (full - lora) if full != lora else np.nan
-
-
-def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> dict[str, Any]:
-    """Everything the table and the page show, from the results of a run folder."""
-    results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results()}
-    arms = {name: _arm(recipe, name, results) for name in recipe.arms}
-    contrasts = _contrasts(recipe, folder, results, rng)
-    for name, contrast in contrasts.pop("arms").items():
-        arms[name] |= contrast
-    meta = folder.provenance()
-    trials, damaged = _trials(recipe, folder)
-    states = {state for arm in arms.values() for state in arm["states"].values()}
-    return {
-        "meta": meta,
-        "notes": [*(meta["data"]["notes"] if meta else []), *damaged],
-        "interrupted": bool(states & {"interrupted", "missing"}),
-        "metric": METRICS[recipe.data.task],
-        "checkpoint": recipe.evaluation.checkpoint,
-        "select_by": recipe.evaluation.select_by,
-        "seeds": list(recipe.seeds),
-        "matched": _matched(recipe, arms),
-        "trials": trials,
-        "same_outputs": _same_outputs(recipe, folder, results),
-        "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
-        "arms": arms,
-        **contrasts,
-    }
-
-
-def _arm(recipe: Recipe, name: str, results: dict[tuple[str, int], dict]) -> dict[str, Any]:
-    mine = [results[name, seed] for seed in recipe.seeds if (name, seed) in results]
-    states = {seed: results[name, seed]["status"] if (name, seed) in results else "missing" for seed in recipe.seeds}
-    done = [r for r in mine if r["status"] == "ok"]
-    summary: dict[str, Any] = {
-        "links": recipe.arms[name].n_links,
-        "states": states,
-        "errors": {r["run_info"]["seed"]: r["run_info"]["error"] for r in mine if r["status"] == "failed"},
-        "n_seeds": len(done),
-    }
-    if not done:
-        return summary
-    if "links" in recipe.searches_of(name):
-        summary["links"] = len(done[0]["train_info"]["links"])
-    for split in SPLITS:
-        for key in ("loss", "score"):
-            summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])
-    summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
-    summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
-    keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
-    for key in keys:
-        summary[key] = float(np.mean([r["train_info"][key] for r in done]))
-    summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
-    summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
-    summary["base"] = done[0]["train_info"]["base"]
-    summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
-    summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
-    summary["knots"] = _ledger(done)
-    summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
-    # A knot that lets a part of its pair go moves the outputs on purpose.
-    infos = [r["train_info"] for r in done]
-    whole = [i for i in infos if i["rules"] and (i["rules"]["merge_fraction"] == 1 or len(i["knots"]) == 1)]
-    lost = [k["drift_of_learned"] for i in whole for k in i["knots"]]
-    summary["max_lost"] = max((share for share in lost if share is not None), default=None)
-    return summary
-
-
-def _ledger(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
-    rows = []
-    for number in range(max(len(r["train_info"]["knots"]) for r in done)):
-        infos = [r["train_info"] for r in done if len(r["train_info"]["knots"]) > number]
-        knots = [info["knots"][number] for info in infos if info["knots"][number]["merge"] is not None]
-        if not knots:
-            continue
-        row = {"link": number + 1, "merge": knots[0]["merge"]}
-        part = infos[0]["rules"]["merge_fraction"]
-        row["fraction"] = 1.0 if number + 1 == len(infos[0]["links"]) else part
-        row["cleared"] = float(np.mean([info["links"][number]["cleared"] for info in infos]))
-        for key in ("relative_size_median", "unchanged_median"):
-            row[key] = float(np.mean([knot[key] for knot in knots]))
-        worst = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
-        for key, pick in {**worst, "drift_relative": max, "drift_of_learned": max, "drift_kl": max}.items():
-            row[key] = pick((knot[key] for knot in knots if knot[key] is not None), default=None)
-        row["drift_loss_change"] = max((knot["drift_loss_change"] for knot in knots), key=abs)
-        rows.append(row)
-    return rows
-
-
-def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What all trained arms were given the same of, and how much of it each used, smallest and largest."""
-    key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
-    used = [arm[key] for name, arm in arms.items() if arm["n_seeds"] and recipe.arms[name].n_links]
-    per_link = recipe.training.protocol == "grow"
-    return {"by": recipe.training.match, "per_link": per_link, "used": [min(used), max(used)] if used else None}
-
-
-def _trials(recipe: Recipe, folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
-    """What each arm's search tried, and what is wrong with a record that cannot be read, which spoils no other."""
-    found, damaged = {}, []
-    for name in recipe.arms:
-        try:
-            found[name] = folder.trials(name)
-        except RunFolderError as error:
-            damaged.append(str(error))
-    return {name: trials for name, trials in found.items() if trials is not None}, damaged
-
-
-def _same_outputs(
-    recipe: Recipe, folder: RunFolder, results: dict[tuple[str, int], dict]
-) -> list[tuple[str, str, int]]:
-    """Arms whose test losses are the same to the bit under a seed though their weights have other causes: what one of
-    them does differently has done nothing."""
-    found = []
-    for seed in recipe.seeds:
-        seen: dict[tuple[float, ...], tuple[str, str]] = {}
-        for arm in recipe.arms:
-            if results.get((arm, seed), {}).get("status") != "ok":
-                continue
-            state = results[arm, seed]["train_info"]["scored_state"]
-            losses = tuple(row["loss"] for row in folder.scores(arm, seed, "test"))
-            other, its_state = seen.setdefault(losses, (arm, state))
-            if its_state != state:
-                found.append((other, arm, seed))
-    return found
-
-
-def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean and standard deviation over seeds (None with one seed); None where the task has no such number."""
-    numbers = [v for v in values if v is not None]
-    if not numbers:
-        return None
-    return {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None}
-
-
-def _contrasts(
-    recipe: Recipe, folder: RunFolder, results: dict[tuple[str, int], dict], rng: np.random.Generator
-) -> dict[str, Any]:
-    ok = {arm: [s for s in recipe.seeds if results.get((arm, s), {}).get("status") == "ok"] for arm in recipe.arms}
-    full, lora = recipe.full_arm, recipe.lora_arm
-    out: dict[str, Any] = {"arms": {name: {} for name in recipe.arms}, "primary": None}
-    base = int(rng.integers(2**32))
-
-    def rng_of(*contrast: str) -> np.random.Generator:
-        # Each contrast draws for itself, so that adding an arm changes no other's interval.
-        return np.random.default_rng([base, derived_seed(*contrast)])
-
-    for name in recipe.arms:
-        if ok.get(full) and ok[name] and name != full:
-            pair = _paired(folder, [full, name], ok)
-            if pair:
-                out["arms"][name]["ft_gap"] = asdict(
-                    estimate(lambda f, a: f - a, *pair[:2], rng_of("ft_gap", name), pair[2])
-                )
-        if ok.get(full) and ok.get(lora) and ok[name] and name not in (full, lora):
-            three = _paired(folder, [full, lora, name], ok)
-            if three:
-                gap = estimate(lambda f, lo, _: f - lo, *three[:2], rng_of("gap", name), three[2])
-                closed = estimate(closed_share, *three[:2], rng_of("closed", name), three[2])
-                no_gap = gap.excludes_zero and gap.value < 0
-                out["arms"][name]["closed"] = (
-                    "no gap" if no_gap else asdict(closed) if gap.excludes_zero else "undefined"
-                )
-    if recipe.comparison.primary:
-        first, second = recipe.comparison.primary
-        pair = _paired(folder, [first, second], ok) if ok[first] and ok[second] else None
-        if pair:
-            difference = estimate(lambda a, b: a - b, *pair[:2], rng_of("primary"), pair[2])
-            out["primary"] = {
-                "arms": [first, second],
-                **asdict(difference),
-                "excludes_zero": difference.excludes_zero,
-                "n_seeds": pair[0][0].shape[0],
-                "p_sign_flip": sign_flip_p(pair[0][0], pair[0][1], pair[2], rng_of("sign-flip")),
-                "n_examples": pair[0][0].shape[1],
-            }
-    return out
-
-
-def _paired(
-    folder: RunFolder, arms: Sequence[str], ok: dict[str, list[int]]
-) -> tuple[list[Scores], list[str], list[float]] | None:
-    """Score matrices of the arms over their common seeds and examples; each example's group and weight.
-
-    A text has no score: there it is minus the loss per token, weighted by tokens, so that an arm's mean is minus its
-    loss in the table.
+    Attributes:
+        seeds_S: What each seed moves the mean by (influence values: their mean is 0).
+        groups_G: What each group of examples moves it by.
+        of_seeds: Part of the variance that is due to seeds, beyond what the rest makes them differ.
+        of_groups: Part due to examples, the rest included.
     """
-    seeds = [s for s in ok[arms[0]] if all(s in ok[arm] for arm in arms)]
-    if not seeds:
-        return None
-    tables = {(arm, s): {row["id"]: row for row in folder.scores(arm, s, "test")} for arm in arms for s in seeds}
-    first = tables[arms[0], seeds[0]]
-    ids = list(first)
-    for (arm, seed), table in tables.items():
-        if table.keys() != first.keys() or not ids:
-            raise RunFolderError(
-                f"{folder.path}: the test scores of {arm} seed {seed} ({len(table)}) and of {arms[0]} seed {seeds[0]} "
-                f"({len(ids)}) are of different examples; delete the damaged seed folder and run `cola run --resume`"
-            )
-    groups = [first[i]["group"] or i for i in ids]
-    scored = first[ids[0]]["score"] is not None
-    weights = [1.0 if scored else float(first[i]["tokens"]) for i in ids]
 
-    def value(row: dict[str, Any]) -> float:
-        return row["score"] if scored else -row["loss"] / row["tokens"]
+    seeds_S: Array
+    groups_G: Array
+    of_seeds: float
+    of_groups: float
 
-    return [np.array([[value(tables[arm, s][i]) for i in ids] for s in seeds]) for arm in arms], groups, weights
+    @classmethod
+    def of(cls, sums_SG: Array, sizes_G: Array) -> "Parts":
+        """From the weighted sums of differences of each seed and group."""
+        n_seeds, n_groups = sums_SG.shape
+        mean = sums_SG.sum() / (n_seeds * sizes_G.sum())
+        # Of a weighted mean of groups that differ in size, which is a ratio: linearized about the mean.
+        moved_SG = (sums_SG - mean * sizes_G) / sizes_G.mean()
+        seeds_S, groups_G = moved_SG.mean(axis=1), moved_SG.mean(axis=0)
+        rest_SG = moved_SG - seeds_S[:, None] - groups_G
+        of_groups = _variance(groups_G)
+        of_seeds = 0.0
+        if n_seeds > 1:
+            of_rest = np.square(rest_SG).sum() / (n_seeds * n_groups * (n_seeds - 1) * max(n_groups - 1, 1))
+            # Seeds differ by the rest alone too; that share is in of_groups already.
+            of_seeds = max(_variance(seeds_S) - of_rest * (n_groups > 1), 0.0)
+        return cls(seeds_S, groups_G, float(of_seeds), float(of_groups))
+
+    @property
+    def variance(self) -> float:
+        return self.of_seeds + self.of_groups
+
+    @property
+    def df(self) -> float:
+        """Satterthwaite's degrees of freedom of the variance. Where seeds have a part at all, all that was seen of them
+        carries S - 1: to count that part alone would take a chance excess for a well-known one."""
+        seen = _variance(self.seeds_S) if self.of_seeds else 0.0
+        squared = seen**2 / max(len(self.seeds_S) - 1, 1) + self.of_groups**2 / max(len(self.groups_G) - 1, 1)
+        return self.variance**2 / squared if squared else 1.0
+
+    @property
+    def widening(self) -> float:
+        """Student's quantile by the normal one."""
+        return float(stdtrit(self.df, 0.975) / ndtri(0.975))
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """What the deviations of drawn seeds and of drawn groups are multiplied by, to vary as they should."""
+        n_seeds, n_groups = len(self.seeds_S), len(self.groups_G)
+        drawn = self.seeds_S @ self.seeds_S / n_seeds**2
+        seeds = (self.of_seeds / drawn) ** 0.5 if drawn else 0.0
+        groups = (n_groups / (n_groups - 1)) ** 0.5 if n_groups > 1 else 0.0
+        return float(self.widening * seeds), float(self.widening * groups)
+
+    @property
+    def acceleration(self) -> float:
+        """BCa's: a sixth of the skewness of the estimate, which is a sum over seeds and groups."""
+        if not self.variance:
+            return 0.0
+        n_seeds, n_groups = len(self.seeds_S), len(self.groups_G)
+        drawn = self.seeds_S @ self.seeds_S / n_seeds**2
+        share = (self.of_seeds / drawn) ** 1.5 if drawn else 0.0
+        third = share * (self.seeds_S**3).sum() / n_seeds**3 + (self.groups_G**3).sum() / n_groups**3
+        return float(third / (6 * self.variance**1.5))
+
+
+def _variance(influence_K: Array) -> float:
+    """Of a mean, from what each of K independent parts moves it by."""
+    n = len(influence_K)
+    return float(influence_K @ influence_K / (n * (n - 1))) if n > 1 else 0.0
+
+
+def bca(draws_R: Array, value: float, acceleration: float) -> tuple[float, float]:
+    """The ends of the 95 % interval, bias-corrected and accelerated (Efron 1987; as scipy.stats.bootstrap has it)."""
+    below = (np.mean(draws_R < value) + np.mean(draws_R <= value)) / 2
+    bias = ndtri(np.clip(below, 0.5 / len(draws_R), 1 - 0.5 / len(draws_R)))
+    z = bias + ndtri(np.array([0.025, 0.975]))
+    low, high = np.quantile(draws_R, ndtr(bias + z / (1 - acceleration * z)))
+    return float(low), float(high)
+
+
+def estimate(statistic: Statistic, table: Table, rng: np.random.Generator) -> Estimate:
+    """A smooth statistic of the arms' mean scores with its interval over seeds and examples; with one seed over
+    examples alone.
+
+    Args:
+        statistic: Takes the mean score of each arm and gives a number; called on arrays of means too.
+        table: The scores.
+        rng: Source of the resamples.
+    """
+    sums_ASG, sizes_G = table.of_groups()
+    means_A = table.means_AS.mean(axis=1)
+    value = float(statistic(*means_A))
+    if not np.isfinite(value):
+        return Estimate(value, None, None, None, None)
+    parts = Parts.of(np.tensordot(_gradient(statistic, means_A), sums_ASG, axes=1), sizes_G)
+    if parts.variance <= (1e-9 * max(1.0, abs(value))) ** 2:  # nothing but rounding
+        return Estimate(value, None, None, None, None)
+    seeds_AR, groups_AR = _drawn(table, parts, rng)
+    draws_R = np.asarray(statistic(*(means_A[:, None] + seeds_AR + groups_AR)), dtype=float)
+    finite_R = draws_R[np.isfinite(draws_R)]
+    if len(finite_R) < RESAMPLES:
+        return Estimate(value, None, None, None, None)
+    low, high = bca(finite_R, value, parts.acceleration)
+    return Estimate(value, low, high, parts.variance**0.5, parts.df)
+
+
+def _drawn(table: Table, parts: Parts, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Deviations of each arm's mean (A, R) by drawing seeds, and by drawing groups."""
+    sums_ASG, sizes_G = table.of_groups()
+    means_AS = table.means_AS
+    means_A = means_AS.mean(axis=1, keepdims=True)
+    n_seeds, n_groups = means_AS.shape[1], len(sizes_G)
+    drawn_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=RESAMPLES)
+    drawn_RG = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
+    of_seeds, of_groups = parts.scales
+    seeds_AR = of_seeds * (means_AS @ drawn_RS.T / n_seeds - means_A)
+    groups_AR = of_groups * (sums_ASG.mean(axis=1) @ drawn_RG.T / (drawn_RG @ sizes_G) - means_A)
+    return seeds_AR, groups_AR
+
+
+def _gradient(statistic: Statistic, means_A: Array) -> Array:
+    """By central differences; the statistics here are differences and one ratio of them."""
+    steps_AA = 1e-6 * np.eye(len(means_A))
+    return np.array(
+        [(statistic(*(means_A + step_A)) - statistic(*(means_A - step_A))) / 2e-6 for step_A in steps_AA], dtype=float
+    )
+
+
+def difference(first: Any, second: Any) -> Any:
+    """Of two arms' scores."""
+    return first - second
+
+
+def closed_share(full: Any, lora: Any, arm: Any) -> Any:
+    """The share of full fine-tuning's lead over LoRA that an arm has closed; not finite where there is no lead."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(arm - lora, full - lora)
+
+
+def sign_flip_p(differences_S: Array, rng: np.random.Generator) -> float:
+    """Two-sided sign-flip test of paired differences over seeds: the share of sign patterns whose mean difference is as
+    far from 0 as the one seen.
+
+    Exact over all 2**S patterns, so it cannot fall below `smallest_p`; from 17 seeds on over 2**16 patterns drawn at
+    random, the one seen among them.
+    """
+    signs_PS = _signs(len(differences_S), rng)
+    return _share_as_far(np.abs(signs_PS @ differences_S))
+
+
+def smallest_p(n_seeds: int) -> float:
+    """What a two-sided exact sign-flip test of so many seeds can reach at best: 2 / 2**S."""
+    return 2.0 / 2**n_seeds
+
+
+def _signs(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Sign patterns, the one of no flip first."""
+    if n <= 16:
+        return np.array(list(itertools.product((1, -1), repeat=n)))
+    signs_PS = rng.choice((1, -1), size=(2**16, n))
+    signs_PS[0] = 1
+    return signs_PS
+
+
+def _share_as_far(sizes_P: Array) -> float:
+    return float(np.mean(sizes_P >= sizes_P[0] * (1 - 1e-12)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction for several tests (Scandinavian Journal of Statistics 6, 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    factors = len(order) - np.arange(len(order))
+    corrected = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1.0)
+    back = np.empty(len(order))
+    back[order] = corrected
+    return back.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several tasks
+
+
+def iqm(values: Array) -> float:
+    """Interquartile mean: of the middle half of all values (Agarwal et al., NeurIPS 2021; rliable)."""
+    return float(trim_mean(values.ravel(), 0.25))
+
+
+def iqm_estimate(tables: Sequence[Table], rng: np.random.Generator) -> Estimate:
+    """The interquartile mean of the paired differences of two arms over all tasks and seeds, with its interval.
+
+    Stratified: seeds and examples are drawn within each task, and both arms get the same ones. Each task's mean is
+    spread as in `estimate`; the differences around it are those of the drawn seeds.
+    """
+    value = iqm(np.concatenate([_run_differences(table) for table in tables]))
+    draws_RK, all_parts = [], []
+    for table in tables:
+        sums_ASG, sizes_G = table.of_groups()
+        parts = Parts.of(sums_ASG[0] - sums_ASG[1], sizes_G)
+        all_parts.append(parts)
+        differences_S = _run_differences(table)
+        n_seeds, n_groups = len(differences_S), len(sizes_G)
+        drawn_RS = differences_S[rng.integers(n_seeds, size=(RESAMPLES, n_seeds))]
+        drawn_RG = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
+        sums_G = (sums_ASG[0] - sums_ASG[1]).mean(axis=0)
+        of_seeds, of_groups = parts.scales
+        mean = differences_S.mean()
+        shift_R = (of_seeds - 1) * (drawn_RS.mean(axis=1) - mean)
+        shift_R += of_groups * (drawn_RG @ sums_G / (drawn_RG @ sizes_G) - mean)
+        draws_RK.append(drawn_RS + shift_R[:, None])
+    draws_R = trim_mean(np.concatenate(draws_RK, axis=1), 0.25, axis=1)
+    variance = float(np.var(draws_R))
+    if variance <= (1e-9 * max(1.0, abs(value))) ** 2:
+        return Estimate(value, None, None, None, None)
+    # All tasks count alike in the degrees of freedom and the skewness, as they do in the mean.
+    whole = sum(parts.variance for parts in all_parts)
+    df = whole**2 / sum(parts.variance**2 / parts.df for parts in all_parts)
+    widening = float(np.mean([parts.widening for parts in all_parts]))
+    skew = sum(parts.acceleration * parts.variance**1.5 for parts in all_parts) / whole**1.5
+    low, high = bca(draws_R, value, skew)
+    return Estimate(value, low, high, variance**0.5 / widening, df)
+
+
+def iqm_sign_flip_p(tables: Sequence[Table], rng: np.random.Generator) -> float:
+    """Sign-flip test of the interquartile mean: each run's difference may have either sign under the null."""
+    differences_K = np.concatenate([_run_differences(table) for table in tables])
+    signs_PK = _signs(len(differences_K), rng)
+    return _share_as_far(np.abs(trim_mean(signs_PK * differences_K, 0.25, axis=1)))
+
+
+def _run_differences(table: Table) -> Array:
+    """Of the first two arms, one for each seed."""
+    means_AS = table.means_AS
+    return means_AS[0] - means_AS[1]

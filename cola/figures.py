@@ -82,6 +82,12 @@ def figures_of(summary: dict[str, Any], curves: Curves) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def contrasts_figure(summary: dict[str, Any]) -> Figure | None:
+    """The forest plot alone, of several runs; None where there is no contrast."""
+    with mpl.rc_context(STYLE):
+        return _contrasts(summary)
+
+
 def svg(figure: Figure, prefix: str) -> str:
     """A figure as an SVG element for a page: lines and text in the page's colour, ids that begin with the prefix.
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SPLITS = ("train", "validation", "test")
+SAMPLE = "sample"  # as a general text: the one that comes with cola
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -555,6 +556,19 @@ class Evaluation(Section):
         description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
     )
     batch_tokens: PositiveInt = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    general_text: str | None = Field(
+        default=SAMPLE,
+        min_length=1,
+        description="Text whose loss before and after training says what was forgotten. `sample`: 1,700 tokens of a "
+        "story of 1889 that come with cola; or a file of your own: a text file, which is one text, or JSONL, JSON, CSV "
+        "or Parquet with a text in the field `text` of each row. All of it is scored, for each arm and seed. `null` or "
+        "`off`: not measured.",
+    )
+
+    @field_validator("general_text", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value in (False, "off") else value
 
 
 class Comparison(Section):
@@ -562,6 +576,16 @@ class Comparison(Section):
 
     primary: tuple[str, str] | None = Field(
         default=None, description="Two arms: the first against the second is the one contrast that the run is about."
+    )
+    secondary: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description="Further contrasts, two arms each, named before the run; their p values are corrected for their "
+        "number (Holm).",
+    )
+    metric: Literal["score", "loss"] | None = Field(
+        default=None,
+        description="What the contrasts are about, on test: the task's score, or minus the loss per target token. "
+        "Default: `score`; for a text, which has none, `loss`.",
     )
     full: str | None = Field(
         default=None, description="The arm that `ft_gap` and `closed` measure against. Default: the one named `full`."
@@ -624,10 +648,19 @@ class Recipe(Section):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: each seed once")
         named = [("primary", name) for name in self.comparison.primary or ()]
+        named += [("secondary", name) for pair in self.comparison.secondary for name in pair]
         named += [(key, name) for key in ("full", "lora") if (name := getattr(self.comparison, key)) is not None]
         for key, name in named:
             if name not in self.arms:
                 raise ValueError(f"comparison.{key} names the arm {name!r}; the arms are {', '.join(self.arms)}")
+        pairs = [*([self.comparison.primary] if self.comparison.primary else []), *self.comparison.secondary]
+        for number, (first, second) in enumerate(pairs):
+            if first == second:
+                raise ValueError(f"comparison: {first} is compared with itself")
+            if {first, second} in [{*pair} for pair in pairs[:number]]:
+                raise ValueError(f"comparison: {first} and {second} are compared twice")
+        if self.comparison.metric == "score" and self.data.task == "text":
+            raise ValueError("comparison.metric: a text has no score; say loss, or leave it out")
         if self.evaluation.checkpoint == "best" and self.evaluation.every == "never":
             raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
         for name in self.arms:
@@ -830,6 +863,11 @@ class Recipe(Section):
         """The arm whose tokens or FLOPs the others match: the one that is plain LoRA, else the first trained."""
         trained = [name for name, arm in self.arms.items() if arm.n_links]
         return self.lora_arm if self.lora_arm in trained else next(iter(trained), None)
+
+    @property
+    def metric(self) -> str:
+        """What the contrasts are about: `score` or `loss`."""
+        return self.comparison.metric or ("loss" if self.data.task == "text" else "score")
 
     @property
     def full_arm(self) -> str:

@@ -4,8 +4,8 @@ RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs 
 RUN/provenance.json        versions, commit, machine, fingerprints of data and model
 RUN/summary.json           every number of the tables
 RUN/report.html            the page; its figures for a paper in RUN/figures/, its tables in RUN/tables/
-RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), scores/SPLIT.jsonl,
-                           knots/link-K/ (PEFT adapters)
+RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
+                           each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
 RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them
 """
 
@@ -32,7 +32,7 @@ from cola.recipe_file import dump_recipe, read_recipe
 
 RESULT_KEYS = ("status", "run_info")
 WANDB_NOTE = "wandb.json"
-FORMAT = 2  # of result.json and summary.json
+FORMAT = 3  # of result.json and summary.json, see docs/results.md
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
 
@@ -124,10 +124,24 @@ class RunFolder:
         """The job's result, whatever its status; None where there is none yet."""
         return read_json(self.job(job) / "result.json", RESULT_KEYS)
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """The results of all arms and seeds (not of trials), as they were run."""
+    def results(self, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The results of all arms and seeds (not of trials), as they were run.
+
+        Args:
+            damaged: What is wrong with a result that cannot be read is added here.
+
+        Raises:
+            RunFolderError: a result is damaged, and there is no such list.
+        """
         for path in sorted(self.path.glob("arms/*/seed-*/result.json")):
-            if (result := read_json(path, RESULT_KEYS)) is not None:
+            try:
+                result = read_json(path, RESULT_KEYS)
+            except RunFolderError as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+                continue
+            if result is not None:
                 yield result
 
     def provenance(self) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""A run -> report.html, an ablation -> ablation.html: self-contained pages, and their figures and tables as files for
-a paper. Computes no statistics.
+"""A run or several -> report.html, an ablation -> ablation.html: self-contained pages, and their figures and tables as
+files for a paper. Computes no statistics.
 
 RUN/report.html            opens without a network; links to the files below
 RUN/figures/NAME.svg .pdf  every figure of the page
@@ -22,12 +22,13 @@ from markupsafe import Markup
 
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.captions import CAPTIONS, alternative
-from cola.figures import NAMES, Figure, ablation_figure, curve_of, figures_of, save, svg
+from cola.figures import NAMES, Figure, ablation_figure, contrasts_figure, curve_of, figures_of, save, svg
 from cola.record import RunFolder, read_jsonl, write_text
 from cola.tables import (
     NONE,
     Table,
     arms_table,
+    contrast_sentence,
     contrasts_table,
     knots_table,
     named_tables,
@@ -38,9 +39,12 @@ from cola.tables import (
     states_text,
     verdict,
 )
+from cola.tasks import task_tables
 
 # Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+# What a page begins with where the recipe names nothing to be judged, or one of the two is missing.
+UNNAMED = "No contrast that was named before the run can be judged by these results: they describe, and claim nothing."
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def write_report(folder: RunFolder) -> Path:
     figures = figures_of(summary, curves)
     _write_files(folder.path, tables, figures)
     lines = verdict(summary)
+    if all(one["role"] == "full" for one in summary["contrasts"]):
+        lines.insert(0, UNNAMED)
     page = render(
         "report.html.j2",
         name=folder.path.name,
@@ -101,6 +107,28 @@ def write_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Path:
     )
     write_text(folder.path / "ablation.html", page)
     return folder.path / "ablation.html"
+
+
+def write_tasks(path: Path, summary: dict[str, Any]) -> Path:
+    """Write summary.json, report.html and the files of its figure and tables for several runs; returns the page."""
+    averaged = summary["averaged"] and bool(summary["contrasts"])
+    names = [*(["contrasts"] if averaged else []), "arms", *(["tasks"] if summary["contrasts"] else [])]
+    tables = dict(zip(names, task_tables(summary), strict=True))
+    figure = contrasts_figure(summary) if averaged else None
+    figures = {"contrasts": figure} if figure else {}
+    _write_files(path, tables, figures)
+    write_text(path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    said = [contrast_sentence(one, summary["metric"]) for one in summary["contrasts"]] if averaged else [UNNAMED]
+    page = render(
+        "tasks.html.j2",
+        name=path.name,
+        summary=summary,
+        said=said,
+        tables=tables,
+        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
+    )
+    write_text(path / "report.html", page)
+    return path / "report.html"
 
 
 def page_tables(summary: dict[str, Any], curves: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Table]:

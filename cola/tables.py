@@ -104,12 +104,12 @@ def named_tables(summary: dict[str, Any]) -> dict[str, Table]:
     bases = {name: arm["base"]["quantization"] or arm["base"]["dtype"] for name, arm in arms.items() if "base" in arm}
     if several := len(set(bases.values())) > 1:
         columns.insert(1, "base")
-    if memory := any(arm.get("peak_memory") for arm in arms.values()):
-        columns.append("peak memory")
     cost = Table(f"Cost; {matched}", columns, [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
-    if forgetting := any(arm.get("forgetting") for arm in arms.values()):
-        tables[0].columns.append("forgetting")
+    if forgets := any(arm.get("forgetting") for arm in arms.values()):
+        loss.columns.append("forgetting")
+    if measured := any(arm.get("peak_memory") for arm in arms.values()):
+        cost.columns.append("memory")
     if summary["metric"] == "perplexity":
         loss.columns.extend(["test perplexity", "ft_gap", "closed"])
     for name, arm in arms.items():
@@ -120,6 +120,8 @@ def named_tables(summary: dict[str, Any]) -> dict[str, Table]:
             continue
         row = [spread(arm[f"{split}_loss"]) for split in SPLITS]
         loss.rows.append([name, *row, spread(arm["gap_loss"], signed=True)])
+        if forgets:
+            loss.rows[-1].append(spread(arm["forgetting"], signed=True))
         if summary["metric"] == "perplexity":
             perplexity = f"{math.exp(arm['test_loss']['mean']):.2f}"
             loss.rows[-1] += [perplexity, interval(arm.get("ft_gap")), interval(arm.get("closed"))]
@@ -130,10 +132,8 @@ def named_tables(summary: dict[str, Any]) -> dict[str, Table]:
         rate, scored = _range(arm["learning_rate"]), _range(arm["scored_step"])
         tokens, flops = _count(arm["tokens"]), _count(arm["flops"])
         base = [bases[name]] if several else []
-        peak = [_bytes(arm.get("peak_memory"))] if memory else []
-        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time, *peak])
-        if forgetting:
-            tables[0].rows[-1].append(spread(arm.get("forgetting"), signed=True))
+        memory = [size(arm["peak_memory"])] if measured else []
+        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time, *memory])
     names = ["loss", "cost"] if summary["metric"] == "perplexity" else ["loss", "score", "cost"]
     found = dict(zip(names, tables, strict=True))
     return found | ({"trials": _trials_table(summary)} if summary["trials"] else {})
@@ -177,62 +177,6 @@ def seeds_table(summary: dict[str, Any]) -> Table:
                 NONE if number is None else f"{number:{form}}" for number, form in zip(numbers, forms, strict=True)
             ]
             table.rows.append([name, str(seed["seed"]), *cells])
-    return table
-
-
-def contrasts_table(summary: dict[str, Any]) -> Table:
-    """Every contrast with its interval, its p and what the results could have found."""
-    metric = "−loss" if summary["metric"] == "perplexity" else summary["metric"]
-    columns = ["contrast", "role", "difference", "p", "Holm p", "smallest p", "detectable", "seeds", "rows", "claim"]
-    table = Table(f"Contrasts in test {metric}; intervals are 95 %", columns, [])
-    for contrast in summary.get("contrasts") or ():
-        numbers = [contrast[key] for key in ("p", "p_holm", "smallest_p", "minimum_detectable")]
-        table.rows.append(
-            [
-                f"{contrast['first']} − {contrast['second']}",
-                contrast["role"],
-                interval(contrast),
-                *[NONE if number is None else f"{number:.3g}" for number in numbers],
-                str(contrast["n_seeds"]),
-                str(contrast["n_examples"]),
-                "yes" if contrast["claim"] else "no",
-            ]
-        )
-    return table
-
-
-def spectra_table(summary: dict[str, Any]) -> Table:
-    """What each link, the chain and full fine-tuning learned, by its singular values."""
-    columns = ["arm", "of", "rank", "‖ΔW‖/‖W‖", "effective rank", "rank at 90 %", "stable rank", "intruders"]
-    table = Table("Spectra: medians over matrices, means over seeds", columns, [])
-    for name, about in (summary.get("spectra") or {}).items():
-        for row in about["rows"]:
-            numbers = [row["effective_rank"], row["rank_90"], row["stable_rank"]]
-            table.rows.append(
-                [
-                    name,
-                    row["what"],
-                    NONE if row["rank"] is None else str(row["rank"]),
-                    f"{row['relative_size']:.2%}",
-                    *[f"{number:.3g}" for number in numbers],
-                    NONE if row["intruders"] is None else f"{row['intruders']:.2f}",
-                ]
-            )
-    return table
-
-
-def overlap_table(summary: dict[str, Any]) -> Table:
-    """How far two links' subspaces are the same, and a link's and full fine-tuning's, against chance."""
-    table = Table("Overlap of subspaces: 1 the same, 0 none", ["arm", "of", "and", "overlap", "by chance"], [])
-    for name, about in (summary.get("spectra") or {}).items():
-        if links := about.get("overlap"):
-            for i, line in enumerate(links["matrix"]):
-                for j in range(i):
-                    cells = [links["labels"][j], links["labels"][i], f"{line[j]:.3f}", f"{links['random']:.3f}"]
-                    table.rows.append([name, *cells])
-        if full := about.get("with_full"):
-            for label, value in zip(full["labels"], full["values"], strict=True):
-                table.rows.append([name, label, "full fine-tuning", f"{value:.3f}", f"{full['random']:.3f}"])
     return table
 
 
@@ -290,6 +234,79 @@ def knots_table(summary: dict[str, Any], short: bool = False) -> Table:
     return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
 
 
+def spectra_table(summary: dict[str, Any]) -> Table:
+    """What each link, the whole chain and full fine-tuning added to the base's matrices."""
+    rows: list[dict[str, str]] = []
+    spectra = summary.get("spectra") or {}
+    counted = any(row["intruders"] is not None for arm in spectra.values() for row in arm["rows"])
+    for name, arm in spectra.items():
+        alone = len(arm["rows"]) == 2  # a chain of one link is that link
+        for number in arm["rows"][:1] if alone else arm["rows"]:
+            row = {
+                "arm": name,
+                "update": number["what"],
+                "rank": _number(number["rank"]),
+                "‖ΔW‖/‖W‖": NONE if number["relative_size"] is None else f"{number['relative_size']:.2%}",
+                "effective rank": _number(number["effective_rank"], 1),
+                "rank at 90 %": _number(number["rank_90"]),
+                "stable rank": _number(number["stable_rank"], 1),
+            }
+            rows.append(row | ({"intruders": _number(number["intruders"], 2)} if counted else {}))
+    title = "Spectra: medians over matrices, means over seeds"
+    return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+
+
+def overlap_table(summary: dict[str, Any]) -> Table:
+    """Which share of their directions the links have in common, and with full fine-tuning, beside random ones'."""
+    spectra = summary.get("spectra") or {}
+    links = max(
+        (arm["overlap"]["labels"] for arm in spectra.values() if arm["overlap"]),
+        key=lambda labels: len(labels),
+        default=[],
+    )
+    full = any(arm["with_full"] for arm in spectra.values())
+    columns = ["arm", "update", *links, *(["random"] if links else []), *(["full", "random of full"] if full else [])]
+    table = Table("Overlap of directions: 1 the same, 0 orthogonal", columns, [])
+    for name, arm in spectra.items():
+        own, with_full = arm["overlap"], arm["with_full"]
+        if own is None and with_full is None:
+            continue
+        shared = dict(zip(with_full["labels"], with_full["values"], strict=True)) if with_full else {}
+        whats = [row["what"] for row in arm["rows"]]
+        for what in whats[:1] if len(whats) == 2 else whats:
+            mine = own["matrix"][own["labels"].index(what)] if own and what in own["labels"] else []
+            cells = [_number(value, 3) for value in mine] + [NONE] * (len(links) - len(mine))
+            if links:
+                cells.append(_number(own["random"] if own and mine else None, 3))
+            if full:
+                cells += [_number(shared.get(what), 3), _number(with_full["random"] if with_full else None, 3)]
+            table.rows.append([name, what, *cells])
+    return table
+
+
+def matrices_table(record: dict[str, Any]) -> Table:
+    """The spectra of one arm and seed, matrix by matrix, from its spectrum.json."""
+    columns = ["matrix", "update", "rank", "‖ΔW‖/‖W‖", "effective rank", "rank at 90 %", "stable rank"]
+    table = Table("Matrix by matrix", columns, [])
+    for name, matrix in record["matrices"].items():
+        updates = matrix["updates"]
+        for what in list(updates)[:1] if len(updates) == 2 else updates:
+            one = updates[what]
+            size = NONE if one["relative_size"] is None else f"{one['relative_size']:.2%}"
+            ranks = [_number(one["effective_rank"], 1), _number(one["rank_90"]), _number(one["stable_rank"], 1)]
+            table.rows.append([name, what, _number(one["rank"]), size, *ranks])
+    return table
+
+
+def _number(number: float | None, digits: int = 0) -> str:
+    """Rounded; a whole number that a median or mean has made fractional keeps one digit."""
+    if number is None:
+        return NONE
+    if digits == 0 and number != int(number):
+        digits = 1
+    return f"{number:.{digits}f}"
+
+
 def _small(number: float | None, signed: bool = False) -> str:
     if number is None:
         return NONE
@@ -316,30 +333,69 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
+def contrasts_table(summary: dict[str, Any]) -> Table:
+    """Every contrast with its interval and tests; those named before the run first."""
+    table = Table(
+        f"Contrasts on test: {_of_contrasts(summary)}, more is better",
+        ["first − second", "role", "difference [95 %]", "p", "p (Holm)", "smallest p", "detectable", "seeds", "rows"],
+        [],
+    )
+    for one in summary["contrasts"]:
+        table.rows.append(
+            [
+                f"{one['first']} − {one['second']}",
+                "not named before" if one["role"] == "full" else one["role"],
+                interval(one),
+                _p(one["p"]),
+                _p(one["p_holm"]),
+                _p(one["smallest_p"]) if one["p"] is not None else NONE,
+                NONE if one["minimum_detectable"] is None else f"{one['minimum_detectable']:.3f}",
+                str(one["n_seeds"]),
+                str(one["n_examples"]) + ("" if one["n_groups"] == one["n_examples"] else f" in {one['n_groups']}"),
+            ]
+        )
+    return table
+
+
+def _of_contrasts(summary: dict[str, Any]) -> str:
+    by_loss = any(one["metric"] == "loss" for one in summary["contrasts"])
+    return "−loss, nats per target token" if by_loss else summary["metric"]
+
+
+def _p(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def contrast_sentence(one: dict[str, Any], metric: str) -> str:
+    """What a contrast named before the run allows to be said; never a winner inside its interval."""
+    first, second = one["first"], one["second"]
+    seeds = "1 seed" if one["n_seeds"] == 1 else f"{one['n_seeds']} seeds"
+    line = f"{first} − {second} = {one['value']:+.3f} test {'-loss' if one['metric'] == 'loss' else metric} ({seeds})"
+    if one["low"] is None:
+        return f"{line}; these results give it no interval, so nothing is claimed."
+    line += f", 95 % interval [{one['low']:+.3f}, {one['high']:+.3f}]"
+    detectable = f"a difference below {one['minimum_detectable']:.3f} would mostly be missed by this study"
+    if one["low"] <= 0 <= one["high"]:
+        return f"{line}: the two cannot be told apart; {detectable}."
+    better = first if one["value"] > 0 else second
+    corrected = one["p_holm"] is not None
+    p = one["p_holm"] if corrected else one["p"]
+    said = "" if p is None else f"{'Holm-corrected ' if corrected else ''}sign-flip p = {_p(p)}"
+    if one["claim"]:
+        return f"{line}, {said}: {better} is the better one."
+    why = (
+        f"{said}; {one['n_seeds']} seeds can reach {_p(one['smallest_p'])} at best"
+        if said
+        else "there is no test of it"
+    )
+    return f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods ({why})."
+
+
 def verdict(summary: dict[str, Any]) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    lines = []
-    # Plain text has no score: there the arms are compared by minus the loss, so that more is better everywhere.
-    metric = "-loss" if summary["metric"] == "perplexity" else summary["metric"]
-    primary = summary.get("primary")
-    if primary:
-        first, second = primary["arms"]
-        seeds = "1 seed" if primary["n_seeds"] == 1 else f"{primary['n_seeds']} seeds"
-        line = f"{first} − {second} = {primary['value']:+.3f} test {metric} ({seeds})"
-        if primary["low"] is None:
-            lines.append(f"{line}; these results give it no interval, so nothing is claimed.")
-        else:
-            line += f", 95 % interval [{primary['low']:+.3f}, {primary['high']:+.3f}]"
-            better = first if primary["value"] > 0 else second
-            if not primary["excludes_zero"]:
-                lines.append(f"{line}: the two cannot be told apart.")
-            elif primary["p_sign_flip"] < 0.05:
-                lines.append(f"{line}, sign-flip p = {primary['p_sign_flip']:.3g}: {better} is the better one.")
-            else:
-                lines.append(
-                    f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods "
-                    f"(sign-flip p = {primary['p_sign_flip']:.3g}; 6 seeds or more can fall below .05)."
-                )
+    named = [one for one in summary["contrasts"] if one["role"] != "full"]
+    lines = [contrast_sentence(one, summary["metric"]) for one in sorted(named, key=lambda one: one["role"])]
+    lines += summary["unpaired"]
     n_seeds = len(summary["seeds"])
     if n_seeds == 1:
         lines.append(
@@ -492,6 +548,13 @@ def interval(number: dict[str, Any] | str | None) -> str:
     return f"{number['value']:+.3f} [{number['low']:+.3f}, {number['high']:+.3f}]"
 
 
+def size(n_bytes: int | None) -> str:
+    """Bytes in GB, or in MB below one."""
+    if n_bytes is None:
+        return NONE
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
 def _count(number: float) -> str:
     if not math.isfinite(number):
         return NONE
@@ -499,15 +562,6 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:#.3g} {unit}".replace(". ", " ")
     return f"{number:.0f}"
-
-
-def _bytes(number: float | None) -> str:
-    if number is None:
-        return NONE
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:#.3g} {unit}".replace(". ", " ")
-    return f"{number:.0f} bytes"
 
 
 def _range(values: list[Any]) -> str:

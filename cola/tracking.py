@@ -6,6 +6,7 @@ Whatever goes wrong in it costs a warning and the rest of the tracking, never th
     validation/loss  validation/score                                            at evaluation points
     knot/{relative_size,unchanged,error,cosine}_{median,max,min}  knot/drift_*    at knots
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
+    general/loss  general/forgetting                                             likewise
 """
 
 import contextlib

@@ -106,6 +106,7 @@ def quickstart() -> dict[str, Any]:
     summary["arms"]["lora"]["knots"] = [knot(1, 0.0123, 3e-8)]
     summary["arms"]["chain3"]["knots"] = [knot(k, 0.009 / k, 4e-8 * k) for k in (1, 2, 3)]
     summary.pop("primary", None)
+    summary["unpaired"] = []
     one = {"p": None, "p_holm": None, "n_seeds": 1, "smallest_p": 1.0, "minimum_detectable": 0.09}
     summary["contrasts"] = [
         contrast("chain3", "lora", 0.025, 0.033, role="primary", **one),

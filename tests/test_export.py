@@ -350,7 +350,7 @@ def test_the_code_on_the_card_of_the_knots_runs_and_gives_the_model(
 
 @pytest.fixture(scope="module")
 def best_run(tmp_path_factory: pytest.TempPathFactory, warm_folder: Path, colours: Path) -> Path:
-    """Scored inside a link: no link ends where validation is looked at, and the last one's rate spoils what was learned."""
+    """Scored inside a link: none ends where validation is looked at, and the last one's rate spoils what is learned."""
     folder = tmp_path_factory.mktemp("best")
     return run_once(
         folder,

@@ -24,8 +24,8 @@ from scipy.stats import entropy
 from test_architectures import make
 from test_chain import batches, chain_of, link, no_gradients, outputs, tune_with
 from test_cli import cola
-from test_compare import ByHand, first_right, recipe
 from test_run import go, result
+from test_summary import ByHand, first_right, recipe
 from test_tracking import records
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -36,7 +36,6 @@ from transformers.pytorch_utils import Conv1D
 from cola import adapters, residual
 from cola.batches import collate
 from cola.chain import Chain, extend, run_chain, tie_knot
-from cola.compare import summarize
 from cola.data import load_splits
 from cola.drift import Drift, Outputs
 from cola.model import find_model
@@ -45,6 +44,7 @@ from cola.recipe_file import read_recipe
 from cola.record import FORMAT, RunFolder, read_jsonl
 from cola.report import write_report
 from cola.residual import Applied, Base, LinkWeights, Pair, Residual
+from cola.summary import summarize
 from cola.tables import knots_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")

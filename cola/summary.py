@@ -1,0 +1,349 @@
+"""From a run's results to every number that the terminal, the page and W&B show. No torch.
+
+    gap_loss   test loss - train loss, nats per target token
+    gap_acc    train score - test score
+    ft_gap     score(full) - score(arm), on test
+    closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
+               the denominator contains 0, and no gap where full fine-tuning is the worse one
+
+What the numbers are worth is computed in `cola.compare`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cola import compare
+from cola.compare import Estimate, Table, closed_share, difference, estimate
+from cola.errors import RunFolderError
+from cola.plan import derived_seed
+from cola.recipe import SPLITS, Recipe
+from cola.record import RunFolder
+from cola.spectra import spectra_of
+
+METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
+
+Results = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
+Rows = dict[str, dict[str, Any]]  # scores of one arm, seed and split, by example
+
+
+def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> dict[str, Any]:
+    """Everything the table and the page show, from the results of a run folder."""
+    damaged: list[str] = []
+    results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(damaged)}
+    arms = {name: _arm(recipe, name, results) for name in recipe.arms}
+    comparer = Comparer(recipe, folder, results, rng, damaged)
+    for name in recipe.arms:
+        arms[name] |= comparer.against_full(name)
+    meta = folder.provenance()
+    trials = _trials(recipe, folder, damaged)
+    done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
+    spectra, unread = spectra_of(folder, done)
+    states = {state for arm in arms.values() for state in arm["states"].values()}
+    return {
+        "meta": meta,
+        "interrupted": bool(states & {"interrupted", "missing"}),
+        "metric": METRICS[recipe.data.task],
+        "checkpoint": recipe.evaluation.checkpoint,
+        "select_by": recipe.evaluation.select_by,
+        "seeds": list(recipe.seeds),
+        "matched": _matched(recipe, arms),
+        "trials": trials,
+        "same_outputs": _same_outputs(recipe, folder, results, damaged),
+        "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
+        "arms": arms,
+        "spectra": spectra,
+        "contrasts": comparer.contrasts(),
+        "unpaired": comparer.unpaired,
+        "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys([*damaged, *unread])],
+    }
+
+
+def _arm(recipe: Recipe, name: str, results: Results) -> dict[str, Any]:
+    mine = [results[name, seed] for seed in recipe.seeds if (name, seed) in results]
+    states = {seed: results[name, seed]["status"] if (name, seed) in results else "missing" for seed in recipe.seeds}
+    done = [r for r in mine if r["status"] == "ok"]
+    summary: dict[str, Any] = {
+        "links": recipe.arms[name].n_links,
+        "states": states,
+        "errors": {r["run_info"]["seed"]: r["run_info"]["error"] for r in mine if r["status"] == "failed"},
+        "n_seeds": len(done),
+    }
+    if not done:
+        return summary
+    if "links" in recipe.searches_of(name):
+        summary["links"] = len(done[0]["train_info"]["links"])
+    for split in SPLITS:
+        for key in ("loss", "score"):
+            summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])
+    summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
+    summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
+    summary["seeds"] = [_of_seed(r) for r in done]
+    summary["forgetting"] = _over_seeds([_forgetting(r) for r in done])
+    keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
+    for key in keys:
+        summary[key] = float(np.mean([r["train_info"][key] for r in done]))
+    summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
+    summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
+    summary["peak_memory"] = max((peak for r in done if (peak := _peak(r["train_info"])) is not None), default=None)
+    summary["base"] = done[0]["train_info"]["base"]
+    summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
+    summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
+    summary["knots"] = _ledger(done)
+    summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
+    # A knot that lets a part of its pair go moves the outputs on purpose.
+    infos = [r["train_info"] for r in done]
+    whole = [i for i in infos if i["rules"] and (i["rules"]["merge_fraction"] == 1 or len(i["knots"]) == 1)]
+    lost = [k["drift_of_learned"] for i in whole for k in i["knots"]]
+    summary["max_lost"] = max((share for share in lost if share is not None), default=None)
+    return summary
+
+
+def _of_seed(result: dict[str, Any]) -> dict[str, Any]:
+    """One seed's numbers: the dots of a figure."""
+    evaluation = result["evaluation"]
+    numbers = {f"{split}_{key}": evaluation[split][key] for split in SPLITS for key in ("loss", "score")}
+    gaps = {key: evaluation[key] for key in ("gap_loss", "gap_acc")}
+    return {"seed": result["run_info"]["seed"], **numbers, **gaps, "forgetting": _forgetting(result)}
+
+
+def _forgetting(result: dict[str, Any]) -> float | None:
+    """None where the recipe leaves the general text out."""
+    return (result["evaluation"].get("general") or {}).get("forgetting")
+
+
+def _peak(info: dict[str, Any]) -> int | None:
+    """Memory that a training took: the GPU's where there is one, else the process's."""
+    on_gpu = info.get("accelerator_memory_max")
+    return info.get("process_memory_max") if on_gpu is None else on_gpu
+
+
+def _ledger(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
+    rows = []
+    for number in range(max(len(r["train_info"]["knots"]) for r in done)):
+        infos = [r["train_info"] for r in done if len(r["train_info"]["knots"]) > number]
+        knots = [info["knots"][number] for info in infos if info["knots"][number]["merge"] is not None]
+        if not knots:
+            continue
+        row = {"link": number + 1, "merge": knots[0]["merge"]}
+        part = infos[0]["rules"]["merge_fraction"]
+        row["fraction"] = 1.0 if number + 1 == len(infos[0]["links"]) else part
+        row["cleared"] = float(np.mean([info["links"][number]["cleared"] for info in infos]))
+        for key in ("relative_size_median", "unchanged_median"):
+            row[key] = float(np.mean([knot[key] for knot in knots]))
+        worst = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
+        for key, pick in {**worst, "drift_relative": max, "drift_of_learned": max, "drift_kl": max}.items():
+            row[key] = pick((knot[key] for knot in knots if knot[key] is not None), default=None)
+        row["drift_loss_change"] = max((knot["drift_loss_change"] for knot in knots), key=abs)
+        rows.append(row)
+    return rows
+
+
+def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What all trained arms were given the same of, and how much of it each used, smallest and largest."""
+    key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
+    used = [arm[key] for name, arm in arms.items() if arm["n_seeds"] and recipe.arms[name].n_links]
+    per_link = recipe.training.protocol == "grow"
+    return {"by": recipe.training.match, "per_link": per_link, "used": [min(used), max(used)] if used else None}
+
+
+def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, Any]:
+    """What each arm's search tried; what is wrong with a record that cannot be read is added to `damaged`."""
+    found = {}
+    for name in recipe.arms:
+        try:
+            found[name] = folder.trials(name)
+        except RunFolderError as error:
+            damaged.append(str(error))
+    return {name: trials for name, trials in found.items() if trials is not None}
+
+
+def _same_outputs(
+    recipe: Recipe, folder: RunFolder, results: Results, damaged: list[str]
+) -> list[tuple[str, str, int]]:
+    """Arms whose test losses are the same to the bit under a seed though their weights have other causes: what one of
+    them does differently has done nothing."""
+    found = []
+    for seed in recipe.seeds:
+        seen: dict[tuple[float, ...], tuple[str, str]] = {}
+        for arm in recipe.arms:
+            if results.get((arm, seed), {}).get("status") != "ok":
+                continue
+            state = results[arm, seed]["train_info"]["scored_state"]
+            try:
+                losses = tuple(row["loss"] for row in folder.scores(arm, seed, "test"))
+            except RunFolderError as error:
+                damaged.append(str(error))
+                continue
+            other, its_state = seen.setdefault(losses, (arm, state))
+            if its_state != state:
+                found.append((other, arm, seed))
+    return found
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and standard deviation over seeds (None with one seed); None where the task has no such number."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return None
+    return {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None}
+
+
+class Comparer:
+    """Pairs a run's arms by seed and test example.
+
+    What keeps two arms from being compared as the recipe asks (no common seed, damaged scores, other examples) is told
+    in `damaged` or `unpaired`, and costs that comparison and no other.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, results: Results, rng: np.random.Generator, damaged: list[str]
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.damaged = damaged
+        self.unpaired: list[str] = []
+        self.ok = {a: [s for s in recipe.seeds if results.get((a, s), {}).get("status") == "ok"] for a in recipe.arms}
+        self._base = int(rng.integers(2**32))
+        self._scores: dict[tuple[str, int], Rows | None] = {}
+
+    def against_full(self, name: str) -> dict[str, Any]:
+        """`ft_gap` and `closed` of an arm, where they can be had."""
+        full, lora = self.recipe.full_arm, self.recipe.lora_arm
+        found: dict[str, Any] = {}
+        if name == full or not self.ok.get(full):
+            return found
+        if (pair := self.table([full, name])) is not None:
+            found["ft_gap"] = _record(estimate(difference, pair, self._rng("ft_gap", name)))
+        if name == lora or not self.ok.get(lora):
+            return found
+        if (three := self.table([full, lora, name])) is not None:
+            lead = Table(three.scores_ASN[:2], three.groups, three.weights)
+            gap = estimate(difference, lead, self._rng("gap", name))
+            closed = estimate(closed_share, three, self._rng("closed", name))
+            no_gap = gap.excludes_zero and gap.value < 0
+            found["closed"] = "no gap" if no_gap else _record(closed) if gap.excludes_zero else "undefined"
+        return found
+
+    def contrasts(self) -> list[dict[str, Any]]:
+        """The recipe's contrasts, the primary one first; then each trained arm against full fine-tuning."""
+        comparison, full = self.recipe.comparison, self.recipe.full_arm
+        named = [("primary", comparison.primary)] if comparison.primary else []
+        named += [("secondary", pair) for pair in comparison.secondary]
+        said = [{*pair} for _, pair in named]
+        trained = [arm for arm in self.recipe.arms if self.recipe.arms[arm].n_links and arm != full]
+        if full in self.recipe.arms:
+            named += [("full", (arm, full)) for arm in trained if {arm, full} not in said]
+        found = [one for role, pair in named if (one := self._contrast(role, *pair)) is not None]
+        settle(found)
+        return found
+
+    def _contrast(self, role: str, first: str, second: str) -> dict[str, Any] | None:
+        by_loss = self.recipe.metric == "loss"
+        table = self.table([first, second], by_loss)
+        if table is None:
+            return None
+        return {
+            "first": first,
+            "second": second,
+            "role": role,
+            "metric": self.recipe.metric,
+            **contrast_record(table, self._rng("contrast", first, second), self._rng("sign-flip", first, second)),
+        }
+
+    def table(self, arms: Sequence[str], by_loss: bool = False) -> Table | None:
+        """The arms' test scores over their common seeds, as `paired` has them; None where they have none."""
+        if any(not self.ok[arm] for arm in arms):
+            return None  # the table of arms says so
+        seeds = [s for s in self.ok[arms[0]] if all(s in self.ok[arm] for arm in arms)]
+        tables = {(arm, s): rows for s in seeds for arm in arms if (rows := self.rows(arm, s)) is not None}
+        seeds = [s for s in seeds if all((arm, s) in tables for arm in arms)]
+        if not seeds:
+            self._say_unpaired(f"{', '.join(arms)} have no seed in common, so they are not compared")
+            return None
+        if dropped := sorted({s for arm in arms for s in self.ok[arm]} - set(seeds)):
+            left = ", ".join(map(str, dropped))
+            self._say_unpaired(f"{', '.join(arms)} are compared over the seeds that all of them have, without {left}")
+        table = paired([[tables[arm, s] for s in seeds] for arm in arms], by_loss)
+        if table is None:
+            self._say_unpaired(
+                f"{', '.join(arms)} were not all scored on the same test examples, so they are not compared; delete "
+                "the damaged seed folder and run `cola run --resume`"
+            )
+        return table
+
+    def rows(self, arm: str, seed: int) -> Rows | None:
+        """Test scores by example; None where they are damaged."""
+        if (arm, seed) not in self._scores:
+            try:
+                rows = {row["id"]: row for row in self.folder.scores(arm, seed, "test")}
+            except RunFolderError as error:
+                self.damaged.append(str(error))
+                rows = None
+            self._scores[arm, seed] = rows
+        return self._scores[arm, seed]
+
+    def _say_unpaired(self, text: str) -> None:
+        if text not in self.unpaired:
+            self.unpaired.append(text)
+
+    def _rng(self, *contrast: str) -> np.random.Generator:
+        # Each contrast draws for itself, so that adding an arm changes no other's interval.
+        return np.random.default_rng([self._base, derived_seed(*contrast)])
+
+
+def contrast_record(table: Table, rng: np.random.Generator, rng_of_test: np.random.Generator) -> dict[str, Any]:
+    """The first arm of a table against the second: the difference, its interval, its test."""
+    found = estimate(difference, table, rng)
+    n_seeds, n_examples = table.scores_ASN.shape[1:]
+    differences_S = table.means_AS[0] - table.means_AS[1]
+    return {
+        **_record(found),
+        "p": compare.sign_flip_p(differences_S, rng_of_test) if n_seeds > 1 else None,
+        "p_holm": None,
+        "smallest_p": compare.smallest_p(n_seeds),
+        "minimum_detectable": found.minimum_detectable,
+        "n_seeds": n_seeds,
+        "n_examples": n_examples,
+        "n_groups": len(set(table.groups)),
+    }
+
+
+def settle(contrasts: Sequence[dict[str, Any]]) -> None:
+    """Correct the secondary contrasts for their number, and say which contrasts carry a claim."""
+    tested = [one for one in contrasts if one["role"] == "secondary" and one["p"] is not None]
+    for one, p in zip(tested, compare.holm([one["p"] for one in tested]), strict=True):
+        one["p_holm"] = p
+    for one in contrasts:
+        p = one["p_holm"] if one["role"] == "secondary" else one["p"]
+        away = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)
+        # What was not named before the run is shown and not claimed.
+        one["claim"] = bool(away and p is not None and p < 0.05 and one["role"] != "full")
+
+
+def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
+    """Scores of some arms (outer) under some seeds (inner), paired by example; None where they are not of the same
+    examples.
+
+    Where `by_loss`, and for a text, which has no score, a score is minus the loss per token, weighted by tokens, so
+    that an arm's mean is minus its loss in the table of results.
+    """
+    first = rows[0][0]
+    ids = list(first)
+    if not ids or any(one.keys() != first.keys() for of_arm in rows for one in of_arm):
+        return None
+    scored = first[ids[0]]["score"] is not None and not by_loss
+
+    def value(row: dict[str, Any]) -> float:
+        return row["score"] if scored else -row["loss"] / row["tokens"]
+
+    scores = [[[value(one[i]) for i in ids] for one in of_arm] for of_arm in rows]
+    groups = [first[i]["group"] or i for i in ids]
+    return Table(np.array(scores), groups, None if scored else [float(first[i]["tokens"]) for i in ids])
+
+
+def _record(found: Estimate) -> dict[str, float | None]:
+    return {key: value for key, value in asdict(found).items() if key != "df"}

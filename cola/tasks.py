@@ -1,0 +1,263 @@
+"""Several runs in one report: each data set is a task, and runs on the same data are more seeds of it. No torch.
+
+A contrast over tasks is the interquartile mean of the paired differences of all (task, seed) runs; its interval
+is stratified by task. Per task it is what a single run has. Nothing is averaged over tasks that are measured in
+different units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cola import compare
+from cola.compare import Table as Scores
+from cola.compare import iqm_estimate
+from cola.errors import RunFolderError
+from cola.plan import derived_seed
+from cola.recipe import Recipe
+from cola.record import FORMAT, RunFolder
+from cola.summary import METRICS, Comparer, contrast_record, paired, settle
+from cola.tables import NONE, Table, contrasts_table, interval, spread
+
+
+@dataclass
+class Run:
+    """One run of a report.
+
+    Attributes:
+        taken: The seeds of each arm that are not another run's already.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    comparer: Comparer
+    taken: dict[str, list[int]]
+
+    @property
+    def causes(self) -> tuple[str, str, str]:
+        """What makes runs comparable seed by seed: data, base and metric."""
+        provenance = self.folder.provenance()
+        assert provenance is not None  # open_runs refuses a run without one
+        return provenance["data"]["sha256"], provenance["model"]["sha256"], METRICS[self.recipe.data.task]
+
+
+@dataclass
+class Task:
+    """Runs on the same data, from the same base."""
+
+    label: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str:
+        return METRICS[self.runs[0].recipe.data.task]
+
+    @property
+    def arms(self) -> list[str]:
+        """With a result each."""
+        return list(dict.fromkeys(arm for run in self.runs for arm, seeds in run.taken.items() if seeds))
+
+    def scores(self, arms: Sequence[str], by_loss: bool) -> Scores | None:
+        """The arms' scores over the seeds that all of them have, of all runs; None where there are none."""
+        rows: list[list[Any]] = [[] for _ in arms]
+        for run in self.runs:
+            if any(arm not in run.taken for arm in arms):
+                continue
+            for seed in run.recipe.seeds:
+                if all(seed in run.taken[arm] for arm in arms):
+                    of_seed = [run.comparer.rows(arm, seed) for arm in arms]
+                    if all(one is not None for one in of_seed):
+                        for column, one in zip(rows, of_seed, strict=True):
+                            column.append(one)
+        return paired(rows, by_loss) if rows[0] else None
+
+
+def open_runs(paths: Sequence[Path], rng: np.random.Generator) -> tuple[list[Run], list[str]]:
+    """The runs and what is wrong with some of their files.
+
+    Raises:
+        RunFolderError: a folder is no run, or has no results.
+    """
+    runs: list[Run] = []
+    notes: list[str] = []
+    for path in paths:
+        folder, recipe = RunFolder.open(path)
+        if folder.provenance() is None:
+            raise RunFolderError(f"{path} holds no results; go on with it by `cola run --resume {path}`")
+        if any(folder.path.resolve() == run.folder.path.resolve() for run in runs):
+            raise RunFolderError(f"{path} is given twice")
+        results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(notes)}
+        comparer = Comparer(recipe, folder, results, rng, notes)
+        runs.append(Run(folder, recipe, comparer, dict(comparer.ok)))
+    return runs, notes
+
+
+def tasks_of(runs: Sequence[Run], notes: list[str]) -> list[Task]:
+    """The runs by what they were run on. A seed that two runs have in common counts once, which is told."""
+    tasks: dict[tuple[str, str, str], Task] = {}
+    for run in runs:
+        task = tasks.setdefault(run.causes, Task(run.recipe.name))
+        for arm, seeds in run.taken.items():
+            there = {seed for other in task.runs for seed in other.taken.get(arm, ())}
+            if again := sorted(there.intersection(seeds)):
+                notes.append(
+                    f"{run.folder.path.name}: {arm} seed {', '.join(map(str, again))} is in an earlier run on the same "
+                    "data and is left out here: it is no second observation"
+                )
+            run.taken[arm] = [seed for seed in seeds if seed not in there]
+        task.runs.append(run)
+    labels = [task.label for task in tasks.values()]
+    for task in tasks.values():
+        if labels.count(task.label) > 1:
+            task.label = task.runs[0].folder.path.name
+    return list(tasks.values())
+
+
+def summarize_tasks(paths: Sequence[Path], rng: np.random.Generator) -> dict[str, Any]:
+    """Everything that the report of several runs shows.
+
+    Raises:
+        RunFolderError: a folder is no run, or has no results.
+    """
+    base = int(rng.integers(2**32))
+
+    def rng_of(*what: str) -> np.random.Generator:
+        return np.random.default_rng([base, derived_seed(*what)])
+
+    runs, notes = open_runs(paths, rng)
+    tasks = tasks_of(runs, notes)
+    metrics = {run.recipe.metric for run in runs}
+    alike = len(metrics) == 1 and (len({task.metric == "perplexity" for task in tasks}) == 1 or metrics == {"loss"})
+    if not alike:
+        told = ", ".join(
+            f"{run.folder.path.name}: {METRICS[run.recipe.data.task]}, {run.recipe.metric}" for run in runs
+        )
+        notes.append(f"the runs are not about the same metric ({told}), so nothing is averaged over tasks")
+    by_loss = metrics == {"loss"}
+    contrasts = []
+    for role, first, second in _named(runs, notes):
+        scores = {task.label: one for task in tasks if (one := task.scores([first, second], by_loss)) is not None}
+        if missing := [task.label for task in tasks if task.label not in scores]:
+            notes.append(f"{first} − {second}: not both are there, under one seed, for {', '.join(missing)}")
+        found = {}
+        for label, one in scores.items():
+            found[label] = contrast_record(one, rng_of(label, first, second), rng_of("flip", label, first, second))
+        record = {"first": first, "second": second, "role": role, "metric": "loss" if by_loss else "score"}
+        if scores and alike:
+            contrasts.append(record | _over_tasks(list(scores.values()), rng_of, first, second) | {"tasks": found})
+        elif scores:
+            nothing = dict.fromkeys(("value", "low", "high", "se", "p", "p_holm", "minimum_detectable"))
+            contrasts.append(record | nothing | {"n_seeds": 0, "tasks": found})
+    if alike:
+        settle(contrasts)
+    arms = {}
+    for arm in dict.fromkeys(arm for task in tasks for arm in task.arms):
+        scores = {task.label: one for task in tasks if (one := task.scores([arm], by_loss)) is not None}
+        # Against nothing: the interquartile mean of the arm's own scores.
+        alone = [Scores(np.concatenate([s.scores_ASN, 0 * s.scores_ASN]), s.groups, s.weights) for s in scores.values()]
+        over = iqm_estimate(alone, rng_of("arm", arm)) if alike and len(scores) == len(tasks) else None
+        arms[arm] = {
+            "tasks": {label: _spread(one.means_AS[0]) for label, one in scores.items()},
+            "iqm": None if over is None else {"value": over.value, "low": over.low, "high": over.high},
+        }
+    return {
+        "format": FORMAT,
+        "metric": next(iter({task.metric for task in tasks})) if len({task.metric for task in tasks}) == 1 else "score",
+        "by_loss": by_loss,
+        "averaged": alike,
+        "tasks": [
+            {
+                "label": task.label,
+                "metric": task.metric,
+                "runs": [str(run.folder.path) for run in task.runs],
+                "seeds": {arm: sum(len(run.taken.get(arm, ())) for run in task.runs) for arm in task.arms},
+            }
+            for task in tasks
+        ],
+        "arms": arms,
+        "contrasts": contrasts,
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def _over_tasks(scores: list[Scores], rng_of: Any, first: str, second: str) -> dict[str, Any]:
+    found = iqm_estimate(scores, rng_of("iqm", first, second))
+    n_runs = sum(one.scores_ASN.shape[1] for one in scores)
+    return {
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "se": found.se,
+        "p": compare.iqm_sign_flip_p(scores, rng_of("iqm-flip", first, second)) if n_runs > 1 else None,
+        "p_holm": None,
+        "smallest_p": compare.smallest_p(n_runs),
+        "minimum_detectable": found.minimum_detectable,
+        "n_seeds": n_runs,
+        "n_examples": sum(one.scores_ASN.shape[2] for one in scores),
+        "n_groups": sum(len(set(one.groups)) for one in scores),
+    }
+
+
+def _named(runs: Sequence[Run], notes: list[str]) -> list[tuple[str, str, str]]:
+    """The contrasts that the recipes name. One that is not every recipe's primary one is a secondary one here."""
+    primaries = {run.recipe.comparison.primary for run in runs}
+    if len(primaries) > 1:
+        told = "; ".join(f"{run.folder.path.name}: {_said(run.recipe.comparison.primary)}" for run in runs)
+        notes.append(f"the recipes do not name the same primary contrast ({told}), so all are secondary here")
+    found: dict[tuple[str, str], str] = {}
+    for run in runs:
+        comparison = run.recipe.comparison
+        if comparison.primary:
+            found.setdefault(comparison.primary, "primary" if len(primaries) == 1 else "secondary")
+        for pair in comparison.secondary:
+            if pair[::-1] not in found:
+                found.setdefault(pair, "secondary")
+    return [(role, *pair) for pair, role in found.items()]
+
+
+def _said(pair: tuple[str, str] | None) -> str:
+    return " − ".join(pair) if pair else "none"
+
+
+def _spread(values_S: compare.Array) -> dict[str, float | None]:
+    return {
+        "mean": float(values_S.mean()),
+        "sd": float(values_S.std(ddof=1)) if len(values_S) > 1 else None,
+    }
+
+
+def arms_by_task(summary: dict[str, Any]) -> Table:
+    """Each arm's test score on each task, and over all."""
+    labels = [task["label"] for task in summary["tasks"]]
+    what = "−loss, nats per target token" if summary["by_loss"] else f"test {summary['metric']}"
+    over = ["IQM over tasks [95 %]"] if summary["averaged"] else []
+    table = Table(f"Arms: {what}", ["arm", *labels, *over], [])
+    for name, arm in summary["arms"].items():
+        cells = [spread(arm["tasks"].get(label)) for label in labels]
+        table.rows.append([name, *cells, *([interval(arm["iqm"])] if over else [])])
+    return table
+
+
+def contrasts_by_task(summary: dict[str, Any]) -> Table:
+    """Each contrast on each task, paired by seed and example."""
+    labels = [task["label"] for task in summary["tasks"]]
+    table = Table("Contrasts, task by task [95 %]", ["first − second", "role", *labels], [])
+    for one in summary["contrasts"]:
+        cells = [interval(one["tasks"][label]) if label in one["tasks"] else NONE for label in labels]
+        table.rows.append([f"{one['first']} − {one['second']}", one["role"], *cells])
+    return table
+
+
+def task_tables(summary: dict[str, Any]) -> list[Table]:
+    """All tables of the report of several runs, the averages over tasks first."""
+    tables = [arms_by_task(summary)]
+    if summary["contrasts"]:
+        if summary["averaged"]:
+            over = contrasts_table(summary)
+            title = f"{over.title}; interquartile mean of paired differences over tasks and seeds"
+            tables.insert(0, Table(title, [*over.columns[:-2], "runs", "rows"], over.rows))
+        tables.append(contrasts_by_task(summary))
+    return tables
