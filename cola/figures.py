@@ -507,7 +507,7 @@ def _train_test(summary: dict[str, Any]) -> Figure | None:
         ha="right",
         fontsize=8,
     )
-    along = [(value, value) for value in np.linspace(limits[0] + 0.75 * (limits[1] - limits[0]), limits[1], 12)]
+    along = [(value, value) for value in np.linspace(*limits, 60)]
     _label(axes, means, [*dots, *along])
     return figure
 
@@ -541,7 +541,7 @@ def _train_test_rows(arms: dict[str, dict[str, Any]], look: dict[str, Look], key
 ROLES = {
     "primary": "primary, named beforehand",
     "secondary": "secondary",
-    "full": "against full fine-tuning",
+    "full": "not named before: against full",
 }
 
 
