@@ -1,7 +1,7 @@
 """An ablation: one recipe at several values of some keys, each point a run of its own that shares what is trained.
 
 ABLATION/ablation.json       the keys, the points, and every number of the table
-ABLATION/ablation.html       the table and the figure; ablation.svg the figure alone
+ABLATION/ablation.html       the table and the figure; their files for a paper in ABLATION/tables/ and figures/
 ABLATION/points/NN-VALUES/   a run folder
 
 No torch.

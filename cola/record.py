@@ -2,7 +2,8 @@
 
 RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
 RUN/provenance.json        versions, commit, machine, fingerprints of data and model
-RUN/summary.json           every number of the table (also report.html)
+RUN/summary.json           every number of the tables
+RUN/report.html            the page; its figures for a paper in RUN/figures/, its tables in RUN/tables/
 RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
                            each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
 RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them
@@ -242,10 +243,15 @@ def need_room(path: Path, n_bytes: int, what: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file aside and rename it, so that it is never half there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it, so that it is never half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -1,6 +1,9 @@
 """The numbers of a summary as text, the same in the terminal, on the page and in the README. No torch."""
 
+import csv
+import io
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +26,72 @@ class Table:
         lines = [self.columns, [":--", *["--:"] * (len(self.columns) - 1)], *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+    def csv(self) -> str:
+        """The table for another program: the same texts, the title left out."""
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([self.columns, *self.rows])
+        return buffer.getvalue()
+
+    def latex(self, label: str) -> str:
+        """The table for a paper that loads booktabs; the title is its caption."""
+        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.rows)]
+        return "\n".join(
+            [
+                r"% needs \usepackage{booktabs}",
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{_latex(self.title)}}}",
+                rf"\label{{tab:{label}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                r"\toprule",
+                lines[0],
+                r"\midrule",
+                *lines[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    "[": "{[}", "]": "{]}", "−": "$-$", "–": "--", "±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "→": r"$\to$",
+    "‖": r"$\|$", "Δ": r"$\Delta$", "σ": r"$\sigma$", "≤": r"$\le$", "≥": r"$\ge$", "…": r"\dots{}", "\n": " ",
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    """A text that LaTeX sets as it stands; a minus before a number is a minus and no hyphen."""
+    text = re.sub(r"(?<![\w.)])-(?=\.?\d)", "−", text)
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+SIZES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "%": 0.01}
+SIZES |= {"s": 1, "min": 60, "h": 3600, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+NUMBER = re.compile(r"([+−-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?: ?([A-Za-z%]+))?(?=$|[\s,;–])", re.IGNORECASE)
+
+
+def sort_key(cell: str) -> float | None:
+    """The number that a cell begins with, in units of one, by which its column is sorted; None where it is a text."""
+    found = NUMBER.match(cell)
+    if found is None or (found[2] and found[2] not in SIZES):
+        return None
+    number = float(found[1].replace("−", "-")) * SIZES.get(found[2], 1)
+    # A time in two units; the second never stands alone.
+    rest = re.match(r" (\d+) (min|s)$", cell[found.end() :]) if found[2] in ("h", "min") else None
+    return number + (int(rest[1]) * SIZES[rest[2]] if rest else 0)
+
 
 def result_tables(summary: dict[str, Any]) -> list[Table]:
     """Loss and score on the three splits, each beside its gap, what each arm cost, and what its search tried."""
+    return list(named_tables(summary).values())
+
+
+def named_tables(summary: dict[str, Any]) -> dict[str, Table]:
+    """The same by name: loss, score, cost, trials; without those that have nothing to say."""
     arms, matched = summary["arms"], matched_text(summary["matched"])
     at = "at the last step" if summary["checkpoint"] == "last" else "at the step that was best on validation"
     loss = Table(f"Loss {at}, nats per target token; {matched}", ["arm", "train", "validation", "test", "gap_loss"], [])
@@ -68,7 +134,50 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         base = [bases[name]] if several else []
         memory = [size(arm["peak_memory"])] if measured else []
         cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time, *memory])
-    return [*tables, *([_trials_table(summary)] if summary["trials"] else [])]
+    names = ["loss", "cost"] if summary["metric"] == "perplexity" else ["loss", "score", "cost"]
+    found = dict(zip(names, tables, strict=True))
+    return found | ({"trials": _trials_table(summary)} if summary["trials"] else {})
+
+
+def arms_table(summary: dict[str, Any]) -> Table:
+    """The key table of a page: each arm's state and what it is judged by, the score or the loss of a text."""
+    tables = named_tables(summary)
+    table = tables.get("score", tables["loss"])
+    rows = []
+    for row in table.rows:
+        arm = summary["arms"][row[0]]
+        rows.append([row[0], states_text(arm), *(row[1:] if arm["n_seeds"] else [NONE] * (len(row) - 1))])
+    return Table(table.title, ["arm", "state", *table.columns[1:]], rows)
+
+
+def states_text(arm: dict[str, Any]) -> str:
+    """How an arm's seeds ended: ok, or how many did not."""
+    states = list(arm["states"].values())
+    counts = {state: states.count(state) for state in sorted(set(states), key=lambda s: (s != "ok", s))}
+    if len(counts) == 1:
+        return states[0]
+    return ", ".join(f"{n} {state}" for state, n in counts.items())
+
+
+def seeds_table(summary: dict[str, Any]) -> Table:
+    """The numbers of each seed, which the figures show as dots."""
+    scored = summary["metric"] != "perplexity"
+    keys = [f"{split}_{kind}" for kind in ("loss", *(["score"] if scored else [])) for split in SPLITS]
+    keys += ["gap_loss", *(["gap_acc"] if scored else [])]
+    if any(seed.get("forgetting") is not None for arm in summary["arms"].values() for seed in arm.get("seeds", ())):
+        keys.append("forgetting")
+    table = Table(
+        "Each seed", ["arm", "seed", *[key.replace("_", " ") if "gap" not in key else key for key in keys]], []
+    )
+    for name, arm in summary["arms"].items():
+        for seed in arm.get("seeds", ()):
+            numbers = [seed.get(key) for key in keys]
+            forms = ["+.4f" if key.startswith(("gap", "forgetting")) else ".4f" for key in keys]
+            cells = [
+                NONE if number is None else f"{number:{form}}" for number, form in zip(numbers, forms, strict=True)
+            ]
+            table.rows.append([name, str(seed["seed"]), *cells])
+    return table
 
 
 def scored_table(scored: list[tuple[str, dict[str, Any], dict[str, Any] | None]], metric: str) -> Table:

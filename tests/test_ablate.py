@@ -132,7 +132,7 @@ def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: P
     page = write_ablation(folder, summary).read_text()
     assert page.count("<svg") == 1
     assert "chain3.links" in page
-    assert (folder.path / "ablation.svg").read_text().startswith("<svg")
+    assert (folder.path / "figures/ablation.svg").read_text().startswith("<svg")
     for point in summary["points"]:
         assert (folder.path / "points" / point["folder"] / "report.html").is_file()
     assert any("Protocol fixed" in note for note in ablation_notes(summary))
