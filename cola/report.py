@@ -10,7 +10,8 @@ import jinja2
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.figures import ablation_figure, loss_figure
 from cola.record import RunFolder, read_jsonl, write_text
-from cola.tables import knots_table, result_tables, verdict
+from cola.tables import contrasts_table, knots_table, result_tables, verdict
+from cola.tracking import Comparison, comparison_numbers
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -58,3 +59,50 @@ def read_curves(folder: RunFolder) -> dict[str, list[list[dict[str, Any]]]]:
         if rows:
             curves[info["arm"]].append(rows)
     return dict(curves)
+
+
+FILES = ("report.html", "recipe.yaml", "figures", "tables")  # of a page, where they are there
+
+
+def comparison_of(folder: RunFolder, summary: dict[str, Any]) -> Comparison:
+    """What W&B is sent of a run whose page is written."""
+    loss, *others = result_tables(summary)
+    tables = {"loss": loss}
+    tables |= {"score": others.pop(0)} if summary["metric"] != "perplexity" else {}
+    tables |= dict(zip(("cost", "trials"), others, strict=False))
+    tables |= {"contrasts": contrasts_table(summary), "knots": knots_table(summary)}
+    # Where the store and the run lie on this machine says who works on it.
+    told = {key: value for key, value in summary.items() if key not in ("store", "wandb")}
+    return Comparison(
+        numbers=comparison_numbers(summary),
+        lines=verdict(summary),
+        tables={name: table for name, table in tables.items() if table.rows},
+        figures=_drawn_figures(folder),
+        files={**_files(folder.path, FILES), "summary.json": json.dumps(told, indent=1) + "\n"},
+    )
+
+
+def _drawn_figures(folder: RunFolder) -> dict[str, str]:
+    """The page's figures as SVG; until a run has files of them, its curves."""
+    if files := sorted(folder.path.glob("figures/*.svg")):
+        return {file.stem: file.read_text(encoding="utf-8") for file in files}
+    curves = read_curves(folder)
+    return {"curves": loss_figure(curves).replace("currentColor", "#1b1f24")} if curves else {}
+
+
+def comparison_of_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Comparison:
+    """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
+    them says anything."""
+    figure = folder.path / "ablation.svg"
+    return Comparison(
+        numbers={"verdict": "\n".join(ablation_notes(summary))},
+        lines=ablation_notes(summary),
+        tables={"ablation": ablation_table(summary)},
+        figures={"ablation": figure.read_text(encoding="utf-8")} if figure.is_file() else {},
+        files=_files(folder.path, ("ablation.html", "ablation.json", "ablation.svg", "figures", "tables")),
+        lines_by=None,
+    )
+
+
+def _files(folder: Path, names: tuple[str, ...]) -> dict[str, str | Path]:
+    return {name: folder / name for name in names if (folder / name).exists()}
