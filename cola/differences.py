@@ -1,7 +1,7 @@
 """cola compare A B: what differs between two runs, in their recipes and in their numbers. No torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from cola.compare import Table as Scores
 from cola.compare import difference, estimate
 from cola.plan import derived_seed
+from cola.recipe import Recipe
 from cola.record import RunFolder
 from cola.summary import METRICS, Rows, paired, summarize
 from cola.tables import NONE, Table, interval, spread
@@ -27,8 +28,9 @@ def compare_runs(first: Path, second: Path, rng: np.random.Generator) -> tuple[l
     runs, notes = open_runs([first, second], rng)
     a, b = runs
     titles = _titles(a.folder, b.folder)
+    common = a.recipe.arms.keys() & b.recipe.arms.keys()
     tables = [
-        Table("Recipes: what differs", ["key", *titles], _rows(*(one.recipe.model_dump(mode="json") for one in runs))),
+        Table("Recipes: what differs", ["key", *titles], _rows(*(_asked(one.recipe, common) for one in runs))),
         Table("How they were made: what differs", ["", *titles], _rows(*(_made(one) for one in runs))),
     ]
     for table in tables:
@@ -45,6 +47,26 @@ def compare_runs(first: Path, second: Path, rng: np.random.Generator) -> tuple[l
 def _titles(a: RunFolder, b: RunFolder) -> tuple[str, str]:
     names = a.path.resolve().name, b.path.resolve().name
     return names if names[0] != names[1] else (str(a.path), str(b.path))
+
+
+def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
+    """The recipe with every setting of its arms explicit, so that a default and the same value written out agree. Of an
+    arm that is not in both runs no more than what it is."""
+    said = recipe.model_dump(mode="json", exclude={"link", "knot", "arms", "output", "store"})
+    arms = {}
+    for arm in recipe.arms:
+        links = [link.model_dump(mode="json") for link in recipe.links_of(arm)]
+        if arm not in common:
+            arms[arm] = {"links": len(links), **{key: links[0][key] for key in ("method", "rank") if links}}
+            continue
+        alike = all(link == links[0] for link in links)
+        each = (links[0] if links else {}) if alike else {str(n): link for n, link in enumerate(links, 1)}
+        rules = recipe.knot_of(arm).model_dump(mode="json") if len(links) > 1 else None
+        rate = recipe.learning_rate_of(arm) if links else None
+        searched = {key: search.search for key, search in recipe.searches_of(arm).items()}
+        arms[arm] = {"links": len(links), **each, "knot": rules, "search": searched}
+        arms[arm] |= {"learning_rate": rate} if isinstance(rate, float | int) else {}
+    return said | {"arms": arms}
 
 
 def _made(run: Run) -> dict[str, Any]:

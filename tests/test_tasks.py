@@ -1,0 +1,196 @@
+"""Several runs in one report, and two runs side by side. Run: pytest tests/test_tasks.py"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from test_cli import cola
+from test_compare import rng
+from test_summary import ByHand, first_right, recipe
+
+from cola.differences import compare_runs
+from cola.recipe_file import dump_recipe
+from cola.record import FORMAT
+from cola.tables import contrast_sentence
+from cola.tasks import summarize_tasks, task_tables
+
+
+def task(
+    folder: Path,
+    name: str,
+    right: dict[str, list[int]],
+    data: str | None = None,
+    n: int = 100,
+    first_seed: int = 0,
+    kind: str = "answer",
+    **settings: Any,
+) -> Path:
+    """A run on a task of its own: of each arm, how many examples are right under each seed."""
+    run = ByHand(folder)
+    seeds = range(first_seed, first_seed + max(map(len, right.values())))
+    run.folder.write_text(
+        "recipe.yaml", dump_recipe(recipe(kind, seeds=seeds, arms=list(right), name=name, **settings))
+    )
+    made = {"recipe": {"sha256": "r"}, "model": {"sha256": "m", "name": "m"}, "rows": {"test": n}}
+    made |= {"format": FORMAT, "data": {"sha256": data or name, "notes": []}, "packages": {"torch": "2.13.0"}}
+    run.folder.write_json("provenance.json", made)
+    for arm, numbers in right.items():
+        for seed, hits in zip(seeds, numbers, strict=False):
+            scores = rng(seed).permutation(first_right(hits, n)).tolist()
+            if kind == "text":
+                run.ok(arm, seed, test_loss=[2.0 - score for score in scores])
+            else:
+                run.ok(arm, seed, scores)
+    return folder
+
+
+def three_tasks(tmp_path: Path) -> list[Path]:
+    ahead = {"one": 10, "two": 14, "three": 40}
+    return [
+        task(tmp_path / name, name, {"lora": [50, 52, 51, 49], "chain3": [50 + by + s for s in range(4)]})
+        for name, by in ahead.items()
+    ]
+
+
+def test_over_tasks_a_contrast_is_the_trimmed_mean_of_all_paired_differences(tmp_path: Path) -> None:
+    summary = summarize_tasks(three_tasks(tmp_path), rng())
+    [one] = summary["contrasts"]
+    lora = [50, 52, 51, 49]
+    differences = [(50 + by + s - lora[s]) / 100 for by in (10, 14, 40) for s in range(4)]
+    assert one["value"] == pytest.approx(stats.trim_mean(differences, 0.25))
+    assert one["low"] < one["value"] < one["high"]
+    assert (one["role"], one["n_seeds"], one["n_examples"]) == ("primary", 12, 300)
+    # All twelve differences have one sign: 2 of 2**12 patterns are as far from 0 as they, at least.
+    assert one["p"] >= one["smallest_p"] == 2 / 2**12
+    assert one["claim"]
+    assert "chain3 is the better one" in contrast_sentence(one, summary["metric"])
+    assert {label: found["value"] for label, found in one["tasks"].items()} == pytest.approx(
+        {"one": 0.11, "two": 0.15, "three": 0.41}
+    )
+    assert summary["arms"]["lora"]["iqm"]["value"] == pytest.approx(stats.trim_mean([n / 100 for n in lora * 3], 0.25))
+    tables = task_tables(summary)
+    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
+
+
+def test_runs_on_the_same_data_are_more_seeds_of_one_task(tmp_path: Path) -> None:
+    first = task(tmp_path / "a", "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d")
+    second = task(tmp_path / "b", "one", {"lora": [52, 53], "chain3": [60, 61]}, data="d", first_seed=2)
+    summary = summarize_tasks([first, second], rng())
+    assert [one["label"] for one in summary["tasks"]] == ["one"]
+    assert summary["contrasts"][0]["n_seeds"] == 4
+    assert summary["contrasts"][0]["tasks"]["one"]["value"] == pytest.approx((10 + 10 + 8 + 8) / 400)
+
+
+def test_a_seed_that_two_runs_have_counts_once_and_is_told(tmp_path: Path) -> None:
+    runs = [task(tmp_path / name, "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d") for name in "ab"]
+    summary = summarize_tasks(runs, rng())
+    assert summary["contrasts"][0]["n_seeds"] == 2
+    assert any("b: lora seed 0, 1 is in an earlier run on the same data" in note for note in summary["notes"])
+
+
+def test_an_arm_that_a_task_lacks_is_left_out_there_and_told(tmp_path: Path) -> None:
+    runs = three_tasks(tmp_path)
+    alone = task(tmp_path / "four", "four", {"lora": [50, 50]}, comparison={})
+    summary = summarize_tasks([*runs, alone], rng())
+    assert "chain3 − lora: not both are there, under one seed, for four" in summary["notes"]
+    assert any("do not name the same primary contrast" in note for note in summary["notes"])
+    assert summary["contrasts"][0]["role"] == "secondary"
+    assert summary["arms"]["chain3"]["iqm"] is None
+    assert summary["arms"]["lora"]["iqm"] is not None
+
+
+def test_metrics_that_are_not_the_same_are_not_averaged_and_it_is_said(tmp_path: Path) -> None:
+    runs = [
+        task(tmp_path / "a", "answers", {"lora": [50, 51], "chain3": [60, 61]}),
+        task(tmp_path / "b", "texts", {"lora": [50, 51], "chain3": [60, 61]}, kind="text"),
+    ]
+    summary = summarize_tasks(runs, rng())
+    assert not summary["averaged"]
+    [one] = summary["contrasts"]
+    assert one["value"] is None
+    assert one["tasks"].keys() == {"answers", "texts"}
+    [note] = summary["notes"]
+    assert note.startswith("the runs are not about the same metric (a: exact match, score, b: perplexity, loss)")
+    assert [table.title for table in task_tables(summary)] == ["Arms: test score", "Contrasts, task by task [95 %]"]
+
+
+def test_the_command_prints_the_tables_and_writes_a_page_beside_the_first_run(tmp_path: Path) -> None:
+    runs = three_tasks(tmp_path)
+    done = cola("report", *runs)
+    assert done.exit_code == 0, done.output
+    [made] = tmp_path.glob("report-*")
+    assert {"report.html", "summary.json"} <= {path.name for path in made.iterdir()}
+    assert json.loads((made / "summary.json").read_text())["contrasts"][0]["n_seeds"] == 12
+    assert "chain3 is the better one" in " ".join(done.output.split())
+    page = (made / "report.html").read_text()
+    assert "interquartile mean of paired differences" in page
+    assert "<svg" in page
+
+
+def test_bad_input_to_a_report_of_several_runs_is_one_line(tmp_path: Path) -> None:
+    runs = three_tasks(tmp_path)
+    (tmp_path / "there").mkdir()
+    for words, says in (
+        ([*runs, tmp_path / "gone"], "gone is no run folder: it has no recipe.yaml"),
+        ([runs[0], runs[0]], "is given twice"),
+        ([*runs, "--to", tmp_path / "there"], "there exists and is kept as it is; name another folder by --to"),
+        ([runs[0], "--to", tmp_path / "new"], "--to is for the report of several runs"),
+    ):
+        done = cola("report", *words)
+        assert done.exit_code == 2, done.output
+        [line] = done.stderr.strip().splitlines()
+        assert line.startswith("error: ")
+        assert says in line
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Two runs
+
+
+def test_two_runs_are_paired_where_their_data_is_the_same(tmp_path: Path) -> None:
+    first = task(tmp_path / "a", "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d")
+    second = task(
+        tmp_path / "b", "one", {"lora": [57, 58], "full": [60, 61]}, data="d", link={"rank": 16}, comparison={}
+    )
+    tables, notes = compare_runs(first, second, rng())
+    recipes, numbers = tables[0], tables[-1]
+    rows = {row[0]: row[1:] for row in recipes.rows}
+    assert rows["arms.lora.rank"] == ["8", "16"]
+    assert rows["arms.full.method"] == ["–", "full"]
+    assert rows["arms.chain3.links"] == ["3", "–"]
+    assert "seeds" not in rows
+    by_arm = {row[0]: row for row in numbers.rows}
+    assert by_arm["lora"][-1].startswith("+0.070 [")
+    assert by_arm["chain3"][-1] == by_arm["full"][-1] == "–"
+    assert by_arm["chain3"][1:3] == ["0.605 ± 0.007", "–"]
+    assert "How they were made: nothing differs" in notes
+    assert "chain3 is in one of the two alone" in notes
+
+
+def test_runs_on_other_data_are_set_side_by_side_and_not_paired(tmp_path: Path) -> None:
+    first = task(tmp_path / "a", "one", {"lora": [50, 51]}, comparison={})
+    second = task(tmp_path / "b", "two", {"lora": [57, 58]}, comparison={})
+    tables, notes = compare_runs(first, second, rng())
+    assert "the data is not the same, so the two are set beside each other and not paired" in notes
+    assert tables[-1].rows[0][-1] == "–"
+    assert ["data.sha256", "one", "two"] in tables[1].rows
+
+
+def test_metrics_that_differ_leave_the_losses_to_look_at(tmp_path: Path) -> None:
+    first = task(tmp_path / "a", "one", {"lora": [50, 51]}, comparison={})
+    second = task(tmp_path / "b", "two", {"lora": [57, 58]}, comparison={}, kind="text")
+    tables, notes = compare_runs(first, second, rng())
+    assert "the metrics are not the same (exact match and perplexity), so no scores are compared" in notes
+    assert tables[-1].columns[1] == "test loss, a"
+
+
+def test_the_command_compares_two_folders(tmp_path: Path) -> None:
+    runs = three_tasks(tmp_path)
+    done = cola("compare", *runs[:2])
+    assert done.exit_code == 0, done.output
+    assert "Recipes: what differs" in done.output
+    done = cola("compare", runs[0], tmp_path / "gone")
+    assert done.exit_code == 2
+    assert done.stderr.strip() == f"error: {tmp_path / 'gone'} is no run folder: it has no recipe.yaml"
