@@ -28,7 +28,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
+COPIES = "WANDB_DATA_DIR"
 COMPARISON = "comparison"  # name and job type
 ARM_MEANS = ("test_score", "test_loss", "gap_loss", "gap_acc", "forgetting")
 OF_CONTRAST = ("value", "low", "high", "p", "p_holm", "minimum_detectable", "n_seeds", "claim")
@@ -91,7 +92,7 @@ def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def typed_rows(table: Table) -> list[Sequence[Any]]:
+def typed_rows(table: Table) -> list[Iterable[Any]]:
     """A table's rows for W&B, which sorts and draws a column of numbers: one whose every cell is a plain number or a
     dash holds numbers and None, any other keeps its text. The first column names the rows and stays text."""
     columns = [list(column) for column in zip(*table.rows, strict=True)]
@@ -187,6 +188,7 @@ class Tracker:
                 console="off",
                 x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
                 x_disable_machine_info=True,
+                host="",
             ),
         )
         if self.mode == "online" and self.run.resumed:
@@ -221,9 +223,10 @@ class Tracker:
                 else wandb.Html(figure, inject=False, data_is_not_path=True)
                 for name, figure in comparison.figures.items()
             }
-            self.run.log({**tables, **figures}, step=self.logged)
             self.run.summary.update(comparison.numbers)
-            self.run.log_artifact(self._artifact(comparison.files))
+            with self._copies_here():
+                self.run.log({**tables, **figures}, step=self.logged)
+                self.run.log_artifact(self._artifact(comparison.files))
             self.run.finish()
             self._write_note(clean=True)
             self._sweep()
@@ -233,24 +236,33 @@ class Tracker:
         return self.mode != "off"
 
     def _artifact(self, files: Mapping[str, str | Path]) -> Any:
-        """The files as one artifact. They are copied beside the W&B run's own, so that what is synced later is what
-        was there now, and so that nothing is left in the user's home."""
         import wandb
 
-        copy = Path(self.run.settings.sync_dir) / "report"
-        for name, file in files.items():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(file, str):
-                write_text(copy / name, file)
-            elif file.is_dir():
-                shutil.copytree(file, copy / name)
-            else:
-                shutil.copyfile(file, copy / name)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.prefix}{self.group}")[:100]
         artifact = wandb.Artifact(f"{name}-report", type="report")
-        for path in sorted(path for path in copy.rglob("*") if path.is_file()):
-            artifact.add_file(str(path), str(path.relative_to(copy)), policy="immutable", skip_cache=True)
+        for name, file in files.items():
+            if isinstance(file, str):
+                with artifact.new_file(name, encoding="utf-8") as opened:
+                    opened.write(file)
+            elif file.is_dir():
+                artifact.add_dir(str(file), name, skip_cache=True)
+            else:
+                artifact.add_file(str(file), name, skip_cache=True)
         return artifact
+
+    @contextlib.contextmanager
+    def _copies_here(self) -> Iterator[None]:
+        """W&B copies what an artifact holds, and syncs the copies: they belong beside the W&B run in the run folder and
+        not in the user's home. It asks its environment where, and knows no other way to be told."""
+        before = os.environ.get(COPIES)
+        os.environ[COPIES] = str(Path(self.run.settings.sync_dir).absolute() / "copies")
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[COPIES]
+            else:
+                os.environ[COPIES] = before
 
     def publish(self, comparison: Comparison) -> str | None:
         """Create a W&B Report of the group that `compare` has sent; returns its address, None where that failed."""
@@ -358,10 +370,10 @@ def group_report(comparison: Comparison, group: str, title: str, project: str, e
 
     Nothing is asked of a server. The run sets name no project, and so show the Report's own.
     """
-    from wandb_workspaces import expr
     from wandb_workspaces.reports.v2 import interface as wr
 
-    in_group, of_comparison = expr.Metric("Group") == group, expr.Metric("JobType") == COMPARISON
+    # As text: a folder's name may hold both kinds of quotes, which the library does not get through its own objects.
+    in_group = f"Metric('Group') == {group!r} and Metric('JobType')"
     grouped = [comparison.lines_by] if comparison.lines_by else []
     scored = any(name.endswith("/test_score") for name in comparison.numbers)
 
@@ -369,8 +381,8 @@ def group_report(comparison: Comparison, group: str, title: str, project: str, e
         return arms([wr.LinePlot(title=name, x="step", y=[name]) for name in names])
 
     def arms(panels: list[Any]) -> wr.PanelGrid:
-        of_arms = expr.And(in_group, expr.Metric("JobType") != COMPARISON)
-        return wr.PanelGrid(runsets=[wr.Runset(name="arms", filters=of_arms, groupby=grouped)], panels=panels)
+        runs = wr.Runset(name="arms", filters=f"{in_group} != {COMPARISON!r}", groupby=grouped)
+        return wr.PanelGrid(runsets=[runs], panels=panels)
 
     bars = ["final/test_loss", "gap/loss", *(["final/test_score", "gap/acc", "gap/ft"] if scored else [])]
     shown: list[Any] = [
@@ -395,7 +407,7 @@ def group_report(comparison: Comparison, group: str, title: str, project: str, e
             wr.H2("Test and gaps"),
             arms([wr.BarPlot(title=name, metrics=[name]) for name in bars]),
             wr.H2("Comparison"),
-            wr.PanelGrid(runsets=[wr.Runset(name=COMPARISON, filters=expr.And(in_group, of_comparison))], panels=shown),
+            wr.PanelGrid(runsets=[wr.Runset(name=COMPARISON, filters=f"{in_group} == {COMPARISON!r}")], panels=shown),
         ],
     )
 
