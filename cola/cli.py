@@ -176,8 +176,8 @@ def report(
         _print_results(folder, summary, terminal)
         if wandb:
             _track_run(recipe, folder, summary, terminal, publish=True)
-        elif summary["wandb"]["sync"]:
-            terminal.say(f"W&B      offline; upload with: {summary['wandb']['sync']}")
+        else:
+            _say_sync(folder.path, terminal)
 
 
 @app.command()
@@ -528,6 +528,8 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
     # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
     if not summary["interrupted"] and summary["wandb"]["mode"] != "off":
         _track_run(recipe, folder, summary, terminal)
+    else:
+        _say_sync(folder.path, terminal)
     return _exit_code(summary, f"cola run --resume {folder.path}", terminal)
 
 
@@ -607,7 +609,7 @@ def _send(
     terminal: "Terminal",
     publish: bool,
 ) -> None:
-    from cola.tracking import Tracker, sync_command
+    from cola.tracking import Tracker
 
     tracker = Tracker(settings, group, path, terminal.warn)
     if publish and tracker.mode == "off":
@@ -617,10 +619,17 @@ def _send(
         terminal.say(f"W&B      online, group {tracker.group}")
         if publish and (url := tracker.publish(comparison)) is not None:
             terminal.say(f"W&B      Report: {url}")
-    elif (sync := sync_command(path)) is not None:
-        terminal.say(f"W&B      offline; upload with: {sync}")
-        if publish:
+    else:
+        _say_sync(path, terminal)
+        if publish and tracker.mode == "offline":
             terminal.say("W&B      a Report needs the runs online: upload them, then the same command with a key")
+
+
+def _say_sync(path: Path, terminal: "Terminal") -> None:
+    from cola.tracking import sync_command
+
+    if (sync := sync_command(path)) is not None:
+        terminal.say(f"W&B      offline; upload with: {sync}")
 
 
 def _dry_run(recipe_path: Path, overrides: list[str]) -> int:
