@@ -128,8 +128,9 @@ def mode_of(settings: Tracking) -> str:
 
 
 def sync_command(folder: Path) -> str | None:
-    """How to upload what a run kept offline; None where there is nothing."""
-    return f"wandb sync {folder / 'wandb' / 'offline-run-*'}" if any(folder.glob("wandb/offline-run-*")) else None
+    """How to upload what a run or an ablation kept offline; None where there is nothing."""
+    places = [place for place in ("wandb/offline-run-*", "points/*/wandb/offline-run-*") if any(folder.glob(place))]
+    return f"wandb sync {' '.join(str(folder / place) for place in places)}" if places else None
 
 
 class Tracker:

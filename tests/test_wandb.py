@@ -240,10 +240,12 @@ def test_sent_again_it_is_the_same_run_and_takes_the_place_of_what_was_not_uploa
 ALONE = ("arms.base=null", "arms.full=null", "training.epochs=1", "tracking.wandb=offline")
 
 
-def test_an_ablation_has_one_comparison_and_its_points_none(recipe_file: Path) -> None:
+def test_an_ablation_has_one_comparison_and_a_point_its_own_when_asked(recipe_file: Path) -> None:
     said = cola("ablate", recipe_file, "arms.chain3.links=1,2", *ALONE)
     assert said.exit_code == 0, said.output
     [folder] = (recipe_file.parent / "runs").glob("tiny-ablation-*")
+    offline = "wandb/offline-run-*"
+    assert said.output.splitlines()[-1].endswith(f"wandb sync {folder}/{offline} {folder}/points/*/{offline}")
     [part] = parts(folder)
     found = records(part)
     [run] = [record["run"] for record in found if record["type"] == "run"]
@@ -252,6 +254,10 @@ def test_an_ablation_has_one_comparison_and_its_points_none(recipe_file: Path) -
     assert final["table/ablation.nrows"] > 1
     assert "<svg" in (part / "files" / final["figure/ablation.path"]).read_text()
     assert not list(folder.glob("points/*/wandb.json"))
+    point = next(folder.glob("points/*"))
+    assert cola("report", point, "--wandb").exit_code == 0
+    [run] = [record["run"] for record in records(parts(point)[0]) if record["type"] == "run"]
+    assert (run["run_group"], run["display_name"]) == (folder.name, f"{point.name} comparison")
 
 
 # ---------------------------------------------------------------------------------------------------------
