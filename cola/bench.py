@@ -10,6 +10,7 @@ from cola.data import Example, Splits
 from cola.evaluate import PROBE_ROWS, PROBE_TARGETS, Evaluator
 from cola.flops import Meter
 from cola.interrupt import Signals
+from cola.learned import Learned
 from cola.measure import Measurements, rows_digest
 from cola.model import Source
 from cola.plan import Job
@@ -27,9 +28,11 @@ class Bench:
 
     Attributes:
         skeleton: The base without weights.
-        rows: Digest of each split's examples.
-        scoring: What a score depends on besides the state and the rows.
+        general: Passages of the general text; empty where none is scored.
+        rows: Digest of each split's examples, and of `general`.
+        scoring: What a score of each of them depends on besides the state and the rows.
         meter: Counts what training costs.
+        learned: Takes the spectra of what was learned.
         meta: What a result says of how it was made.
         tracked: Arms, seeds and final states that W&B has been sent.
         used: Names of the segments and measurements that the run's results rest on.
@@ -40,9 +43,10 @@ class Bench:
     source: Source
     skeleton: PreTrainedModel
     splits: Splits
+    general: list[Example]
     rows: dict[str, str]
     evaluator: Evaluator
-    scoring: dict[str, Any]
+    scoring: dict[str, dict[str, Any]]
     store: Store
     tree: Tree
     signals: Signals
@@ -50,6 +54,7 @@ class Bench:
     tracker: Tracker
     tracked: set[str]
     meter: Meter
+    learned: Learned
     meta: dict[str, Any]
     used: dict[str, set[str]]
     _counts: dict[str, int] = field(default_factory=dict)

@@ -344,14 +344,37 @@ StoreOption = Annotated[
 
 @app.command()
 def inspect(
-    segment: Annotated[str, typer.Argument(help="Name of a segment, or how it begins.")], store: StoreOption = None
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_SEGMENT", help="Folder of a run; or name of a segment, or how it begins.")
+    ],
+    arm: Annotated[str | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
+    ] = False,
+    store: StoreOption = None,
 ) -> None:
-    """Follow a segment back to the base: every link, knot, learning rate and batch, names and checksums verified."""
-    with _one_line_errors():
-        from cola.store_view import inspect as show
+    """Of a run: what its links, chains and full fine-tuning learned, as spectra. Of a segment: where it came from.
+
+    A run's spectra are ranks, sizes and singular values of each update, and which directions the links share with each
+    other and with full fine-tuning; what its folder lacks of them is computed and kept there. A segment is followed
+    back to the base: every link, knot, learning rate and batch, names and checksums verified.
+    """
+    with _one_line_errors(unsaid="model.name_or_path: "):
         from cola.terminal import Terminal
 
-        show(_open_store(store), segment, Terminal())
+        if target and Path(target).is_dir():
+            if store is not None:
+                raise ColaError("--store is for a segment; a run is inspected from its own folder")
+            from cola.run_view import inspect_run
+
+            inspect_run(Path(target), Terminal(), arm, seed, intruders)
+            return
+        if arm is not None or seed is not None or intruders:
+            raise ColaError(f"{target} is no run folder; --arm, --seed and --intruders belong to a run")
+        from cola.store_view import inspect as show
+
+        show(_open_store(store), target, Terminal())
 
 
 @store_app.command("ls")

@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cola.cache import cache_dir
 from cola.errors import DataError
-from cola.recipe import SPLITS, Data, label_text
-from cola.sources import Pool, Row, open_pools
+from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
+from cola.sources import Pool, Row, open_pools, open_texts
 
 CHUNK = 512  # rows tokenized in one call
+GENERAL = "evaluation.general_text"  # the recipe's key
+PASSAGE_TOKENS = 256  # of a general text, that are read at a time
 CACHE_VERSION = 2  # part of every cached file's name: raise it when the same recipe must give other tokens
 
 
@@ -96,11 +98,36 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
     return splits
 
 
+def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Example]:
+    """A general text in passages, in its own order, none of it left out.
+
+    Args:
+        text: A file, or the name of the sample that comes with cola.
+        tokenizer: The model's.
+        longest: Tokens of a passage at most, its special ones included; what is longer is cut into several.
+
+    Raises:
+        DataError: the file is not there, cannot be read, or has no text in it.
+    """
+    path = Path(__file__).with_name("general.jsonl") if text == SAMPLE else Path(text)
+    pool = open_texts(path, GENERAL)
+    rows = [(f"{path.name} row {n + 1}", pool.row(n)) for n in range(pool.size or 0)]
+    texts = [fill("{text}", row, place, GENERAL) for place, row in rows]
+    data = Data(files=Files(train=str(path)), task="text", text="{text}", max_length=longest, too_long="split")
+    encode = _Encoder(data, tokenizer)
+    passages = []
+    for n, (whole, tokens) in enumerate(zip(texts, encode._tokens(texts), strict=True)):
+        passages += encode._text(f"general-{n}", _Rendered(whole, [], [], 0, None), tokens).examples
+    if not passages:
+        raise DataError(f"{GENERAL}: {path.name} holds no text of two tokens or more")
+    return passages
+
+
 def _read_cache(path: Path) -> Splits | None:
     try:
         raw = json.loads(path.read_text())
         splits = {name: [Example(**example) for example in raw[name]] for name in SPLITS}
-        same = _fingerprint(splits) == raw["fingerprint"]
+        same = fingerprint_of(splits) == raw["fingerprint"]
         return Splits(**splits, notes=raw["notes"], fingerprint=raw["fingerprint"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent or damaged: it is made anew
@@ -114,7 +141,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{cuts}\n{special}\n{tokenizer.chat_template}".encode()).hexdigest()
 
 
-def _fingerprint(splits: dict[str, list[Example]]) -> str:
+def fingerprint_of(splits: dict[str, list[Example]]) -> str:
+    """Changes when any token of any split does."""
     return hashlib.sha256(json.dumps({k: [asdict(e) for e in v] for k, v in splits.items()}).encode()).hexdigest()
 
 
@@ -141,7 +169,7 @@ def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase
         seen[split] = marks
         notes += said
     splits = {name: drawn[name] for name in SPLITS}
-    return Splits(**splits, notes=notes[::-1], fingerprint=_fingerprint(splits))
+    return Splits(**splits, notes=notes[::-1], fingerprint=fingerprint_of(splits))
 
 
 def _draw_split(

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -25,15 +25,18 @@ from cola.batches import batch_order, training_batches
 from cola.bench import Bench
 from cola.chain import Chain, Knot, retie, run_chain
 from cola.drift import Drift, Outputs
-from cola.evaluate import ExampleScore, evaluation_of, mean_loss, mean_score
+from cola.evaluate import ExampleScore, evaluation_of, forgetting_of, mean_loss, mean_score
 from cola.flops import Cost
 from cola.interrupt import Interrupted
+from cola.memory import peaks, restart_peaks
 from cola.model import make_accelerator
 from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
-from cola.residual import Applied, Base, Residual, left_behind
+from cola.residual import Applied, Base, Residual, added, left_behind
+from cola.segments import digest
+from cola.spectra import write_spectrum
 from cola.starts import hold_out
 from cola.states import States
 from cola.train import Step, full_gradients, tune
@@ -77,6 +80,7 @@ class JobRun:
         self.evaluator = replace(bench.evaluator, autocast=self.accelerator.autocast)
         self.n_trained = max((bench.count_parameters(link.what) for link in self.links), default=0)
         made = {key: bench.meta[key] for key in MADE_WITH}
+        process = restart_peaks(self.accelerator.device)
         self.states = States(
             bench.store,
             self.lineage,
@@ -85,8 +89,10 @@ class JobRun:
             recipe.checkpoint_seconds,
             {**made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             self.n_trained,
+            partial(peaks, self.accelerator.device, process),
         )
         self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
+        self.general = [] if job.trial else bench.general  # and after that
         state = f"{job.arm} {job.seed} {self.lineage.names[-1]}"
         self.measured = bench.measurements(job)
         self.tracker = None if job.trial or state in bench.tracked else bench.tracker
@@ -97,6 +103,7 @@ class JobRun:
         self.looks: dict[int, dict[str, Any]] = {}
         self.knots: list[dict[str, Any]] = []
         self.ledger: list[dict[str, Any]] = []  # of each knot's matrices
+        self.loaded = False
         self.best: Best | None = None
         self.checkpoint: int | None = None
         self.outdone: list[int] = []  # former bests: needed until a later state can be gone on from
@@ -111,8 +118,6 @@ class JobRun:
         started = perf_counter()
         if self.tracker:
             self.tracker.start(job.arm, job.seed, self.path, self._config())
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         try:
             with (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as self.metrics:
                 if deepest := self._deepest(self.cuts):
@@ -123,10 +128,11 @@ class JobRun:
             evaluation = self._evaluate(scored_step)
         finally:
             self.accelerator.free_memory()
-        if "chain" not in vars(self):  # the model was never needed
+        if not self.loaded:
             bench.progress.stage("all of it found in the store")
         if not job.trial:
             self._hand_out(scored_step)
+            self._take_spectrum(scored_step)
         self._refer(scored_step)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         result = {
@@ -171,9 +177,8 @@ class JobRun:
         if step == self.n_steps and looked and self.measured.known_knot(step) is not None:
             scored = best.step if best else step
             wanted = not self.job.trial and self.recipe.keep_full_weights and not self._has_weights(scored)
-            if not wanted and all(
-                self.measured.known_scores(split, scored, "tied") is not None for split in self.splits
-            ):
+            asked = (*self.splits, "general") if self.general else self.splits
+            if not wanted and all(self.measured.known_scores(name, scored, "tied") is not None for name in asked):
                 return True  # nothing is left to be done, so no weights are needed
         return segment.has_weights and (best is None or best.step == step or self._has_weights(best.step))
 
@@ -206,13 +211,18 @@ class JobRun:
     @cached_property
     def chain(self) -> Chain:
         """The base, loaded when it is first needed."""
-        recipe = self.recipe
-        self.bench.progress.stage("loading the model")
-        model = self.bench.source.load(self.dtype, self.accelerator.device, self.quantization)
+        recipe, model = self.recipe, self._load()
+        if self.general:
+            self._general_before(model)  # now, while nothing is attached to it and nothing merged
         if recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         base = Base(model, self.bench.source.files, quantized=self.quantization is not None)
         return Chain(model, base, self.rules)
+
+    def _load(self) -> PreTrainedModel:
+        self.bench.progress.stage("loading the model")
+        self.loaded = True
+        return self.bench.source.load(self.dtype, self.accelerator.device, self.quantization)
 
     def _train(self) -> None:
         """Go on from what was found to the last knot."""
@@ -465,7 +475,35 @@ class JobRun:
             compute = partial(self._score_tied, step, name)
             scores[name] = self.measured.scores(name, step, "tied", compute)
             self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), map(asdict, scores[name]))
-        return evaluation_of(scores)
+        return evaluation_of(scores) | ({} if self.job.trial else {"general": self._forgetting(step)})
+
+    def _forgetting(self, step: int) -> dict[str, Any] | None:
+        """Loss on the general text after and before training; None where the recipe leaves it out."""
+        if not self.general:
+            return None
+        after = []
+        if step:
+            compute = partial(self._score_general, lambda: self._scored_model(step), "")
+            after = self.measured.scores("general", step, "tied", compute)
+        # Asked for last: where a model had to be loaded for anything else, this was measured then.
+        before = self._general_before(None)
+        after = after or before  # without links nothing is forgotten
+        self.bench.folder.write_jsonl(self._name("scores/general.jsonl"), map(asdict, after))
+        return forgetting_of(before, after)
+
+    def _general_before(self, model: PreTrainedModel | None) -> list[ExampleScore]:
+        """The general text by the untouched base, whose name all arms and seeds on it share.
+
+        Args:
+            model: The base, just loaded; None: load it if it is needed, since a chain's own has links in it by now.
+        """
+        compute = partial(self._score_general, lambda: model or self._load(), " of the untouched model")
+        return self.measured.scores("general", 0, "attached", compute)
+
+    def _score_general(self, model: Callable[[], PreTrainedModel], at: str) -> list[ExampleScore]:
+        scored = model()
+        self.bench.progress.stage(f"scoring the general text{at}")
+        return self.evaluator.of_text()(scored, self.general)
 
     def _score_tied(self, step: int, split: str) -> list[ExampleScore]:
         return self._score(self._scored_model(step), split, "")
@@ -515,6 +553,68 @@ class JobRun:
                 if (own := self.bench.source.folder / "generation_config.json").is_file():
                     shutil.copy(own, folder)
 
+    def _take_spectrum(self, step: int) -> None:
+        """spectrum.json, of an arm that changes the base's matrices."""
+        method = self.links[self.lineage.link_of(step)].method if step else None
+        if method not in ("lora", "full"):
+            return
+        try:
+            record = self._chain_spectrum(step) if method == "lora" else self._full_spectrum(step)
+        # Whatever goes wrong in looking at what was learned, the result it is of took far longer to make.
+        except Exception as error:
+            self.bench.progress.terminal.warn(
+                f"{self.job.label}: no spectra, and nothing else is lost: {type(error).__name__}: {error}"
+            )
+            return
+        if record is not None:
+            write_spectrum(self.bench.folder, self.job, record)
+
+    def _full_spectrum(self, step: int) -> dict[str, Any] | None:
+        learned, measured = self.bench.learned, self.measured
+        beside = {"matrices": digest(learned.looked_at)}
+        record = measured.known_spectrum(step, beside)
+        if record is None and self._has_weights(step):
+            self.bench.progress.stage("taking the spectra of all weights")
+            record = learned.of_full(self.lineage.names[step], self.states.there(step).folder, self.dtype)
+            measured.keep_spectrum(step, beside, record)
+        return record
+
+    def _chain_spectrum(self, step: int) -> dict[str, Any]:
+        """Compared with full fine-tuning under the same seed where it is there: it is trained before the others."""
+        learned, measured, full = self.bench.learned, self.measured, self._full_result()
+        beside, update = {"full": None}, None
+        if full is not None:
+            info = full["train_info"]
+            state = info["scored_state"]
+            with_it = {"full": state, "matrices": digest(learned.looked_at)}
+            if (record := measured.known_spectrum(step, with_it)) is not None:
+                return record
+            if update := learned.full(state, lambda: self._weights_of(state), info["base"]["dtype"]):
+                beside = with_it
+        if update is None and (record := measured.known_spectrum(step, beside)) is not None:
+            return record
+        ends = [link.last_step for link in self.links if link.last_step < step]
+        for end in (*ends, step):
+            if not self._has_weights(end):
+                raise FileNotFoundError(f"the state after step {end} has gone from the store")
+        pairs = [self.states.pair(end) for end in (*ends, step)]
+        links = added(pairs, self.rules.merge_fraction or 1.0, self.rules.pair == "keep")
+        record = learned.of_links(links, update)
+        measured.keep_spectrum(step, beside, record)
+        return record
+
+    def _full_result(self) -> dict[str, Any] | None:
+        """Of full fine-tuning under this seed, if it came to its end."""
+        full = self.bench.folder.result(Job(arm=self.recipe.full_arm, seed=self.job.seed))
+        if full is None or full["status"] != "ok":
+            return None
+        return full if any(link["method"] == "full" for link in full["train_info"]["links"]) else None
+
+    def _weights_of(self, state: str) -> Path | None:
+        """Where a state of another arm lies; None where its weights are gone."""
+        segment = self.bench.store.get(state)
+        return segment.folder if segment is not None and segment.has_weights else None
+
     def _refer(self, scored_step: int) -> None:
         names = {self.lineage.names[step] for step in (*self.cuts, scored_step) if step}
         self.bench.used["segments"] |= names
@@ -523,11 +623,10 @@ class JobRun:
         self.bench.write_references()
 
     def _train_info(self, scored_step: int) -> dict[str, Any]:
-        on_gpu = self.accelerator.device.type == "cuda"
-        peaks = [max(link.learning_rates) for link in self.links]
+        rates = [max(link.learning_rates) for link in self.links]
         train_seconds = sum(row["seconds"] for row in self.rows)
         return {
-            "learning_rate": max(peaks, default=None),
+            "learning_rate": max(rates, default=None),
             "choice": dict(self.job.choice),
             "at_grid_edge": _at_edge(self.bench.recipe, self.job),
             "base": {"dtype": self.dtype, "quantization": self.quantization},
@@ -550,7 +649,8 @@ class JobRun:
             "train_seconds": train_seconds,
             # What the result costs, whichever session made its parts.
             "total_seconds": train_seconds + self.measured.seconds + sum(knot["seconds"] for knot in self.knots),
-            "accelerator_memory_max": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "accelerator_memory_max": self._peak("accelerator"),
+            "process_memory_max": self._peak("process"),
             "links": [link_record(link) | {"cleared": self.rows[link.first_step]["cleared"]} for link in self.links],
             "knots": self.knots,
             "evaluations": [self.looks[step] for step in sorted(self.looks)],
@@ -562,6 +662,13 @@ class JobRun:
         costs = [self.bench.meter.steps(link, self.order[link.first_step : link.last_step]) for link in self.links]
         return sum((cost for steps in costs for cost in steps), Cost(0.0, 0))
 
+    def _peak(self, what: str) -> int | None:
+        """The largest memory that training took, whichever sessions did it; None where nothing was trained, or where
+        a state is from a version that did not note it."""
+        kept = [segment.record for step in self.cuts if (segment := self.states.get(step)) is not None]
+        known = [record.get("memory", {}).get(what) for record in kept]
+        return None if None in known else max(known, default=None)
+
     def _made(self) -> list[dict[str, Any]]:
         """With what the segments were made, in this session or an earlier one; what they agree in is said once."""
         made = [segment.record["made"] for step in self.cuts if (segment := self.states.get(step)) is not None]
@@ -572,6 +679,8 @@ class JobRun:
         """The final numbers under W&B's fixed names."""
         summary = {f"final/{s}_{key}": evaluation[s][key] for s in SPLITS for key in ("loss", "score")}
         summary |= {"gap/loss": evaluation["gap_loss"], "gap/acc": evaluation["gap_acc"]}
+        if (general := evaluation["general"]) is not None:
+            summary |= {"general/loss": general["loss"], "general/forgetting": general["forgetting"]}
         # Full fine-tuning is trained first in each seed, so that every other arm knows its distance to it.
         full = self.bench.folder.result(Job(arm=self.recipe.full_arm, seed=self.job.seed))
         if full and full["status"] == "ok" and evaluation["test"]["score"] is not None:

@@ -1,4 +1,4 @@
-"""What is measured of a job's states, each once: scores of examples, and what a knot did."""
+"""What is measured of a job's states, each once: scores of examples, what a knot did, spectra of what was learned."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cola.evaluate import ExampleScore
 from cola.segments import Lineage, digest
+from cola.spectra import VERSION
 from cola.store import Store
 
 KNOT_VERSION = 2  # of a knot's record: raise it when more is measured, or otherwise
@@ -21,8 +22,8 @@ class Measurements:
     Attributes:
         store: Where they are kept.
         lineage: Gives each state its name.
-        rows: Digest of each split's examples.
-        scoring: What a score depends on besides the state and the rows.
+        rows: Digest of each split's examples, the passages of `general` among them.
+        scoring: What a score of each split depends on besides the state and the rows.
         probe: Digest of the positions whose logits tell what a knot changed.
         tie: What tying a link means: merged how, and which share of it where another link follows.
         used: Names of all measurements that were asked for; shared with the run's other jobs.
@@ -31,7 +32,7 @@ class Measurements:
     store: Store
     lineage: Lineage
     rows: dict[str, str]
-    scoring: dict[str, Any]
+    scoring: dict[str, dict[str, Any]]
     probe: str
     tie: dict[str, Any]
     used: set[str]
@@ -80,10 +81,31 @@ class Measurements:
         self.used.add(digest(what))
         self.store.remember(what, record)
 
+    def known_spectrum(self, step: int, beside: dict[str, Any]) -> dict[str, Any] | None:
+        """The spectra of what led to a state, if they were taken before.
+
+        Args:
+            step: The state's.
+            beside: What they depend on besides it.
+        """
+        what = self._spectrum_of(step, beside)
+        self.used.add(digest(what))
+        return self.store.recall(what)
+
+    def keep_spectrum(self, step: int, beside: dict[str, Any], record: dict[str, Any]) -> None:
+        """Keep the spectra of what led to a state."""
+        what = self._spectrum_of(step, beside)
+        self.used.add(digest(what))
+        self.store.remember(what, record)
+
     def _scores_of(self, split: str, step: int, form: Form) -> dict[str, Any]:
         state = self.lineage.names[step]
-        causes = {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]} | self.scoring
+        causes = {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]}
+        causes |= self.scoring[split]
         return causes | ({"merge": self.tie["merge"]} if form == "tied" else {})
+
+    def _spectrum_of(self, step: int, beside: dict[str, Any]) -> dict[str, Any]:
+        return {"measured": "spectrum", "version": VERSION, "state": self.lineage.names[step], **beside}
 
     def _knot_of(self, step: int) -> dict[str, Any]:
         last = step == len(self.lineage.steps)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from cola import recipe
 from cola.cache import cache_dir
-from cola.data import Splits
+from cola.data import Example, Splits
 from cola.errors import DataError, ModelError
 from cola.package_file import need_package, package_file
 
@@ -321,14 +321,8 @@ def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtu
         ModelError: a token is not the model's.
         DataError: a row is too long.
     """
-    n_tokens = len(skeleton.get_input_embeddings().get_parameter("weight"))
     examples = [example for _, part in splits.items() for example in part]
-    largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
-    if largest >= n_tokens:
-        raise ModelError(
-            f"model.name_or_path: {source.name}: its tokenizer gives token {largest} and the model has {n_tokens}; "
-            "the folder's tokenizer belongs to another model"
-        )
+    check_tokens(source, skeleton, examples)
     positions = getattr(skeleton.config, "max_position_embeddings", None)
     longest = n_virtual + max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
     if positions is not None and longest > positions:
@@ -336,6 +330,21 @@ def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtu
             f"data.max_length: rows of {longest} tokens are drawn"
             + (f" ({n_virtual} virtual ones among them)" if n_virtual else "")
             + f" and the model has {positions} positions; lower it"
+        )
+
+
+def check_tokens(source: Source, skeleton: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Check that the tokens are ones that the model has.
+
+    Raises:
+        ModelError: one is not.
+    """
+    n_tokens = len(skeleton.get_input_embeddings().get_parameter("weight"))
+    largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
+    if largest >= n_tokens:
+        raise ModelError(
+            f"model.name_or_path: {source.name}: its tokenizer gives token {largest} and the model has {n_tokens}; "
+            "the folder's tokenizer belongs to another model"
         )
 
 

@@ -96,14 +96,25 @@ class Outcome:
         Raises:
             ModelError: as `link_folders`, or one is damaged.
         """
+        pairs, rules = self._pairs(), self.rules
+        return [*residual.left_behind(pairs[:-1], rules.merge_fraction or 1.0, rules.pair == "keep"), pairs[-1]]
+
+    def added(self) -> Residual:
+        """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link.
+
+        Raises:
+            ModelError: as `link_folders`, or one is damaged.
+        """
+        return residual.added(self._pairs(), self.rules.merge_fraction or 1.0, self.rules.pair == "keep")
+
+    def _pairs(self) -> Residual:
         pairs = []
         for folder in self.link_folders():
             try:
                 pairs.append(adapters.load_pair(folder))
             except (SafetensorError, ValueError, KeyError, OSError) as error:
                 raise ModelError(f"the link in {folder} is damaged ({error}); run the recipe anew") from error
-        rules = self.rules
-        return [*residual.left_behind(pairs[:-1], rules.merge_fraction or 1.0, rules.pair == "keep"), pairs[-1]]
+        return pairs
 
     @property
     def rules(self) -> KnotRules:

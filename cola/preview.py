@@ -7,7 +7,7 @@ from pathlib import Path
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.package_file import need_package, package_file
 from cola.plan import jobs_of, plan_arm, trials_of
-from cola.recipe import SPLITS, Recipe, is_remote
+from cola.recipe import SAMPLE, SPLITS, Recipe, is_remote
 from cola.tables import plan_table
 from cola.terminal import Terminal
 from cola.tracking import mode_of
@@ -56,13 +56,13 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
 
 
 def _check_data(recipe: Recipe) -> list[str]:
-    data = recipe.data
+    data, general = recipe.data, recipe.evaluation.general_text
+    if general not in (None, SAMPLE):
+        _check_file("evaluation.general_text", general)
     if data.files is not None:
         for split in SPLITS:
-            path = getattr(data.files, split)
-            if path and not Path(path).is_file():
-                why = "is a folder; name a file" if Path(path).is_dir() else "does not exist"
-                raise DataError(f"data.files.{split}: {path} {why}")
+            if path := getattr(data.files, split):
+                _check_file(f"data.files.{split}", path)
         return ["the rows of the data files"]
     if data.reasoning_gym is not None:
         if importlib.util.find_spec("reasoning_gym") is None:
@@ -70,6 +70,12 @@ def _check_data(recipe: Recipe) -> list[str]:
         return ["the rows of the generator"]
     assert data.hub is not None
     return [f"the hub data set {data.hub.name}"]
+
+
+def _check_file(key: str, path: str) -> None:
+    if not Path(path).is_file():
+        why = "is a folder; name a file" if Path(path).is_dir() else "does not exist"
+        raise DataError(f"{key}: {path} {why}")
 
 
 def _parameters(recipe: Recipe) -> dict[str, int] | None:

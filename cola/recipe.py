@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SPLITS = ("train", "validation", "test")
+SAMPLE = "sample"  # as a general text: the one that comes with cola
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -555,6 +556,19 @@ class Evaluation(Section):
         description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
     )
     batch_tokens: PositiveInt = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    general_text: str | None = Field(
+        default=SAMPLE,
+        min_length=1,
+        description="Text whose loss before and after training says what was forgotten. `sample`: 1,700 tokens of a "
+        "story of 1889 that come with cola; or a file of your own: a text file, which is one text, or JSONL, JSON, CSV "
+        "or Parquet with a text in the field `text` of each row. All of it is scored, for each arm and seed. `null` or "
+        "`off`: not measured.",
+    )
+
+    @field_validator("general_text", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value in (False, "off") else value
 
 
 class Comparison(Section):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cola.errors import RecipeError
-from cola.recipe import METHODS, Arm, Files, LinkSettings, OneLink, Recipe, is_remote
+from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, is_remote
 
 # Keys that people paste from other tools -> the key that is meant here.
 PASTED_KEYS = {
@@ -404,6 +404,9 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
             validation=find_path(data.files.validation, base) if data.files.validation else train,
             test=find_path(data.files.test, base) if data.files.test else train,
         )
+    evaluation, general = recipe.evaluation, recipe.evaluation.general_text
+    if general not in (None, SAMPLE):
+        evaluation = evaluation.model_copy(update={"general_text": find_path(general, base)})
     name = recipe.model.name_or_path
     model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
     # Without an arm's own rules, what holds at every knot.
@@ -436,7 +439,7 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
     # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
     parts = {"data": data.model_copy(update=update), "model": model, "knot": knot}
-    parts |= {"arms": arms, "link": LinkSettings()}
+    parts |= {"arms": arms, "link": LinkSettings(), "evaluation": evaluation}
     return recipe.model_copy(update=parts)
 
 

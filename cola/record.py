@@ -3,8 +3,8 @@
 RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
 RUN/provenance.json        versions, commit, machine, fingerprints of data and model
 RUN/summary.json           every number of the table (also report.html)
-RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), scores/SPLIT.jsonl,
-                           knots/link-K/ (PEFT adapters)
+RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
+                           each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
 RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them
 """
 
@@ -31,7 +31,7 @@ from cola.recipe_file import dump_recipe, read_recipe
 
 RESULT_KEYS = ("status", "run_info")
 WANDB_NOTE = "wandb.json"
-FORMAT = 2  # of result.json and summary.json
+FORMAT = 3  # of result.json and summary.json, see docs/results.md
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
 

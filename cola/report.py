@@ -10,7 +10,7 @@ import jinja2
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.figures import ablation_figure, loss_figure
 from cola.record import RunFolder, read_jsonl, write_text
-from cola.tables import contrasts_table, knots_table, result_tables, verdict
+from cola.tables import contrasts_table, knots_table, overlap_table, result_tables, spectra_table, verdict
 from cola.tracking import Comparison, comparison_numbers
 
 
@@ -71,6 +71,7 @@ def comparison_of(folder: RunFolder, summary: dict[str, Any]) -> Comparison:
     tables |= {"score": others.pop(0)} if summary["metric"] != "perplexity" else {}
     tables |= dict(zip(("cost", "trials"), others, strict=False))
     tables |= {"contrasts": contrasts_table(summary), "knots": knots_table(summary)}
+    tables |= {"spectra": spectra_table(summary), "overlap": overlap_table(summary)}
     # Where the store and the run lie on this machine says who works on it.
     told = {key: value for key, value in summary.items() if key not in ("store", "wandb")}
     return Comparison(

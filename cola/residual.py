@@ -14,6 +14,7 @@ Axes: O output features, I input features, R rank.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -94,7 +95,7 @@ class Base:
             if name in self._remembered:
                 continue
             weight = weight_of(self._model, name)
-            stored = self._stored(name)
+            stored = self.stored(name)
             # Codes are never written, so the files' own weights are all that can be asked for.
             if self.quantized:
                 assert stored is not None
@@ -106,7 +107,7 @@ class Base:
         """Weight of a remembered module on the CPU, in the file's dtype and the module's own layout; not to be
         changed. Where it comes from a file, only what is read of it is ever in memory."""
         stored = self._copies.get(name)
-        stored = self._stored(name) if stored is None else stored
+        stored = self.stored(name) if stored is None else stored
         assert name in self._remembered, f"{name} was never remembered"
         assert stored is not None
         return stored
@@ -125,7 +126,8 @@ class Base:
 
         self._beside[name] = module.register_forward_hook(add)
 
-    def _stored(self, name: str) -> Tensor | None:
+    def stored(self, name: str) -> Tensor | None:
+        """The weight as the files have it; None where they do not have it under its own name."""
         key = f"{name}.weight"
         if key not in self._files:
             key = key.removeprefix(f"{getattr(self._model, 'base_model_prefix', '')}.")  # as GPT-2's files have it
@@ -183,6 +185,17 @@ def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:
     """What links are to the chain once another has begun: a share of each, or nothing where all are one pair that goes
     on from link to link."""
     return [{} if goes_on else times(link, share) for link in links]
+
+
+def added(pairs: Residual, share: float, goes_on: bool) -> Residual:
+    """What each link of a chain added to it, so that the sum is what it has learned: the last one whole, a share of
+    those before; where all are one pair that goes on, what the pair was changed by."""
+    if not goes_on:
+        return [*left_behind(pairs[:-1], share, goes_on), *pairs[-1:]]
+    return [
+        *pairs[:1],
+        *({name: pair.without(before[name]) for name, pair in after.items()} for before, after in pairwise(pairs)),
+    ]
 
 
 def stacked(residual: Residual) -> LinkWeights:
@@ -275,7 +288,7 @@ def write(
             base.put_beside(name, module, factors(residual, name)[:2] if touched else None)
             if before is None:
                 continue
-        weight_OI, pristine_OI = _as_stored(module, weight), _as_stored(module, base.weight(name))
+        weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
         now, then = _Links(residual, name, weight.device), _Links(before or [], name, weight.device)
         sums: dict[str, Tensor] = {}
         for rows in _blocks(pristine_OI):
@@ -358,7 +371,7 @@ def _blocks(matrix_OI: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + n_rows, len(matrix_OI)))
 
 
-def _as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
     """A view from (O, I) to the layout of the module's file, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
     kind = getattr(module, "source_cls", type(module))  # what codes stand in for, whose file is all that is read of it
     return rearrange(weight, "a b -> b a") if issubclass(kind, Conv1D) else weight

@@ -10,23 +10,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola import adapters, starts
 from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
-from cola.data import Splits, load_splits
+from cola.data import PASSAGE_TOKENS, Example, Splits, fingerprint_of, load_passages, load_splits
 from cola.errors import ColaError, ModelError, RunChanged, RunFolderError
 from cola.evaluate import Evaluator
 from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
 from cola.job import JobRun, selection_key
+from cola.learned import Learned
 from cola.measure import rows_digest
-from cola.model import Source, check_fit, dtype_warning, find_model, make_accelerator, quiet_libraries
+from cola.model import (
+    Source,
+    check_fit,
+    check_tokens,
+    dtype_warning,
+    find_model,
+    make_accelerator,
+    quiet_libraries,
+)
 from cola.package_file import need_package
 from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
-from cola.recipe import Prune, Recipe
+from cola.recipe import SPLITS, Prune, Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
 from cola.segments import Causes, Tree, merge_of, root_causes
 from cola.store import Store, size_of
@@ -76,8 +85,9 @@ def run(
     for note in splits.notes:
         terminal.warn(f"data: {note}")
     _check_arms(recipe, source, splits, accelerator.device)
+    general = _general_text(recipe, source, tokenizer, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
-    meta = _check_and_record(recipe, folder, source, splits, store, terminal)
+    meta = _check_and_record(recipe, folder, source, splits, general, store, terminal)
     evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator)
     skeleton = source.skeleton()
     meter = _meter(recipe, skeleton, splits)
@@ -111,9 +121,10 @@ def run(
             source=source,
             skeleton=skeleton,
             splits=splits,
-            rows={name: rows_digest(examples) for name, examples in splits.items()},
+            general=general,
+            rows={name: rows_digest(examples) for name, examples in [*splits.items(), ("general", general)]},
             evaluator=evaluator,
-            scoring=evaluator.causes(),
+            scoring={**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()},
             store=store,
             tree=tree,
             signals=signals,
@@ -121,6 +132,7 @@ def run(
             tracker=tracker,
             tracked=set() if tracked is None else tracked,
             meter=meter,
+            learned=Learned(source, skeleton, recipe, accelerator.device),
             meta=meta,
             used=folder.references(),
         )
@@ -265,11 +277,7 @@ def device_description() -> str:
 def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.device) -> None:
     """What an arm asks of the model and the data, checked before anything is trained."""
     skeleton = source.skeleton()
-    tried = [
-        recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
-    ]
-    virtual = [link.num_virtual_tokens or 0 for links in tried for link in links]
-    check_fit(source, skeleton, splits, max(virtual, default=0))
+    check_fit(source, skeleton, splits, _virtual_tokens(recipe))
     tried = set()
     for arm in recipe.arms:
         dtype, quantization = recipe.base_of(arm)
@@ -289,8 +297,39 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
                 raise ModelError(f"arms.{arm}: {error}") from None
 
 
+def _virtual_tokens(recipe: Recipe) -> int:
+    """The largest number of virtual tokens that an arm puts before a row."""
+    tried = [
+        recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
+    ]
+    return max((link.num_virtual_tokens or 0 for links in tried for link in links), default=0)
+
+
+def _general_text(
+    recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase, terminal: Terminal
+) -> list[Example]:
+    """The passages of the general text, the same for all arms; none where the recipe leaves it out."""
+    if recipe.evaluation.general_text is None:
+        return []
+    skeleton = source.skeleton()
+    positions = getattr(skeleton.config, "max_position_embeddings", None) or PASSAGE_TOKENS
+    room = min(PASSAGE_TOKENS, positions - _virtual_tokens(recipe))
+    passages = load_passages(recipe.evaluation.general_text, tokenizer, room)
+    check_tokens(source, skeleton, passages)
+    why = f" at most, as the model has {positions} positions" if room < PASSAGE_TOKENS else " at most"
+    n_tokens = sum(passage.n_tokens for passage in passages)
+    terminal.say(f"general text: {n_tokens} tokens in {len(passages)} passages of {room}{why}")
+    return passages
+
+
 def _check_and_record(
-    recipe: Recipe, folder: RunFolder, source: Source, splits: Splits, store: Store, terminal: Terminal
+    recipe: Recipe,
+    folder: RunFolder,
+    source: Source,
+    splits: Splits,
+    general: list[Example],
+    store: Store,
+    terminal: Terminal,
 ) -> dict[str, Any]:
     """provenance.json; a resumed run must have the recipe, the data and the base that it began with."""
     meta = {
@@ -301,13 +340,20 @@ def _check_and_record(
         "model": {"name": source.name, "revision": source.revision, "sha256": source.fingerprint()},
         "data": {"sha256": splits.fingerprint, "notes": splits.notes},
         "rows": {name: len(examples) for name, examples in splits.items()},
+        "general_text": {
+            "name": recipe.evaluation.general_text,
+            "sha256": fingerprint_of({"general": general}),
+            "passages": len(general),
+            "longest": max((passage.n_tokens for passage in general), default=0),
+        },
     }
     folder.check_readable()
     if (before := folder.provenance()) is not None:
-        for what in ("recipe", "model", "data"):
+        for what in ("recipe", "model", "data", "general_text"):
             if before[what]["sha256"] != meta[what]["sha256"]:
                 raise RunChanged(
-                    f"{folder.path}: the {what} is not the one this run began with; start a new run instead of resuming"
+                    f"{folder.path}: the {what.replace('_', ' ')} is not the one this run began with; start a new run "
+                    "instead of resuming"
                 )
         for what in ("cola", "commit", "packages", "machine", "device"):
             if before[what] != meta[what]:

@@ -64,21 +64,38 @@ def _from_list(name: str, fingerprint: str, rows: Sequence[Row]) -> Pool:
 
 def _file_pools(files: Files) -> dict[str, Pool]:
     paths = {split: Path(getattr(files, split) or files.train) for split in SPLITS}
-    opened = {path: _from_list(path.name, _digest(path), _read(path)) for path in set(paths.values())}
+    opened = {path: _from_file(path, "data.files") for path in set(paths.values())}
     return {split: opened[path] for split, path in paths.items()}
 
 
-def _digest(path: Path) -> str:
+def _from_file(path: Path, key: str) -> Pool:
+    return _from_list(path.name, _digest(path, key), _read(path, key, _read_lines))
+
+
+def _digest(path: Path, key: str) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise DataError(f"data.files: {path} does not exist") from None
+        raise DataError(f"{key}: {path} does not exist") from None
     except OSError as error:
-        raise DataError(f"data.files: {path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{key}: {path} cannot be read: {error.strerror}") from None
 
 
-def _read(path: Path) -> list[Row]:
+def open_texts(path: Path, key: str) -> Pool:
+    """A file's texts, each in the field `text` of a row: a text file is one as a whole, any other has one a row.
+
+    Args:
+        path: The file.
+        key: The recipe's key that names it.
+
+    Raises:
+        DataError: it is not there, or cannot be read.
+    """
+    return _from_list(path.name, _digest(path, key), _read(path, key, _read_whole))
+
+
+def _read(path: Path, key: str, read_text: Callable[[Path], list[Row]]) -> list[Row]:
     readers = {
         ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl,
@@ -86,17 +103,19 @@ def _read(path: Path) -> list[Row]:
         ".csv": _read_csv,
         ".tsv": _read_csv,
         ".parquet": _read_parquet,
-        ".txt": _read_text,
+        ".txt": read_text,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"data.files: {path.name}: unknown kind {path.suffix!r}; known are {', '.join(readers)}")
+        raise DataError(f"{key}: {path.name}: unknown kind {path.suffix!r}; known are {', '.join(readers)}")
     try:
         rows = reader(path)
     except UnicodeDecodeError as error:
-        raise DataError(f"data.files: {path.name}: not UTF-8 text at byte {error.start}") from None
+        raise DataError(f"{key}: {path.name}: not UTF-8 text at byte {error.start}") from None
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
     if not rows:
-        raise DataError(f"data.files: {path.name} holds no rows")
+        raise DataError(f"{key}: {path.name} holds no rows")
     return rows
 
 
@@ -108,7 +127,7 @@ def _read_jsonl(path: Path) -> list[Row]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"data.files: {path.name}:{number}: not valid JSON: {error.msg}") from None
+                    raise DataError(f"{path.name}:{number}: not valid JSON: {error.msg}") from None
                 rows.append(_mapping(row, f"{path.name}:{number}"))
     return rows
 
@@ -117,15 +136,15 @@ def _read_json(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"data.files: {path.name}:{error.lineno}: not valid JSON: {error.msg}") from None
+        raise DataError(f"{path.name}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(rows, list):
-        raise DataError(f"data.files: {path.name}: a JSON file holds a list of objects; for one a line use .jsonl")
+        raise DataError(f"{path.name}: a JSON file holds a list of objects; for one a line use .jsonl")
     return [_mapping(row, f"{path.name} item {number}") for number, row in enumerate(rows)]
 
 
 def _mapping(row: Any, place: str) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"data.files: {place}: a row is an object with named fields, not a {type(row).__name__}")
+        raise DataError(f"{place}: a row is an object with named fields, not a {type(row).__name__}")
     return row
 
 
@@ -141,10 +160,10 @@ def _read_csv(path: Path) -> list[Row]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"data.files: {path.name}:{reader.line_num}: not as many fields as the header has")
+                    raise DataError(f"{path.name}:{reader.line_num}: not as many fields as the header has")
                 rows.append(row)
         except csv.Error as error:
-            raise DataError(f"data.files: {path.name}:{reader.line_num}: not valid CSV: {error}") from None
+            raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from None
     return rows
 
 
@@ -155,13 +174,18 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         return pq.read_table(path).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"data.files: {path.name}: not a readable Parquet file: {error}") from None
+        raise DataError(f"{path.name}: not a readable Parquet file: {error}") from None
 
 
-def _read_text(path: Path) -> list[Row]:
+def _read_lines(path: Path) -> list[Row]:
     # Not splitlines, which also ends a line at a form feed and five other characters of a text.
     lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     return [{"text": line} for line in lines if line.strip()]
+
+
+def _read_whole(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    return [{"text": text}] if text.strip() else []
 
 
 def _hub_pools(hub: Hub) -> dict[str, Pool]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -35,6 +36,7 @@ class States:
         seconds: Least time between two checkpoints; 0: one after each step.
         made: What a kept state says of how it was made.
         n_trained: Parameters of the largest link.
+        peaks: Says how much memory the job has taken so far, at most.
     """
 
     store: Store
@@ -44,6 +46,7 @@ class States:
     seconds: float
     made: dict[str, Any]
     n_trained: int
+    peaks: Callable[[], dict[str, int | None]]
     _verified: dict[int, Segment] = field(default_factory=dict)
     _kept_at: float = field(default_factory=monotonic)
     _cost: float = 0.0
@@ -124,6 +127,7 @@ class States:
             "last_step": step,
             "towards": towards,
             "seconds": sum(row["seconds"] for row in rows),
+            "memory": self.peaks(),
             "made": self.made,
         }
         try:

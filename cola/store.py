@@ -2,7 +2,7 @@
 
 STORE/segments/NAME/       one state: the weights (a PEFT adapter, or a whole model), optimizer.safetensors, steps.jsonl
 STORE/segments/NAME/segment.json   its causes in clear, what made it, SHA-256 of each file
-STORE/measured/KEY.json    what was measured at a state: per-example scores, a knot's drift
+STORE/measured/KEY.json    what was measured at a state: per-example scores, a knot's drift, spectra
 STORE/runs/, locks/, damaged/, writing/
 
 A segment is written aside, synced and renamed, so it is there as a whole or not at all. What does not match its

@@ -21,6 +21,7 @@ from cola.errors import RunFolderError
 from cola.plan import derived_seed
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
+from cola.spectra import spectra_of
 
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
 
@@ -38,6 +39,8 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         arms[name] |= comparer.against_full(name)
     meta = folder.provenance()
     trials = _trials(recipe, folder, damaged)
+    done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
+    spectra, unread = spectra_of(folder, done)
     states = {state for arm in arms.values() for state in arm["states"].values()}
     return {
         "meta": meta,
@@ -51,9 +54,10 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         "same_outputs": _same_outputs(recipe, folder, results, damaged),
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
+        "spectra": spectra,
         "contrasts": comparer.contrasts(),
         "unpaired": comparer.unpaired,
-        "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys(damaged)],
+        "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys([*damaged, *unread])],
     }
 
 
@@ -77,11 +81,13 @@ def _arm(recipe: Recipe, name: str, results: Results) -> dict[str, Any]:
     summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
     summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
     summary["seeds"] = [_of_seed(r) for r in done]
+    summary["forgetting"] = _over_seeds([_forgetting(r) for r in done])
     keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
     for key in keys:
         summary[key] = float(np.mean([r["train_info"][key] for r in done]))
     summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
     summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
+    summary["peak_memory"] = max((peak for r in done if (peak := _peak(r["train_info"])) is not None), default=None)
     summary["base"] = done[0]["train_info"]["base"]
     summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
     summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
@@ -99,7 +105,19 @@ def _of_seed(result: dict[str, Any]) -> dict[str, Any]:
     """One seed's numbers: the dots of a figure."""
     evaluation = result["evaluation"]
     numbers = {f"{split}_{key}": evaluation[split][key] for split in SPLITS for key in ("loss", "score")}
-    return {"seed": result["run_info"]["seed"], **numbers, **{key: evaluation[key] for key in ("gap_loss", "gap_acc")}}
+    gaps = {key: evaluation[key] for key in ("gap_loss", "gap_acc")}
+    return {"seed": result["run_info"]["seed"], **numbers, **gaps, "forgetting": _forgetting(result)}
+
+
+def _forgetting(result: dict[str, Any]) -> float | None:
+    """None where the recipe leaves the general text out."""
+    return (result["evaluation"].get("general") or {}).get("forgetting")
+
+
+def _peak(info: dict[str, Any]) -> int | None:
+    """Memory that a training took: the GPU's where there is one, else the process's."""
+    on_gpu = info.get("accelerator_memory_max")
+    return info.get("process_memory_max") if on_gpu is None else on_gpu
 
 
 def _ledger(done: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,6 +40,10 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         columns.insert(1, "base")
     cost = Table(f"Cost; {matched}", columns, [])
     tables = [loss, cost] if summary["metric"] == "perplexity" else [loss, score, cost]
+    if forgets := any(arm.get("forgetting") for arm in arms.values()):
+        loss.columns.append("forgetting")
+    if measured := any(arm.get("peak_memory") for arm in arms.values()):
+        cost.columns.append("memory")
     if summary["metric"] == "perplexity":
         loss.columns.extend(["test perplexity", "ft_gap", "closed"])
     for name, arm in arms.items():
@@ -50,6 +54,8 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
             continue
         row = [spread(arm[f"{split}_loss"]) for split in SPLITS]
         loss.rows.append([name, *row, spread(arm["gap_loss"], signed=True)])
+        if forgets:
+            loss.rows[-1].append(spread(arm["forgetting"], signed=True))
         if summary["metric"] == "perplexity":
             perplexity = f"{math.exp(arm['test_loss']['mean']):.2f}"
             loss.rows[-1] += [perplexity, interval(arm.get("ft_gap")), interval(arm.get("closed"))]
@@ -60,7 +66,8 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
         rate, scored = _range(arm["learning_rate"]), _range(arm["scored_step"])
         tokens, flops = _count(arm["tokens"]), _count(arm["flops"])
         base = [bases[name]] if several else []
-        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time])
+        memory = [size(arm["peak_memory"])] if measured else []
+        cost.rows.append([name, *base, str(arm["links"]), trained, steps, tokens, flops, rate, scored, time, *memory])
     return [*tables, *([_trials_table(summary)] if summary["trials"] else [])]
 
 
@@ -116,6 +123,79 @@ def knots_table(summary: dict[str, Any], short: bool = False) -> Table:
             row |= {"KL": _small(knot["drift_kl"]), "loss": _small(knot["drift_loss_change"], signed=True)}
             rows.append(row)
     return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+
+
+def spectra_table(summary: dict[str, Any]) -> Table:
+    """What each link, the whole chain and full fine-tuning added to the base's matrices."""
+    rows: list[dict[str, str]] = []
+    spectra = summary.get("spectra") or {}
+    counted = any(row["intruders"] is not None for arm in spectra.values() for row in arm["rows"])
+    for name, arm in spectra.items():
+        alone = len(arm["rows"]) == 2  # a chain of one link is that link
+        for number in arm["rows"][:1] if alone else arm["rows"]:
+            row = {
+                "arm": name,
+                "update": number["what"],
+                "rank": _number(number["rank"]),
+                "‖ΔW‖/‖W‖": NONE if number["relative_size"] is None else f"{number['relative_size']:.2%}",
+                "effective rank": _number(number["effective_rank"], 1),
+                "rank at 90 %": _number(number["rank_90"]),
+                "stable rank": _number(number["stable_rank"], 1),
+            }
+            rows.append(row | ({"intruders": _number(number["intruders"], 2)} if counted else {}))
+    title = "Spectra: medians over matrices, means over seeds"
+    return Table(title, list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+
+
+def overlap_table(summary: dict[str, Any]) -> Table:
+    """Which share of their directions the links have in common, and with full fine-tuning, beside random ones'."""
+    spectra = summary.get("spectra") or {}
+    links = max(
+        (arm["overlap"]["labels"] for arm in spectra.values() if arm["overlap"]),
+        key=lambda labels: len(labels),
+        default=[],
+    )
+    full = any(arm["with_full"] for arm in spectra.values())
+    columns = ["arm", "update", *links, *(["random"] if links else []), *(["full", "random of full"] if full else [])]
+    table = Table("Overlap of directions: 1 the same, 0 orthogonal", columns, [])
+    for name, arm in spectra.items():
+        own, with_full = arm["overlap"], arm["with_full"]
+        if own is None and with_full is None:
+            continue
+        shared = dict(zip(with_full["labels"], with_full["values"], strict=True)) if with_full else {}
+        whats = [row["what"] for row in arm["rows"]]
+        for what in whats[:1] if len(whats) == 2 else whats:
+            mine = own["matrix"][own["labels"].index(what)] if own and what in own["labels"] else []
+            cells = [_number(value, 3) for value in mine] + [NONE] * (len(links) - len(mine))
+            if links:
+                cells.append(_number(own["random"] if own and mine else None, 3))
+            if full:
+                cells += [_number(shared.get(what), 3), _number(with_full["random"] if with_full else None, 3)]
+            table.rows.append([name, what, *cells])
+    return table
+
+
+def matrices_table(record: dict[str, Any]) -> Table:
+    """The spectra of one arm and seed, matrix by matrix, from its spectrum.json."""
+    columns = ["matrix", "update", "rank", "‖ΔW‖/‖W‖", "effective rank", "rank at 90 %", "stable rank"]
+    table = Table("Matrix by matrix", columns, [])
+    for name, matrix in record["matrices"].items():
+        updates = matrix["updates"]
+        for what in list(updates)[:1] if len(updates) == 2 else updates:
+            one = updates[what]
+            size = NONE if one["relative_size"] is None else f"{one['relative_size']:.2%}"
+            ranks = [_number(one["effective_rank"], 1), _number(one["rank_90"]), _number(one["stable_rank"], 1)]
+            table.rows.append([name, what, _number(one["rank"]), size, *ranks])
+    return table
+
+
+def _number(number: float | None, digits: int = 0) -> str:
+    """Rounded; a whole number that a median or mean has made fractional keeps one digit."""
+    if number is None:
+        return NONE
+    if digits == 0 and number != int(number):
+        digits = 1
+    return f"{number:.{digits}f}"
 
 
 def _small(number: float | None, signed: bool = False) -> str:
@@ -357,6 +437,13 @@ def interval(number: dict[str, Any] | str | None) -> str:
     if number["low"] is None:
         return f"{number['value']:+.3f}"
     return f"{number['value']:+.3f} [{number['low']:+.3f}, {number['high']:+.3f}]"
+
+
+def size(n_bytes: int | None) -> str:
+    """Bytes in GB, or in MB below one."""
+    if n_bytes is None:
+        return NONE
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
 def _count(number: float) -> str:

@@ -8,6 +8,7 @@ seed:
     validation/loss  validation/score                                            at evaluation points
     knot/{relative_size,unchanged,error,cosine}_{median,max,min}  knot/drift_*    at knots
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
+    general/loss  general/forgetting                                             likewise
 
 Of the comparison, in its summary; what a run does not have is not there:
 
@@ -386,6 +387,7 @@ def group_report(comparison: Comparison, group: str, title: str, project: str, e
         return wr.PanelGrid(runsets=[runs], panels=panels)
 
     bars = ["final/test_loss", "gap/loss", *(["final/test_score", "gap/acc", "gap/ft"] if scored else [])]
+    bars += ["general/forgetting"] if any(name.endswith("/forgetting") for name in comparison.numbers) else []
     shown: list[Any] = [
         wr.WeavePanelSummaryTable(table_name=f"table/{name}", layout=wr.Layout(w=24, h=8)) for name in comparison.tables
     ]

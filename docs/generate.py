@@ -244,15 +244,13 @@ def time_of_a_knot() -> str:
     """Seconds of a knot against those of its link."""
     found, how = measured("time")
     rows = [
-        f"{how}\n| | tokens a step | link | training | knot | share | allowed |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
+        f"{how}\n| link of {found['steps_a_link']} steps, {found['tokens_a_step']:.0f} tokens each | training | knot | "
+        "share | allowed |",
+        "| --: | --: | --: | --: | --: |",
     ]
-    for name, one in found["runs"].items():
-        for number, link in enumerate(one["links"], 1):
-            rows.append(
-                f"| {name} | {one['tokens_a_step']:.0f} | {number} | {link['train_seconds']:.1f} s "
-                f"| {link['knot_seconds']:.2f} s | {link['share']:.2%} | 2 % |"
-            )
+    for number, link in enumerate(found["links"], 1):
+        cells = f"{link['train_seconds']:.1f} s | {link['knot_seconds']:.2f} s | {link['share']:.2%}"
+        rows.append(f"| {number} | {cells} | 2 % |")
     return "\n".join(rows) + "\n"
 
 

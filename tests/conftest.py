@@ -141,8 +141,19 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+PROSE = ["The rain had stopped by noon, and the market filled again.", "Maybe the sky is green there, she wrote."]
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A general text of two lines: the one that comes with cola takes the tiny model as long as a short training."""
+    path = tmp_path_factory.mktemp("data") / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE))
+    return path
+
+
 @pytest.fixture
-def recipe_text(tiny_folder: Path, colours: Path, tmp_path: Path) -> str:
+def recipe_text(tiny_folder: Path, colours: Path, prose: Path, tmp_path: Path) -> str:
     """A whole recipe on the tiny model, seconds to run."""
     return f"""
 name: tiny
@@ -160,6 +171,7 @@ arms:
   chain3: {{links: 3}}
   full: {{method: full, learning_rate: 1e-3}}
 comparison: {{primary: [chain3, lora]}}
+evaluation: {{general_text: {prose}}}
 seeds: [0]
 tracking: {{wandb: off}}
 output: {tmp_path / "runs"}

@@ -50,7 +50,7 @@ from cola.run import run
 from cola.terminal import Terminal
 
 HERE = Path(__file__).parent
-LINKS, LONG, SHORT = HERE / "links.yaml", HERE / "long.yaml", HERE.parent.parent / "recipes/quickstart.yaml"
+LINKS, SHORT = HERE / "links.yaml", HERE.parent.parent / "recipes/quickstart.yaml"
 ONLY_CHAIN = ["arms.base=null", "arms.lora=null", "arms.full=null", "comparison.primary=null", "tracking.wandb=off"]
 LENGTHS = (1, 4, 16)  # links after which the sum of what was tied is looked at
 FORMATS = {  # dtype that the model computes in, and the codes of its linear layers
@@ -405,18 +405,16 @@ def high_water() -> int:
 def time(folder: Path, steps_a_link: int = 200) -> None:
     """Seconds of each knot (`seconds` of result.json) and of the optimizer steps of its link (metrics.jsonl)."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    short = [*ONLY_CHAIN, "arms.chain3.links=2", "data.rows.test=16"]  # the least training for the same knot
-    for name, recipe, settings in (("long rows", LONG, []), ("short rows", SHORT, short)):
-        with tempfile.TemporaryDirectory(dir=folder) as where:
-            settings = [*settings, f"training.steps={2 * steps_a_link}"]
-            result, rows = read_run(cola_run(recipe, Path(where), settings))
-        found[name] = {"tokens_a_step": statistics.mean(row["tokens"] for row in rows), "links": []}
-        for link, knot in zip(result["train_info"]["links"], result["train_info"]["knots"], strict=True):
-            seconds = sum(row["seconds"] for row in rows if link["first_step"] < row["step"] <= link["last_step"])
-            of_link = {"knot_seconds": knot["seconds"], "train_seconds": seconds, "share": knot["seconds"] / seconds}
-            found[name]["links"].append(of_link)
-    write("time", {"steps_a_link": steps_a_link, "runs": found})
+    # The quickstart's short rows on all linear layers: the least training for the same knot.
+    settings = [*ONLY_CHAIN, "arms.chain3.links=2", "data.rows.test=16", f"training.steps={2 * steps_a_link}"]
+    with tempfile.TemporaryDirectory(dir=folder) as where:
+        result, rows = read_run(cola_run(SHORT, Path(where), settings))
+    links = []
+    for link, knot in zip(result["train_info"]["links"], result["train_info"]["knots"], strict=True):
+        seconds = sum(row["seconds"] for row in rows if link["first_step"] < row["step"] <= link["last_step"])
+        links.append({"knot_seconds": knot["seconds"], "train_seconds": seconds, "share": knot["seconds"] / seconds})
+    tokens = statistics.mean(row["tokens"] for row in rows)
+    write("time", {"steps_a_link": steps_a_link, "tokens_a_step": tokens, "links": links})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Peak memory since a point in time: of the GPU's allocator, and of the process as the kernel counts it.
+
+What is in memory already at that point counts. Weights that are read from a file that is mapped into memory count with
+the part of it that is there.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+PROCESS = Path("/proc/self")
+
+
+def restart_peaks(device: torch.device) -> bool:
+    """Count from now on; returns whether the process can be counted at all, which takes Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set size
+    except OSError:
+        return False  # another system, or a container that forbids it: the peak would be one of long ago
+    return True
+
+
+def peaks(device: torch.device, process: bool) -> dict[str, int | None]:
+    """Largest memory in bytes since `restart_peaks`; None where it is not known.
+
+    Args:
+        device: That computes.
+        process: What `restart_peaks` said.
+
+    Returns:
+        `accelerator`: allocated on the GPU; `process`: resident, of this process.
+    """
+    on_gpu = device.type == "cuda"
+    return {
+        "accelerator": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "process": _peak_resident() if process else None,
+    }
+
+
+def _peak_resident() -> int | None:
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", (PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
