@@ -164,12 +164,12 @@ def summarize_ablation(
         errors: What kept a point from being run at all, by its folder's name.
         interrupted: Whether the user stopped it.
     """
-    rows, states = [], set()
+    rows, states, damaged = [], set(), []
     reused: dict[str, tuple[int, int]] = {}  # of each last state: the fewest steps found, and all
     for number, point in enumerate(points):
         run = RunFolder(folder.path / "points" / point.folder)
         summary = run.summary()
-        results = list(run.results()) if summary else []
+        results = list(run.results(damaged)) if summary else []
         for result in results:
             if result["status"] == "ok":
                 info = result["train_info"]
@@ -198,6 +198,7 @@ def summarize_ablation(
         "points": [{"label": p.label, "values": p.values, "folder": p.folder} for p in points],
         "trained_steps": sum(steps - found for found, steps in reused.values()),
         "recalled_steps": sum(found for found, _ in reused.values()),
+        "damaged": list(dict.fromkeys(damaged)),
         "rows": sorted(rows, key=lambda row: row["values"] is not None),  # what the values are not about comes first
     }
 
@@ -263,6 +264,7 @@ def ablation_notes(summary: dict[str, Any]) -> list[str]:
     lines += [f"{folder} was not run: {error}" for folder, error in summary["errors"].items()]
     for row in summary["rows"]:
         lines += [f"{row['label']}: {row['arm']} seed {seed} failed: {error}" for seed, error in row["errors"].items()]
+    lines += summary["damaged"]
     n_seeds = max((row["n_seeds"] for row in summary["rows"]), default=0)
     if n_seeds == 1:
         lines.append("One seed: nothing here says how another seed would fall out.")

@@ -21,10 +21,11 @@ from cola.interrupt import Interrupted, Signals
 
 if TYPE_CHECKING:
     from cola.ablation import AblationFolder, Point
-    from cola.recipe import Recipe
+    from cola.recipe import Recipe, Tracking
     from cola.record import RunFolder
     from cola.store import Store
     from cola.terminal import Terminal
+    from cola.tracking import Comparison
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,6 +131,12 @@ def report(
         Path | None,
         typer.Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first."),
     ] = None,
+    wandb: Annotated[
+        bool,
+        typer.Option(
+            "--wandb", help="Send the comparison to W&B, and where W&B is online, create a W&B Report of the group."
+        ),
+    ] = False,
 ) -> None:
     """Print the tables of a run or an ablation, and build its page anew: a run's from its results, an ablation's
     from its ablation.json.
@@ -137,14 +144,20 @@ def report(
     Several runs make one report: each data set is a task, and runs on the same data are more seeds of it.
     """
     with _one_line_errors():
+        if wandb:
+            from cola.tracking import need_reports
+
+            need_reports()
         if len(run_folders) > 1:
+            if wandb:
+                raise ColaError("--wandb is for one run or ablation: W&B has a group for each")
             _report_tasks(run_folders, to)
             return
         if to is not None:
             raise ColaError("--to is for the report of several runs; that of one is in its folder")
         run_folder = run_folders[0]
         if (run_folder / "ablation.json").is_file():
-            _report_ablation(run_folder)
+            _report_ablation(run_folder, wandb)
             return
         import numpy as np
 
@@ -159,7 +172,12 @@ def report(
         summary = summarize(recipe, folder, np.random.default_rng(0))
         summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
         folder.write_json("summary.json", summary)
-        _print_results(folder, summary, Terminal())
+        terminal = Terminal()
+        _print_results(folder, summary, terminal)
+        if wandb:
+            _track_run(recipe, folder, summary, terminal, publish=True)
+        else:
+            _say_sync(folder.path, terminal)
 
 
 @app.command()
@@ -443,13 +461,15 @@ def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
     with Signals().installed() as signals:
         summary = run_all(points, folder, terminal, signals)
     _print_ablation(folder, summary, terminal)
+    if not summary["interrupted"]:
+        _track_ablation(folder, summary, terminal, publish=False)
     if summary["interrupted"]:
         terminal.say("interrupted; all that was trained is kept. Go on with the same command")
         return RESUMABLE
     return 1 if summary["failed"] else 0
 
 
-def _report_ablation(path: Path) -> None:
+def _report_ablation(path: Path, wandb: bool) -> None:
     from cola.ablation import AblationFolder
     from cola.terminal import Terminal
 
@@ -457,7 +477,10 @@ def _report_ablation(path: Path) -> None:
     summary = folder.read()
     if "rows" not in summary:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
-    _print_ablation(folder, summary, Terminal())
+    terminal = Terminal()
+    _print_ablation(folder, summary, terminal)
+    if wandb:
+        _track_ablation(folder, summary, terminal, publish=True)
 
 
 def _report_tasks(paths: list[Path], to: Path | None) -> None:
@@ -525,6 +548,11 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
             folder.remove_if_untrained()
         raise
     _print_results(folder, summary, terminal)
+    # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
+    if not summary["interrupted"] and summary["wandb"]["mode"] != "off":
+        _track_run(recipe, folder, summary, terminal)
+    else:
+        _say_sync(folder.path, terminal)
     return _exit_code(summary, f"cola run --resume {folder.path}", terminal)
 
 
@@ -558,11 +586,73 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
     if summary.get("store"):
         store = summary["store"]
         terminal.say(f"store    {store['path']}, {store['bytes'] / 1e6:.0f} MB on disk (cola store ls)")
-    wandb = summary["wandb"]
-    if wandb["sync"]:
-        terminal.say(f"W&B      offline; upload with: {wandb['sync']}")
-    elif wandb["mode"] == "online":
-        terminal.say(f"W&B      online, group {folder.path.name}")
+
+
+def _track_run(
+    recipe: "Recipe", folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal", publish: bool = False
+) -> None:
+    """Send a run's comparison to W&B; a point of an ablation is in the ablation's group."""
+    from cola.report import comparison_of
+
+    above = folder.path.resolve().parent.parent  # ABLATION/points/POINT
+    group = above.name if (above / "ablation.json").is_file() else None
+    with _tracking(terminal):
+        config = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+        _send(recipe.tracking, group, folder.path, comparison_of(folder, summary), config, terminal, publish)
+
+
+def _track_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal: "Terminal", publish: bool) -> None:
+    """Send an ablation's comparison to W&B, as its points' recipe says."""
+    from cola.recipe_file import read_recipe
+    from cola.report import comparison_of_ablation
+
+    recipes = sorted(folder.path.glob("points/*/recipe.yaml"))
+    if not recipes:
+        return
+    with _tracking(terminal):
+        settings = read_recipe(recipes[0]).tracking
+        _send(settings, None, folder.path, comparison_of_ablation(folder, summary), {}, terminal, publish)
+
+
+@contextlib.contextmanager
+def _tracking(terminal: "Terminal") -> Iterator[None]:
+    """Ctrl-C leaves W&B, and nothing else: the results are written and said."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.warn("interrupted while W&B was being sent the comparison; cola report RUN --wandb sends it again")
+
+
+def _send(
+    settings: "Tracking",
+    group: str | None,
+    path: Path,
+    comparison: "Comparison",
+    config: dict[str, Any],
+    terminal: "Terminal",
+    publish: bool,
+) -> None:
+    from cola.tracking import Tracker
+
+    tracker = Tracker(settings, group, path, terminal.warn)
+    if publish and tracker.mode == "off":
+        terminal.warn("W&B is off, by tracking.wandb in the recipe or by WANDB_MODE: nothing was sent")
+    tracker.compare(comparison, config)
+    if tracker.mode == "online":
+        terminal.say(f"W&B      online, group {tracker.group}")
+        if publish and (url := tracker.publish(comparison)) is not None:
+            terminal.say(f"W&B      Report: {url}")
+    else:
+        _say_sync(path, terminal)
+        if publish and tracker.mode == "offline":
+            terminal.say("W&B      a Report needs the runs online: upload them, then the same command with a key")
+
+
+def _say_sync(path: Path, terminal: "Terminal") -> None:
+    from cola.tracking import sync_command
+
+    if (sync := sync_command(path)) is not None:
+        terminal.say(f"W&B      offline; upload with: {sync}")
 
 
 def _dry_run(recipe_path: Path, overrides: list[str]) -> int:

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.captions import CAPTIONS, alternative
+from cola.errors import RunFolderError
 from cola.figures import NAMES, Figure, ablation_figure, contrasts_figure, curve_of, figures_of, save, svg
 from cola.record import RunFolder, read_jsonl, write_text
 from cola.tables import (
@@ -40,6 +41,7 @@ from cola.tables import (
     verdict,
 )
 from cola.tasks import task_tables
+from cola.tracking import Comparison, comparison_numbers
 
 # Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
@@ -68,7 +70,8 @@ def write_report(folder: RunFolder) -> Path:
     """Write report.html, and its figures and tables as files, from summary.json, the recipe and the arms' metrics;
     returns the page's path."""
     summary = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
-    found = read_curves(folder)
+    damaged: list[str] = []
+    found = read_curves(folder, damaged)
     curves = {arm: found[arm] for arm in summary["arms"] if arm in found}  # in the recipe's order
     tables = page_tables(summary, curves)
     figures = figures_of(summary, curves)
@@ -85,7 +88,7 @@ def write_report(folder: RunFolder) -> Path:
         whole=all(arm["n_seeds"] == len(summary["seeds"]) for arm in summary["arms"].values()),
         tables=tables,
         figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
-        notes=[*lines[1:], *summary["notes"]],
+        notes=[*lines[1:], *dict.fromkeys([*summary["notes"], *damaged])],
         recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
         provenance=json.dumps({k: v for k, v in (summary["meta"] or {}).items() if k != "all_packages"}, indent=2),
     )
@@ -204,12 +207,54 @@ def _write_files(folder: Path, tables: dict[str, Table], figures: dict[str, Figu
             (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def read_curves(folder: RunFolder) -> dict[str, list[list[dict[str, Any]]]]:
-    """The metric rows of every arm that trained, one list per seed."""
+def read_curves(folder: RunFolder, damaged: list[str]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The metric rows of every arm that trained, one list per seed; what is wrong with a file is added to `damaged`."""
     curves: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
-    for result in folder.results():
+    for result in folder.results(damaged):
         info = result["run_info"]
-        rows = read_jsonl(folder.path / "arms" / info["arm"] / f"seed-{info['seed']}" / "metrics.jsonl")
+        try:
+            rows = read_jsonl(folder.path / "arms" / info["arm"] / f"seed-{info['seed']}" / "metrics.jsonl")
+        except RunFolderError as error:
+            damaged.append(str(error))
+            continue
         if rows:
             curves[info["arm"]].append(rows)
     return dict(curves)
+
+
+FILES = ("report.html", "recipe.yaml", "figures", "tables")  # of a page, where they are there
+
+
+def comparison_of(folder: RunFolder, summary: dict[str, Any]) -> Comparison:
+    """What W&B is sent of a run whose page is written."""
+    # Where the store and the run lie on this machine says who works on it.
+    told = {key: value for key, value in summary.items() if key not in ("store", "wandb")}
+    return Comparison(
+        numbers=comparison_numbers(summary),
+        lines=verdict(summary),
+        tables=page_tables(summary, read_curves(folder, [])),
+        figures=_written_figures(folder.path),
+        files={**_files(folder.path, FILES), "summary.json": json.dumps(told, indent=1) + "\n"},
+    )
+
+
+def _written_figures(folder: Path) -> dict[str, str]:
+    """The page's figures as SVG, by name."""
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("figures/*.svg"))}
+
+
+def comparison_of_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Comparison:
+    """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
+    them says anything."""
+    return Comparison(
+        numbers={"verdict": "\n".join(ablation_notes(summary))},
+        lines=ablation_notes(summary),
+        tables={"ablation": ablation_table(summary)},
+        figures=_written_figures(folder.path),
+        files=_files(folder.path, ("ablation.html", "ablation.json", "figures", "tables")),
+        lines_by=None,
+    )
+
+
+def _files(folder: Path, names: tuple[str, ...]) -> dict[str, str | Path]:
+    return {name: folder / name for name in names if (folder / name).exists()}

@@ -1,30 +1,109 @@
-"""Weights & Biases: one group per run, one W&B run per arm and seed. The only file that imports wandb.
+"""Weights & Biases: one group per run, one W&B run per arm and seed and one for their comparison. The only file that
+imports wandb.
 
-Whatever goes wrong in it costs a warning and the rest of the tracking, never the training. Fixed names:
+Whatever goes wrong in it costs a warning and the rest of the tracking, never the training. Fixed names, of an arm and
+seed:
 
     train/loss  train/grad_norm  train/learning_rate  train/tokens_per_second    per optimizer step (`step`)
     validation/loss  validation/score                                            at evaluation points
     knot/{relative_size,unchanged,error,cosine}_{median,max,min}  knot/drift_*    at knots
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
     general/loss  general/forgetting                                             likewise
+
+Of the comparison, in its summary; what a run does not have is not there:
+
+    arm/ARM/{test_score,test_loss,gap_loss,gap_acc,forgetting}    means over seeds
+    arm/ARM/{ft_gap,closed} and each with _low, _high             `closed` may be text: undefined, no gap
+    contrast/FIRST-SECOND/{value,low,high,p,p_holm,minimum_detectable,n_seeds,claim}
+    verdict                                                       the sentences that the terminal says
+    table/NAME  figure/NAME                                       what the page shows
+
+Its artifact, of type `report`, holds the page and what it was made from.
 """
 
 import contextlib
 import json
 import netrc
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from cola.package_file import need_package
 from cola.recipe import Tracking
 from cola.record import WANDB_NOTE, write_text
+from cola.tables import NONE, Table, verdict
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2.interface import Report
 
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
+COPIES = "WANDB_DATA_DIR"
+COMPARISON = "comparison"  # name and job type
+ARM_MEANS = ("test_score", "test_loss", "gap_loss", "gap_acc", "forgetting")
+OF_CONTRAST = ("value", "low", "high", "p", "p_holm", "minimum_detectable", "n_seeds", "claim")
+KNOT_PANELS = ("relative_size_median", "unchanged_median", "error_max", "cosine_min", "drift_relative")
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is sent when a group is done.
+
+    Attributes:
+        numbers: The summary, under fixed names.
+        lines: What the numbers allow to be said.
+        tables: By name.
+        figures: By name: SVG as text, or the path of an image.
+        files: The artifact's files by their names in it: text, or the path of a file or a folder.
+        lines_by: The run's key by which a Report's curves are grouped, their mean over the others drawn; none for one
+            line for each W&B run.
+    """
+
+    numbers: dict[str, float | str]
+    lines: list[str]
+    tables: dict[str, Table]
+    figures: Mapping[str, str | Path]
+    files: Mapping[str, str | Path]
+    lines_by: str | None = "config.arm"
+
+
+def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
+    """A run's summary.json under W&B's fixed names; what is not known has no name."""
+    found: dict[str, Any] = {}
+    for name, arm in summary["arms"].items():
+        found |= {f"arm/{name}/{key}": arm[key]["mean"] for key in ARM_MEANS if arm.get(key) is not None}
+        for key in ("ft_gap", "closed"):
+            number = arm.get(key)
+            if isinstance(number, str):
+                found[f"arm/{name}/{key}"] = number
+            elif number is not None:
+                ends = {"": number["value"], "_low": number["low"], "_high": number["high"]}
+                found |= {f"arm/{name}/{key}{end}": value for end, value in ends.items()}
+    for one in summary["contrasts"]:
+        found |= {f"contrast/{one['first']}-{one['second']}/{key}": one[key] for key in OF_CONTRAST}
+    found["verdict"] = "\n".join(verdict(summary))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def typed_rows(table: Table) -> list[Iterable[Any]]:
+    """A table's rows for W&B, which sorts and draws a column of numbers: one whose every cell is a plain number or a
+    dash holds numbers and None, any other keeps its text. The first column names the rows and stays text."""
+    columns = [list(column) for column in zip(*table.rows, strict=True)]
+    typed = [
+        [None if cell == NONE else float(cell) for cell in column]
+        if number and all(cell == NONE or NUMBER.fullmatch(cell) for cell in column)
+        else column
+        for number, column in enumerate(columns)
+    ]
+    return [list(row) for row in zip(*typed, strict=True)]
 
 
 def has_api_key() -> bool:
@@ -50,8 +129,9 @@ def mode_of(settings: Tracking) -> str:
 
 
 def sync_command(folder: Path) -> str | None:
-    """How to upload what a run kept offline; None where there is nothing."""
-    return f"wandb sync {folder / 'wandb' / 'offline-run-*'}" if any(folder.glob("wandb/offline-run-*")) else None
+    """How to upload what a run or an ablation kept offline; None where there is nothing."""
+    places = [place for place in ("wandb/offline-run-*", "points/*/wandb/offline-run-*") if any(folder.glob(place))]
+    return f"wandb sync {' '.join(str(folder / place) for place in places)}" if places else None
 
 
 class Tracker:
@@ -65,6 +145,7 @@ class Tracker:
         self.warn = warn
         self.mode = mode_of(settings)
         self.run: Any = None
+        self.entity: str | None = None  # to whom the last online run belongs
         self.identity = ""
         self.note = folder / WANDB_NOTE
         self.logged = 0  # the last step that was sent
@@ -79,38 +160,123 @@ class Tracker:
         self.note, self.waiting = folder / WANDB_NOTE, {}
 
         def begin() -> None:
-            import wandb
-
             self._read_note()
-            self.run = wandb.init(
-                project=self.settings.project,
-                entity=self.settings.entity,
-                id=self.identity,
-                resume="allow",
-                group=self.group,
-                name=f"{self.prefix}{arm}-seed{seed}",
-                job_type=arm,
-                config=config,
-                dir=str(self.folder),
-                mode="online" if self.mode == "online" else "offline",
-                reinit="finish_previous",
-                settings=wandb.Settings(
-                    init_timeout=INIT_SECONDS,
-                    finish_timeout=FINISH_SECONDS,  # a server lost in mid-run must not hold up the next arm
-                    silent=True,
-                    console="off",
-                    x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
-                    x_disable_machine_info=True,
-                ),
-            )
-            if self.mode == "online" and self.run.resumed:
-                self.logged = self.run.step - 1  # the server knows what has arrived
-            self.began, self.session = self.logged, Path(self.run.settings.sync_dir).name
-            self._write_note(clean=False)
+            self._init(f"{arm}-seed{seed}", arm, config)
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
 
         self._guard(begin)
+
+    def _init(self, name: str, job_type: str, config: dict[str, Any]) -> None:
+        """Open the W&B run that the note names."""
+        import wandb
+
+        self.run = wandb.init(
+            project=self.settings.project,
+            entity=self.settings.entity,
+            id=self.identity,
+            resume="allow",
+            group=self.group,
+            name=f"{self.prefix}{name}",
+            job_type=job_type,
+            config=config,
+            dir=str(self.folder),
+            mode="online" if self.mode == "online" else "offline",
+            reinit="finish_previous",
+            settings=wandb.Settings(
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,  # a server lost in mid-run must not hold up the next arm
+                silent=True,
+                console="off",
+                x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
+                x_disable_machine_info=True,
+                host="",
+            ),
+        )
+        if self.mode == "online" and self.run.resumed:
+            self.logged = self.run.step - 1  # the server knows what has arrived
+        self.entity = self.run.entity
+        self.began, self.session = self.logged, Path(self.run.settings.sync_dir).name
+        self._write_note(clean=False)
+
+    def compare(self, comparison: Comparison, config: dict[str, Any]) -> bool:
+        """Send what a whole group found, as a W&B run of its own; sent again, it takes the place of what was there.
+
+        Returns:
+            Whether it was sent, or kept for `wandb sync`.
+        """
+        if self.mode == "off":
+            return False
+        self.note = self.folder / WANDB_NOTE
+
+        def send() -> None:
+            import wandb
+
+            self._read_note(anew=True)
+            self._init(COMPARISON, COMPARISON, config)
+            self.logged += 1
+            tables = {
+                f"table/{name}": wandb.Table(columns=[*table.columns], data=typed_rows(table))
+                for name, table in comparison.tables.items()
+            }
+            figures = {
+                f"figure/{name}": wandb.Image(str(figure))
+                if isinstance(figure, Path)
+                else wandb.Html(figure, inject=False, data_is_not_path=True)
+                for name, figure in comparison.figures.items()
+            }
+            self.run.summary.update(comparison.numbers)
+            with self._copies_here():
+                self.run.log({**tables, **figures}, step=self.logged)
+                self.run.log_artifact(self._artifact(comparison.files))
+            self.run.finish()
+            self._write_note(clean=True)
+            self._sweep()
+            self.run = None
+
+        self._guard(send)
+        return self.mode != "off"
+
+    def _artifact(self, files: Mapping[str, str | Path]) -> Any:
+        import wandb
+
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.prefix}{self.group}")[:100]
+        artifact = wandb.Artifact(f"{name}-report", type="report")
+        for name, file in files.items():
+            if isinstance(file, str):
+                with artifact.new_file(name, encoding="utf-8") as opened:
+                    opened.write(file)
+            elif file.is_dir():
+                artifact.add_dir(str(file), name, skip_cache=True)
+            else:
+                artifact.add_file(str(file), name, skip_cache=True)
+        return artifact
+
+    @contextlib.contextmanager
+    def _copies_here(self) -> Iterator[None]:
+        """W&B copies what an artifact holds, and syncs the copies: they belong beside the W&B run in the run folder and
+        not in the user's home. It asks its environment where, and knows no other way to be told."""
+        before = os.environ.get(COPIES)
+        os.environ[COPIES] = str(Path(self.run.settings.sync_dir).absolute() / "copies")
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[COPIES]
+            else:
+                os.environ[COPIES] = before
+
+    def publish(self, comparison: Comparison) -> str | None:
+        """Create a W&B Report of the group that `compare` has sent; returns its address, None where that failed."""
+        found: list[str] = []
+
+        def create() -> None:
+            title = f"{self.prefix}{self.group}"
+            report = group_report(comparison, self.group, title, self.settings.project, self.entity or "")
+            found.append(_within(FINISH_SECONDS, lambda: report.save().url))
+
+        self._guard(create)
+        return found[0] if found else None
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
         """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
@@ -127,11 +293,12 @@ class Tracker:
             self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
         self.waiting = {}
 
-    def _read_note(self) -> None:
+    def _read_note(self, anew: bool = False) -> None:
         """Who this W&B run is, and the last step that is safely there.
 
         A session that was killed offline has lost what W&B had not written yet, thousands of rows perhaps: its part is
-        thrown away, unless it was uploaded, and its steps are sent again.
+        thrown away, unless it was uploaded, and its steps are sent again. `anew`: and so is any other's, since this
+        session sends everything.
         """
         try:
             known = json.loads(self.note.read_text(encoding="utf-8"))
@@ -139,10 +306,10 @@ class Tracker:
             known = {}
         whole = isinstance(known, dict) and known.keys() >= {"id", "session", "began", "logged", "clean"}
         if not whole:
-            known = {"id": secrets.token_hex(4), "logged": 0, "clean": True}
+            known = {"id": secrets.token_hex(4), "session": "", "began": 0, "logged": 0, "clean": True}
         self.identity, self.logged = known["id"], known["logged"]
         self._sweep()
-        if not known["clean"] and self.mode == "offline":
+        if (anew or not known["clean"]) and self.mode == "offline":
             part = self.folder / "wandb" / known["session"]
             if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
                 # Renamed first: W&B's own process outlives a kill by a moment, and may still be writing there.
@@ -189,3 +356,85 @@ class Tracker:
             self.warn(f"W&B failed and is off for the rest of this run ({reason}); results are in {self.folder}")
             self.run = None
             self.mode = "off"
+
+
+def need_reports() -> None:
+    """Check that W&B Reports can be made.
+
+    Raises:
+        ModelError: the package for it is not installed; says how to get it.
+    """
+    need_package("wandb_workspaces", "a W&B Report", "report")
+
+
+def group_report(comparison: Comparison, group: str, title: str, project: str, entity: str) -> "Report":
+    """A W&B Report with the live panels of a group: curves, knots and gaps of its arms, and its comparison's tables.
+
+    Nothing is asked of a server. The run sets name no project, and so show the Report's own.
+    """
+    from wandb_workspaces.reports.v2 import interface as wr
+
+    # As text: a folder's name may hold both kinds of quotes, which the library does not get through its own objects.
+    in_group = f"Metric('Group') == {group!r} and Metric('JobType')"
+    grouped = [comparison.lines_by] if comparison.lines_by else []
+    scored = any(name.endswith("/test_score") for name in comparison.numbers)
+
+    def curves(*names: str) -> wr.PanelGrid:
+        return arms([wr.LinePlot(title=name, x="step", y=[name]) for name in names])
+
+    def arms(panels: list[Any]) -> wr.PanelGrid:
+        runs = wr.Runset(name="arms", filters=f"{in_group} != {COMPARISON!r}", groupby=grouped)
+        return wr.PanelGrid(runsets=[runs], panels=panels)
+
+    bars = ["final/test_loss", "gap/loss", *(["final/test_score", "gap/acc", "gap/ft"] if scored else [])]
+    bars += ["general/forgetting"] if any(name.endswith("/forgetting") for name in comparison.numbers) else []
+    shown: list[Any] = [
+        wr.WeavePanelSummaryTable(table_name=f"table/{name}", layout=wr.Layout(w=24, h=8)) for name in comparison.tables
+    ]
+    if comparison.figures:
+        names = [f"figure/{name}" for name in comparison.figures]
+        shown.append(wr.MediaBrowser(title="figures", media_keys=names, layout=wr.Layout(w=24, h=16)))
+    return wr.Report(
+        project=project,
+        entity=entity,
+        title=title[:128],
+        description="Made by cola.",
+        width="fluid",
+        blocks=[
+            # Items of a list and no Markdown: in an error's message an asterisk is an asterisk.
+            wr.UnorderedList(items=list(comparison.lines)),
+            wr.H2("Learning curves"),
+            curves("train/loss", "validation/loss", *(["validation/score"] if scored else [])),
+            wr.H2("Knots"),
+            curves(*(f"knot/{name}" for name in KNOT_PANELS)),
+            wr.H2("Test and gaps"),
+            arms([wr.BarPlot(title=name, metrics=[name]) for name in bars]),
+            wr.H2("Comparison"),
+            wr.PanelGrid(runsets=[wr.Runset(name=COMPARISON, filters=f"{in_group} == {COMPARISON!r}")], panels=shown),
+        ],
+    )
+
+
+def _within(seconds: float, action: Callable[[], str]) -> str:
+    """What an action returns or raises, if it comes to an end in time; wandb's public API tries for much longer.
+
+    Raises:
+        TimeoutError: it does not; it is left to itself and ends with the process at the latest.
+    """
+    results: list[str] = []
+    errors: list[Exception] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return results[0]

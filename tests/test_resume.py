@@ -395,7 +395,8 @@ def test_wandb_goes_on_with_the_same_run_and_gets_each_step_once(
     assert end(start(command, said)) == 0, said.read_text()
     [folder] = (tmp_path / "stopped").iterdir()
     curves = sent(folder)
-    assert sorted(curves) == ["chain3-seed0", "lora-seed0"]
+    assert sorted(curves) == ["chain3-seed0", "comparison", "lora-seed0"]
+    assert curves["comparison"].final["arm/lora/gap_loss"] == curves["lora-seed0"].final["gap/loss"]
     for arm, looks in (("lora", [4, 8, 9]), ("chain3", [4, 8, 9])):
         mine = curves[f"{arm}-seed0"]
         assert len(mine.ids) == 1
