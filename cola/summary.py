@@ -36,7 +36,7 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
     arms = {name: _arm(recipe, name, results) for name in recipe.arms}
     comparer = Comparer(recipe, folder, results, rng, damaged)
     for name in recipe.arms:
-        arms[name] |= comparer.against_full(name)
+        arms[name] |= comparer.against_full(name) | comparer.gaps(name)
     meta = folder.provenance()
     trials = _trials(recipe, folder, damaged)
     done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
@@ -204,6 +204,7 @@ class Comparer:
     ) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.results = results
         self.damaged = damaged
         self.unpaired: list[str] = []
         self.ok = {a: [s for s in recipe.seeds if results.get((a, s), {}).get("status") == "ok"] for a in recipe.arms}
@@ -226,6 +227,25 @@ class Comparer:
             closed = estimate(closed_share, three, self._rng("closed", name))
             no_gap = gap.excludes_zero and gap.value < 0
             found["closed"] = "no gap" if no_gap else _record(closed) if gap.excludes_zero else "undefined"
+        return found
+
+    def gaps(self, name: str) -> dict[str, Any]:
+        """Intervals of `gap_loss` and `gap_acc` of an arm, over seeds and test examples.
+
+        What was trained on is what it is: each seed's own loss and score on it are subtracted from those of its test
+        examples. How the gap would be with other training rows is not in it.
+        """
+        done = [(s, rows) for s in self.ok[name] if (rows := self.rows(name, s)) is not None]
+        found: dict[str, Any] = {}
+        for key, what, sign in (("gap_loss", "loss", -1), ("gap_acc", "score", 1)):
+            table = paired([[rows for _, rows in done]], by_loss=what == "loss") if done else None
+            train_S = [self.results[name, s]["evaluation"]["train"][what] for s, _ in done]
+            if table is None or None in train_S:
+                continue
+            # A loss comes as minus itself, so that both gaps are train - test of something of which more is better.
+            gap_1SN = sign * np.array(train_S)[None, :, None] - table.scores_ASN
+            gap = Table(gap_1SN, table.groups, table.weights)
+            found[f"{key}_interval"] = _record(estimate(lambda mean: mean, gap, self._rng(key, name)))
         return found
 
     def contrasts(self) -> list[dict[str, Any]]:

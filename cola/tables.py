@@ -119,14 +119,14 @@ def named_tables(summary: dict[str, Any]) -> dict[str, Table]:
                 table.rows.append([name, state, *[NONE] * (len(table.columns) - 2)])
             continue
         row = [spread(arm[f"{split}_loss"]) for split in SPLITS]
-        loss.rows.append([name, *row, spread(arm["gap_loss"], signed=True)])
+        loss.rows.append([name, *row, _gap(arm, "gap_loss")])
         if forgets:
             loss.rows[-1].append(spread(arm["forgetting"], signed=True))
         if summary["metric"] == "perplexity":
             perplexity = f"{math.exp(arm['test_loss']['mean']):.2f}"
             loss.rows[-1] += [perplexity, interval(arm.get("ft_gap")), interval(arm.get("closed"))]
         row = [spread(arm[f"{split}_score"]) for split in SPLITS]
-        row += [spread(arm["gap_acc"], signed=True), interval(arm.get("ft_gap")), interval(arm.get("closed"))]
+        row += [_gap(arm, "gap_acc"), interval(arm.get("ft_gap")), interval(arm.get("closed"))]
         score.rows.append([name, *row])
         trained, steps, time = cost_cells(arm)
         rate, scored = _range(arm["learning_rate"]), _range(arm["scored_step"])
@@ -535,6 +535,12 @@ def spread(number: dict[str, Any] | None, signed: bool = False) -> str:
         return NONE
     mean = f"{number['mean']:+.3f}" if signed else f"{number['mean']:.3f}"
     return mean if number["sd"] is None else f"{mean} ± {number['sd']:.3f}"
+
+
+def _gap(arm: dict[str, Any], key: str) -> str:
+    """A gap with its interval; where it has none, with its spread over seeds."""
+    found = arm.get(f"{key}_interval")
+    return interval(found) if found and found["low"] is not None else spread(arm[key], signed=True)
 
 
 def interval(number: dict[str, Any] | str | None) -> str:

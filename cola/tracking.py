@@ -13,6 +13,7 @@ seed:
 Of the comparison, in its summary; what a run does not have is not there:
 
     arm/ARM/{test_score,test_loss,gap_loss,gap_acc,forgetting}    means over seeds
+    arm/ARM/{gap_loss,gap_acc}_{low,high}                         their 95 % intervals
     arm/ARM/{ft_gap,closed} and each with _low, _high             `closed` may be text: undefined, no gap
     contrast/FIRST-SECOND/{value,low,high,p,p_holm,minimum_detectable,n_seeds,claim}
     verdict                                                       the sentences that the terminal says
@@ -80,6 +81,9 @@ def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
     found: dict[str, Any] = {}
     for name, arm in summary["arms"].items():
         found |= {f"arm/{name}/{key}": arm[key]["mean"] for key in ARM_MEANS if arm.get(key) is not None}
+        for key in ("gap_loss", "gap_acc"):
+            if (ends := arm.get(f"{key}_interval")) is not None:
+                found |= {f"arm/{name}/{key}_{end}": ends[end] for end in ("low", "high")}
         for key in ("ft_gap", "closed"):
             number = arm.get(key)
             if isinstance(number, str):

@@ -176,6 +176,28 @@ def test_the_interval_of_ft_gap_is_scipys(run: ByHand) -> None:
     assert gap["high"] == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
 
 
+def test_the_interval_of_a_gap_is_that_of_the_test_examples_less_what_was_trained_on(run: ByHand) -> None:
+    scores, losses = rng(3).permutation(first_right(90)), rng(4).uniform(0.5, 3.0, 200)
+    run.ok("lora", 0, scores.tolist(), train=[1.0, 1.0, 1.0, 0.0], train_loss=0.2, test_loss=losses.tolist())
+    arm = run.summary(recipe())["arms"]["lora"]
+    for key, values in (("gap_acc", 0.75 - scores), ("gap_loss", losses / 2 - 0.2)):
+        low, high = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
+        found = arm[f"{key}_interval"]
+        assert found["value"] == pytest.approx(arm[key]["mean"]) == pytest.approx(values.mean())
+        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
+    assert result_tables(run.summary(recipe()))[0].rows[1][4].startswith(f"{arm['gap_loss']['mean']:+.3f} [")
+
+
+def test_seeds_whose_gaps_differ_widen_its_interval(run: ByHand) -> None:
+    for seed, train_loss in enumerate((0.1, 0.4, 0.9, 0.2)):
+        run.ok("lora", seed, first_right(100), train_loss=train_loss, test_loss=[2.0] * 200)
+    found = run.summary(recipe(seeds=range(4)))["arms"]["lora"]["gap_loss_interval"]
+    gaps = 1.0 - np.array([0.1, 0.4, 0.9, 0.2])
+    assert found["se"] == pytest.approx(stats.sem(gaps))
+    low, high = stats.t.interval(0.95, 3, gaps.mean(), stats.sem(gaps))
+    assert found["high"] - found["low"] == pytest.approx(high - low, rel=0.2)
+
+
 def test_over_seeds_the_table_has_mean_and_sample_standard_deviation(run: ByHand) -> None:
     for seed, right in ((0, 90), (1, 100), (2, 140)):
         run.ok("lora", seed, first_right(right))
