@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def save(figure: Figure, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+@lru_cache(maxsize=16)  # the page and the file of a figure are one drawing
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
@@ -176,7 +178,7 @@ def _new(height: float, width: float = WIDE) -> Figure:
 def _settle(figure: Figure) -> Figure:
     """Fix the layout, which else each of several files would compute again, and the ground on which labels are laid."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # "none" would leave a stand-in, for which each file draws once more
     return figure
 
 

@@ -31,6 +31,7 @@ from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
 
 RESULT_KEYS = ("status", "run_info")
+SCORE_KEYS = {"id", "loss", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
 FORMAT = 3  # of result.json and summary.json, see docs/results.md
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
@@ -149,8 +150,16 @@ class RunFolder:
         return read_json(self.path / "provenance.json", ("recipe", "model", "data", "rows"))
 
     def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
-        """Per-example results of one arm, seed and split."""
-        return read_jsonl(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl")
+        """Per-example results of one arm, seed and split.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        path = self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl"
+        rows = read_jsonl(path)
+        if any(not isinstance(row, dict) or not row.keys() >= SCORE_KEYS for row in rows):
+            raise _damaged(path, f"a row lacks {', '.join(sorted(SCORE_KEYS))}")
+        return rows
 
     def start_job(self, job: Job) -> Path:
         """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""

@@ -233,18 +233,30 @@ def test_cut_off_weights_are_refused(recipe_file: Path, tiny_folder: Path, tmp_p
     ("name", "text"),
     [
         ("scores/test.jsonl", '{"id": "test-1"}\n'),
-        ("scores/test.jsonl", "not json\n"),
-        ("result.json", "{}"),
+        ("metrics.jsonl", "not json\n"),
         ("result.json", "{"),
-        ("../../../provenance.json", "[]"),
     ],
 )
-def test_a_damaged_result_is_named(recipe_file: Path, tmp_path: Path, name: str, text: str) -> None:
+def test_a_damaged_file_of_one_arm_is_named_on_terminal_and_page_beside_the_other_arms_numbers(
+    recipe_file: Path, tmp_path: Path, name: str, text: str
+) -> None:
     arms = ("arms.full=null", "arms.base=null")
     assert cola("run", recipe_file, "--run-folder", tmp_path / "run", *arms).exit_code == 0
     (tmp_path / "run/summary.json").unlink()
     assert cola("report", tmp_path / "run").exit_code == 0  # the summary is rebuilt from the results
     (tmp_path / "run/arms/chain3/seed-0" / name).write_text(text)
+    result = cola("report", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "run/report.html").read_text()
+    assert f"chain3/seed-0/{name} is damaged (" in page
+    if name != "metrics.jsonl":  # which is only drawn
+        assert f"chain3/seed-0/{name} is damaged (" in "".join(result.output.split("\n")).replace("  ", " ")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["arms"]["lora"]["n_seeds"] == 1
+
+
+def test_a_damaged_provenance_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
+    assert cola("run", recipe_file, "--run-folder", tmp_path / "run", "arms.full=null").exit_code == 0
+    (tmp_path / "run/provenance.json").write_text("[]")
     result = cola("report", tmp_path / "run")
     assert result.exit_code == 2
     assert "damaged" in result.stderr

@@ -347,7 +347,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[-1]["errors"] = {"1": EVIL}
     summary = {"name": "links", "interrupted": True, "keys": ["arms.chain3.links"], "points": points, "rows": rows}
     summary |= {"metric": "exact match", "matched": {"by": "steps", "per_link": False}, "protocol": "fixed"}
-    summary |= {"trained_steps": 180, "recalled_steps": 90, "errors": {}}
+    summary |= {"trained_steps": 180, "recalled_steps": 90, "errors": {}, "damaged": []}
     for point in points:
         (folder / "points" / point["folder"]).mkdir(parents=True)
         (folder / "points" / point["folder"] / "report.html").touch()

@@ -18,12 +18,12 @@ from test_architectures import make
 from test_run import go, quiet, result
 from test_store import cola, one_line
 
-from cola.compare import summarize
 from cola.learned import Learned, Matrices, sampled
 from cola.recipe_file import read_recipe
 from cola.record import RunFolder
 from cola.run import run
 from cola.spectra import summarized
+from cola.summary import summarize
 from cola.tables import overlap_table, spectra_table
 from cola.terminal import Terminal
 

@@ -203,7 +203,7 @@ def test_a_finished_run_leaves_its_comparison_as_a_run_of_the_group(finished: tu
         written = json.loads((part / "files" / final[f"table/{name}.path"]).read_text())
         assert written["columns"] == table.columns
         assert written["data"] == typed_rows(table)
-    assert {"loss", "score", "cost", "contrasts", "knots"} <= {
+    assert {"arms", "loss", "cost", "contrasts", "knots"} <= {
         name.split("/")[1].removesuffix(".path") for name in final if name.startswith("table/") and ".path" in name
     }
     assert "<svg" in (part / "files" / final["figure/curves.path"]).read_text()
@@ -214,7 +214,9 @@ def test_the_page_is_an_artifact_whose_copies_lie_in_the_run_folder(finished: tu
     [part] = parts(folder)
     [artifact] = [r["artifact"] for r in records(part) if r["type"] == "artifact" and r["artifact"]["type"] == "report"]
     files = {one["path"]: Path(one["local_path"]) for one in artifact["manifest"]["contents"]}
-    assert files.keys() == {"report.html", "recipe.yaml", "summary.json"}
+    drawn = {str(path.relative_to(folder)) for path in folder.glob("*/*") if path.parent.name in ("figures", "tables")}
+    assert {"figures/curves.svg", "figures/curves.pdf", "tables/arms.csv", "tables/arms.tex"} <= drawn
+    assert files.keys() == {"report.html", "recipe.yaml", "summary.json"} | drawn
     assert all(part in path.parents for path in files.values())
     assert files["report.html"].read_text() == (folder / "report.html").read_text()
     told, summary = (json.loads(path.read_text()) for path in (files["summary.json"], folder / "summary.json"))
@@ -375,7 +377,7 @@ def test_a_report_has_the_verdict_the_live_panels_of_the_group_and_the_compariso
     ]
     text = json.dumps(panels(compared))
     assert all(f"table/{name}" in text for name in comparison.tables)
-    assert panels(compared)[-1]["config"]["mediaKeys"] == ["figure/curves"]
+    assert panels(compared)[-1]["config"]["mediaKeys"] == [f"figure/{name}" for name in comparison.figures]
     for grid, op in ((curves, "!="), (knots, "!="), (gaps, "!="), (compared, "=")):
         [runs] = grid["metadata"]["runSets"]
         conditions = [(c["key"]["name"], c["op"], c["value"]) for c in runs["filters"]["filters"]]
