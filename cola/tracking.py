@@ -251,7 +251,8 @@ class Tracker:
                 with artifact.new_file(name, encoding="utf-8") as opened:
                     opened.write(file)
             elif file.is_dir():
-                artifact.add_dir(str(file), name, skip_cache=True)
+                for path in sorted(file.iterdir()):  # add_dir would say so on the terminal
+                    artifact.add_file(str(path), f"{name}/{path.name}", skip_cache=True)
             else:
                 artifact.add_file(str(file), name, skip_cache=True)
         return artifact
