@@ -36,9 +36,8 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := moments.get(f"{name}.{key}")) is not None:
-                # AdamW keeps its step count on the CPU.
-                where = value.device if key == "step" else parameter.device
-                optimizer.optimizer.state[parameter][key] = value.to(where, copy=True)
+                # The fused AdamW keeps its step count where its weights are.
+                optimizer.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
     if accelerator.scaler is not None:
         scaler = accelerator.scaler.state_dict()
         # Whole numbers come back from their tensors as such: PyTorch insists on it.

@@ -268,9 +268,9 @@ def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Termina
 
 
 def device_description() -> str:
-    """What computes: the GPU's name and CUDA's version, or the CPU."""
+    """What computes: the GPU and CUDA's version, or the CPU and its threads, whose number moves the last bits."""
     if not torch.cuda.is_available():
-        return "cpu"
+        return f"cpu, threads: {torch.get_num_threads()}"
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
