@@ -7,18 +7,18 @@ export OMP_NUM_THREADS=1
 COLA=${COLA:-cola}
 
 generator() { # NAME OPTIONS PROMPT
-  $COLA run $recipe "name=scout-$1" "data.reasoning_gym={name: $1, options: $2}" "data.prompt=$3"
+  $COLA run $recipe "name=scout-$1" "data.reasoning_gym={name: $1, options: $2}" "data.prompt='$3'"
 }
 
 {
   generator chain_sum "{min_terms: 3, max_terms: 3, min_digits: 2, max_digits: 2}" "{metadata.expression} ="
   generator products "{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}" "{metadata.expression} ="
-  $COLA run $recipe name=scout-trec data.files="{train: ../shared/data/trec/train.jsonl, validation: ../shared/data/trec/validation.jsonl, test: ../shared/data/trec/test.jsonl}" \
-    "data.prompt={text} ->" "data.answer={label} {fine_label}"
+  $COLA run $recipe name=scout-trec "data.prompt='{text} ->'" "data.answer='{label} {fine_label}'" \
+    "data.files={train: ../shared/data/trec/train.jsonl, validation: ../shared/data/trec/validation.jsonl, test: ../shared/data/trec/test.jsonl}"
 } &
 {
   generator spell_backward "{min_word_len: 3, max_word_len: 10}" "{metadata.word} ->"
-  generator number_sequence "{}" "{question}"
-  generator letter_counting "{min_words: 3, max_words: 8}" "{question}"
+  generator lcm "{min_numbers: 2, max_numbers: 2, min_value: 2, max_value: 30}" "lcm {metadata.numbers} ="
+  generator simple_equations "{min_terms: 2, max_terms: 3, max_value: 12}" "{metadata.equation}, {metadata.variable} ="
 } &
 wait
