@@ -245,7 +245,11 @@ def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> No
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"override {override!r}: write dotted.key=value, for example training.epochs=2")
-    value, _ = _parse(text, f"override {dotted!r}") if text.strip() else (None, {})
+    try:
+        value, _ = _parse(text, f"override {dotted!r}") if text.strip() else (None, {})
+    except RecipeError as error:
+        # The shell takes one pair of quotes away.
+        raise RecipeError(f"{error}; text with braces or colons is quoted for YAML too: \"{dotted}='...'\"") from None
     keys = dotted.split(".")
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):

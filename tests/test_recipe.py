@@ -633,6 +633,7 @@ def test_epochs_and_steps_replace_one_another(read: Read) -> None:
         ("=3", "write dotted.key=value"),
         ("", "write dotted.key=value"),
         ("training.epochs=[1", "not valid YAML"),
+        ("data.prompt={question} =", "text with braces or colons is quoted for YAML too: \"data.prompt='...'\""),
         ("training.epoch=3", "training.epoch: unknown key; did you mean epochs?"),
         ("lora_r=4", "lora_r: unknown key; here it is link.rank"),
         ("name.first=x", "name has no keys below it"),
