@@ -231,7 +231,7 @@ def warm_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 
 
 @pytest.fixture(scope="session")
-def many_arms(tmp_path_factory: pytest.TempPathFactory, warm_folder: Path, colours: Path) -> Path:
+def many_arms(tmp_path_factory: pytest.TempPathFactory, warm_folder: Path, colours: Path, prose: Path) -> Path:
     """The folder of a run with every kind of arm that an export treats in its own way."""
     return run_once(
         tmp_path_factory.mktemp("many-arms"),
@@ -247,6 +247,7 @@ data:
 training: {{epochs: 3, batch_size: 4, learning_rate: 2e-2}}
 link: {{rank: 4}}
 arms: {ARMS}
+evaluation: {{general_text: {prose}}}
 seeds: [0]
 tracking: {{wandb: off}}
 output: {tmp_path_factory.mktemp("runs")}

@@ -1,13 +1,14 @@
 """Ablations of chain length and other keys, on a tiny random Qwen2. Run: pytest tests/test_ablate.py"""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_cli import cola
 from test_run import quiet, result
 
 from cola.ablate import ablate
@@ -89,16 +90,16 @@ def test_an_ablation_that_cannot_be_is_refused_before_anything_runs(
         points_of(recipe_file, keys, paired)
 
 
-def test_growing_a_chain_trains_each_link_once_and_length_five_tomorrow_trains_one(recipe_file: Path) -> None:
+def test_growing_a_chain_trains_each_link_once_and_length_four_tomorrow_trains_one(recipe_file: Path) -> None:
     grow = ["training.protocol=grow", "training.epochs=1", *SMALL]
-    folder, summary = run_points(recipe_file, "arms.chain3.links=1,2,3,4", *grow)
+    folder, summary = run_points(recipe_file, "arms.chain3.links=1,2,3", *grow)
     # 24 rows in batches of 8: 3 steps a link. LoRA is the chain of one link.
-    assert fresh_steps(folder) == summary["trained_steps"] == 4 * 3
-    assert [row["steps"] for row in summary["rows"]] == [3, 3, 6, 9, 12]
-    again, more = run_points(recipe_file, "arms.chain3.links=1,2,3,4,5", *grow)
+    assert fresh_steps(folder) == summary["trained_steps"] == 3 * 3
+    assert [row["steps"] for row in summary["rows"]] == [3, 3, 6, 9]
+    again, more = run_points(recipe_file, "arms.chain3.links=1,2,3,4", *grow)
     assert fresh_steps(again) == 3
     assert again.path != folder.path
-    assert [row["test_loss"] for row in more["rows"]][:5] == [row["test_loss"] for row in summary["rows"]]
+    assert [row["test_loss"] for row in more["rows"]][:4] == [row["test_loss"] for row in summary["rows"]]
 
 
 def test_with_fixed_steps_the_common_beginnings_are_trained_once(recipe_file: Path) -> None:
@@ -160,34 +161,32 @@ def test_a_point_that_cannot_be_run_does_not_keep_the_others_from_it(recipe_file
 
 
 def test_an_ablation_that_is_stopped_goes_on_in_its_folder(recipe_file: Path) -> None:
-    keys = ["arms.chain3.links=1,2,3", "training.protocol=grow", "training.epochs=40", *SMALL]
+    keys = ["arms.chain3.links=1,2,3", "training.protocol=grow", "training.epochs=10", *SMALL]
     command = [sys.executable, "-m", "cola", "ablate", str(recipe_file), *keys]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("point 2 of 3"):
-            process.send_signal(signal.SIGTERM)
-            break
-    said = process.stdout.read()
-    assert process.wait(timeout=60) == 75, said
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("point 2 of 3"):
+                process.send_signal(signal.SIGTERM)
+                break
+        said = process.stdout.read()
+    assert process.returncode == 75, said
     assert "interrupted" in said
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = cola("ablate", recipe_file, *keys)
+    assert done.exit_code == 0, done.output
     assert "point 1 of 3: chain3.links=1: finished before" in done.stdout
     runs = read_recipe(recipe_file).output
     assert len(list(Path(runs).glob("tiny-ablation-*"))) == 1
 
 
-def test_cola_report_builds_the_page_of_an_ablation_again(recipe_file: Path) -> None:
+def test_cola_report_builds_the_page_of_an_ablation_again(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,2", *SMALL)
     page = write_ablation(folder, summary)
     before = page.read_bytes()
     page.unlink()
-    environment = {**os.environ, "COLUMNS": "160"}
-    done = subprocess.run(
-        [sys.executable, "-m", "cola", "report", str(folder.path)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("COLUMNS", "160")
+    done = cola("report", folder.path)
+    assert done.exit_code == 0, done.output
     assert "chain3.links" in done.stdout
     assert page.read_bytes() == before
 
@@ -227,18 +226,20 @@ def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
     assert [row["values"]["model.dtype"] for row in summary["rows"] if row["arm"] == "lora"] == ["float32", "bfloat16"]
 
 
-@pytest.mark.parametrize("damage", ["[]", '{"rows": []}', "", '{"format": 1}', '{"format": 2}'])
-def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path, damage: str) -> None:
-    keys = ["arms.chain3.links=1,2", *SMALL]
-    folder, _ = run_points(recipe_file, *keys)
-    (folder.path / "ablation.json").write_text(damage)
-    done = subprocess.run([sys.executable, "-m", "cola", "report", str(folder.path)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    again, summary = run_points(recipe_file, *keys)
-    assert again.path != folder.path
-    assert summary["finished"]
+def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path) -> None:
+    points = points_of(recipe_file, ["arms.chain3.links=1,2", *SMALL], paired=False)
+    folder = AblationFolder.take(points)
+    ablate(points, folder, quiet())
+    for damage in ("[]", '{"rows": []}', "", '{"format": 1}', '{"format": 2}'):
+        (folder.path / "ablation.json").write_text(damage)
+        done = cola("report", folder.path)
+        assert done.exit_code == 2, damage
+        assert done.stderr.startswith("error: "), damage
+        assert done.stderr.count("\n") == 1, damage
+        other = AblationFolder.take(points)
+        assert other.path != folder.path, damage
+        shutil.rmtree(other.path)
+    assert ablate(points, AblationFolder.take(points), quiet())["finished"]
 
 
 def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_file: Path) -> None:

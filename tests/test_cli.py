@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from test_run import go
 from typer.testing import CliRunner, Result
 
 from cola.cli import app
@@ -229,33 +230,26 @@ def test_cut_off_weights_are_refused(recipe_file: Path, tiny_folder: Path, tmp_p
     assert nothing_left(recipe_file)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("scores/test.jsonl", '{"id": "test-1"}\n'),
-        ("metrics.jsonl", "not json\n"),
-        ("result.json", "{"),
-    ],
-)
-def test_a_damaged_file_of_one_arm_is_named_on_terminal_and_page_beside_the_other_arms_numbers(
-    recipe_file: Path, tmp_path: Path, name: str, text: str
+def test_a_damaged_file_of_a_run_is_named_and_only_where_all_needs_it_the_report_is_refused(
+    recipe_file: Path, tmp_path: Path
 ) -> None:
     arms = ("arms.full=null", "arms.base=null")
-    assert cola("run", recipe_file, "--run-folder", tmp_path / "run", *arms).exit_code == 0
+    go(recipe_file, *arms, folder=tmp_path / "run")
     (tmp_path / "run/summary.json").unlink()
     assert cola("report", tmp_path / "run").exit_code == 0  # the summary is rebuilt from the results
-    (tmp_path / "run/arms/chain3/seed-0" / name).write_text(text)
-    result = cola("report", tmp_path / "run")
-    assert result.exit_code == 0, result.output
-    page = (tmp_path / "run/report.html").read_text()
-    assert f"chain3/seed-0/{name} is damaged (" in page
-    if name != "metrics.jsonl":  # which is only drawn
-        assert f"chain3/seed-0/{name} is damaged (" in "".join(result.output.split("\n")).replace("  ", " ")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["arms"]["lora"]["n_seeds"] == 1
-
-
-def test_a_damaged_provenance_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
-    assert cola("run", recipe_file, "--run-folder", tmp_path / "run", "arms.full=null").exit_code == 0
+    seed = tmp_path / "run/arms/chain3/seed-0"
+    damages = {"scores/test.jsonl": '{"id": "test-1"}\n', "metrics.jsonl": "not json\n", "result.json": "{"}
+    for name, text in damages.items():
+        whole = (seed / name).read_text()
+        (seed / name).write_text(text)
+        result = cola("report", tmp_path / "run")
+        assert result.exit_code == 0, result.output
+        says = f"chain3/seed-0/{name} is damaged ("
+        assert says in (tmp_path / "run/report.html").read_text()
+        if name != "metrics.jsonl":  # which is only drawn
+            assert says in "".join(result.output.split("\n")).replace("  ", " ")
+        assert json.loads((tmp_path / "run/summary.json").read_text())["arms"]["lora"]["n_seeds"] == 1, name
+        (seed / name).write_text(whole)
     (tmp_path / "run/provenance.json").write_text("[]")
     result = cola("report", tmp_path / "run")
     assert result.exit_code == 2

@@ -695,10 +695,8 @@ def test_ctrl_c_in_the_middle_leaves_no_half_folder(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def without_bitsandbytes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def without_bitsandbytes(folder: Path) -> dict[str, str]:
     """The environment of a Python that has everything but bitsandbytes."""
-    folder = tmp_path_factory.mktemp("packages")
     for place in filter(None, sys.path):
         for path in Path(place).iterdir() if "site-packages" in place else ():
             if not path.name.startswith("bitsandbytes"):
@@ -707,24 +705,33 @@ def without_bitsandbytes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{folder}"}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["export", "RUN", "--arm", "chain3", "--as", "merged", "--quantization", "nf4"],
-        ["export", "RUN", "--arm", "nf4", "--as", "merged"],
-        ["eval", "RUN", "--arm", "nf4", "--data", "RUN"],
-    ],
-)
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
-    many_arms: Path, tmp_path: Path, without_bitsandbytes: dict[str, str], words: list[str]
+    many_arms: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    command = [str(many_arms) if word == "RUN" else word for word in words]
-    command += ["--to", str(tmp_path / "out")] if words[0] == "export" else []
-    # -S: without the folder of installed packages, which PYTHONPATH replaces.
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "cola", *command], capture_output=True, text=True, env=without_bitsandbytes
+    out = ["--to", str(tmp_path / "out")]
+    commands = [
+        ["export", str(many_arms), "--arm", "chain3", "--as", "merged", "--quantization", "nf4", *out],
+        ["export", str(many_arms), "--arm", "nf4", "--as", "merged", *out],
+        ["eval", str(many_arms), "--arm", "nf4", "--data", str(many_arms)],
+    ]
+    # One Python for all of them, which imports for seconds; each line of its output is what a command came to.
+    code = (
+        "import json, sys; from typer.testing import CliRunner; from cola.cli import app\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    done = CliRunner().invoke(app, words)\n"
+        "    print(json.dumps([done.exit_code, done.stderr]))"
     )
-    assert done.returncode == 2, done.stderr
-    [line] = done.stderr.strip().splitlines()
-    assert "quantization: nf4 needs the package bitsandbytes: pip install 'chain-of-lora[quantized]'" in line
+    # -S: without the folder of installed packages, which PYTHONPATH replaces.
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        env=without_bitsandbytes(tmp_path_factory.mktemp("packages")),
+    )
+    assert ran.returncode == 0, ran.stderr
+    for words, line in zip(commands, ran.stdout.splitlines(), strict=True):
+        exit_code, stderr = json.loads(line)
+        assert exit_code == 2, (words, stderr)
+        [said] = stderr.strip().splitlines()
+        assert "quantization: nf4 needs the package bitsandbytes: pip install 'chain-of-lora[quantized]'" in said, words
     assert not list(tmp_path.iterdir())

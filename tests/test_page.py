@@ -9,18 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
-from cola.figures import NAMES, Look, clipped, costs_of, figures_of, looks, p_text, pareto, svg
+from cola.figures import NAMES, Look, clipped, costs_of, figures_of, looks, p_text, pareto, save, svg
 from cola.report import page_states, page_tables, write_ablation, write_report
 from cola.tables import NONE, Table, sort_key
 from cola.terminal import duration
@@ -129,6 +131,23 @@ def test_every_figure_and_table_is_a_file_for_a_paper(pages: dict[str, Path]) ->
         with (folder / "tables" / f"{name}.csv").open(newline="") as file:
             assert list(csv.reader(file)) == [table.columns, *table.rows]
         assert (folder / "tables" / f"{name}.tex").read_text() == table.latex(name)
+
+
+@pytest.mark.parametrize("words", ["finer − β", "кость"])
+def test_a_pdf_holds_its_words_as_text_and_the_fonts_of_their_letters(tmp_path: Path, words: str) -> None:
+    figure = Figure()
+    figure.text(0, 0, words)
+    figure.text(0, 0.5, "claim", weight="bold")
+    save(figure, tmp_path / "words.pdf")
+    pdf = (tmp_path / "words.pdf").read_bytes()
+    streams = [zlib.decompress(part) for part in re.findall(rb"stream\n(.*?)\nendstream", pdf, re.DOTALL)]
+    # Which letter a glyph is: what is searched for, and copied.
+    ranges = [codes for text in streams for codes in re.findall(rb"^<\w+> <\w+> \[(.*)\]", text, re.MULTILINE)]
+    assert {chr(int(code, 16)) for codes in ranges for code in re.findall(rb"\w+", codes)} == {*words, *"claim"}
+    fonts = [TTFont(io.BytesIO(part)) for part in streams if part.startswith(b"\0\1\0\0")]
+    assert len(fonts) == pdf.count(b"/FontFile2")
+    assert {font["OS/2"].usWeightClass for font in fonts} == {400, 700}
+    assert {font["name"].getDebugName(1) for font in fonts} == {"DejaVu Sans"}
 
 
 def test_the_same_results_give_the_same_bytes(pages: dict[str, Path], tmp_path: Path) -> None:

@@ -202,30 +202,31 @@ def test_what_is_finished_is_not_trained_again(recipe_file: Path) -> None:
     assert json.loads(chain.read_text())["evaluation"] == first["evaluation"]
 
 
+# A real `cola`: the signal comes to a process that nothing of the tests has prepared.
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Path, stop: signal.Signals) -> None:
-    command = [sys.executable, "-m", "cola", "run"]
-    long = ["training.epochs=100", "evaluation.every=never", "arms.full=null"]
-    process = subprocess.Popen(
-        [*command, str(recipe_file), *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("chain3 seed 0: scoring") or ("step" in line and line.startswith("chain3")):
-            process.send_signal(stop)
-            break
-    said += process.stdout.readlines()
-    assert process.wait(timeout=60) == 75, "".join(said)
+    from test_cli import cola
+
+    command = [sys.executable, "-m", "cola", "run", str(recipe_file)]
+    command += ["training.epochs=30", "evaluation.every=never", "arms.full=null"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("chain3 seed 0: scoring") or ("step" in line and line.startswith("chain3")):
+                process.send_signal(stop)
+                break
+        said += process.stdout.readlines()
+    assert process.returncode == 75, "".join(said)
     assert "Traceback" not in "".join(said)
     resume = next(line for line in said if "cola run --resume" in line).split("cola run ")[1].split()
     folder = Path(resume[1])
     assert json.loads((folder / "arms/chain3/seed-0/result.json").read_text())["status"] == "interrupted"
     assert json.loads((folder / "arms/lora/seed-0/result.json").read_text())["status"] == "ok"
     assert (folder / "report.html").exists()
-    done = subprocess.run([*command, *resume], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = cola("run", *resume)
+    assert done.exit_code == 0, done.output
     assert json.loads((folder / "arms/chain3/seed-0/result.json").read_text())["status"] == "ok"
 
 
@@ -259,12 +260,14 @@ def test_recomputed_activations_change_no_result(recipe_file: Path) -> None:
 
 def test_two_processes_do_not_work_in_one_folder(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
-    command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
+    from test_cli import cola
+
     with folder.lock():
+        command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "another process is at work in this run" in done.stderr
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert cola("run", "--resume", folder.path).exit_code == 0
 
 
 def test_a_resumed_run_goes_on_with_the_recipe_it_began_with(recipe_file: Path) -> None:

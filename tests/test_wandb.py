@@ -125,7 +125,9 @@ def cola(*words: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, colours: Path) -> tuple[Path, Result]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, colours: Path, prose: Path
+) -> tuple[Path, Result]:
     """A run of `cola run`, offline, and what it said."""
     folder = tmp_path_factory.mktemp("wandb")
     recipe = folder / "tiny.yaml"
@@ -144,6 +146,7 @@ arms:
   lora: {{links: 1}}
   full: {{method: full, learning_rate: 1e-3}}
 comparison: {{primary: [lora, full]}}
+evaluation: {{general_text: {prose}}}
 seeds: [0, 1]
 tracking: {{wandb: auto}}
 output: {folder}
