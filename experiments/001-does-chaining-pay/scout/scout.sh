@@ -12,13 +12,11 @@ generator() { # NAME OPTIONS PROMPT
 
 {
   generator chain_sum "{min_terms: 2, max_terms: 2, min_digits: 2, max_digits: 2}" "{metadata.expression} ="
-  generator products "{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}" "{metadata.expression} ="
   $COLA run $recipe name=scout-trec "data.prompt='{text} ->'" "data.answer='{label} {fine_label}'" \
     "data.files={train: ../shared/data/trec/train.jsonl, validation: ../shared/data/trec/validation.jsonl, test: ../shared/data/trec/test.jsonl}"
 } &
 {
   generator number_sequence "{}" "{question}"
   generator lcm "{min_numbers: 2, max_numbers: 2, min_value: 2, max_value: 30}" "lcm {metadata.numbers} ="
-  generator simple_equations "{min_terms: 2, max_terms: 3, max_value: 12}" "{metadata.equation}, {metadata.variable} ="
 } &
 wait
