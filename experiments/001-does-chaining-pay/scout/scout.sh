@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The scout of study 001: one recipe, six candidates, two at a time on one thread each. Goes on where it was stopped.
+# The scout of study 001: one recipe, five candidates, two at a time on one thread each (two more were given up after their
+# trials: results/given-up.json). Goes on where it was stopped.
 # Run from the project's root: experiments/001-does-chaining-pay/scout/scout.sh
 set -uo pipefail
 recipe=experiments/001-does-chaining-pay/scout/scout.yaml
@@ -18,5 +19,6 @@ generator() { # NAME OPTIONS PROMPT
 {
   generator number_sequence "{}" "{question}"
   generator lcm "{min_numbers: 2, max_numbers: 2, min_value: 2, max_value: 30}" "lcm {metadata.numbers} ="
+  generator simple_equations "{max_terms: 2, max_value: 12}" "{metadata.equation}, {metadata.variable} ="
 } &
 wait
