@@ -18,7 +18,7 @@ generator() { # NAME OPTIONS PROMPT
 } &
 {
   generator number_sequence "{}" "{question}"
-  generator lcm "{min_numbers: 2, max_numbers: 2, min_value: 2, max_value: 30}" "lcm {metadata.numbers} ="
+  generator lcm "{min_numbers: 2, max_numbers: 2, min_value: 2, max_value: 30}" "lcm {metadata.numbers.0} {metadata.numbers.1} ="
   generator simple_equations "{max_terms: 2, max_value: 12}" "{metadata.equation}, {metadata.variable} ="
 } &
 wait
