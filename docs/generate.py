@@ -13,6 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from study import STUDY
+from study import page as study_page
 
 from cola import recipe
 from cola.tables import result_tables, verdict
@@ -290,6 +292,7 @@ def main() -> int:
         ROOT / "README.md": filled(ROOT / "README.md", "quickstart", quickstart()),
         STORE / "README.md": filled(STORE / "README.md", "cost", cost_of_the_store()),
         ROOT / "docs/precision.md": precision(),
+        STUDY / "README.md": study_page(fill),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:

@@ -16,7 +16,7 @@ def without_task(name: str) -> dict[str, Any]:
     """A recipe of the study without what makes it that task's."""
     values = yaml.safe_load((STUDY / f"{name}.yaml").read_text())
     assert values.pop("name") == f"001-{name}"
-    values["data"] = {"rows": values["data"]["rows"], "task": values["data"]["task"]}
+    values["data"] = {"task": values["data"]["task"]}
     return values
 
 
