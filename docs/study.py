@@ -11,7 +11,8 @@ STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 
 def scout() -> str:
     """What the scout found on each candidate."""
-    found: dict[str, Any] = json.loads((STUDY / "scout/results/candidates.json").read_text())
+    record: dict[str, Any] = json.loads((STUDY / "scout/results/candidates.json").read_text())
+    found = record["candidates"]
     table = Table(
         "",
         ["candidate", "base", "LoRA r 8 (learning rate)", "full (learning rate)", "full − LoRA", "mean", "detectable"],
@@ -28,7 +29,8 @@ def scout() -> str:
     return (
         "Exact match on test, one number per seed ([candidates.json](scout/results/candidates.json)); *detectable* is "
         "the smallest true difference that six seeds and 500 rows of one task would mostly tell from 0, by the scout's "
-        f"variances.\n\n{table.markdown()}\n"
+        f"variances.\n\n{table.markdown()}\n\nSo the tasks are {', '.join(record['chosen'])}. The mean over the three could "
+        f"detect a gain of {record['detectable']:.3f}.\n"
     )
 
 

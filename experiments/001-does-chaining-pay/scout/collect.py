@@ -50,8 +50,16 @@ def main(paths: list[Path]) -> None:
             full["test_score"] - lora["test_score"]
             for full, lora in zip(one["arms"]["full"]["seeds"], one["arms"]["lora"]["seeds"], strict=True)
         ]
-        one["detectable"] = se * float(stdtrit(SEEDS - 1, 0.975) + stdtrit(SEEDS - 1, POWER))
-    (HERE / "results/candidates.json").write_text(json.dumps(found, indent=1) + "\n")
+        one["se"], one["detectable"] = se, detectable(se, SEEDS - 1)
+    chosen = sorted(found, key=lambda name: -sum(found[name]["gain"]))[:TASKS]
+    together = float(np.sqrt(sum(found[name]["se"] ** 2 for name in chosen))) / TASKS
+    record = {"candidates": found, "chosen": chosen, "detectable": detectable(together, TASKS * (SEEDS - 1))}
+    (HERE / "results/candidates.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def detectable(se: float, df: int) -> float:
+    """What a study with this standard error tells from 0 in four of five cases."""
+    return se * float(stdtrit(df, 0.975) + stdtrit(df, POWER))
 
 
 if __name__ == "__main__":
