@@ -29,8 +29,8 @@ def scout() -> str:
     return (
         "Exact match on test, one number per seed ([candidates.json](scout/results/candidates.json)); *detectable* is "
         "the smallest true difference that six seeds and 500 rows of one task would mostly tell from 0, by the scout's "
-        f"variances.\n\n{table.markdown()}\n\nSo the tasks are {', '.join(record['chosen'])}. The mean over the three could "
-        f"detect a gain of {record['detectable']:.3f}.\n"
+        f"variances.\n\n{table.markdown()}\n\nSo the tasks are {', '.join(record['chosen'])}. The mean over the three "
+        f"could detect a gain of {record['detectable']:.3f}.\n"
     )
 
 
