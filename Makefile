@@ -9,7 +9,7 @@ run: setup
 	$(BIN)/cola run recipes/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
