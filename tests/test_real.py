@@ -49,7 +49,6 @@ def test_a_gguf_file_becomes_a_safetensors_folder_once() -> None:
 def test_the_quickstart_recipe_trains_a_chain_whose_knots_hold(tmp_path: Path) -> None:
     small = ["data.rows={train: 16, validation: 4, test: 8}", "training.epochs=3", "tracking.wandb=off"]
     arms = ["arms.full=null", "arms.lora=null", "comparison.primary=null", f"output={tmp_path}"]
-    arms += ["evaluation.general_text=off"]  # scored elsewhere, on a tiny model
     folder, summary = go(Path("recipes/quickstart.yaml"), *small, *arms)
     assert summary["arms"]["chain3"]["states"] == {0: "ok"}
     knots = result(folder, "chain3")["train_info"]["knots"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All of study 001, two jobs at a time on one thread each, which gets 1.5 times as much done on two cores as one job on two
-# threads: each task in two halves of its arms, and the lengths that the ablation adds. Then the recipes and the ablation
-# themselves, which find every segment and score in the store. Goes on where it was stopped.
+# All of study 001, two jobs at a time on one thread each: each task in two halves of its arms, and the lengths that the
+# ablation adds. Then the recipes and the ablation themselves, which find every segment and score in the store. Goes on where
+# it was stopped.
 # Run from the project's root: experiments/001-does-chaining-pay/study.sh
 set -uo pipefail
 here=experiments/001-does-chaining-pay

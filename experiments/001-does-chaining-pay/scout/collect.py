@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from scipy.special import stdtrit
 
-from cola.compare import POWER, Parts
+from cola.compare import Estimate, Parts
 from cola.tasks import open_runs, tasks_of
 
 HERE = Path(__file__).parent
@@ -50,16 +49,12 @@ def main(paths: list[Path]) -> None:
             full["test_score"] - lora["test_score"]
             for full, lora in zip(one["arms"]["full"]["seeds"], one["arms"]["lora"]["seeds"], strict=True)
         ]
-        one["se"], one["detectable"] = se, detectable(se, SEEDS - 1)
+        one["se"], one["detectable"] = se, Estimate(0.0, None, None, se, SEEDS - 1).minimum_detectable
     chosen = sorted(found, key=lambda name: -sum(found[name]["gain"]))[:TASKS]
     together = float(np.sqrt(sum(found[name]["se"] ** 2 for name in chosen))) / TASKS
-    record = {"candidates": found, "chosen": chosen, "detectable": detectable(together, TASKS * (SEEDS - 1))}
+    over_tasks = Estimate(0.0, None, None, together, TASKS * (SEEDS - 1))
+    record = {"candidates": found, "chosen": chosen, "detectable": over_tasks.minimum_detectable}
     (HERE / "results/candidates.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def detectable(se: float, df: int) -> float:
-    """What a study with this standard error tells from 0 in four of five cases."""
-    return se * float(stdtrit(df, 0.975) + stdtrit(df, POWER))
 
 
 if __name__ == "__main__":
