@@ -10,17 +10,17 @@ export OMP_NUM_THREADS=1
 COLA=${COLA:-cola}
 
 without() { printf ' arms.%s=null' "$@"; }
-part() { # VERB TASK NAME OVERRIDE...
-  echo "$1 $here/$2.yaml name=001-$2-$3 comparison={} tracking.wandb=off ${*:4}"
+part() { # TASK NAME OVERRIDE...
+  echo "run $here/$1.yaml name=001-$1-$2 comparison={} tracking.wandb=off ${*:3}"
 }
 
 {
   for task in $tasks; do
-    part run "$task" with-knots "$(without base lora24 all_linear full)"
-    part run "$task" without "$(without lora chain3 reset3 keep3 gradient3)"
+    part "$task" with-knots "$(without base lora24 all_linear full)"
+    part "$task" without "$(without lora chain3 reset3 keep3 gradient3)"
   done
   for links in 2 4 6; do
-    part ablate trec links-$links "arms.chain3.links=$links $(without base lora lora24 reset3 keep3 gradient3 all_linear full)"
+    part trec links-$links "arms.chain3.links=$links $(without base lora lora24 reset3 keep3 gradient3 all_linear full)"
   done
 } | xargs -P 2 -L 1 $COLA
 
