@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from cola.figures import costs_of, gap_of, metric_of, p_text, pareto, scored_arms
+from cola.charts import costs_of, p_text, pareto
+from cola.drawing import gap_of, metric_of, scored_arms
 from cola.tables import interval
 
 # By the figure's name: its heading, and what there is to see in any such figure.

@@ -22,8 +22,10 @@ from markupsafe import Markup
 
 from cola.ablation import AblationFolder, ablation_notes, ablation_table
 from cola.captions import CAPTIONS, alternative
+from cola.charts import curve_of
+from cola.drawing import Figure, save, svg
 from cola.errors import RunFolderError
-from cola.figures import NAMES, Figure, ablation_figure, contrasts_figure, curve_of, figures_of, save, svg
+from cola.figures import NAMES, ablation_figure, contrasts_figure, figures_of
 from cola.record import RunFolder, read_jsonl, write_text
 from cola.tables import (
     NONE,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola import adapters, starts
@@ -71,12 +72,7 @@ def run(
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     quiet_libraries()
-    accelerator = make_accelerator(recipe.model.dtype)
-    if accelerator.num_processes > 1:
-        raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
-    for dtype in sorted({recipe.base_of(arm)[0] for arm in recipe.arms}):
-        if warning := dtype_warning(dtype, accelerator.device):
-            terminal.warn(warning)
+    accelerator = _accelerator(recipe, terminal)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
     splits = load_splits(recipe.data, tokenizer)
@@ -95,18 +91,7 @@ def run(
     jobs = jobs_of(recipe)
     if not siblings:  # a point of an ablation may well be another arm: a chain of one link is LoRA
         _say_twins(recipe, tree, jobs, terminal)
-    for arm in recipe.arms:
-        rules = recipe.knot_of(arm)
-        several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
-        if isinstance(rules.optimizer, Prune) and several and not rules.warmup_steps:
-            terminal.warn(
-                f"{arm}: pruning keeps Adam's step count, so entries that were cleared take steps of up to 6.6 times "
-                "the learning rate after a knot; knot.warmup_steps softens that"
-            )
-    for link in [link for job in jobs for link in tree.lineage(job).links]:
-        meter.steps(link, [])  # what cannot be counted is said before anything is trained
-    if meter.trouble:
-        terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
+    _say_cautions(recipe, tree, jobs, meter, terminal)
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: tree.lineage(job).n_steps for job in jobs}
     interrupted = False
@@ -155,6 +140,17 @@ def run(
     summary["store"] = {"path": str(store.path), "bytes": size_of(store.path)}
     folder.write_json("summary.json", summary)
     return summary
+
+
+def _accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
+    """What computes: one process, warned of dtypes that the device is slow or rough in."""
+    accelerator = make_accelerator(recipe.model.dtype)
+    if accelerator.num_processes > 1:
+        raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
+    for dtype in sorted({recipe.base_of(arm)[0] for arm in recipe.arms}):
+        if warning := dtype_warning(dtype, accelerator.device):
+            terminal.warn(warning)
+    return accelerator
 
 
 def _meter(recipe: Recipe, skeleton: PreTrainedModel, splits: Splits) -> Meter:
@@ -224,6 +220,22 @@ def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) 
         twin = ends.setdefault((lineage.names[-1], merge), job.arm)
         if twin != job.arm and not recipe.choices_of(job.arm):
             terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
+
+
+def _say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, terminal: Terminal) -> None:
+    """What may surprise, or cannot be counted, is said before anything is trained."""
+    for arm in recipe.arms:
+        rules = recipe.knot_of(arm)
+        several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
+        if isinstance(rules.optimizer, Prune) and several and not rules.warmup_steps:
+            terminal.warn(
+                f"{arm}: pruning keeps Adam's step count, so entries that were cleared take steps of up to 6.6 times "
+                "the learning rate after a knot; knot.warmup_steps softens that"
+            )
+    for link in [link for job in jobs for link in tree.lineage(job).links]:
+        meter.steps(link, [])
+    if meter.trouble:
+        terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
 
 
 def _known(bench: Bench, jobs: list[Job]) -> list[Job]:

@@ -22,7 +22,9 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
-from cola.figures import NAMES, Look, clipped, costs_of, figures_of, looks, p_text, pareto, save, svg
+from cola.charts import costs_of, p_text, pareto
+from cola.drawing import Look, clipped, looks, save, svg
+from cola.figures import NAMES, figures_of
 from cola.report import page_states, page_tables, write_ablation, write_report
 from cola.tables import NONE, Table, sort_key
 from cola.terminal import duration
