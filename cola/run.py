@@ -5,7 +5,7 @@ import errno
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ from cola.package_file import need_package
 from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import SPLITS, Prune, Recipe
 from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
-from cola.segments import Causes, Tree, merge_of, root_causes
-from cola.store import Store, size_of
+from cola.segments import Causes, Tree, digest, merge_of, root_causes
+from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize
 from cola.terminal import Terminal
 from cola.tracking import Tracker, sync_command
@@ -123,13 +123,7 @@ def run(
         )
         store.register(folder.path)
         try:
-            known = _known(bench, jobs)
-            _say_plan(bench, known, jobs, terminal)
-            for job, n_steps in steps.items():
-                if not job.trial and len(known) < len(jobs):  # all searches are at their end by now
-                    jobs = known = _known(bench, jobs)
-                    _say_plan(bench, known, jobs, terminal)
-                _do(bench, job, n_steps, terminal)
+            _do_all(bench, steps, terminal)
         except (KeyboardInterrupt, Interrupted):
             interrupted = True
         progress.close()
@@ -379,6 +373,47 @@ def _check_and_record(
     need_room(store.path, room, "this run")
     folder.write_json("provenance.json", meta)
     return meta
+
+
+def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
+    """Every job, in order; what another process is at comes later, so that one command given twice shares the work.
+
+    Args:
+        steps: Optimizer steps of each job.
+    """
+    left, known = list(steps), _known(bench, list(steps))
+    _say_plan(bench, known, left, terminal)
+    searching, waits = len(known) < len(left), False
+    while left:
+        open_searches = {job.arm for job in left if job.trial}
+        for job in left:
+            if not job.trial and job.arm in open_searches:
+                continue
+            with bench.store.claim(_claim(bench, job)) as mine:
+                if not mine:
+                    continue
+                if searching and not job.trial:
+                    known = _known(bench, list(steps))
+                    if not open_searches:
+                        _say_plan(bench, known, known, terminal)
+                        searching = False
+                _do(bench, job, steps[job], terminal)
+            left.remove(job)
+            waits = False
+            break
+        else:
+            if not waits:
+                bench.progress.job(left[0].label, steps[left[0]])
+                bench.progress.stage("another process is at it, and at all that is left; waiting")
+            waits = True
+            sleep(WAIT_SECONDS)
+
+
+def _claim(bench: Bench, job: Job) -> str:
+    """The key that a process holds while it is at a job: the state in which the job ends, tried or scored in full."""
+    with contextlib.suppress(ColaError):  # said when its turn comes
+        job = _with_choice(bench, job)
+    return digest({"job": bench.tree.lineage(job).names[-1], "trial": job.trial})
 
 
 def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:

@@ -305,18 +305,27 @@ class Store:
     @contextmanager
     def lock(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold a key for this process; `on_wait` is called once if another one holds it."""
+        waited = False
+        while True:
+            with self.claim(key) as mine:
+                if mine:
+                    yield
+                    return
+            if not waited:
+                on_wait()
+            waited = True
+            time.sleep(WAIT_SECONDS)
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Hold a key for this process unless another one does; whether it is held now."""
         with (self.path / "locks" / key).open("a") as file:
-            waited = False
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not waited:
-                        on_wait()
-                    waited = True
-                    time.sleep(WAIT_SECONDS)
-            yield
+            mine = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            yield mine
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
