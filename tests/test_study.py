@@ -17,11 +17,21 @@ def without_task(name: str) -> dict[str, Any]:
     values = yaml.safe_load((STUDY / f"{name}.yaml").read_text())
     assert values.pop("name") == f"001-{name}"
     values["data"] = {"task": values["data"]["task"]}
+    for part in [values["training"], *values["arms"].values()]:
+        if "learning_rate" in part:
+            part["learning_rate"] = {**part["learning_rate"], "search": len(part["learning_rate"]["search"])}
     return values
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_recipes_of_the_study_differ_in_name_and_data_alone(task: str) -> None:
+def test_every_arm_of_a_study_searches_equally_many_learning_rates_on_the_same_seeds(task: str) -> None:
+    values = without_task(task)
+    of_arms = [arm["learning_rate"] for arm in values["arms"].values() if "learning_rate" in arm]
+    assert all(one == values["training"]["learning_rate"] for one in of_arms)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_recipes_of_the_study_differ_in_name_data_and_learning_rate_grids_alone(task: str) -> None:
     assert without_task(task) == without_task(TASKS[0])
 
 
