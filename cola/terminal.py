@@ -1,17 +1,45 @@
 """What the user sees while a run goes on: live bars on a terminal, plain lines otherwise."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 LINE_EVERY_SECONDS = 10.0
+
+
+def longest_word(cells: Iterable[str]) -> int:
+    """The width of the longest word of some cells; a number is a word."""
+    return max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+
+
+def fitting(columns: list[tuple[str, ...]], room: int) -> list[int]:
+    """Widths that make columns (head, then cells) fit into `room`.
+
+    The widest shrinks first, as far as its words allow; then words of heads are cut, then numbers, and row names last.
+    """
+    widths = [max(map(cell_len, column)) for column in columns]
+    floors = [
+        [longest_word(column) for column in columns],
+        [longest_word(column[1:]) for column in columns],
+        [min(longest_word(columns[0]), 16)] + [1] * (len(columns) - 1),
+    ]
+    for floor in floors:
+        while sum(widths) > room:
+            spare = [width if width > least else 0 for width, least in zip(widths, floor, strict=True)]
+            if not any(spare):
+                break
+            widths[spare.index(max(spare))] -= 1
+    return widths
 
 
 @dataclass
@@ -27,7 +55,7 @@ class Terminal:
         self.console.print(f"[yellow]warning:[/] {escape(text)}")
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table; a narrow terminal wraps its cells."""
+        """A table, as wide as it needs to be where the output is no terminal; a narrow terminal wraps its cells."""
         table = Table(
             title=title,
             title_justify="left",
@@ -37,12 +65,18 @@ class Terminal:
             pad_edge=False,
         )
         for number, column in enumerate(columns):
-            # Where there is no room for all, the names of the rows are the last to be cut.
-            least = min(max((len(row[0]) for row in rows), default=0), 16) if number == 0 else None
-            justify = "left" if number == 0 else "right"
-            table.add_column(escape(column), justify=justify, overflow="fold", min_width=least)
+            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
+
+        natural = Measurement.get(self.console, self.console.options.update(max_width=sys.maxsize), table).maximum
+        if self.console.is_terminal:
+            cells = list(zip(columns, *rows, strict=True))
+            lines = natural - sum(fitting(cells, sys.maxsize))
+            for column, width in zip(table.columns, fitting(cells, self.console.width - lines), strict=True):
+                column.width = width
+        else:
+            self.console.width = max(self.console.width, natural)
         self.console.print(table)
 
     @contextmanager
