@@ -543,15 +543,15 @@ def _gap(arm: dict[str, Any], key: str) -> str:
     return interval(found) if found and found["low"] is not None else spread(arm[key], signed=True)
 
 
-def interval(number: dict[str, Any] | str | None) -> str:
-    """Estimate [low, high], or why there is none."""
+def interval(number: dict[str, Any] | str | None, signed: bool = True) -> str:
+    """Estimate [low, high], or why there is none; a sign before what is a difference."""
     if number is None:
         return NONE
     if isinstance(number, str):
         return number
-    if number["low"] is None:
-        return f"{number['value']:+.3f}"
-    return f"{number['value']:+.3f} [{number['low']:+.3f}, {number['high']:+.3f}]"
+    form = "+.3f" if signed else ".3f"
+    value = f"{number['value']:{form}}"
+    return value if number["low"] is None else f"{value} [{number['low']:{form}}, {number['high']:{form}}]"
 
 
 def size(n_bytes: int | None) -> str:

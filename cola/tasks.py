@@ -237,7 +237,7 @@ def arms_by_task(summary: dict[str, Any]) -> Table:
     table = Table(f"Arms: {what}", ["arm", *labels, *over], [])
     for name, arm in summary["arms"].items():
         cells = [spread(arm["tasks"].get(label)) for label in labels]
-        table.rows.append([name, *cells, *([interval(arm["iqm"])] if over else [])])
+        table.rows.append([name, *cells, *([interval(arm["iqm"], signed=False)] if over else [])])
     return table
 
 
