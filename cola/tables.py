@@ -370,6 +370,8 @@ def contrast_sentence(one: dict[str, Any], metric: str) -> str:
     """What a contrast named before the run allows to be said; never a winner inside its interval."""
     first, second = one["first"], one["second"]
     seeds = "1 seed" if one["n_seeds"] == 1 else f"{one['n_seeds']} seeds"
+    if "tasks" in one:
+        seeds = f"{one['n_seeds']} pairs of runs on {len(one['tasks'])} tasks"
     line = f"{first} − {second} = {one['value']:+.3f} test {'-loss' if one['metric'] == 'loss' else metric} ({seeds})"
     if one["low"] is None:
         return f"{line}; these results give it no interval, so nothing is claimed."
@@ -383,11 +385,7 @@ def contrast_sentence(one: dict[str, Any], metric: str) -> str:
     said = "" if p is None else f"{'Holm-corrected ' if corrected else ''}sign-flip p = {_p(p)}"
     if one["claim"]:
         return f"{line}, {said}: {better} is the better one."
-    why = (
-        f"{said}; {one['n_seeds']} seeds can reach {_p(one['smallest_p'])} at best"
-        if said
-        else "there is no test of it"
-    )
+    why = f"{said}; {seeds} can reach {_p(one['smallest_p'])} at best" if said else "there is no test of it"
     return f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods ({why})."
 
 
