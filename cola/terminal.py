@@ -19,7 +19,7 @@ LINE_EVERY_SECONDS = 10.0
 
 def longest_word(cells: Iterable[str]) -> int:
     """The width of the longest word of some cells; a number is a word."""
-    return max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+    return max((cell_len(word) for cell in cells for word in cell.split()), default=1)
 
 
 def fitting(columns: list[tuple[str, ...]], room: int) -> list[int]:

@@ -1,10 +1,13 @@
 """The recipes of the studies in experiments/. Run: pytest tests/test_study.py"""
 
+import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from test_cli import cola
 
 from cola.recipe_file import read_recipe
 
@@ -43,3 +46,29 @@ def test_a_recipe_of_the_study_names_a_contrast_for_every_trained_arm_and_spares
     named = {arm for pair in recipe.comparison.secondary for arm in pair}
     assert named == {name for name, arm in recipe.arms.items() if arm.links != 0}
     assert not {100, 101} & set(recipe.seeds)
+
+
+def leaves(value: Any, at: str = "") -> dict[str, Any]:
+    """Every number and word in a record, by where it is."""
+    if not isinstance(value, dict | list):
+        return {at: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {path: leaf for key, one in items for path, leaf in leaves(one, f"{at}/{key}").items()}
+
+
+@pytest.mark.parametrize("packed", sorted(STUDY.glob("results/*/run.tar.xz")), ids=lambda path: path.parent.name)
+def test_the_committed_numbers_of_a_run_come_from_the_scores_that_are_packed_beside_them(
+    packed: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "summary.json").unlink()
+    told = cola("report", str(tmp_path))
+    assert told.exit_code == 0, told.output
+    made, committed = (json.loads((at / "summary.json").read_text()) for at in (tmp_path, packed.parent))
+    for key in ("arms", "contrasts", "spectra", "trials", "rows", "seeds"):
+        ours, theirs = leaves(made[key]), leaves(committed[key])
+        numbers = [at for at, value in theirs.items() if isinstance(value, float)]
+        # Sums over threads differ in their last bits, and then an interval may end at the neighbouring resample.
+        assert [ours.pop(at) for at in numbers] == pytest.approx([theirs.pop(at) for at in numbers], abs=2e-4), key
+        assert ours == theirs, key

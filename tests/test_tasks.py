@@ -65,13 +65,18 @@ def test_over_tasks_a_contrast_is_the_trimmed_mean_of_all_paired_differences(tmp
     # All twelve differences have one sign: 2 of 2**12 patterns are as far from 0 as they, at least.
     assert one["p"] >= one["smallest_p"] == 2 / 2**12
     assert one["claim"]
-    assert "chain3 is the better one" in contrast_sentence(one, summary["metric"])
+    said = contrast_sentence(one, summary["metric"])
+    assert "(12 pairs of runs on 3 tasks)" in said
+    assert "chain3 is the better one" in said
     assert {label: found["value"] for label, found in one["tasks"].items()} == pytest.approx(
         {"one": 0.11, "two": 0.15, "three": 0.41}
     )
     assert summary["arms"]["lora"]["iqm"]["value"] == pytest.approx(stats.trim_mean([n / 100 for n in lora * 3], 0.25))
     tables = task_tables(summary)
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
+    # A score bears no sign, a difference does.
+    assert tables[1].rows[0][-1].startswith(f"{stats.trim_mean([n / 100 for n in lora * 3], 0.25):.3f} [0.")
+    assert tables[0].rows[0][2].startswith(f"{stats.trim_mean(differences, 0.25):+.3f} [+0.")
 
 
 def test_runs_on_the_same_data_are_more_seeds_of_one_task(tmp_path: Path) -> None:
