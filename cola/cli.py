@@ -167,8 +167,7 @@ def report(
         from cola.tracking import sync_command
 
         folder, recipe = RunFolder.open(run_folder)
-        if folder.provenance() is None:
-            raise RunFolderError(f"{run_folder} holds no results; go on with it by `cola run --resume {run_folder}`")
+        folder.check_results()
         summary = summarize(recipe, folder, np.random.default_rng(0))
         summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
         folder.write_json("summary.json", summary)

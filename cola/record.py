@@ -30,6 +30,7 @@ from cola.plan import Job, choice_text
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
 
+RESULTS = "arms/*/seed-*/result.json"
 RESULT_KEYS = ("status", "run_info")
 SCORE_KEYS = {"id", "loss", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
@@ -108,6 +109,23 @@ class RunFolder:
                 f"recipe anew: cola run {self.path / 'recipe.yaml'}"
             )
 
+    def check_results(self) -> None:
+        """Refuse a folder from which a report would be made of nothing, in place of one that there may be.
+
+        Raises:
+            RunFolderError: nothing was run here yet, or what was run has gone.
+        """
+        if self.provenance() is None:
+            raise RunFolderError(f"{self.path} holds no results; go on with it by `cola run --resume {self.path}`")
+        if any(self.path.glob(RESULTS)):
+            return
+        told = read_json(self.path / "summary.json", ("arms",))
+        if told and any(arm["n_seeds"] for arm in told["arms"].values()):
+            raise RunFolderError(
+                f"{self.path}/summary.json tells of results that have gone from {self.path}/arms; a report made anew "
+                "would be empty (where a run is packed beside it, unpack that and name its folder)"
+            )
+
     @property
     def readable(self) -> bool:
         """Whether its results are in this version's format; a run without any is."""
@@ -134,7 +152,7 @@ class RunFolder:
         Raises:
             RunFolderError: a result is damaged, and there is no such list.
         """
-        for path in sorted(self.path.glob("arms/*/seed-*/result.json")):
+        for path in sorted(self.path.glob(RESULTS)):
             try:
                 result = read_json(path, RESULT_KEYS)
             except RunFolderError as error:

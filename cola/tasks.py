@@ -85,8 +85,7 @@ def open_runs(paths: Sequence[Path], rng: np.random.Generator) -> tuple[list[Run
     notes: list[str] = []
     for path in paths:
         folder, recipe = RunFolder.open(path)
-        if folder.provenance() is None:
-            raise RunFolderError(f"{path} holds no results; go on with it by `cola run --resume {path}`")
+        folder.check_results()
         if any(folder.path.resolve() == run.folder.path.resolve() for run in runs):
             raise RunFolderError(f"{path} is given twice")
         results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(notes)}

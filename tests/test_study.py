@@ -1,6 +1,7 @@
 """The recipes of the studies in experiments/. Run: pytest tests/test_study.py"""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from test_cli import cola
+from test_store import one_line
 
 from cola.recipe_file import read_recipe
 
@@ -72,3 +74,14 @@ def test_the_committed_numbers_of_a_run_come_from_the_scores_that_are_packed_bes
         # Sums over threads differ in their last bits, and then an interval may end at the neighbouring resample.
         assert [ours.pop(at) for at in numbers] == pytest.approx([theirs.pop(at) for at in numbers], abs=2e-4), key
         assert ours == theirs, key
+
+
+def test_a_report_of_a_folder_whose_results_have_gone_leaves_what_is_there(tmp_path: Path) -> None:
+    kept = next(STUDY.glob("results/*/run.tar.xz")).parent
+    folder = shutil.copytree(kept, tmp_path / "kept")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for runs in ([folder], [folder, kept]):
+        told = cola("report", *map(str, runs))
+        one_line(told)
+        assert "tells of results that have gone" in told.output.replace("\n", " ")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
