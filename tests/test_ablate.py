@@ -161,7 +161,7 @@ def test_a_point_that_cannot_be_run_does_not_keep_the_others_from_it(recipe_file
 
 
 def test_an_ablation_that_is_stopped_goes_on_in_its_folder(recipe_file: Path) -> None:
-    keys = ["arms.chain3.links=1,2,3", "training.protocol=grow", "training.epochs=10", *SMALL]
+    keys = ["arms.chain3.links=1,2,3", "training.protocol=grow", "training.epochs=4", *SMALL]
     command = [sys.executable, "-m", "cola", "ablate", str(recipe_file), *keys]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
