@@ -353,7 +353,8 @@ class _Links:
             return tied_bI
         B_OK, A_KI = self.stacked
         scaled_bI = pristine_bI if self.rows_O is None else pristine_bI * self.rows_O[rows]
-        return torch.addmm(scaled_bI, B_OK[rows], A_KI).to(dtype)
+        # Not addmm: some of its kernels add one product after the other to the weights, and round each time.
+        return (scaled_bI + B_OK[rows] @ A_KI).to(dtype)
 
     def update(self, pristine_bI: Tensor, rows: slice) -> Tensor:
         """What the links add to some rows of the base."""
