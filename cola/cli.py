@@ -41,8 +41,21 @@ INTERRUPTED = 130
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"cola {version('chain-of-lora')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit."),
+    ] = False,
+) -> None:
     """Chain of LoRA, compared honestly."""
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_help_answers_at_once_and_loads_neither_torch_nor_wandb() -> None:
         assert done.returncode == 0, done.stderr
     assert "run" in done.stdout
     assert min(seconds) < 0.5
+
+
+def test_the_version_is_the_packages() -> None:
+    done = cola("--version")
+    assert (done.exit_code, done.stdout) == (0, f"cola {version('chain-of-lora')}\n")
 
 
 def test_import_cola_loads_neither_torch_nor_wandb() -> None:
