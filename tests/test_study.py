@@ -1,6 +1,7 @@
 """The recipes of the studies in experiments/. Run: pytest tests/test_study.py"""
 
 import json
+import runpy
 import shutil
 import tarfile
 from pathlib import Path
@@ -88,3 +89,23 @@ def test_a_report_of_a_folder_whose_results_have_gone_leaves_what_is_there(tmp_p
         one_line(told)
         assert "tells of results that have gone" in told.output.replace("\n", " ")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_cell_that_was_trained_again_is_held_against_every_number_but_those_of_the_occasion(tmp_path: Path) -> None:
+    cell = runpy.run_path(str(STUDY / "cell.py"))
+    kept, made = tmp_path / "kept", tmp_path / "made"
+    with tarfile.open(STUDY / "results/trec/run.tar.xz") as packed:
+        packed.extractall(tmp_path / "run", filter="data")
+    for folder in (kept, made):
+        shutil.copytree(tmp_path / "run/arms/chain3/seed-3", folder)
+    result = json.loads((made / "result.json").read_text())
+    result["train_info"]["train_seconds"] += 1
+    result["meta_info"]["machine"]["cpu"] = "another"
+    (made / "result.json").write_text(json.dumps(result))
+    seen, differ = cell["compared"](kept, made)
+    assert not differ
+    assert {".train_info.segments.0", ".evaluation.test.loss", "scores/test.jsonl"} <= set(seen)
+    result["evaluation"]["test"]["loss"] += 1e-9
+    (made / "result.json").write_text(json.dumps(result))
+    (made / "scores/train.jsonl").write_text("")
+    assert cell["compared"](kept, made)[1] == [".evaluation.test.loss", "scores/train.jsonl"]
