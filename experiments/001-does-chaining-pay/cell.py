@@ -53,7 +53,8 @@ def train_again(task: str, arm: str, seed: int, kept: Path, work: Path) -> Path:
     overrides += ["name=cell", f"seeds=[{seed}]", "comparison={primary: null}", "tracking.wandb=off"]
     command = [sys.executable, "-m", "cola", "run", str(HERE / f"{task}.yaml"), *overrides]
     environment = os.environ | {"COLA_STORE": str(work / "store"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--run-folder", str(work / "run")], env=environment, check=True)
+    if subprocess.run([*command, "--run-folder", str(work / "run")], env=environment).returncode:
+        sys.exit("the cell was not trained; why is said above")
     return work / "run" / "arms" / arm / f"seed-{seed}"
 
 
@@ -66,10 +67,18 @@ def compared(kept: Path, made: Path) -> tuple[list[str], list[str]]:
     return [*before, *files], differ
 
 
+def kept_runs() -> list[Path]:
+    """The packed runs of the study."""
+    return sorted(HERE.glob("results/*/run.tar.xz"))
+
+
 def main(task: str, arm: str, seed: int, record: Path | None) -> int:
+    archive = HERE / "results" / task / "run.tar.xz"
+    if not archive.is_file():
+        sys.exit(f"{archive} is not there: TASK is one of {', '.join(one.parent.name for one in kept_runs())}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        with tarfile.open(HERE / "results" / task / "run.tar.xz") as packed:
+        with tarfile.open(archive) as packed:
             packed.extractall(work / "kept", filter="data")
         kept = work / "kept" / "arms" / arm / f"seed-{seed}"
         if not kept.is_dir():
@@ -94,6 +103,6 @@ def main(task: str, arm: str, seed: int, record: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
+    if len(sys.argv) not in (4, 5) or not sys.argv[3].isdigit():
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) == 5 else None))
