@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from study import STUDY
+from study import STUDY, headline
 from study import page as study_page
 
 from cola import recipe
@@ -286,10 +286,15 @@ def precision() -> str:
     return text
 
 
+def readme() -> str:
+    """README.md with its tables."""
+    return fill(filled(ROOT / "README.md", "quickstart", quickstart()), "study", headline())
+
+
 def main() -> int:
     wanted = {
         ROOT / "docs/recipe.md": reference(),
-        ROOT / "README.md": filled(ROOT / "README.md", "quickstart", quickstart()),
+        ROOT / "README.md": readme(),
         STORE / "README.md": filled(STORE / "README.md", "cost", cost_of_the_store()),
         ROOT / "docs/precision.md": precision(),
         STUDY / "README.md": study_page(fill),

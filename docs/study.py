@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
@@ -234,16 +235,51 @@ def details() -> str:
 
 
 def length() -> str:
-    """Score, gap and cost against the number of links."""
+    """Score, gap and cost against the number of links, and how far three links are trec's chain."""
     summary = read("length/ablation.json")
-    notes = "\n".join(f"- {line}" for line in ablation_notes(summary))
-    return f"{titled(ablation_table(summary))}\n{notes}\n"
+    of_three = next(row for row in summary["rows"] if row["arm"] == "chain3" and list(row["values"].values()) == [3])
+    again = {seed["seed"]: seed["test_loss"] for seed in of_three["seeds"]}
+    trec = {seed["seed"]: seed["test_loss"] for seed in read("trec/summary.json")["arms"]["chain3"]["seeds"]}
+    same = sum(again[seed] == loss for seed, loss in trec.items())
+    notes = [
+        *ablation_notes(summary),
+        f"Three links are trec's chain3, trained again on another machine: in {same} of {len(trec)} seeds its test "
+        "loss is the same to the last bit.",
+    ]
+    return f"{titled(ablation_table(summary))}\n" + "\n".join(f"- {line}" for line in notes) + "\n"
 
 
 def schedule() -> str:
     """The exploratory arm: its contrasts, on one task."""
     summary = read("schedule/summary.json")
     return titled(contrasts_table(summary))
+
+
+def results_in(name: str) -> Iterator[dict[str, Any]]:
+    """What became of each training that a run or ablation keeps."""
+    with tarfile.open(RESULTS / name / "run.tar.xz") as packed:
+        for member in packed:
+            if member.name.endswith("/result.json") and (file := packed.extractfile(member)):
+                yield json.load(file)
+
+
+def hours() -> str:
+    """How long what is kept was trained and scored; what two results share was trained once."""
+    trained, scored, parts, total = set(), set(), [], 0.0
+    for name, task in [*((task, task) for task in by_task()), ("length", "trec"), ("schedule", "trec")]:
+        seconds = 0.0
+        for result in results_in(name):
+            info = result["train_info"]
+            state, job = info["final_state"], (task, info["final_state"], result["run_info"]["trial"])
+            if state not in trained:
+                seconds += info["train_seconds"]
+            if job not in scored:
+                seconds += info["total_seconds"] - info["train_seconds"]
+            trained.add(state)
+            scored.add(job)
+        parts.append(f"{name} {seconds / 3600:.1f}")
+        total += seconds / 3600
+    return f"Hours of one process, of which two ran at a time: {', '.join(parts)}; in all {total:.0f}.\n"
 
 
 def headline() -> str:
@@ -287,6 +323,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "learned": learned,
     "length": length,
     "schedule": schedule,
+    "hours": hours,
     "details": details,
     "scout": scout,
 }

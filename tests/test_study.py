@@ -63,21 +63,43 @@ def leaves(value: Any, at: str = "") -> dict[str, Any]:
     return {path: leaf for key, one in items for path, leaf in leaves(one, f"{at}/{key}").items()}
 
 
-@pytest.mark.parametrize("packed", sorted(STUDY.glob("results/*/run.tar.xz")), ids=lambda path: path.parent.name)
-def test_the_committed_numbers_of_a_run_come_from_the_scores_that_are_packed_beside_them(
-    packed: Path, tmp_path: Path
-) -> None:
-    with tarfile.open(packed) as archive:
-        archive.extractall(tmp_path, filter="data")
-    folder, recipe = RunFolder.open(tmp_path)
-    made = json.loads(json.dumps(summarize(recipe, folder, np.random.default_rng(0))))
-    committed = json.loads((packed.parent / "summary.json").read_text())
-    for key in ("arms", "contrasts", "spectra", "trials", "rows", "seeds"):
-        ours, theirs = leaves(made[key]), leaves(committed[key])
-        numbers = [at for at, value in theirs.items() if isinstance(value, float)]
-        # Sums over threads differ in their last bits, and then an interval may end at the neighbouring resample.
-        assert [ours.pop(at) for at in numbers] == pytest.approx([theirs.pop(at) for at in numbers], abs=2e-4), key
-        assert ours == theirs, key
+def unpacked(name: str, to: Path) -> Path:
+    """The folder of a run or ablation that the study keeps."""
+    with tarfile.open(STUDY / "results" / name / "run.tar.xz") as archive:
+        archive.extractall(to, filter="data")
+    return to
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in STUDY.glob("results/*/run.tar.xz")))
+def test_the_committed_numbers_come_from_the_scores_that_are_packed_beside_them(name: str, tmp_path: Path) -> None:
+    kept = STUDY / "results" / name
+    folder = unpacked(name, tmp_path)
+    for file in ("summary.json", "ablation.json"):
+        if (kept / file).exists():
+            assert (kept / file).read_bytes() == (folder / file).read_bytes()
+    for run in sorted(path.parent for path in folder.rglob("recipe.yaml")):
+        opened, recipe = RunFolder.open(run)
+        made = json.loads(json.dumps(summarize(recipe, opened, np.random.default_rng(0))))
+        committed = json.loads((run / "summary.json").read_text())
+        for key in ("arms", "contrasts", "spectra", "trials", "rows", "seeds"):
+            ours, theirs = leaves(made[key]), leaves(committed[key])
+            numbers = [at for at, value in theirs.items() if isinstance(value, float)]
+            # Sums over threads differ in their last bits, and then an interval may end at the neighbouring resample.
+            assert [ours.pop(at) for at in numbers] == pytest.approx([theirs.pop(at) for at in numbers], abs=2e-4), key
+            assert ours == theirs, key
+
+
+def test_the_rows_of_the_ablation_are_those_of_its_points(tmp_path: Path) -> None:
+    folder = unpacked("length", tmp_path)
+    record = json.loads((folder / "ablation.json").read_text())
+    summaries = {
+        point["label"]: json.loads((folder / "points" / point["folder"] / "summary.json").read_text())
+        for point in record["points"]
+    }
+    for row in record["rows"]:
+        arm = summaries[row["label"]]["arms"][row["arm"]]
+        assert {key: row[key] for key in arm if key != "seeds"} == {key: arm[key] for key in arm if key != "seeds"}
+        assert [seed["test_score"] for seed in row["seeds"]] == [seed["test_score"] for seed in arm["seeds"]]
 
 
 def test_a_report_of_a_folder_whose_results_have_gone_leaves_what_is_there(tmp_path: Path) -> None:
@@ -94,10 +116,9 @@ def test_a_report_of_a_folder_whose_results_have_gone_leaves_what_is_there(tmp_p
 def test_a_cell_that_was_trained_again_is_held_against_every_number_but_those_of_the_occasion(tmp_path: Path) -> None:
     cell = runpy.run_path(str(STUDY / "cell.py"))
     kept, made = tmp_path / "kept", tmp_path / "made"
-    with tarfile.open(STUDY / "results/trec/run.tar.xz") as packed:
-        packed.extractall(tmp_path / "run", filter="data")
+    run = unpacked("trec", tmp_path / "run")
     for folder in (kept, made):
-        shutil.copytree(tmp_path / "run/arms/chain3/seed-3", folder)
+        shutil.copytree(run / "arms/chain3/seed-3", folder)
     result = json.loads((made / "result.json").read_text())
     result["train_info"]["train_seconds"] += 1
     result["meta_info"]["machine"]["cpu"] = "another"

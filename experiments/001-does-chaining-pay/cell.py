@@ -2,9 +2,9 @@
 
 python experiments/001-does-chaining-pay/cell.py TASK ARM SEED [RECORD.json]
 
-TASK is a folder of results/. The learning rate is the one that the search had chosen; nothing is taken from the
-store. Prints what was compared and exits with 1 if anything differs but times, the machine and the search. With
-RECORD.json the verdict is kept there.
+TASK is a folder of results/ that has a run.tar.xz, or a point of the ablation: length/points/02-chain3.links=2. The
+learning rate is the one that the search had chosen; nothing is taken from the store. Prints what was compared and
+exits with 1 if anything differs but times, the machine and the search. With RECORD.json the verdict is kept there.
 """
 
 import json
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 HERE = Path(__file__).parent
 # What may differ: when, where and by which commit it was made, how long it took, and how its learning rate was found.
@@ -43,15 +45,20 @@ def numbers(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
         yield at, value
 
 
-def train_again(task: str, arm: str, seed: int, kept: Path, work: Path) -> Path:
-    """Run the task's recipe for one arm and one seed in an empty store; the cell's new folder."""
-    arms = json.loads((HERE / "results" / task / "summary.json").read_text())["arms"]
-    learning_rate = json.loads((kept / "result.json").read_text())["train_info"]["choice"].get("learning_rate")
+def train_again(run: Path, arm: str, seed: int, work: Path) -> Path:
+    """Run a kept run's recipe for one arm and one seed in an empty store; the cell's new folder."""
+    arms = json.loads((run / "summary.json").read_text())["arms"]
+    kept = json.loads((run / "arms" / arm / f"seed-{seed}" / "result.json").read_text())
+    learning_rate = kept["train_info"]["choice"].get("learning_rate")
     overrides = [f"arms.{other}=null" for other in arms if other != arm]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    if recipe["data"].get("files"):  # as paths of the machine that it ran on; the study's recipe says them as meant
+        files = yaml.safe_load((HERE / "trec.yaml").read_text())["data"]["files"]
+        overrides.append(f"data.files={json.dumps(files)}")
     if learning_rate is not None:
         overrides.append(f"arms.{arm}.learning_rate={learning_rate}")
     overrides += ["name=cell", f"seeds=[{seed}]", "comparison={primary: null}", "tracking.wandb=off"]
-    command = [sys.executable, "-m", "cola", "run", str(HERE / f"{task}.yaml"), *overrides]
+    command = [sys.executable, "-m", "cola", "run", str(run / "recipe.yaml"), *overrides]
     environment = os.environ | {"COLA_STORE": str(work / "store"), "OMP_NUM_THREADS": "1"}
     if subprocess.run([*command, "--run-folder", str(work / "run")], env=environment).returncode:
         sys.exit("the cell was not trained; why is said above")
@@ -67,23 +74,24 @@ def compared(kept: Path, made: Path) -> tuple[list[str], list[str]]:
     return [*before, *files], differ
 
 
-def kept_runs() -> list[Path]:
-    """The packed runs of the study."""
-    return sorted(HERE.glob("results/*/run.tar.xz"))
-
-
 def main(task: str, arm: str, seed: int, record: Path | None) -> int:
-    archive = HERE / "results" / task / "run.tar.xz"
+    name, _, inside = task.partition("/")
+    archive = HERE / "results" / name / "run.tar.xz"
     if not archive.is_file():
-        sys.exit(f"{archive} is not there: TASK is one of {', '.join(one.parent.name for one in kept_runs())}")
+        there = sorted(one.parent.name for one in HERE.glob("results/*/run.tar.xz"))
+        sys.exit(f"{archive} is not there: TASK is one of {', '.join(there)}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         with tarfile.open(archive) as packed:
             packed.extractall(work / "kept", filter="data")
-        kept = work / "kept" / "arms" / arm / f"seed-{seed}"
+        run = work / "kept" / inside
+        if not (run / "recipe.yaml").is_file():
+            there = sorted(str(one.parent.relative_to(work / "kept")) for one in run.glob("**/recipe.yaml"))
+            sys.exit(f"{task} is no run: TASK is {' or '.join(f'{name}/{one}' for one in there) or name}")
+        kept = run / "arms" / arm / f"seed-{seed}"
         if not kept.is_dir():
-            sys.exit(f"results/{task} has no arm {arm} of seed {seed}")
-        made = train_again(task, arm, seed, kept, work)
+            sys.exit(f"{task} has no arm {arm} of seed {seed}")
+        made = train_again(run, arm, seed, work)
         seen, differ = compared(kept, made)
         result = json.loads((made / "result.json").read_text())
     made_by, of = result["meta_info"], result["train_info"]

@@ -16,9 +16,9 @@ for task in trec chain_sum simple_equations; do
   twice 001-$task run $here/$task.yaml "$@"
 done
 twice 001-length ablate $here/trec.yaml arms.chain3.links=1,2,3,4,6 name=001-length \
-  '"comparison={primary: [chain3, lora]}"' arms.{lora24,reset3,keep3,gradient3,all_linear}=null "$@"
+  '"comparison={primary: [chain3, lora]}"' arms.{lora24,reset3,keep3,gradient3,all_linear,full}=null "$@"
 
 # Exploratory, thought of after trec's test scores were seen: the chain with the schedule restarted at every knot.
 twice 001-schedule run $here/trec.yaml name=001-schedule '"arms.chain3_link={links: 3, knot: {schedule: link}}"' \
   '"comparison={primary: [chain3_link, chain3], secondary: [[chain3_link, lora]]}"' \
-  arms.{lora24,reset3,keep3,gradient3,all_linear}=null "$@"
+  arms.{lora24,reset3,keep3,gradient3,all_linear,full}=null "$@"
