@@ -235,16 +235,18 @@ def details() -> str:
 
 
 def length() -> str:
-    """Score, gap and cost against the number of links, and how far three links are trec's chain."""
+    """Score, gap and cost against the number of links, and how far its runs are those of trec's own."""
     summary = read("length/ablation.json")
-    of_three = next(row for row in summary["rows"] if row["arm"] == "chain3" and list(row["values"].values()) == [3])
-    again = {seed["seed"]: seed["test_loss"] for seed in of_three["seeds"]}
-    trec = {seed["seed"]: seed["test_loss"] for seed in read("trec/summary.json")["arms"]["chain3"]["seeds"]}
-    same = sum(again[seed] == loss for seed, loss in trec.items())
+    arms = read("trec/summary.json")["arms"]
+    same = []
+    for links, twin in ((1, "lora"), (3, "chain3")):
+        again = next(row["seeds"] for row in summary["rows"] if row["values"] == {"arms.chain3.links": links})
+        pairs = zip(again, arms[twin]["seeds"], strict=True)
+        same += [second["test_loss"] == first["test_loss"] for second, first in pairs]
     notes = [
         *ablation_notes(summary),
-        f"Three links are trec's chain3, trained again on another machine: in {same} of {len(trec)} seeds its test "
-        "loss is the same to the last bit.",
+        f"One link is trec's lora and three links are its chain3, trained again on another machine: {sum(same)} of "
+        f"these {len(same)} runs have the same test loss to the last bit.",
     ]
     return f"{titled(ablation_table(summary))}\n" + "\n".join(f"- {line}" for line in notes) + "\n"
 
