@@ -248,7 +248,45 @@ def length() -> str:
         f"One link is trec's lora and three links are its chain3, trained again on another machine: {sum(same)} of "
         f"these {len(same)} runs have the same test loss to the last bit.",
     ]
-    return f"{titled(ablation_table(summary))}\n" + "\n".join(f"- {line}" for line in notes) + "\n"
+    parts = [
+        titled(ablation_table(summary)),
+        "\n".join(f"- {line}" for line in notes),
+        titled(length_by_links(summary)),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def length_by_links(summary: dict[str, Any]) -> Table:
+    """What each number of links gains on one link, and what it has learned."""
+    table = Table(
+        "The same runs: what is gained on one link, and what the chain is made of",
+        [
+            "links",
+            "difference to lora [95 %]",
+            "learning rate",
+            "effective rank",
+            "‖ΔW‖/‖W‖ of the links",
+            "forgetting",
+        ],
+        [],
+    )
+    points = {name.split("/")[-2]: one for name, one in packed("length", "/summary.json")}
+    for point in summary["points"]:
+        one = points[point["folder"]]
+        links = one["arms"]["chain3"]["links"]
+        primary = next(contrast for contrast in one["contrasts"] if contrast["role"] == "primary")
+        rows = one["spectra"]["chain3"]["rows"]
+        table.rows.append(
+            [
+                str(links),
+                "–" if links == 1 else interval(primary),
+                ", ".join(f"{rate:g}" for rate in one["arms"]["chain3"]["learning_rate"]),
+                f"{rows[-1]['effective_rank']:.1f}",
+                listed([100 * row["relative_size"] for row in rows[:links]], ".1f") + " %",
+                f"{one['arms']['chain3']['forgetting']['mean']:+.2f}",
+            ]
+        )
+    return table
 
 
 def schedule() -> str:
@@ -257,12 +295,12 @@ def schedule() -> str:
     return titled(contrasts_table(summary))
 
 
-def results_in(name: str) -> Iterator[dict[str, Any]]:
-    """What became of each training that a run or ablation keeps."""
-    with tarfile.open(RESULTS / name / "run.tar.xz") as packed:
-        for member in packed:
-            if member.name.endswith("/result.json") and (file := packed.extractfile(member)):
-                yield json.load(file)
+def packed(name: str, ending: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a run or ablation that the study keeps, by file."""
+    with tarfile.open(RESULTS / name / "run.tar.xz") as archive:
+        for member in archive:
+            if member.name.endswith(ending) and (file := archive.extractfile(member)):
+                yield member.name, json.load(file)
 
 
 def hours() -> str:
@@ -270,7 +308,7 @@ def hours() -> str:
     trained, scored, parts, total = set(), set(), [], 0.0
     for name, task in [*((task, task) for task in by_task()), ("length", "trec"), ("schedule", "trec")]:
         seconds = 0.0
-        for result in results_in(name):
+        for _, result in packed(name, "/result.json"):
             info = result["train_info"]
             state, job = info["final_state"], (task, info["final_state"], result["run_info"]["trial"])
             if state not in trained:
