@@ -239,7 +239,7 @@ def length() -> str:
     summary = read("length/ablation.json")
     arms = read("trec/summary.json")["arms"]
     same = []
-    for links, twin in ((1, "lora"), (3, "chain3")):
+    for links, twin in (("1", "lora"), ("3", "chain3")):
         again = next(row["seeds"] for row in summary["rows"] if row["values"] == {"arms.chain3.links": links})
         pairs = zip(again, arms[twin]["seeds"], strict=True)
         same += [second["test_loss"] == first["test_loss"] for second, first in pairs]
@@ -280,7 +280,7 @@ def length_by_links(summary: dict[str, Any]) -> Table:
             [
                 str(links),
                 "–" if links == 1 else interval(primary),
-                ", ".join(f"{rate:g}" for rate in one["arms"]["chain3"]["learning_rate"]),
+                ", ".join(f"{rate:g}" for rate in dict.fromkeys(one["arms"]["chain3"]["learning_rate"])),
                 f"{rows[-1]['effective_rank']:.1f}",
                 listed([100 * row["relative_size"] for row in rows[:links]], ".1f") + " %",
                 f"{one['arms']['chain3']['forgetting']['mean']:+.2f}",
