@@ -319,7 +319,10 @@ def hours() -> str:
             scored.add(job)
         parts.append(f"{name} {seconds / 3600:.1f}")
         total += seconds / 3600
-    return f"Hours of one process, of which two ran at a time: {', '.join(parts)}; in all {total:.0f}.\n"
+    return (
+        f"Hours of one process, of which two ran at a time, what two runs share counted once: {', '.join(parts)}; in "
+        f"all {total:.0f}.\n"
+    )
 
 
 def headline() -> str:
