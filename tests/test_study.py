@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import trim_mean
 from test_cli import cola
 from test_store import one_line
 
@@ -87,6 +88,17 @@ def test_the_committed_numbers_come_from_the_scores_that_are_packed_beside_them(
             # Sums over threads differ in their last bits, and then an interval may end at the neighbouring resample.
             assert [ours.pop(at) for at in numbers] == pytest.approx([theirs.pop(at) for at in numbers], abs=2e-4), key
             assert ours == theirs, key
+
+
+def test_every_difference_over_the_tasks_is_the_interquartile_mean_of_the_runs_as_scipy_takes_it() -> None:
+    tasks = [json.loads((STUDY / "results" / task / "summary.json").read_text())["arms"] for task in TASKS]
+    for contrast in json.loads((STUDY / "results/over-tasks/summary.json").read_text())["contrasts"]:
+        first, second = (
+            [seed["test_score"] for arms in tasks for seed in arms[contrast[one]]["seeds"]]
+            for one in ("first", "second")
+        )
+        assert len(first) == len(second) == 3 * 6
+        assert contrast["value"] == pytest.approx(trim_mean(np.subtract(first, second), 0.25))
 
 
 def test_the_rows_of_the_ablation_are_those_of_its_points(tmp_path: Path) -> None:
