@@ -304,7 +304,7 @@ def packed(name: str, ending: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def hours() -> str:
-    """How long what is kept was trained and scored; what two results share was trained once."""
+    """How long what is kept was trained and scored; a state in which two results end was trained once."""
     trained, scored, parts, total = set(), set(), [], 0.0
     for name, task in [*((task, task) for task in by_task()), ("length", "trec"), ("schedule", "trec")]:
         seconds = 0.0
@@ -319,9 +319,10 @@ def hours() -> str:
             scored.add(job)
         parts.append(f"{name} {seconds / 3600:.1f}")
         total += seconds / 3600
+    parts.append(f"in all {total:.0f}")
     return (
-        f"Hours of one process, of which two ran at a time, what two runs share counted once: {', '.join(parts)}; in "
-        f"all {total:.0f}.\n"
+        "Hours of one process, of which two ran at a time, a state that two runs end in counted once: "
+        f"{', '.join(parts)}.\n"
     )
 
 

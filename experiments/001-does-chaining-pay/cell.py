@@ -1,4 +1,4 @@
-"""Train one cell of the study again, from nothing, and hold every number against what is kept of it.
+"""Train one cell of the study again, from nothing, and hold every number of its result against what is kept of it.
 
 python experiments/001-does-chaining-pay/cell.py TASK ARM SEED [RECORD.json]
 
