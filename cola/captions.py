@@ -19,7 +19,7 @@ CAPTIONS = {
         "Contrasts",
         "Paired differences on test with 95 % intervals. A filled mark carries a claim, an open one does not. "
         "Differences in the faint band are too small to be found in four of five runs with these seeds and rows. "
-        "p: exact sign-flip over seeds, for the secondary contrasts after Holm.",
+        "p: for other seeds and other test examples, as the interval; for the secondary contrasts after Holm.",
     ),
     "curves": (
         "Learning curves",

@@ -38,7 +38,7 @@ Curves = dict[str, list[list[dict[str, Any]]]]  # the metric rows of each arm's 
 ROLES = {
     "primary": "primary, named beforehand",
     "secondary": "secondary",
-    "full": "not named before: against full",
+    "later": "not named before: no claim",
 }
 
 
@@ -290,13 +290,6 @@ def _train_test_rows(arms: dict[str, dict[str, Any]], look: dict[str, Look], key
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return settle(figure)
-
-
-ROLES = {
-    "primary": "primary, named beforehand",
-    "secondary": "secondary",
-    "full": "not named before: against full",
-}
 
 
 def contrasts_forest(summary: dict[str, Any]) -> Figure | None:

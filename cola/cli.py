@@ -144,6 +144,13 @@ def report(
         Path | None,
         typer.Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first."),
     ] = None,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIRST,SECOND",
+            help="Two arms to compare too, though no recipe names them; may be repeated. Shown, never claimed.",
+        ),
+    ] = None,
     wandb: Annotated[
         bool,
         typer.Option(
@@ -157,6 +164,7 @@ def report(
     Several runs make one report: each data set is a task, and runs on the same data are more seeds of it.
     """
     with _one_line_errors():
+        pairs = [_pair(words) for words in contrast or ()]
         if wandb:
             from cola.tracking import need_reports
 
@@ -164,16 +172,16 @@ def report(
         if len(run_folders) > 1:
             if wandb:
                 raise ColaError("--wandb is for one run or ablation: W&B has a group for each")
-            _report_tasks(run_folders, to)
+            _report_tasks(run_folders, to, pairs)
             return
         if to is not None:
             raise ColaError("--to is for the report of several runs; that of one is in its folder")
         run_folder = run_folders[0]
         if (run_folder / "ablation.json").is_file():
+            if pairs:
+                raise ColaError("--contrast is for runs; name a point of the ablation, or several")
             _report_ablation(run_folder, wandb)
             return
-        import numpy as np
-
         from cola.record import RunFolder
         from cola.summary import summarize
         from cola.terminal import Terminal
@@ -181,7 +189,7 @@ def report(
 
         folder, recipe = RunFolder.open(run_folder)
         folder.check_results()
-        summary = summarize(recipe, folder, np.random.default_rng(0))
+        summary = summarize(recipe, folder, pairs)
         summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
         folder.write_json("summary.json", summary)
         terminal = Terminal()
@@ -199,12 +207,10 @@ def compare(
 ) -> None:
     """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
     with _one_line_errors():
-        import numpy as np
-
         from cola.differences import compare_runs
         from cola.terminal import Terminal
 
-        tables, notes = compare_runs(first, second, np.random.default_rng(0))
+        tables, notes = compare_runs(first, second)
         terminal = Terminal()
         for table in tables:
             terminal.table(table.title, table.columns, table.rows)
@@ -495,18 +501,23 @@ def _report_ablation(path: Path, wandb: bool) -> None:
         _track_ablation(folder, summary, terminal, publish=True)
 
 
-def _report_tasks(paths: list[Path], to: Path | None) -> None:
-    import numpy as np
+def _pair(words: str) -> tuple[str, str]:
+    first, comma, second = (word.strip() for word in words.partition(","))
+    if not (first and comma and second) or "," in second:
+        raise ColaError(f"--contrast {words}: name two arms with a comma between them, such as chain3,lora")
+    return first, second
 
+
+def _report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]]) -> None:
     from cola.record import make_new
     from cola.report import write_tasks
-    from cola.tables import contrast_sentence
+    from cola.tables import OF_P, contrast_sentence
     from cola.tasks import summarize_tasks, task_tables
     from cola.terminal import Terminal
 
     if to is not None and to.exists():
         raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
-    summary = summarize_tasks(paths, np.random.default_rng(0))
+    summary = summarize_tasks(paths, later)
     if to is None:
         to = make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
     terminal = Terminal()
@@ -515,6 +526,8 @@ def _report_tasks(paths: list[Path], to: Path | None) -> None:
         terminal.table(table.title, table.columns, table.rows)
     for one in summary["contrasts"] if summary["averaged"] else ():
         terminal.say(contrast_sentence(one, summary["metric"]))
+    if summary["contrasts"]:
+        terminal.say(OF_P)
     for note in summary["notes"]:
         terminal.say(note)
     terminal.say(f"report   {page}")

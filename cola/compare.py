@@ -1,4 +1,4 @@
-"""Paired statistics over seeds and examples. numpy and scipy only; the generator is passed in; no files, no torch.
+"""Paired statistics over seeds, examples and tasks. numpy and scipy only; nothing is drawn; no files, no torch.
 
 Two arms are compared by the differences d_sn of what they score under the same seed s on the same example n. Seeds and
 examples are crossed (every seed is scored on the same examples), so that
@@ -7,30 +7,39 @@ examples are crossed (every seed is scored on the same examples), so that
 
 An interval has to hold for other seeds *and* other examples. To draw seeds, and examples within them, with replacement
 counts σ²_rest about twice and the seeds' part (S - 1) / S times, and with few seeds the normal quantile is too small:
-for six seeds such intervals cover 87 % where seeds dominate and 99 % where the rest does. Here both are drawn, each
+for six seeds such intervals cover 87 % where seeds dominate and 99 % where the rest does. Here both are resampled, each
 part is scaled to its unbiased variance (ANOVA of the two-way table; Searle, Casella & McCulloch, Variance Components,
 1992, ch. 4) and to Student's t with Satterthwaite's degrees of freedom, and the ends are read off by BCa (Efron, JASA
-82, 1987), with the skewness of both parts. `tests/test_compare.py` measures the coverage.
+82, 1987), with the skewness of both parts. The bootstrap's distribution is computed, as the convolution that it is, and
+not drawn: the same scores have the same interval to the last digit wherever they are asked for.
 
-Axes: A arms, S seeds, N examples, G groups of examples that were drawn together, R resamples, T tasks.
+Over tasks the estimate is the equal-weight mean of the tasks' means, the tasks held fixed; seeds and examples of
+different tasks are independent. `tests/test_compare.py` measures coverage and size by simulation.
+
+Axes: A arms, S seeds, N examples, G groups of examples that were drawn together, T tasks, K runs (a task and a seed).
 """
 
-import itertools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri, stdtrit
 from scipy.stats import trim_mean
 
-RESAMPLES = 4000
 POWER = 0.8  # of the smallest difference that counts as detectable
-FEWEST_SEEDS = 6  # with fewer, no sign-flip p can fall below .05
+FEWEST_RUNS = 6  # that carry a claim: with fewer, and seeds that are skewed, the size of p is not what it says
+FEWEST_TASKS = 8  # that an interquartile mean is given for: of three tasks it is near the middle one's
+EXACT_RUNS = 20  # up to so many, all sign patterns are gone through; beyond, as many are drawn
+GRID, REACH = 2**14, 8.0  # points of a convolution, and standard errors that they reach to either side
+CHUNK = 2**16  # sign patterns in memory at once
+RESAMPLES = 50_000  # of an interquartile mean
+SMALLEST = 1e-8  # below it no p is looked for
 
 Array = NDArray[np.float64]
-Statistic = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -38,18 +47,20 @@ class Estimate:
     """A number with its 95 % interval.
 
     Attributes:
-        value: The statistic of the means.
+        value: Of the means.
         low: Lower end; None where the data cannot give an interval (no two examples or seeds differ).
         high: Upper end, likewise.
         se: Standard error, over seeds and examples.
         df: Its degrees of freedom.
+        p: Two-sided, that the number is 0 over other seeds and examples: the level at which its interval ends at 0.
     """
 
     value: float
-    low: float | None
-    high: float | None
-    se: float | None
-    df: float | None
+    low: float | None = None
+    high: float | None = None
+    se: float | None = None
+    df: float | None = None
+    p: float | None = None
 
     @property
     def excludes_zero(self) -> bool:
@@ -86,19 +97,20 @@ class Table:
         """Each arm's score under each seed."""
         return np.average(self.scores_ASN, axis=2, weights=self.weights_N)
 
+    @cached_property
     def of_groups(self) -> tuple[Array, Array]:
         """Weighted sums of each group (A, S, G), and the groups' weights (G)."""
-        names, member_N = np.unique(np.asarray([str(group) for group in self.groups]), return_inverse=True)
-
-        def summed(values_N: Array) -> Array:
-            return np.bincount(member_N, values_N * self.weights_N, len(names)).astype(np.float64)
-
-        return np.apply_along_axis(summed, 2, self.scores_ASN), summed(np.ones(len(member_N)))
+        names_N = np.asarray([str(group) for group in self.groups])
+        order_N = np.argsort(names_N, kind="stable")
+        _, first_G = np.unique(names_N[order_N], return_index=True)
+        weights_N = self.weights_N[order_N]
+        sums_ASG = np.add.reduceat(self.scores_ASN[:, :, order_N] * weights_N, first_G, axis=2)
+        return sums_ASG, np.add.reduceat(weights_N, first_G)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the uncertainty of a mean difference is made of.
+    """What the uncertainty of a mean is made of.
 
     Attributes:
         seeds_S: What each seed moves the mean by (influence values: their mean is 0).
@@ -114,7 +126,7 @@ class Parts:
 
     @classmethod
     def of(cls, sums_SG: Array, sizes_G: Array) -> "Parts":
-        """From the weighted sums of differences of each seed and group."""
+        """From the weighted sums of each seed and group."""
         n_seeds, n_groups = sums_SG.shape
         mean = sums_SG.sum() / (n_seeds * sizes_G.sum())
         # Of a weighted mean of groups that differ in size, which is a ratio: linearized about the mean.
@@ -134,37 +146,27 @@ class Parts:
         return self.of_seeds + self.of_groups
 
     @property
-    def df(self) -> float:
-        """Satterthwaite's degrees of freedom of the variance. Where seeds have a part at all, all that was seen of them
-        carries S - 1: to count that part alone would take a chance excess for a well-known one."""
+    def squared_by_df(self) -> float:
+        """Σ variance² / degrees of freedom over both parts, of which Satterthwaite's rule is made. Where seeds have a
+        part at all, all that was seen of them carries S - 1: to count that part alone would take a chance excess for a
+        well-known one."""
         seen = _variance(self.seeds_S) if self.of_seeds else 0.0
-        squared = seen**2 / max(len(self.seeds_S) - 1, 1) + self.of_groups**2 / max(len(self.groups_G) - 1, 1)
-        return self.variance**2 / squared if squared else 1.0
+        return seen**2 / max(len(self.seeds_S) - 1, 1) + self.of_groups**2 / max(len(self.groups_G) - 1, 1)
 
     @property
-    def widening(self) -> float:
-        """Student's quantile by the normal one."""
-        return float(stdtrit(self.df, 0.975) / ndtri(0.975))
+    def third_moment(self) -> float:
+        """Of the mean's resampling distribution, both parts scaled as they are in `deviations`."""
+        return float(sum(n * np.mean(x_K**3) for x_K, n in self.deviations))
 
     @property
-    def scales(self) -> tuple[float, float]:
-        """What the deviations of drawn seeds and of drawn groups are multiplied by, to vary as they should."""
-        n_seeds, n_groups = len(self.seeds_S), len(self.groups_G)
-        drawn = self.seeds_S @ self.seeds_S / n_seeds**2
-        seeds = (self.of_seeds / drawn) ** 0.5 if drawn else 0.0
-        groups = (n_groups / (n_groups - 1)) ** 0.5 if n_groups > 1 else 0.0
-        return float(self.widening * seeds), float(self.widening * groups)
-
-    @property
-    def acceleration(self) -> float:
-        """BCa's: a sixth of the skewness of the estimate, which is a sum over seeds and groups."""
-        if not self.variance:
-            return 0.0
-        n_seeds, n_groups = len(self.seeds_S), len(self.groups_G)
-        drawn = self.seeds_S @ self.seeds_S / n_seeds**2
-        share = (self.of_seeds / drawn) ** 1.5 if drawn else 0.0
-        third = share * (self.seeds_S**3).sum() / n_seeds**3 + (self.groups_G**3).sum() / n_groups**3
-        return float(third / (6 * self.variance**1.5))
+    def deviations(self) -> list[tuple[Array, int]]:
+        """What one draw of a seed, and of a group, adds to the mean (K), and how many are drawn."""
+        seeds_S, groups_G = self.seeds_S, self.groups_G
+        n_seeds, n_groups = len(seeds_S), len(groups_G)
+        drawn = seeds_S @ seeds_S / n_seeds**2
+        by_seed = (self.of_seeds / drawn) ** 0.5 if drawn else 0.0
+        by_group = (n_groups / (n_groups - 1)) ** 0.5 if n_groups > 1 else 0.0
+        return [(by_seed * seeds_S / n_seeds, n_seeds), (by_group * groups_G / n_groups, n_groups)]
 
 
 def _variance(influence_K: Array) -> float:
@@ -173,101 +175,186 @@ def _variance(influence_K: Array) -> float:
     return float(influence_K @ influence_K / (n * (n - 1))) if n > 1 else 0.0
 
 
-def bca(draws_R: Array, value: float, acceleration: float) -> tuple[float, float]:
-    """The ends of the 95 % interval, bias-corrected and accelerated (Efron 1987; as scipy.stats.bootstrap has it)."""
-    below = (np.mean(draws_R < value) + np.mean(draws_R <= value)) / 2
-    bias = ndtri(np.clip(below, 0.5 / len(draws_R), 1 - 0.5 / len(draws_R)))
-    z = bias + ndtri(np.array([0.025, 0.975]))
-    low, high = np.quantile(draws_R, ndtr(bias + z / (1 - acceleration * z)))
-    return float(low), float(high)
+@dataclass(frozen=True)
+class Resampled:
+    """The bootstrap's distribution of a sum of independent draws with replacement, about its mean 0.
+
+    Attributes:
+        points_P: A grid of deviations, in ascending order.
+        below_P: Probability of less than each of them, and half of that of the point itself.
+    """
+
+    points_P: Array
+    below_P: Array
+
+    @classmethod
+    def of(cls, deviations: Sequence[tuple[Array, int]]) -> "Resampled":
+        """By convolution of the single draws on a grid.
+
+        Args:
+            deviations: What one draw adds, each of K values being as likely, and how many such draws there are.
+        """
+        error = sum(n * float(np.mean(x_K**2)) for x_K, n in deviations) ** 0.5
+        step = 2 * REACH * error / GRID
+        spectrum = np.ones(GRID // 2 + 1, dtype=complex)
+        for x_K, n in deviations:
+            # A value between two points is shared by them so that the mean stays what it is.
+            left_K, share_K = np.divmod(x_K / step, 1.0)
+            places_K = left_K.astype(int)
+            mass = np.bincount(places_K % GRID, 1 - share_K, GRID) + np.bincount((places_K + 1) % GRID, share_K, GRID)
+            spectrum *= np.fft.rfft(mass / len(x_K)) ** n
+        mass_P = np.maximum(np.roll(np.fft.irfft(spectrum), GRID // 2), 0.0)
+        below_P = (np.cumsum(mass_P) - mass_P / 2) / mass_P.sum()
+        return cls(step * (np.arange(GRID) - GRID // 2), below_P)
+
+    def quantile(self, level: float) -> float:
+        return float(np.interp(level, self.below_P, self.points_P))
+
+    @property
+    def bias(self) -> float:
+        """BCa's: the normal quantile of the share of resamples below what was seen."""
+        return float(ndtri(np.interp(0.0, self.points_P, self.below_P)))
 
 
-def estimate(statistic: Statistic, table: Table, rng: np.random.Generator) -> Estimate:
-    """A smooth statistic of the arms' mean scores with its interval over seeds and examples; with one seed over
-    examples alone.
+def bca_level(z: float, bias: float, acceleration: float) -> float:
+    """Which level of the resamples a limit at normal quantile z is read off at (Efron 1987)."""
+    shifted = bias + z
+    slowed = 1 - acceleration * shifted
+    return float(ndtr(bias + shifted / slowed)) if slowed > 0 else float(shifted > 0)
+
+
+def estimate(coefficients: Sequence[float], tables: Sequence[Table]) -> Estimate:
+    """A linear combination of the arms' mean scores, with its interval over seeds and examples: of one task, or the
+    equal-weight mean over several, which are held fixed. With one seed over examples alone.
 
     Args:
-        statistic: Takes the mean score of each arm and gives a number; called on arrays of means too.
-        table: The scores.
-        rng: Source of the resamples.
+        coefficients: One for each arm: (1, -1) is the first less the second.
+        tables: The scores on each task.
     """
-    sums_ASG, sizes_G = table.of_groups()
-    means_A = table.means_AS.mean(axis=1)
-    value = float(statistic(*means_A))
-    if not np.isfinite(value):
-        return Estimate(value, None, None, None, None)
-    parts = Parts.of(np.tensordot(_gradient(statistic, means_A), sums_ASG, axes=1), sizes_G)
-    if parts.variance <= (1e-9 * max(1.0, abs(value))) ** 2:  # nothing but rounding
-        return Estimate(value, None, None, None, None)
-    seeds_AR, groups_AR = _drawn(table, parts, rng)
-    draws_R = np.asarray(statistic(*(means_A[:, None] + seeds_AR + groups_AR)), dtype=float)
-    finite_R = draws_R[np.isfinite(draws_R)]
-    if len(finite_R) < RESAMPLES:
-        return Estimate(value, None, None, None, None)
-    low, high = bca(finite_R, value, parts.acceleration)
-    return Estimate(value, low, high, parts.variance**0.5, parts.df)
+    parts = [_parts(coefficients, table) for table in tables]
+    value = float(np.mean([np.dot(coefficients, table.means_AS.mean(axis=1)) for table in tables]))
+    n_tasks = len(tables)
+    variance = sum(part.variance for part in parts) / n_tasks**2
+    if variance <= (1e-9 * max(1.0, abs(value))) ** 2:  # nothing but rounding
+        return Estimate(value)
+    # A task without any variance adds nothing here, neither to the variance nor to its degrees of freedom.
+    df = variance**2 / (sum(part.squared_by_df for part in parts) / n_tasks**4)
+    drawn = Resampled.of([(x_K / n_tasks, n) for part in parts for x_K, n in part.deviations])
+    acceleration = sum(part.third_moment for part in parts) / n_tasks**3 / (6 * variance**1.5)
+    bias = drawn.bias
+
+    def end(size: float, side: int) -> float:
+        """The lower (side -1) or upper end of the interval of level 1 - size."""
+        z = side * ndtri(1 - size / 2)
+        # Student's quantile by the normal one, for the size that is asked for.
+        wider = stdtrit(df, 1 - size / 2) / ndtri(1 - size / 2)
+        return value + float(wider) * drawn.quantile(bca_level(float(z), bias, acceleration))
+
+    return Estimate(value, end(0.05, -1), end(0.05, 1), variance**0.5, df, _inverted(end, value))
 
 
-def _drawn(table: Table, parts: Parts, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Deviations of each arm's mean (A, R) by drawing seeds, and by drawing groups."""
-    sums_ASG, sizes_G = table.of_groups()
-    means_AS = table.means_AS
-    means_A = means_AS.mean(axis=1, keepdims=True)
-    n_seeds, n_groups = means_AS.shape[1], len(sizes_G)
-    drawn_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=RESAMPLES)
-    drawn_RG = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
-    of_seeds, of_groups = parts.scales
-    seeds_AR = of_seeds * (means_AS @ drawn_RS.T / n_seeds - means_A)
-    groups_AR = of_groups * (sums_ASG.mean(axis=1) @ drawn_RG.T / (drawn_RG @ sizes_G) - means_A)
-    return seeds_AR, groups_AR
+def _inverted(end: Callable[[float, int], float], value: float) -> float:
+    """The size of the test by intervals that just ends at 0: the p of a true value of 0."""
+    sign = 1 if value > 0 else -1
+
+    def away(size: float) -> float:
+        return sign * end(size, -sign)
+
+    largest = 1 - 1e-6
+    if away(largest) <= 0:
+        return 1.0
+    return SMALLEST if away(SMALLEST) > 0 else float(brentq(away, SMALLEST, largest, xtol=1e-9, rtol=1e-6))
 
 
-def _gradient(statistic: Statistic, means_A: Array) -> Array:
-    """By central differences; the statistics here are differences and one ratio of them."""
-    steps_AA = 1e-6 * np.eye(len(means_A))
-    return np.array(
-        [(statistic(*(means_A + step_A)) - statistic(*(means_A - step_A))) / 2e-6 for step_A in steps_AA], dtype=float
-    )
+def _parts(coefficients: Sequence[float], table: Table) -> Parts:
+    sums_ASG, sizes_G = table.of_groups
+    return Parts.of(np.tensordot(np.asarray(coefficients, dtype=float), sums_ASG, axes=1), sizes_G)
 
 
-def difference(first: Any, second: Any) -> Any:
-    """Of two arms' scores."""
-    return first - second
+def closed_share(table: Table) -> Estimate:
+    """The share of full fine-tuning's lead over LoRA that an arm has closed, (arm - lora) / (full - lora), by Fieller's
+    method: the interval holds every share c for which that of (arm - lora) - c (full - lora) holds 0. So it is as wide
+    as it has to be where the lead is small, and finite as long as the lead's own interval leaves out 0.
 
-
-def closed_share(full: Any, lora: Any, arm: Any) -> Any:
-    """The share of full fine-tuning's lead over LoRA that an arm has closed; not finite where there is no lead."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(arm - lora, full - lora)
-
-
-def sign_flip_p(differences_S: Array, rng: np.random.Generator) -> float:
-    """Two-sided sign-flip test of paired differences over seeds: the share of sign patterns whose mean difference is as
-    far from 0 as the one seen.
-
-    Exact over all 2**S patterns, so it cannot fall below `smallest_p`; from 17 seeds on over 2**16 patterns drawn at
-    random, the one seen among them.
+    Args:
+        table: Full fine-tuning, LoRA and the arm; the lead is above 0 and its interval too.
     """
-    signs_PS = _signs(len(differences_S), rng)
-    return _share_as_far(np.abs(signs_PS @ differences_S))
+    full, lora, arm = table.means_AS.mean(axis=1)
+    value = float((arm - lora) / (full - lora))
+
+    def beyond(share: float) -> Estimate:
+        """What the arm has closed beyond that share of the lead."""
+        return estimate((-share, share - 1, 1), [table])
+
+    here = beyond(value)
+    if here.se is None:
+        return Estimate(value)
+    error = here.se / float(full - lora)
+
+    def limit(side: int) -> float:
+        def away(share: float) -> float:
+            found = beyond(share)
+            end = found.low if side < 0 else found.high
+            return -side * (found.value if end is None else end)
+
+        reach = error
+        while away(value + side * reach) <= 0:
+            reach *= 2
+        return float(brentq(away, value, value + side * reach, xtol=1e-7 * max(1.0, abs(value))))
+
+    return Estimate(value, limit(-1), limit(1), error, here.df)
 
 
-def smallest_p(n_seeds: int) -> float:
-    """What a two-sided exact sign-flip test of so many seeds can reach at best: 2 / 2**S."""
-    return 2.0 / 2**n_seeds
+# ---------------------------------------------------------------------------------------------------------
+# These test rows, other seeds
 
 
-def _signs(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Sign patterns, the one of no flip first."""
-    if n <= 16:
-        return np.array(list(itertools.product((1, -1), repeat=n)))
-    signs_PS = rng.choice((1, -1), size=(2**16, n))
-    signs_PS[0] = 1
-    return signs_PS
+@dataclass(frozen=True)
+class SignFlips:
+    """A two-sided sign-flip test of paired differences.
+
+    Attributes:
+        p: The share of sign patterns whose statistic is as far from 0 as the one seen.
+        smallest: What so many runs can reach at best, all of one sign.
+        error: Standard error of p, where patterns were drawn; None: all of them were gone through.
+    """
+
+    p: float
+    smallest: float
+    error: float | None
 
 
-def _share_as_far(sizes_P: Array) -> float:
-    return float(np.mean(sizes_P >= sizes_P[0] * (1 - 1e-12)))
+def sign_flips(tables: Sequence[Table]) -> SignFlips:
+    """Sign-flip test over runs of the mean over tasks of the first arm's lead over the second.
+
+    All runs of a task share their test rows, and no pattern of signs changes those: the test speaks of other seeds on
+    these rows. As a test for other rows it rejects a true null too often (tests/test_compare.py). Exact up to 20 runs
+    (scipy's `permutation_test` of the mean); beyond, over 2**20 patterns drawn from the differences' own content, the
+    one seen among them (Phipson & Smyth, SAGMB 9, 2010).
+    """
+    shares = [_run_differences(table) / (len(tables) * table.scores_ASN.shape[1]) for table in tables]
+    share_K = np.sort(np.concatenate(shares))  # whatever order the runs came in
+    n_runs, smallest = len(share_K), 2.0 / 2 ** len(share_K)
+    seen = abs(share_K.sum()) * (1 - 1e-9)
+    if n_runs <= EXACT_RUNS:
+        sums_P = np.zeros(1)
+        for share in share_K:
+            sums_P = np.concatenate([sums_P + share, sums_P - share])
+        return SignFlips(float(np.mean(np.abs(sums_P) >= seen)), smallest, None)
+    rng, n_drawn = _stream(share_K), 2**EXACT_RUNS
+    hits = sum(int(np.sum(np.abs(_drawn_signs(rng, n_runs) @ share_K) >= seen)) for _ in range(n_drawn // CHUNK))
+    p = (hits + 1) / (n_drawn + 1)
+    return SignFlips(p, smallest, (p * (1 - p) / n_drawn) ** 0.5)
+
+
+def _drawn_signs(rng: np.random.Generator, n_runs: int) -> Array:
+    return 2.0 * rng.integers(2, size=(CHUNK, n_runs)) - 1
+
+
+def _stream(values_K: Array) -> np.random.Generator:
+    """Random numbers that the values determine, to the last digit that is printed anywhere, and nothing else does."""
+    digest = hashlib.sha256(np.round(values_K, 9).tobytes()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -281,7 +368,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Several tasks
+# Many tasks
 
 
 def iqm(values: Array) -> float:
@@ -289,46 +376,44 @@ def iqm(values: Array) -> float:
     return float(trim_mean(values.ravel(), 0.25))
 
 
-def iqm_estimate(tables: Sequence[Table], rng: np.random.Generator) -> Estimate:
-    """The interquartile mean of the paired differences of two arms over all tasks and seeds, with its interval.
+def iqm_estimate(tables: Sequence[Table]) -> Estimate | None:
+    """The interquartile mean of the paired differences of two arms over all tasks and seeds, with its interval; None
+    with fewer than eight tasks, where it weighs the tasks by their order and is near the middle one's mean.
 
     Stratified: seeds and examples are drawn within each task, and both arms get the same ones. Each task's mean is
-    spread as in `estimate`; the differences around it are those of the drawn seeds.
+    spread as in `estimate`; the differences around it are those of the drawn seeds. It has no p: patterns of signs
+    change nothing of the runs that are trimmed.
     """
-    value = iqm(np.concatenate([_run_differences(table) for table in tables]))
-    draws_RK, all_parts = [], []
-    for table in tables:
-        sums_ASG, sizes_G = table.of_groups()
-        parts = Parts.of(sums_ASG[0] - sums_ASG[1], sizes_G)
-        all_parts.append(parts)
-        differences_S = _run_differences(table)
-        n_seeds, n_groups = len(differences_S), len(sizes_G)
-        drawn_RS = differences_S[rng.integers(n_seeds, size=(RESAMPLES, n_seeds))]
-        drawn_RG = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
-        sums_G = (sums_ASG[0] - sums_ASG[1]).mean(axis=0)
-        of_seeds, of_groups = parts.scales
-        mean = differences_S.mean()
-        shift_R = (of_seeds - 1) * (drawn_RS.mean(axis=1) - mean)
-        shift_R += of_groups * (drawn_RG @ sums_G / (drawn_RG @ sizes_G) - mean)
-        draws_RK.append(drawn_RS + shift_R[:, None])
+    if len(tables) < FEWEST_TASKS:
+        return None
+    differences = [_run_differences(table) for table in tables]
+    value = iqm(np.concatenate(differences))
+    rng = _stream(np.concatenate(differences))
+    all_parts = [_parts((1, -1), table) for table in tables]
+    variance = sum(part.variance for part in all_parts)
+    if not variance:
+        return Estimate(value)
+    df = variance**2 / sum(part.squared_by_df for part in all_parts)
+    draws_RK = []
+    for part, differences_S in zip(all_parts, differences, strict=True):
+        (by_seed_S, n_seeds), of_groups = part.deviations
+        drawn_RS = rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
+        # The runs are those of the drawn seeds; their mean is moved to where it is when its spread is unbiased.
+        shift_R = by_seed_S[drawn_RS].sum(axis=1) - part.seeds_S[drawn_RS].mean(axis=1)
+        if part.of_groups:
+            groups = Resampled.of([of_groups])
+            shift_R += np.interp(rng.random(RESAMPLES), groups.below_P, groups.points_P)
+        draws_RK.append(differences_S[drawn_RS] + shift_R[:, None])
     draws_R = trim_mean(np.concatenate(draws_RK, axis=1), 0.25, axis=1)
-    variance = float(np.var(draws_R))
-    if variance <= (1e-9 * max(1.0, abs(value))) ** 2:
-        return Estimate(value, None, None, None, None)
-    # All tasks count alike in the degrees of freedom and the skewness, as they do in the mean.
-    whole = sum(parts.variance for parts in all_parts)
-    df = whole**2 / sum(parts.variance**2 / parts.df for parts in all_parts)
-    widening = float(np.mean([parts.widening for parts in all_parts]))
-    skew = sum(parts.acceleration * parts.variance**1.5 for parts in all_parts) / whole**1.5
-    low, high = bca(draws_R, value, skew)
-    return Estimate(value, low, high, variance**0.5 / widening, df)
-
-
-def iqm_sign_flip_p(tables: Sequence[Table], rng: np.random.Generator) -> float:
-    """Sign-flip test of the interquartile mean: each run's difference may have either sign under the null."""
-    differences_K = np.concatenate([_run_differences(table) for table in tables])
-    signs_PK = _signs(len(differences_K), rng)
-    return _share_as_far(np.abs(trim_mean(signs_PK * differences_K, 0.25, axis=1)))
+    error = float(np.std(draws_R))
+    if error <= 1e-9 * max(1.0, abs(value)):
+        return Estimate(value)
+    acceleration = sum(part.third_moment for part in all_parts) / (6 * variance**1.5)
+    bias = float(ndtri((np.mean(draws_R < value) + np.mean(draws_R <= value)) / 2))
+    wider = float(stdtrit(df, 0.975) / ndtri(0.975))
+    levels = [bca_level(float(ndtri(level)), bias, acceleration) for level in (0.025, 0.975)]
+    low, high = (value + wider * (np.quantile(draws_R, level) - value) for level in levels)
+    return Estimate(value, float(low), float(high), error, df)
 
 
 def _run_differences(table: Table) -> Array:

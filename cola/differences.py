@@ -5,11 +5,8 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cola.compare import Table as Scores
-from cola.compare import difference, estimate
-from cola.plan import derived_seed
+from cola.compare import estimate
 from cola.recipe import Recipe
 from cola.record import RunFolder
 from cola.summary import METRICS, Rows, paired, summarize
@@ -19,13 +16,13 @@ from cola.tasks import Run, open_runs
 MADE_BY = ("cola", "commit", "python", "packages", "machine", "device")
 
 
-def compare_runs(first: Path, second: Path, rng: np.random.Generator) -> tuple[list[Table], list[str]]:
+def compare_runs(first: Path, second: Path) -> tuple[list[Table], list[str]]:
     """Tables of what differs between two runs, and what is to be said beside them.
 
     Raises:
         RunFolderError: a folder is no run, or has no results.
     """
-    runs, notes = open_runs([first, second], rng)
+    runs, notes = open_runs([first, second])
     a, b = runs
     titles = _titles(a.folder, b.folder)
     common = a.recipe.arms.keys() & b.recipe.arms.keys()
@@ -40,7 +37,7 @@ def compare_runs(first: Path, second: Path, rng: np.random.Generator) -> tuple[l
         notes.append("the data is not the same, so the two are set beside each other and not paired")
     if a.causes[2] != b.causes[2]:
         notes.append(f"the metrics are not the same ({a.causes[2]} and {b.causes[2]}), so no scores are compared")
-    tables.append(_numbers(a, b, titles, rng, notes))
+    tables.append(_numbers(a, b, titles, notes))
     return [table for table in tables if table.rows], list(dict.fromkeys(notes))
 
 
@@ -91,10 +88,9 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, value if isinstance(value, str) else json.dumps(value)
 
 
-def _numbers(a: Run, b: Run, titles: tuple[str, str], rng: np.random.Generator, notes: list[str]) -> Table:
+def _numbers(a: Run, b: Run, titles: tuple[str, str], notes: list[str]) -> Table:
     """Test loss and score of the arms by name, and the paired difference of those that both runs have."""
-    base = int(rng.integers(2**32))
-    summaries = [summarize(run.recipe, run.folder, np.random.default_rng(0))["arms"] for run in (a, b)]
+    summaries = [summarize(run.recipe, run.folder)["arms"] for run in (a, b)]
     same = a.causes[0] == b.causes[0] and a.causes[2] == b.causes[2]
     by_loss = METRICS[a.recipe.data.task] == "perplexity"
     key, what = ("test_loss", "test loss") if by_loss or a.causes[2] != b.causes[2] else ("test_score", a.causes[2])
@@ -106,7 +102,7 @@ def _numbers(a: Run, b: Run, titles: tuple[str, str], rng: np.random.Generator, 
         cells += [spread(one.get("gap_loss"), signed=True) for one in of_arm]
         found = None
         if same and (scores := _pair(a, b, arm, notes)) is not None:
-            found = estimate(difference, scores, np.random.default_rng([base, derived_seed(arm)]))
+            found = estimate((1, -1), [scores])
         cells.append(NONE if found is None else interval({"value": found.value, "low": found.low, "high": found.high}))
         table.rows.append([arm, *cells])
     return table

@@ -29,6 +29,7 @@ from cola.figures import NAMES, ablation_figure, contrasts_figure, figures_of
 from cola.record import RunFolder, read_jsonl, write_text
 from cola.tables import (
     NONE,
+    OF_P,
     Table,
     arms_table,
     contrast_sentence,
@@ -79,7 +80,7 @@ def write_report(folder: RunFolder) -> Path:
     figures = figures_of(summary, curves)
     _write_files(folder.path, tables, figures)
     lines = verdict(summary)
-    if all(one["role"] == "full" for one in summary["contrasts"]):
+    if all(one["role"] == "later" for one in summary["contrasts"]):
         lines.insert(0, UNNAMED)
     page = render(
         "report.html.j2",
@@ -188,7 +189,7 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("cola", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["sort_key"] = lambda cell: "" if cell == NONE or (key := sort_key(cell)) is None else f"{key!r}"
-    environment.globals |= {"NONE": NONE}
+    environment.globals |= {"NONE": NONE, "of_p": OF_P}
     return environment.get_template(template).render(script=Markup(script), policy=POLICY.format(digest), **values)
 
 

@@ -128,7 +128,7 @@ def run(
             interrupted = True
         progress.close()
         bench.write_references()
-    summary = summarize(recipe, folder, np.random.default_rng(0))
+    summary = summarize(recipe, folder)
     summary["interrupted"] = interrupted
     summary["wandb"] = {"mode": tracker.mode, "sync": sync_command(folder.path)}
     summary["store"] = {"path": str(store.path), "bytes": size_of(store.path)}

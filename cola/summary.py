@@ -6,19 +6,19 @@
     closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
                the denominator contains 0, and no gap where full fine-tuning is the worse one
 
-What the numbers are worth is computed in `cola.compare`.
+What the numbers are worth is computed in `cola.compare`; nothing is drawn, so that a contrast has the same digits in
+every report that shows it.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from cola import compare
-from cola.compare import Estimate, Table, closed_share, difference, estimate
+from cola.compare import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
 from cola.errors import RunFolderError
-from cola.plan import derived_seed
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
 from cola.spectra import spectra_of
@@ -29,12 +29,23 @@ Results = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
 Rows = dict[str, dict[str, Any]]  # scores of one arm, seed and split, by example
 
 
-def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> dict[str, Any]:
-    """Everything the table and the page show, from the results of a run folder."""
+def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """Everything the table and the page show, from the results of a run folder.
+
+    Args:
+        recipe: The resolved recipe.
+        folder: The run's.
+        later: Contrasts that are asked for now and that the recipe does not name: shown, never claimed.
+
+    Raises:
+        RunFolderError: an arm that is asked for is not one of the recipe's.
+    """
+    for pair in later:
+        check_arms(pair, recipe.arms)
     damaged: list[str] = []
     results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(damaged)}
     arms = {name: _arm(recipe, name, results) for name in recipe.arms}
-    comparer = Comparer(recipe, folder, results, rng, damaged)
+    comparer = Comparer(recipe, folder, results, damaged)
     for name in recipe.arms:
         arms[name] |= comparer.against_full(name) | comparer.gaps(name)
     meta = folder.provenance()
@@ -55,7 +66,7 @@ def summarize(recipe: Recipe, folder: RunFolder, rng: np.random.Generator) -> di
         "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
         "arms": arms,
         "spectra": spectra,
-        "contrasts": comparer.contrasts(),
+        "contrasts": comparer.contrasts(later),
         "unpaired": comparer.unpaired,
         "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys([*damaged, *unread])],
     }
@@ -199,16 +210,13 @@ class Comparer:
     in `damaged` or `unpaired`, and costs that comparison and no other.
     """
 
-    def __init__(
-        self, recipe: Recipe, folder: RunFolder, results: Results, rng: np.random.Generator, damaged: list[str]
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, results: Results, damaged: list[str]) -> None:
         self.recipe = recipe
         self.folder = folder
         self.results = results
         self.damaged = damaged
         self.unpaired: list[str] = []
         self.ok = {a: [s for s in recipe.seeds if results.get((a, s), {}).get("status") == "ok"] for a in recipe.arms}
-        self._base = int(rng.integers(2**32))
         self._scores: dict[tuple[str, int], Rows | None] = {}
 
     def against_full(self, name: str) -> dict[str, Any]:
@@ -218,15 +226,15 @@ class Comparer:
         if name == full or not self.ok.get(full):
             return found
         if (pair := self.table([full, name])) is not None:
-            found["ft_gap"] = _record(estimate(difference, pair, self._rng("ft_gap", name)))
+            found["ft_gap"] = _record(estimate((1, -1), [pair]))
         if name == lora or not self.ok.get(lora):
             return found
         if (three := self.table([full, lora, name])) is not None:
-            lead = Table(three.scores_ASN[:2], three.groups, three.weights)
-            gap = estimate(difference, lead, self._rng("gap", name))
-            closed = estimate(closed_share, three, self._rng("closed", name))
-            no_gap = gap.excludes_zero and gap.value < 0
-            found["closed"] = "no gap" if no_gap else _record(closed) if gap.excludes_zero else "undefined"
+            lead = estimate((1, -1, 0), [three])
+            if not lead.excludes_zero:
+                found["closed"] = "undefined"
+            else:
+                found["closed"] = _record(closed_share(three)) if lead.value > 0 else "no gap"
         return found
 
     def gaps(self, name: str) -> dict[str, Any]:
@@ -245,18 +253,20 @@ class Comparer:
             # A loss comes as minus itself, so that both gaps are train - test of something of which more is better.
             gap_1SN = sign * np.array(train_S)[None, :, None] - table.scores_ASN
             gap = Table(gap_1SN, table.groups, table.weights)
-            found[f"{key}_interval"] = _record(estimate(lambda mean: mean, gap, self._rng(key, name)))
+            found[f"{key}_interval"] = _record(estimate((1,), [gap]))
         return found
 
-    def contrasts(self) -> list[dict[str, Any]]:
-        """The recipe's contrasts, the primary one first; then each trained arm against full fine-tuning."""
+    def contrasts(self, later: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """The recipe's contrasts, the primary one first; then those that are asked for now, and each trained arm
+        against full fine-tuning."""
         comparison, full = self.recipe.comparison, self.recipe.full_arm
         named = [("primary", comparison.primary)] if comparison.primary else []
         named += [("secondary", pair) for pair in comparison.secondary]
+        named += [("later", pair) for pair in later if {*pair} not in [{*one} for _, one in named]]
         said = [{*pair} for _, pair in named]
         trained = [arm for arm in self.recipe.arms if self.recipe.arms[arm].n_links and arm != full]
         if full in self.recipe.arms:
-            named += [("full", (arm, full)) for arm in trained if {arm, full} not in said]
+            named += [("later", (arm, full)) for arm in trained if {arm, full} not in said]
         found = [one for role, pair in named if (one := self._contrast(role, *pair)) is not None]
         settle(found)
         return found
@@ -266,13 +276,8 @@ class Comparer:
         table = self.table([first, second], by_loss)
         if table is None:
             return None
-        return {
-            "first": first,
-            "second": second,
-            "role": role,
-            "metric": self.recipe.metric,
-            **contrast_record(table, self._rng("contrast", first, second), self._rng("sign-flip", first, second)),
-        }
+        named = {"first": first, "second": second, "role": role, "metric": self.recipe.metric}
+        return named | contrast_record([table])
 
     def table(self, arms: Sequence[str], by_loss: bool = False) -> Table | None:
         """The arms' test scores over their common seeds, as `paired` has them; None where they have none."""
@@ -310,38 +315,55 @@ class Comparer:
         if text not in self.unpaired:
             self.unpaired.append(text)
 
-    def _rng(self, *contrast: str) -> np.random.Generator:
-        # Each contrast draws for itself, so that adding an arm changes no other's interval.
-        return np.random.default_rng([self._base, derived_seed(*contrast)])
+
+def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
+    """That a contrast which is asked for is of two arms that there are.
+
+    Raises:
+        RunFolderError: it is not.
+    """
+    for arm in pair:
+        if arm not in known:
+            near = difflib.get_close_matches(arm, known, 1)
+            raise RunFolderError(
+                f"--contrast {','.join(pair)}: no arm is called {arm!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+            )
+    if pair[0] == pair[1]:
+        raise RunFolderError(f"--contrast {','.join(pair)}: an arm is not compared with itself; name two")
 
 
-def contrast_record(table: Table, rng: np.random.Generator, rng_of_test: np.random.Generator) -> dict[str, Any]:
-    """The first arm of a table against the second: the difference, its interval, its test."""
-    found = estimate(difference, table, rng)
-    n_seeds, n_examples = table.scores_ASN.shape[1:]
-    differences_S = table.means_AS[0] - table.means_AS[1]
+def contrast_record(tables: Sequence[Table]) -> dict[str, Any]:
+    """The first arm of each table against the second, on one task or over several: the difference, its interval, its
+    test for other seeds and examples, and the sign flips' for other seeds on these rows."""
+    found = estimate((1, -1), tables)
+    n_runs = sum(table.scores_ASN.shape[1] for table in tables)
+    flips = sign_flips(tables) if n_runs > 1 else None
     return {
         **_record(found),
-        "p": compare.sign_flip_p(differences_S, rng_of_test) if n_seeds > 1 else None,
+        "p": found.p,
         "p_holm": None,
-        "smallest_p": compare.smallest_p(n_seeds),
+        "p_rows": flips and flips.p,
+        "p_rows_smallest": flips and flips.smallest,
+        "p_rows_error": flips and flips.error,
         "minimum_detectable": found.minimum_detectable,
-        "n_seeds": n_seeds,
-        "n_examples": n_examples,
-        "n_groups": len(set(table.groups)),
+        "n_seeds": n_runs,
+        "n_examples": sum(table.scores_ASN.shape[2] for table in tables),
+        "n_groups": sum(len(set(table.groups)) for table in tables),
     }
 
 
 def settle(contrasts: Sequence[dict[str, Any]]) -> None:
     """Correct the secondary contrasts for their number, and say which contrasts carry a claim."""
     tested = [one for one in contrasts if one["role"] == "secondary" and one["p"] is not None]
-    for one, p in zip(tested, compare.holm([one["p"] for one in tested]), strict=True):
+    for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
         one["p_holm"] = p
     for one in contrasts:
         p = one["p_holm"] if one["role"] == "secondary" else one["p"]
         away = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)
         # What was not named before the run is shown and not claimed.
-        one["claim"] = bool(away and p is not None and p < 0.05 and one["role"] != "full")
+        named = one["role"] != "later" and one["n_seeds"] >= FEWEST_RUNS
+        one["claim"] = bool(named and away and p is not None and p < 0.05)
 
 
 def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
@@ -366,4 +388,4 @@ def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
 
 
 def _record(found: Estimate) -> dict[str, float | None]:
-    return {key: value for key, value in asdict(found).items() if key != "df"}
+    return {key: value for key, value in asdict(found).items() if key not in ("df", "p")}

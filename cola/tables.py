@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from cola.compare import FEWEST_RUNS
 from cola.recipe import SPLITS, KnotRules, OneLink, Prune, Recipe, Search
 from cola.terminal import duration
 
@@ -333,22 +334,42 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
+# Beside every table of contrasts.
+OF_P = (
+    "p, as the interval: for other seeds and other test examples (the level at which the interval ends at 0). "
+    "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
+    "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
+)
+
+
 def contrasts_table(summary: dict[str, Any]) -> Table:
     """Every contrast with its interval and tests; those named before the run first."""
     table = Table(
         f"Contrasts on test: {_of_contrasts(summary)}, more is better",
-        ["first − second", "role", "difference [95 %]", "p", "p (Holm)", "smallest p", "detectable", "seeds", "rows"],
+        [
+            "first − second",
+            "role",
+            "difference [95 %]",
+            "p",
+            "p (Holm)",
+            "p, these rows",
+            "smallest, these rows",
+            "detectable",
+            "seeds",
+            "rows",
+        ],
         [],
     )
     for one in summary["contrasts"]:
         table.rows.append(
             [
                 f"{one['first']} − {one['second']}",
-                "not named before" if one["role"] == "full" else one["role"],
+                "not named before" if one["role"] == "later" else one["role"],
                 interval(one),
                 _p(one["p"]),
                 _p(one["p_holm"]),
-                _p(one["smallest_p"]) if one["p"] is not None else NONE,
+                _p(one["p_rows"]) + ("" if one["p_rows_error"] is None else f" ± {one['p_rows_error']:.1g}"),
+                _p(one["p_rows_smallest"]),
                 NONE if one["minimum_detectable"] is None else f"{one['minimum_detectable']:.3f}",
                 str(one["n_seeds"]),
                 str(one["n_examples"]) + ("" if one["n_groups"] == one["n_examples"] else f" in {one['n_groups']}"),
@@ -367,7 +388,7 @@ def _p(value: float | None) -> str:
 
 
 def contrast_sentence(one: dict[str, Any], metric: str) -> str:
-    """What a contrast named before the run allows to be said; never a winner inside its interval."""
+    """What a contrast allows to be said: never a winner inside its interval, no claim that was not named before."""
     first, second = one["first"], one["second"]
     seeds = "1 seed" if one["n_seeds"] == 1 else f"{one['n_seeds']} seeds"
     if "tasks" in one:
@@ -380,18 +401,20 @@ def contrast_sentence(one: dict[str, Any], metric: str) -> str:
     if one["low"] <= 0 <= one["high"]:
         return f"{line}: the two cannot be told apart; {detectable}."
     better = first if one["value"] > 0 else second
+    if one["role"] == "later":
+        return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
     corrected = one["p_holm"] is not None
     p = one["p_holm"] if corrected else one["p"]
-    said = "" if p is None else f"{'Holm-corrected ' if corrected else ''}sign-flip p = {_p(p)}"
+    said = f"{'Holm-corrected ' if corrected else ''}p = {_p(p)}"
     if one["claim"]:
         return f"{line}, {said}: {better} is the better one."
-    why = f"{said}; {seeds} can reach {_p(one['smallest_p'])} at best" if said else "there is no test of it"
-    return f"{line}: {better} does better on these rows, but {seeds} cannot carry a claim about the methods ({why})."
+    why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one["n_seeds"] < FEWEST_RUNS else said
+    return f"{line}: {better} does better here, but {seeds} cannot carry a claim about the methods ({why})."
 
 
 def verdict(summary: dict[str, Any]) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    named = [one for one in summary["contrasts"] if one["role"] != "full"]
+    named = [one for one in summary["contrasts"] if one["role"] != "later"]
     lines = [contrast_sentence(one, summary["metric"]) for one in sorted(named, key=lambda one: one["role"])]
     lines += summary["unpaired"]
     n_seeds = len(summary["seeds"])
@@ -402,6 +425,8 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"± is the standard deviation over {n_seeds} seeds; intervals are over seeds and test examples.")
+    if summary["contrasts"]:
+        lines.append(OF_P)
     rule = (
         "the last step"
         if summary["checkpoint"] == "last"

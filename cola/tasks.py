@@ -1,8 +1,9 @@
 """Several runs in one report: each data set is a task, and runs on the same data are more seeds of it. No torch.
 
-A contrast over tasks is the interquartile mean of the paired differences of all (task, seed) runs; its interval
-is stratified by task. Per task it is what a single run has. Nothing is averaged over tasks that are measured in
-different units.
+A contrast over tasks is the equal-weight mean of the tasks' means of paired differences, the tasks held fixed: its
+interval speaks of other seeds and examples on these tasks. Per task it is what a single run has, digit by digit. From
+eight tasks on the interquartile mean of the paired differences stands beside it. Nothing is averaged over tasks that
+are measured in different units, and an arm's own scores are not averaged: how hard the tasks are would decide.
 """
 
 from collections.abc import Sequence
@@ -10,16 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cola import compare
 from cola.compare import Table as Scores
 from cola.compare import iqm_estimate
 from cola.errors import RunFolderError
-from cola.plan import derived_seed
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder
-from cola.summary import METRICS, Comparer, contrast_record, paired, settle
+from cola.summary import METRICS, Comparer, check_arms, contrast_record, paired, settle
 from cola.tables import NONE, Table, contrasts_table, interval, spread
 
 
@@ -75,7 +73,7 @@ class Task:
         return paired(rows, by_loss) if rows[0] else None
 
 
-def open_runs(paths: Sequence[Path], rng: np.random.Generator) -> tuple[list[Run], list[str]]:
+def open_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """The runs and what is wrong with some of their files.
 
     Raises:
@@ -89,7 +87,7 @@ def open_runs(paths: Sequence[Path], rng: np.random.Generator) -> tuple[list[Run
         if any(folder.path.resolve() == run.folder.path.resolve() for run in runs):
             raise RunFolderError(f"{path} is given twice")
         results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(notes)}
-        comparer = Comparer(recipe, folder, results, rng, notes)
+        comparer = Comparer(recipe, folder, results, notes)
         runs.append(Run(folder, recipe, comparer, dict(comparer.ok)))
     return runs, notes
 
@@ -115,18 +113,17 @@ def tasks_of(runs: Sequence[Run], notes: list[str]) -> list[Task]:
     return list(tasks.values())
 
 
-def summarize_tasks(paths: Sequence[Path], rng: np.random.Generator) -> dict[str, Any]:
+def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
     """Everything that the report of several runs shows.
 
+    Args:
+        paths: The runs' folders.
+        later: Contrasts that are asked for now and that no recipe names: shown, and nothing is claimed of them.
+
     Raises:
-        RunFolderError: a folder is no run, or has no results.
+        RunFolderError: a folder is no run, has no results, or none has an arm that is asked for.
     """
-    base = int(rng.integers(2**32))
-
-    def rng_of(*what: str) -> np.random.Generator:
-        return np.random.default_rng([base, derived_seed(*what)])
-
-    runs, notes = open_runs(paths, rng)
+    runs, notes = open_runs(paths)
     tasks = tasks_of(runs, notes)
     metrics = {run.recipe.metric for run in runs}
     alike = len(metrics) == 1 and (len({task.metric == "perplexity" for task in tasks}) == 1 or metrics == {"loss"})
@@ -137,31 +134,23 @@ def summarize_tasks(paths: Sequence[Path], rng: np.random.Generator) -> dict[str
         notes.append(f"the runs are not about the same metric ({told}), so nothing is averaged over tasks")
     by_loss = metrics == {"loss"}
     contrasts = []
-    for role, first, second in _named(runs, notes):
+    for role, first, second in _named(runs, later, notes):
         scores = {task.label: one for task in tasks if (one := task.scores([first, second], by_loss)) is not None}
         if missing := [task.label for task in tasks if task.label not in scores]:
             notes.append(f"{first} − {second}: not both are there, under one seed, for {', '.join(missing)}")
-        found = {}
-        for label, one in scores.items():
-            found[label] = contrast_record(one, rng_of(label, first, second), rng_of("flip", label, first, second))
+        found = {label: contrast_record([one]) for label, one in scores.items()}
         record = {"first": first, "second": second, "role": role, "metric": "loss" if by_loss else "score"}
         if scores and alike:
-            contrasts.append(record | _over_tasks(list(scores.values()), rng_of, first, second) | {"tasks": found})
+            contrasts.append(record | _over_tasks(list(scores.values())) | {"tasks": found})
         elif scores:
-            nothing = dict.fromkeys(("value", "low", "high", "se", "p", "p_holm", "minimum_detectable"))
-            contrasts.append(record | nothing | {"n_seeds": 0, "tasks": found})
+            nothing = dict.fromkeys(next(iter(found.values())))
+            contrasts.append(record | nothing | {"iqm": None, "n_seeds": 0, "tasks": found})
     if alike:
         settle(contrasts)
     arms = {}
     for arm in dict.fromkeys(arm for task in tasks for arm in task.arms):
         scores = {task.label: one for task in tasks if (one := task.scores([arm], by_loss)) is not None}
-        # Against nothing: the interquartile mean of the arm's own scores.
-        alone = [Scores(np.concatenate([s.scores_ASN, 0 * s.scores_ASN]), s.groups, s.weights) for s in scores.values()]
-        over = iqm_estimate(alone, rng_of("arm", arm)) if alike and len(scores) == len(tasks) else None
-        arms[arm] = {
-            "tasks": {label: _spread(one.means_AS[0]) for label, one in scores.items()},
-            "iqm": None if over is None else {"value": over.value, "low": over.low, "high": over.high},
-        }
+        arms[arm] = {"tasks": {label: _spread(one.means_AS[0]) for label, one in scores.items()}}
     return {
         "format": FORMAT,
         "metric": next(iter({task.metric for task in tasks})) if len({task.metric for task in tasks}) == 1 else "score",
@@ -182,26 +171,15 @@ def summarize_tasks(paths: Sequence[Path], rng: np.random.Generator) -> dict[str
     }
 
 
-def _over_tasks(scores: list[Scores], rng_of: Any, first: str, second: str) -> dict[str, Any]:
-    found = iqm_estimate(scores, rng_of("iqm", first, second))
-    n_runs = sum(one.scores_ASN.shape[1] for one in scores)
-    return {
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
-        "se": found.se,
-        "p": compare.iqm_sign_flip_p(scores, rng_of("iqm-flip", first, second)) if n_runs > 1 else None,
-        "p_holm": None,
-        "smallest_p": compare.smallest_p(n_runs),
-        "minimum_detectable": found.minimum_detectable,
-        "n_seeds": n_runs,
-        "n_examples": sum(one.scores_ASN.shape[2] for one in scores),
-        "n_groups": sum(len(set(one.groups)) for one in scores),
-    }
+def _over_tasks(scores: list[Scores]) -> dict[str, Any]:
+    middle = iqm_estimate(scores)
+    record = {"value": middle.value, "low": middle.low, "high": middle.high} if middle else None
+    return contrast_record(scores) | {"iqm": record}
 
 
-def _named(runs: Sequence[Run], notes: list[str]) -> list[tuple[str, str, str]]:
-    """The contrasts that the recipes name. One that is not every recipe's primary one is a secondary one here."""
+def _named(runs: Sequence[Run], later: Sequence[tuple[str, str]], notes: list[str]) -> list[tuple[str, str, str]]:
+    """The contrasts that the recipes name, then those that are asked for now. One that is not every recipe's primary
+    one is a secondary one here."""
     primaries = {run.recipe.comparison.primary for run in runs}
     if len(primaries) > 1:
         told = "; ".join(f"{run.folder.path.name}: {_said(run.recipe.comparison.primary)}" for run in runs)
@@ -214,6 +192,11 @@ def _named(runs: Sequence[Run], notes: list[str]) -> list[tuple[str, str, str]]:
         for pair in comparison.secondary:
             if pair[::-1] not in found:
                 found.setdefault(pair, "secondary")
+    known = {arm for run in runs for arm in run.recipe.arms}
+    for pair in later:
+        check_arms(pair, known)
+        if pair[::-1] not in found:
+            found.setdefault(pair, "later")
     return [(role, *pair) for pair, role in found.items()]
 
 
@@ -229,14 +212,12 @@ def _spread(values_S: compare.Array) -> dict[str, float | None]:
 
 
 def arms_by_task(summary: dict[str, Any]) -> Table:
-    """Each arm's test score on each task, and over all."""
+    """Each arm's test score on each task."""
     labels = [task["label"] for task in summary["tasks"]]
     what = "−loss, nats per target token" if summary["by_loss"] else f"test {summary['metric']}"
-    over = ["IQM over tasks [95 %]"] if summary["averaged"] else []
-    table = Table(f"Arms: {what}", ["arm", *labels, *over], [])
+    table = Table(f"Arms: {what}", ["arm", *labels], [])
     for name, arm in summary["arms"].items():
-        cells = [spread(arm["tasks"].get(label)) for label in labels]
-        table.rows.append([name, *cells, *([interval(arm["iqm"], signed=False)] if over else [])])
+        table.rows.append([name, *(spread(arm["tasks"].get(label)) for label in labels)])
     return table
 
 
@@ -256,7 +237,11 @@ def task_tables(summary: dict[str, Any]) -> list[Table]:
     if summary["contrasts"]:
         if summary["averaged"]:
             over = contrasts_table(summary)
-            title = f"{over.title}; interquartile mean of paired differences over tasks and seeds"
-            tables.insert(0, Table(title, [*over.columns[:-2], "runs", "rows"], over.rows))
+            title = f"{over.title}; mean over tasks of each task's mean of paired differences"
+            columns, rows = [*over.columns[:-2], "runs", "rows"], over.rows
+            if any(one["iqm"] for one in summary["contrasts"]):
+                columns.append("interquartile mean [95 %]")
+                rows = [[*row, interval(one["iqm"])] for row, one in zip(rows, summary["contrasts"], strict=True)]
+            tables.insert(0, Table(title, columns, rows))
         tables.append(contrasts_by_task(summary))
     return tables

@@ -15,7 +15,7 @@ Of the comparison, in its summary; what a run does not have is not there:
     arm/ARM/{test_score,test_loss,gap_loss,gap_acc,forgetting}    means over seeds
     arm/ARM/{gap_loss,gap_acc}_{low,high}                         their 95 % intervals
     arm/ARM/{ft_gap,closed} and each with _low, _high             `closed` may be text: undefined, no gap
-    contrast/FIRST-SECOND/{value,low,high,p,p_holm,minimum_detectable,n_seeds,claim}
+    contrast/FIRST-SECOND/{value,low,high,p,p_holm,p_rows,minimum_detectable,n_seeds,claim}
     verdict                                                       the sentences that the terminal says
     table/NAME  figure/NAME                                       what the page shows
 
@@ -49,7 +49,7 @@ FINISH_SECONDS = 120.0
 COPIES = "WANDB_DATA_DIR"
 COMPARISON = "comparison"  # name and job type
 ARM_MEANS = ("test_score", "test_loss", "gap_loss", "gap_acc", "forgetting")
-OF_CONTRAST = ("value", "low", "high", "p", "p_holm", "minimum_detectable", "n_seeds", "claim")
+OF_CONTRAST = ("value", "low", "high", "p", "p_holm", "p_rows", "minimum_detectable", "n_seeds", "claim")
 KNOT_PANELS = ("relative_size_median", "unchanged_median", "error_max", "cosine_min", "drift_relative")
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 
