@@ -405,7 +405,7 @@ def contrast_sentence(one: dict[str, Any], metric: str) -> str:
         return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
     corrected = one["p_holm"] is not None
     p = one["p_holm"] if corrected else one["p"]
-    said = f"{'Holm-corrected ' if corrected else ''}p = {_p(p)}"
+    said = f"{'Holm-corrected ' if corrected else ''}p = {_p(p)}".replace("= <", "<")
     if one["claim"]:
         return f"{line}, {said}: {better} is the better one."
     why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one["n_seeds"] < FEWEST_RUNS else said

@@ -44,7 +44,9 @@ def contrast(first: str, second: str, value: float, half: float | None, **more: 
         "high": None if half is None else value + half,
         "p": 0.03125,
         "p_holm": 0.25,
-        "smallest_p": 0.03125,
+        "p_rows": 0.0625,
+        "p_rows_smallest": 0.03125,
+        "p_rows_error": None,
         "minimum_detectable": 0.041,
         "n_seeds": 6,
         "n_examples": 200,
@@ -107,12 +109,12 @@ def quickstart() -> dict[str, Any]:
     summary["arms"]["chain3"]["knots"] = [knot(k, 0.009 / k, 4e-8 * k) for k in (1, 2, 3)]
     summary.pop("primary", None)
     summary["unpaired"] = []
-    one = {"p": None, "p_holm": None, "n_seeds": 1, "smallest_p": 1.0, "minimum_detectable": 0.09}
+    one = {"p": 0.02, "p_holm": None, "p_rows": None, "p_rows_smallest": None, "n_seeds": 1, "minimum_detectable": 0.09}
     summary["contrasts"] = [
         contrast("chain3", "lora", 0.025, 0.033, role="primary", **one),
-        contrast("lora", "full", -0.015, 0.05, role="full", **one),
-        contrast("chain3", "full", 0.01, 0.05, role="full", **one),
-        contrast("base", "full", -0.45, 0.07, role="full", **one),
+        contrast("lora", "full", -0.015, 0.05, role="later", **one),
+        contrast("chain3", "full", 0.01, 0.05, role="later", **one),
+        contrast("base", "full", -0.45, 0.07, role="later", **one),
     ]
     summary["spectra"] = {"lora": spectrum(1), "chain3": spectrum(3), "full": full_spectrum()}
     return summary
@@ -200,7 +202,7 @@ def many(arms: int = 30, seeds: int = 6) -> dict[str, Any]:
         value = (0.08, -0.07)[number - 3] if claim else value
         summary["contrasts"].append(contrast(name, "lora", value, 0.04, claim=claim, p_holm=0.0312 if claim else 0.6))
     for name in ("lora", chains[0]):
-        summary["contrasts"].append(contrast(name, "full", -0.02, None, role="full", p_holm=None, p=None))
+        summary["contrasts"].append(contrast(name, "full", -0.02, None, role="later", p_holm=None, p=None))
     summary["matched"]["used"] = [90.0, 90.0]
     return summary
 

@@ -246,7 +246,7 @@ def test_spectra_that_fail_cost_a_warning_and_nothing_else(recipe_file: Path, mo
 def test_a_damaged_file_is_said_and_spoils_no_other(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, *SHORT)
     (folder.path / "arms/full/seed-0/spectrum.json").write_text("{")
-    after = summarize(read_recipe(folder.path / "recipe.yaml"), folder, np.random.default_rng(0))
+    after = summarize(read_recipe(folder.path / "recipe.yaml"), folder)
     assert after["spectra"] == {"chain3": summary["spectra"]["chain3"]}
     assert any("full/seed-0/spectrum.json is damaged" in note for note in after["notes"])
 
