@@ -147,8 +147,10 @@ def trials(archives: dict[str, Texts]) -> dict[str, Any]:
         for rate in rates:
             cells.append({"task": task, "learning_rate": rate})
             for arm in TIED:
-                folders = [(f"trials/{one}/learning_rate={rate:g}/seed-" for one in (arm, "lora")) for _ in (0, 1)]
-                both_SK = [differences(texts, *(f"{f}{seed}" for f in pair)) for seed, pair in enumerate(folders)]
+                both_SK = [
+                    differences(texts, *(f"trials/{one}/learning_rate={rate:g}/seed-{seed}" for one in (arm, "lora")))
+                    for seed in (0, 1)
+                ]
                 lines[arm].append(np.mean(both_SK, axis=0))
                 knots = knots_of(result_of(texts, f"trials/{arm}/learning_rate={rate:g}/seed-0"))
     n_steps = len(lines["chain3"][0])
