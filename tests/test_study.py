@@ -201,6 +201,7 @@ def test_the_losses_of_a_chain_and_of_lora_on_the_same_minibatches_are_those_of_
         for part in [*one["bins"], *one["windows"].values()]:
             of_seeds = [line.loc[part["first"] : part["last"]].mean() for line in by_seed]
             assert numbers(part) == pytest.approx(mean_and_ends(of_seeds))
+            assert part["seeds"] == pytest.approx(of_seeds)
         assert [part["first"] for part in one["windows"].values()] == [*(k + 2 for k in one["knots"]), 151]
         edges = [edge for part in one["bins"] for edge in (part["first"], part["last"])]
         assert edges[::2] == [1, *(last + 1 for last in edges[1:-1:2])]  # no step is left out or counted twice
@@ -274,6 +275,8 @@ def test_the_line_of_test_loss_on_train_loss_and_the_distances_from_it_are_those
         pseudo = np.array([6 * whole[arm] - 5 * one[arm] for one in without])
         _, low, high = mean_and_ends(pseudo)
         about = kept["arms"][arm]
+        points = frame[frame["arm"] == arm].sort_values("seed")[["train", "test"]]
+        assert np.array(about["seeds"]) == pytest.approx(points.to_numpy())
         half = (high - low) / 2
         assert numbers(about["residual"]) == pytest.approx([whole[arm], whole[arm] - half, whole[arm] + half], abs=1e-9)
         if arm == "lora":
@@ -287,7 +290,8 @@ def test_the_line_of_test_loss_on_train_loss_and_the_distances_from_it_are_those
 
 
 def test_how_the_seeds_of_a_search_agree_is_counted_from_the_validation_scores_of_its_trials(runs: Path) -> None:
-    agree, short, searches = 0, [], 0
+    kept = {(one["task"], one["arm"]): one for one in KEPT["choice"]["cells"]}
+    agree, short = 0, []
     for search in [path for task in TASKS for path in (runs / task / "trials").iterdir()]:
         scores = pandas.DataFrame(
             {
@@ -301,8 +305,10 @@ def test_how_the_seeds_of_a_search_agree_is_counted_from_the_validation_scores_o
         best = scores.idxmax(axis=1)
         agree += best[0] == best[1]
         short += [scores.loc[1].max() - scores.loc[1, best[0]], scores.loc[0].max() - scores.loc[0, best[1]]]
-        searches += 1
-    assert (agree, searches) == (KEPT["choice"]["agree"], KEPT["choice"]["of"])
+        one = kept.pop((search.parent.parent.name, search.name))
+        assert (one["best"], one["short_on_the_other"]) == (best.tolist(), pytest.approx(short[-2:]))
+    assert not kept
+    assert (agree, len(short)) == (KEPT["choice"]["agree"], 2 * KEPT["choice"]["of"])
     assert KEPT["choice"]["short_on_the_other"] == pytest.approx(np.mean(short))
 
 
@@ -311,6 +317,10 @@ def test_the_largest_gradient_norms_are_those_of_the_archive(runs: Path) -> None
         for one in of_seeds:
             norms = steps(runs / f"schedule/arms/{arm}/seed-{one['seed']}")["grad_norm"]
             assert (one["step"], one["norm"]) == (norms.idxmax(), pytest.approx(norms.max()))
+            scores = pandas.read_json(
+                runs / f"schedule/arms/{arm}/seed-{one['seed']}/scores/test.jsonl", lines=True, precise_float=True
+            )
+            assert one["test_score"] == pytest.approx(scores["score"].mean())
     failed = min(KEPT["norms"]["chain3_link"], key=lambda one: one["test_score"])
     assert failed["norm"] == max(one["norm"] for of_seeds in KEPT["norms"].values() for one in of_seeds)
 

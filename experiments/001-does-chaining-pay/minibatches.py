@@ -255,7 +255,7 @@ def score_of(texts: Texts, folder: str) -> float:
 
 
 def norms(texts: Texts) -> dict[str, Any]:
-    """By arm and seed: the largest gradient norm, before it was clipped, and how that training ended."""
+    """By arm and seed: the largest gradient norm, before it was clipped, and what that training scored."""
     found = {}
     for arm in ("lora", "chain3", "chain3_link"):
         found[arm] = []
@@ -267,7 +267,6 @@ def norms(texts: Texts) -> dict[str, Any]:
                     "seed": seed,
                     "norm": largest["grad_norm"],
                     "step": largest["step"],
-                    "train_loss": evaluation["train"]["loss"],
                     "test_score": evaluation["test"]["score"],
                 }
             )
