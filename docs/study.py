@@ -3,12 +3,23 @@
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+import yaml
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
+
+from cola import compare
 from cola.ablation import ablation_notes, ablation_table
+from cola.record import RunFolder
+from cola.spectra import summarized
+from cola.summary import paired
 from cola.tables import (
     Table,
     contrast_sentence,
@@ -20,13 +31,14 @@ from cola.tables import (
     size,
     spectra_table,
 )
-from cola.tasks import task_tables
+from cola.tasks import summarize_tasks, task_tables
 
 STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 RESULTS = STUDY / "results"
 QV_ARMS = ("lora", "chain3", "lora24", "reset3", "keep3", "gradient3")
 CHAINS = ("chain3", "keep3", "gradient3")  # their links are fresh pairs
-YES, NO = "came true", "did not come true"
+YES, NO, OPEN = "came true", "did not come true", "not decided"
+WORK = tempfile.TemporaryDirectory()  # where archives are unpacked, until the process ends
 
 
 def read(name: str) -> dict[str, Any]:
@@ -52,77 +64,189 @@ def titled(table: Table) -> str:
     return f"**{table.title}**\n\n{table.markdown()}\n"
 
 
+def in_order(summary: dict[str, Any], later: bool) -> dict[str, Any]:
+    """The summary over tasks with the contrasts that its recipes name, or with those that were thought of later."""
+    return summary | {"contrasts": [one for one in summary["contrasts"] if (one["role"] == "later") == later]}
+
+
+def primary_of(summary: dict[str, Any]) -> dict[str, Any]:
+    return next(one for one in summary["contrasts"] if one["role"] == "primary")
+
+
 def verdict() -> str:
-    """The primary contrast as a sentence, then every contrast over the tasks."""
-    summary = over_tasks()
-    primary = next(one for one in summary["contrasts"] if one["role"] == "primary")
-    return f"**{contrast_sentence(primary, summary['metric'])}**\n\n{titled(task_tables(summary)[0])}"
+    """The primary contrast as a sentence, then every contrast over the tasks that was named beforehand."""
+    summary = in_order(over_tasks(), later=False)
+    return f"**{contrast_sentence(primary_of(summary), summary['metric'])}**\n\n{titled(task_tables(summary)[0])}"
 
 
 def scores() -> str:
     """Each arm and each contrast, task by task."""
-    return "\n".join(titled(table) for table in task_tables(over_tasks())[1:])
+    return "\n".join(titled(table) for table in task_tables(in_order(over_tasks(), later=False))[1:])
 
 
-def within(first: str, second: str, low: float, high: float, told_apart: bool) -> str:
-    """Whether a predicted range came true: by the estimate, and by whether the interval leaves 0 out as predicted."""
-    one = contrasts()[first, second]
-    if told_apart != (one["low"] > 0 or one["high"] < 0) or one["low"] > high or one["high"] < low:
-        return NO
-    return YES if low <= one["value"] <= high else "the estimate lies outside, its interval reaches in"
+def later() -> str:
+    """The contrasts that no recipe names, and how many parameters their arms train."""
+    summary = in_order(over_tasks(), later=True)
+    if not summary["contrasts"]:
+        return "The committed summary holds no contrast that was thought of later.\n"
+    names = dict.fromkeys(arm for one in summary["contrasts"] for arm in (one["first"], one["second"]))
+    arms = next(iter(by_task().values()))["arms"]
+    trained = ", ".join(f"{arm} {cost_cells(arms[arm])[0]}" for arm in names)
+    tables = "\n".join(titled(table) for table in task_tables(summary) if not table.title.startswith("Arms"))
+    return f"{tables}\nParameters in training: {trained}.\n"
 
 
-def on_each(holds: list[bool]) -> str:
-    """The outcome of what was predicted of every task."""
-    return YES if all(holds) else NO if not any(holds) else f"on {sum(holds)} of {len(holds)} tasks"
+@cache
+def unpacked(name: str) -> Path:
+    """The folder of a run that the study keeps."""
+    to = Path(WORK.name) / name
+    with tarfile.open(RESULTS / name / "run.tar.xz") as archive:
+        archive.extractall(to, filter="data")
+    return to
+
+
+@cache
+def of_primary(name: str) -> Path:
+    """The folder of a kept run with a recipe of the primary contrast and its arms alone: no more is then computed."""
+    folder = unpacked(name)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["comparison"]["secondary"] = []
+    recipe["arms"] = {arm: recipe["arms"][arm] for arm in recipe["comparison"]["primary"]}
+    to = Path(WORK.name) / f"{name}-primary"
+    to.mkdir()
+    for entry in folder.iterdir():
+        (to / entry.name).symlink_to(entry)
+    (to / "recipe.yaml").unlink()
+    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return to
+
+
+def over(tasks: Sequence[str]) -> dict[str, Any]:
+    """The primary contrast over some of the study's tasks, as the report over all of them has it."""
+    return primary_of(summarize_tasks([of_primary(task) for task in tasks], np.random.default_rng(0)))
+
+
+def without() -> str:
+    """The primary contrast with each task left out in turn."""
+    summary, tasks = over_tasks(), list(by_task())
+    found = {"none": primary_of(summary)}
+    found |= {task: over([one for one in tasks if one != task]) for task in tasks}
+    of_all = [task_tables(summary | {"contrasts": [one]})[0] for one in found.values()]
+    rows = [[left_out, *table.rows[0][2:]] for left_out, table in zip(found, of_all, strict=True)]
+    title = f"{found['none']['first']} − {found['none']['second']} over the tasks without one of them"
+    return titled(Table(title, ["left out", *of_all[0].columns[2:]], rows))
+
+
+def judged(found: dict[str, Any] | str | None, low: float, high: float) -> str:
+    """The outcome of a prediction that a number lies in a range: by its interval, never by the estimate.
+
+    A word in place of a number (of a share of a gap that cannot be told from none) decides nothing.
+    """
+    if found is None or isinstance(found, str) or found["low"] is None:
+        return OPEN
+    if low <= found["low"] and found["high"] <= high:
+        return YES
+    return NO if found["high"] < low or found["low"] > high else OPEN
+
+
+def all_of(outcomes: Sequence[str]) -> str:
+    """The outcome of a prediction that several things hold at once."""
+    return NO if NO in outcomes else YES if set(outcomes) == {YES} else OPEN
+
+
+def on_each(outcomes: Sequence[str]) -> str:
+    """The outcome of what was predicted of every task: one word where the tasks agree, else how many have which."""
+    counts = {outcome: list(outcomes).count(outcome) for outcome in (YES, NO, OPEN)}
+    said = [f"{outcome} on {n}" for outcome, n in counts.items() if n]
+    return outcomes[0] if len(said) == 1 else ", ".join(said)
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean over seeds with Student's 95 % interval."""
+    found = ttest_1samp(values, 0).confidence_interval(0.95)
+    return {"value": mean(values), "low": float(found.low), "high": float(found.high)}
+
+
+def gap_difference(task: str, first: str, second: str) -> dict[str, float]:
+    """`gap_loss` of one arm minus another's, paired by seed and test example: Student's 95 % interval over both."""
+    folder, recipe = RunFolder.open(unpacked(task))
+    rows = [
+        [{row["id"]: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)
+    ]
+    table = paired(rows, by_loss=True)  # minus the loss
+    assert table is not None  # the report of the run has compared them
+    arms = by_task()[task]["arms"]
+    train_AS = np.array([[seed["train_loss"] for seed in arms[arm]["seeds"]] for arm in (first, second)])
+    gaps = compare.Table(-table.scores_ASN - train_AS[:, :, None], table.groups, table.weights)
+    sums_ASG, sizes_G = gaps.of_groups()
+    parts = compare.Parts.of(sums_ASG[0] - sums_ASG[1], sizes_G)
+    value = float((gaps.means_AS[0] - gaps.means_AS[1]).mean())
+    half = float(student.ppf(0.975, parts.df)) * parts.variance**0.5
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def predictions() -> Iterator[tuple[str, str, str]]:
-    """What was predicted (in brief), what was found, and whether the one is the other."""
-    for number, first, second, text, low, high, told_apart in (
-        (1, "chain3", "lora", "cannot be told apart, within ±.03", -0.03, 0.03, False),
-        (2, "chain3", "lora24", "cannot be told apart, within ±.03", -0.03, 0.03, False),
-        (2, "chain3", "reset3", "cannot be told apart, within ±.03", -0.03, 0.03, False),
-        (3, "gradient3", "chain3", "up to +.05", 0.0, 0.05, True),
-        (4, "all_linear", "chain3", "above +.05", 0.05, 1.0, True),
+    """What was predicted (in brief), what was found, and the outcome."""
+    for number, first, second, low, high, text in (
+        (1, "chain3", "lora", -0.03, 0.03, "within ±.03"),
+        (2, "chain3", "lora24", -0.03, 0.03, "within ±.03"),
+        (2, "chain3", "reset3", -0.03, 0.03, "within ±.03"),
+        (3, "gradient3", "chain3", 0.0, 0.05, "from 0 to +.05"),
+        (4, "all_linear", "chain3", 0.05, 1.0, "above +.05"),
     ):
-        found = interval(contrasts()[first, second])
-        yield f"{number}. {first} − {second}: {text}", found, within(first, second, low, high, told_apart)
-    below = [contrasts()[arm, "full"]["high"] < 0 for arm in QV_ARMS]
-    yield "5. Every q,v arm is below full", f"{sum(below)} of {len(below)} are", YES if all(below) else NO
+        one = contrasts()[first, second]
+        found = interval(one)
+        if low < 0:  # with it, it was predicted what the study would see
+            apart = one["low"] > 0 or one["high"] < 0
+            yield f"{number}. {first} − {second}: cannot be told apart here", found, NO if apart else YES
+        yield f"{number}. {first} − {second}: {text}", found, judged(one, low, high)
+    against = [contrasts()[arm, "full"] for arm in QV_ARMS]
+    outcomes = [judged(one, -1.0, 0.0) for one in against]
+    yield "5. Every q,v arm is below full", f"{outcomes.count(YES)} of {len(outcomes)} intervals are", all_of(outcomes)
     tasks = by_task()
-    for arm, text, holds in (
-        ("chain3", "The chain closes less than a quarter of the gap", lambda share: share < 0.25),
-        ("all_linear", "All-linear closes most of it", lambda share: share > 0.5),
+    for arm, text, low, high in (
+        ("chain3", "The chain closes less than a quarter of the gap", -np.inf, 0.25),
+        ("all_linear", "All-linear closes most of it", 0.5, np.inf),
     ):
-        closed = [one["arms"][arm]["closed"] for one in tasks.values()]
-        # Where the intervals cannot tell LoRA from full there is a word in place of the share, and nothing came true.
-        told = [not isinstance(share, str) and holds(share["value"]) for share in closed]
-        shares = [share if isinstance(share, str) else f"{share['value']:+.2f}" for share in closed]
-        yield f"5. {text}", f"closed: {', '.join(shares)}", on_each(told)
-    gaps = [{arm: number["gap_loss"]["mean"] for arm, number in one["arms"].items()} for one in tasks.values()]
-    qv = [max(gap[arm] for arm in QV_ARMS) for gap in gaps]
+        shares = [one["arms"][arm].get("closed") for one in tasks.values()]
+        found = "; ".join(map(interval, shares))
+        yield f"5. {text}", f"closed: {found}", on_each([judged(share, low, high) for share in shares])
+    steps = [("full", "all_linear"), *(("all_linear", arm) for arm in QV_ARMS)]
+    gaps = {task: [gap_difference(task, *pair) for pair in steps] for task in tasks}
+    found = [
+        f"{sum(one['low'] > 0 for one in gaps[task])} above 0, {sum(one['high'] < 0 for one in gaps[task])} below"
+        for task in tasks
+    ]
     yield (
         "6. gap_loss: full > all_linear > every q,v arm",
-        "; ".join(
-            f"{gap['full']:+.3f}, {gap['all_linear']:+.3f}, {most:+.3f}" for gap, most in zip(gaps, qv, strict=True)
-        ),
-        on_each([gap["full"] > gap["all_linear"] > most for gap, most in zip(gaps, qv, strict=True)]),
+        f"of {len(steps)} differences: {'; '.join(found)}",
+        on_each([all_of([judged(one, 0.0, np.inf) for one in gaps[task]]) for task in tasks]),
     )
+    found = [gap_difference(task, "chain3", "lora") for task in tasks]
     yield (
         "6. gap_loss: chain3 no smaller than lora",
-        "; ".join(f"{gap['chain3']:+.3f}, {gap['lora']:+.3f}" for gap in gaps),
-        on_each([gap["chain3"] >= gap["lora"] for gap in gaps]),
+        f"chain3 − lora: {'; '.join(map(interval, found))}",
+        on_each([judged(one, 0.0, np.inf) for one in found]),
     )
-    overlaps = [mean(links_overlaps(one, "chain3")) for one in tasks.values()]
-    chances = [one["spectra"]["chain3"]["overlap"]["random"] for one in tasks.values()]
+    spectra = {task: spectra_by_seed(task, "chain3") for task in tasks}
+    above = [
+        over_seeds([mean(overlaps_of(one)) - one["overlap"]["random"] for one in seeds]) for seeds in spectra.values()
+    ]
     yield (
         "7. Links overlap more than random subspaces do",
-        f"{listed(overlaps, '.3f')}; random {listed(chances, '.3f')}",
-        on_each([overlap > chance for overlap, chance in zip(overlaps, chances, strict=True)]),
+        f"overlap − random: {'; '.join(map(interval, above))}",
+        on_each([judged(one, 0.0, 1.0) for one in above]),
     )
-    ranks = [learned_by(one, "chain3")["effective_rank"] for one in tasks.values()]
-    yield "7. Three links add fewer than 24 directions", f"{listed(ranks, '.1f')}", on_each([r < 24 for r in ranks])
+    ranks = [over_seeds([one["rows"][-1]["effective_rank"] for one in seeds]) for seeds in spectra.values()]
+    found = [f"{one['value']:.1f} [{one['low']:.1f}, {one['high']:.1f}]" for one in ranks]
+    outcome = on_each([judged(one, 0.0, 24.0) for one in ranks])
+    yield "7. Three links add fewer than 24 directions", f"effective rank: {'; '.join(found)}", outcome
+
+
+def spectra_by_seed(task: str, arm: str) -> list[dict[str, Any]]:
+    """What a run's summary says of an arm's spectra, of one seed at a time."""
+    files = sorted((unpacked(task) / "arms" / arm).glob("seed-*/spectrum.json"))
+    return [summarized({arm: [json.loads(file.read_text())]})[arm] for file in files]
 
 
 def listed(numbers: list[float], form: str) -> str:
@@ -134,9 +258,9 @@ def learned_by(summary: dict[str, Any], arm: str) -> dict[str, Any]:
     return summary["spectra"][arm]["rows"][-1]
 
 
-def links_overlaps(summary: dict[str, Any], arm: str) -> list[float]:
+def overlaps_of(spectra: dict[str, Any]) -> list[float]:
     """The overlap of each two of a chain's links."""
-    matrix = summary["spectra"][arm]["overlap"]["matrix"]
+    matrix = spectra["overlap"]["matrix"]
     return [matrix[i][j] for i in range(len(matrix)) for j in range(i)]
 
 
@@ -150,7 +274,7 @@ def beside() -> str:
     tasks = by_task()
     arms = next(iter(tasks.values()))["arms"]
     table = Table(
-        f"Means over {len(tasks)} tasks and all seeds; time and memory by those of lora",
+        f"Means over {len(tasks)} tasks and all seeds; FLOPs, time and memory by those of lora",
         [
             "arm",
             "train loss",
@@ -161,28 +285,29 @@ def beside() -> str:
             "effective rank",
             "overlap with full",
             "trained",
+            "FLOPs",
             "time",
             "memory",
         ],
         [],
     )
 
-    def over(arm: str, number: Callable[[dict[str, Any]], float]) -> float:
+    def averaged(arm: str, number: Callable[[dict[str, Any]], float]) -> float:
         return mean(number(one["arms"][arm]) for one in tasks.values())
 
     for arm in arms:
-        losses = [over(arm, lambda one, key=key: one[key]["mean"]) for key in ("train_loss", "test_loss")]
-        gaps = [over(arm, lambda one, key=key: one[key]["mean"]) for key in ("gap_loss", "gap_acc", "forgetting")]
+        losses = [averaged(arm, lambda one, key=key: one[key]["mean"]) for key in ("train_loss", "test_loss")]
+        gaps = [averaged(arm, lambda one, key=key: one[key]["mean"]) for key in ("gap_loss", "gap_acc", "forgetting")]
         row = [arm, *(f"{number:.3f}" for number in losses), *(f"{number:+.3f}" for number in gaps)]
         if arm == "base":
-            table.rows.append([*row, *["–"] * 5])
+            table.rows.append([*row, *["–"] * 6])
             continue
         rank = mean(learned_by(one, arm)["effective_rank"] for one in tasks.values())
         shared = [one["spectra"][arm]["with_full"] for one in tasks.values()]
         with_full = f"{mean(one['values'][-1] for one in shared):.2f}" if all(shared) else "–"
         ratios = [
             mean(one["arms"][arm][key] / one["arms"]["lora"][key] for one in tasks.values())
-            for key in ("train_seconds", "peak_memory")
+            for key in ("flops", "train_seconds", "peak_memory")
         ]
         trained = cost_cells(arms[arm])[0]
         table.rows.append([*row, f"{rank:.1f}", with_full, trained, *(f"{ratio:.2f}" for ratio in ratios)])
@@ -211,7 +336,7 @@ def learned() -> str:
                     listed([100 * row["relative_size"] for row in rows], ".1f") + " %",
                     listed([row["effective_rank"] for row in rows], ".1f"),
                     f"{spectra['rows'][-1]['effective_rank']:.1f}",
-                    listed(links_overlaps(summary, arm), ".2f"),
+                    listed(overlaps_of(spectra), ".2f"),
                     f"{spectra['overlap']['random']:.2f}",
                     f"{summary['arms'][arm]['max_drift']:.0e}",
                 ]
@@ -274,12 +399,11 @@ def length_by_links(summary: dict[str, Any]) -> Table:
     for point in summary["points"]:
         one = points[point["folder"]]
         links = one["arms"]["chain3"]["links"]
-        primary = next(contrast for contrast in one["contrasts"] if contrast["role"] == "primary")
         rows = one["spectra"]["chain3"]["rows"]
         table.rows.append(
             [
                 str(links),
-                "–" if links == 1 else interval(primary),
+                "–" if links == 1 else interval(primary_of(one)),
                 ", ".join(f"{rate:g}" for rate in dict.fromkeys(one["arms"]["chain3"]["learning_rate"])),
                 f"{rows[-1]['effective_rank']:.1f}",
                 listed([100 * row["relative_size"] for row in rows[:links]], ".1f") + " %",
@@ -290,9 +414,77 @@ def length_by_links(summary: dict[str, Any]) -> Table:
 
 
 def schedule() -> str:
-    """The exploratory arm: its contrasts, on one task."""
-    summary = read("schedule/summary.json")
-    return titled(contrasts_table(summary))
+    """The exploratory arm: its contrasts, on one task, and how far its gradients went."""
+    norms = read("minibatches.json")["norms"]
+    seeds = [str(one["seed"]) for one in norms["lora"]]
+    table = Table("Largest gradient norm before clipping (its step), test exact match; by seed", ["arm", *seeds], [])
+    for arm, of_seeds in norms.items():
+        table.rows.append([arm, *(f"{one['norm']:.0f} ({one['step']}), {one['test_score']:.3f}" for one in of_seeds)])
+    return f"{titled(contrasts_table(read('schedule/summary.json')))}\n{titled(table)}"
+
+
+def minibatches() -> str:
+    """Training loss against LoRA's on the same minibatches, right after a knot and at the end."""
+    found = read("minibatches.json")
+    seeds = Table(
+        "Chain − LoRA at LoRA's learning rate, nats per token: mean of six seeds [95 %], and how many are lower",
+        ["task", "links", "learning rate", "steps", "", "difference", "lower"],
+        [],
+    )
+    for one in found["paired"]:
+        for what, window in one["windows"].items():
+            steps, lower = f"{window['first']} to {window['last']}", sum(value < 0 for value in window["seeds"])
+            rate, of = f"{one['learning_rate']:g}", len(window["seeds"])
+            cells = [str(one["links"]), rate, steps, what, interval(window), f"{lower} of {of}"]
+            seeds.rows.append([one["task"], *cells])
+    cells = found["trials"]["cells"]
+    searched = Table(
+        f"Arm − LoRA in the trials, {len(cells)} rates of {len(by_task())} tasks: median, middle half, and how many "
+        "are lower",
+        ["arm", "steps", "", "median", "middle half", "lower"],
+        [],
+    )
+    for arm, about in found["trials"]["arms"].items():
+        for what, window in about["windows"].items():
+            low, high = window["quartiles"]
+            numbers = [f"{window['median']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{window['lower']} of {len(cells)}"]
+            searched.rows.append([arm, f"{window['first']} to {window['last']}", what, *numbers])
+    largest = max(one["largest_before"] for one in found["paired"])
+    return (
+        f"{titled(seeds)}\n{titled(searched)}\nUp to the first step after the first knot, no loss of the six seeds' "
+        f"pairs differs by more than {largest:.0e}.\n"
+    )
+
+
+def residuals() -> str:
+    """How far each arm is from the line of test loss on train loss, and the chain against LoRA."""
+    found = read("minibatches.json")["residuals"]
+    tasks = list(found)
+    lines = Table("Test loss on train loss, over the runs of six arms and six seeds", ["", *tasks], [])
+    lines.rows.append(["r", *(f"{one['r']:.2f}" for one in found.values())])
+    lines.rows.append(["slope", *(f"{one['slope']:.2f}" for one in found.values())])
+    for key, text in (
+        ("train_minus_lora", "train loss, chain3 − lora"),
+        ("test_minus_lora", "test loss, chain3 − lora"),
+        ("minus_lora", "distance from the line, chain3 − lora"),
+    ):
+        lines.rows.append([text, *(interval(one["arms"]["chain3"][key]) for one in found.values())])
+    arms = Table("Mean distance of each arm from that line, nats per token [95 %]", ["arm", *tasks], [])
+    for arm in QV_ARMS:
+        arms.rows.append([arm, *(interval(one["arms"][arm]["residual"]) for one in found.values())])
+    return f"{titled(lines)}\n{titled(arms)}"
+
+
+def choice() -> str:
+    """How much the choice of a learning rate hung on the seed."""
+    found = read("minibatches.json")["choice"]
+    agree, of, short = (found[key] for key in ("agree", "of", "short_on_the_other"))
+    agree, of, short = (found[key] for key in ("agree", "of", "short_on_the_other"))
+    return (
+        f"Seeds 0 and 1 agree on the best learning rate in {agree} of {of} searches. The rate that one of them would "
+        f"choose scores {short:.3f} less on validation under the other seed than that seed's best, in the mean over "
+        "all searches.\n"
+    )
 
 
 def packed(name: str, ending: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -328,10 +520,9 @@ def hours() -> str:
 
 def headline() -> str:
     """For the project's README: the primary contrast, and each arm's score by task."""
-    summary = over_tasks()
-    primary = next(one for one in summary["contrasts"] if one["role"] == "primary")
+    summary = in_order(over_tasks(), later=False)
     arms = task_tables(summary)[1]
-    return f"**{contrast_sentence(primary, summary['metric'])}**\n\n{arms.markdown()}\n"
+    return f"**{contrast_sentence(primary_of(summary), summary['metric'])}**\n\n{arms.markdown()}\n"
 
 
 def scout() -> str:
@@ -361,8 +552,13 @@ def scout() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": verdict,
-    "predicted": predicted,
+    "without": without,
     "scores": scores,
+    "later": later,
+    "minibatches": minibatches,
+    "residuals": residuals,
+    "choice": choice,
+    "predicted": predicted,
     "beside": beside,
     "learned": learned,
     "length": length,
