@@ -5,6 +5,7 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
 from cola import compare
@@ -123,7 +123,7 @@ def of_primary(name: str) -> Path:
 
 def over(tasks: Sequence[str]) -> dict[str, Any]:
     """The primary contrast over some of the study's tasks, as the report over all of them has it."""
-    return primary_of(summarize_tasks([of_primary(task) for task in tasks], np.random.default_rng(0)))
+    return primary_of(summarize_tasks([of_primary(task) for task in tasks]))
 
 
 def without() -> str:
@@ -167,8 +167,8 @@ def over_seeds(values: Sequence[float]) -> dict[str, float]:
     return {"value": mean(values), "low": float(found.low), "high": float(found.high)}
 
 
-def gap_difference(task: str, first: str, second: str) -> dict[str, float]:
-    """`gap_loss` of one arm minus another's, paired by seed and test example: Student's 95 % interval over both."""
+def gap_difference(task: str, first: str, second: str) -> dict[str, Any]:
+    """`gap_loss` of one arm minus another's, paired by seed and test example, with its interval over both."""
     folder, recipe = RunFolder.open(unpacked(task))
     rows = [
         [{row["id"]: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)
@@ -178,11 +178,7 @@ def gap_difference(task: str, first: str, second: str) -> dict[str, float]:
     arms = by_task()[task]["arms"]
     train_AS = np.array([[seed["train_loss"] for seed in arms[arm]["seeds"]] for arm in (first, second)])
     gaps = compare.Table(-table.scores_ASN - train_AS[:, :, None], table.groups, table.weights)
-    sums_ASG, sizes_G = gaps.of_groups()
-    parts = compare.Parts.of(sums_ASG[0] - sums_ASG[1], sizes_G)
-    value = float((gaps.means_AS[0] - gaps.means_AS[1]).mean())
-    half = float(student.ppf(0.975, parts.df)) * parts.variance**0.5
-    return {"value": value, "low": value - half, "high": value + half}
+    return asdict(compare.estimate((1, -1), [gaps]))
 
 
 def predictions() -> Iterator[tuple[str, str, str]]:
