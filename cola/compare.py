@@ -20,13 +20,14 @@ Axes: A arms, S seeds, N examples, G groups of examples that were drawn together
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.special import ndtr, ndtri, stdtrit
 from scipy.stats import trim_mean
 
@@ -263,7 +264,7 @@ def _inverted(end: Callable[[float, int], float], value: float) -> float:
     largest = 1 - 1e-6
     if away(largest) <= 0:
         return 1.0
-    return SMALLEST if away(SMALLEST) > 0 else float(brentq(away, SMALLEST, largest, xtol=1e-9, rtol=1e-6))
+    return SMALLEST if away(SMALLEST) > 0 else root_scalar(away, bracket=(SMALLEST, largest), xtol=1e-9).root
 
 
 def _parts(coefficients: Sequence[float], table: Table) -> Parts:
@@ -299,8 +300,9 @@ def closed_share(table: Table) -> Estimate:
 
         reach = error
         while away(value + side * reach) <= 0:
-            reach *= 2
-        return float(brentq(away, value, value + side * reach, xtol=1e-7 * max(1.0, abs(value))))
+            if (reach := 2 * reach) > 1e9 * error:  # the lead's interval ends at 0 itself, but for rounding
+                return side * math.inf
+        return root_scalar(away, bracket=(value, value + side * reach), xtol=1e-7 * max(1.0, abs(value))).root
 
     return Estimate(value, limit(-1), limit(1), error, here.df)
 
@@ -348,7 +350,7 @@ def sign_flips(tables: Sequence[Table]) -> SignFlips:
 
 
 def _drawn_signs(rng: np.random.Generator, n_runs: int) -> Array:
-    return 2.0 * rng.integers(2, size=(CHUNK, n_runs)) - 1
+    return rng.choice([-1.0, 1.0], size=(CHUNK, n_runs))
 
 
 def _stream(values_K: Array) -> np.random.Generator:

@@ -364,7 +364,7 @@ def contrasts_table(summary: dict[str, Any]) -> Table:
         table.rows.append(
             [
                 f"{one['first']} − {one['second']}",
-                "not named before" if one["role"] == "later" else one["role"],
+                role_text(one),
                 interval(one),
                 _p(one["p"]),
                 _p(one["p_holm"]),
@@ -376,6 +376,11 @@ def contrasts_table(summary: dict[str, Any]) -> Table:
             ]
         )
     return table
+
+
+def role_text(one: dict[str, Any]) -> str:
+    """A contrast's role in words."""
+    return "not named before" if one["role"] == "later" else one["role"]
 
 
 def _of_contrasts(summary: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from cola.errors import RunFolderError
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder
 from cola.summary import METRICS, Comparer, check_arms, contrast_record, paired, settle
-from cola.tables import NONE, Table, contrasts_table, interval, spread
+from cola.tables import NONE, Table, contrasts_table, interval, role_text, spread
 
 
 @dataclass
@@ -227,7 +227,7 @@ def contrasts_by_task(summary: dict[str, Any]) -> Table:
     table = Table("Contrasts, task by task [95 %]", ["first − second", "role", *labels], [])
     for one in summary["contrasts"]:
         cells = [interval(one["tasks"][label]) if label in one["tasks"] else NONE for label in labels]
-        table.rows.append([f"{one['first']} − {one['second']}", one["role"], *cells])
+        table.rows.append([f"{one['first']} − {one['second']}", role_text(one), *cells])
     return table
 
 
