@@ -89,7 +89,8 @@ def alternative(name: str, summary: dict[str, Any]) -> str:
             return f"{gap} and test {metric} against the number of links: {_some(said)}."
         case "cost":
             label, points = costs_of(summary)
-            return f"Test number against {label}. On the Pareto front by their means, cheapest first: {_some(pareto(points))}."
+            front = _some(pareto(points))
+            return f"Test number against {label}. On the Pareto front, by their means, cheapest first: {front}."
         case "knots":
             knots = [(arm, knot) for arm, about in summary["arms"].items() for knot in about.get("knots") or ()]
             said = [f"{arm} link {knot['link']} {knot['relative_size_median']:.2%}" for arm, knot in knots]
