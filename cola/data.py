@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cola.answers import is_cut_short
 from cola.cache import cache_dir
 from cola.errors import DataError
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
@@ -265,8 +266,8 @@ def _golds(labels: dict[str, _Label]) -> dict[str, int]:
         if not any(reading in one.golds for reading in fitting):
             last = next(other for other in labels.values() if not other.golds.keys() & one.golds.keys())
             raise DataError(
-                f"{one.place}: data.label: {one.label!r} is the {' or '.join(one.golds)} of a choice, and {last.label!r} "
-                f"of {last.place} the {' or '.join(last.golds)} of one; all labels must be of one kind"
+                f"{one.place}: data.label: {one.label!r} is the {' or '.join(one.golds)} of a choice, and "
+                f"{last.label!r} of {last.place} the {' or '.join(last.golds)} of one; all labels must be of one kind"
             )
         fitting = dict.fromkeys(reading for reading in fitting if reading in one.golds)
     for one in labels.values():
@@ -398,6 +399,10 @@ class _Encoder:
         else:
             assert data.answer is not None
             texts = [fill(data.answer, row, place, "data.answer")]
+            if stop := next((s for s in data.stop or () if is_cut_short(texts[0], s, data.normalize or ())), None):
+                raise DataError(
+                    f"{place}: data.stop: {stop!r} would cut the right answer short, {_shown(texts[0])}; leave it out"
+                )
         if not all(text.strip() for text in texts):
             raise DataError(f"{place}: the answer is empty")
         if data.chat:
@@ -456,6 +461,10 @@ class _Encoder:
         if len(set(names)) < n_choices:
             raise DataError(f"{place}: data.choice_labels: two choices have one name: {', '.join(names)}")
         return names
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _hint(label: str, readings: list[str]) -> str:

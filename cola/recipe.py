@@ -136,9 +136,9 @@ class Data(Section):
     label: str | None = Field(default=None, description="Field with the right choice; `label_is` says what it holds.")
     label_is: Literal["index", "text", "name"] | None = Field(
         default=None,
-        description="What the label is: the `index` of a choice, from 0; the `text` of a choice; its `name`, a label of "
-        "the mapping or one of `choice_labels`. Default: the name where there are names; else whichever of index and "
-        "text fits every row, and an error at the first row where both fit and mean different choices.",
+        description="What the label is: the `index` of a choice, from 0; the `text` of a choice; its `name`, a label "
+        "of the mapping or one of `choice_labels`. Default: the name where there are names; else whichever of index "
+        "and text fits every row, and an error at the first row where both fit and mean different choices.",
     )
     choice_labels: list[str] | str | None = Field(
         default=None,
@@ -165,6 +165,12 @@ class Data(Section):
         "its amount inside, `lowercase` the case, "
         "`punctuation` every character of string.punctuation.",
     )
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None,
+        description="Strings that end an answer (task `answer`): what is decoded counts up to the first of them. "
+        "Default: a newline; where that would cut a right answer of the data short, an empty line; where that would "
+        "too, nothing. `[]`: only the end token ends an answer.",
+    )
     max_length: PositiveInt = Field(default=512, description="Longest prompt and answer together, in tokens.")
     too_long: Literal["drop", "truncate", "error", "split"] | None = Field(
         default=None,
@@ -182,6 +188,11 @@ class Data(Section):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _string_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("files", mode="before")
     @classmethod
@@ -227,6 +238,8 @@ class Data(Section):
             raise ValueError(f"choice_labels has no effect with label_is: {self.label_is}: remove it")
         if self.normalize is not None and self.task != "answer":
             raise ValueError(f"normalize has no effect with task {self.task}: remove it")
+        if self.stop is not None and self.task != "answer":
+            raise ValueError(f"stop has no effect with task {self.task}: remove it")
         if self.system is not None and not self.chat:
             raise ValueError("system has no effect without chat: true")
         if self.task == "text" and self.chat:

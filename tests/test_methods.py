@@ -531,7 +531,7 @@ def test_what_an_evaluator_says_of_choices_and_losses_after_virtual_tokens(virtu
         ):
             answer = example.answers[0]
             own = row_logits(reference, [*example.prompt, *answer])[len(example.prompt) - 1 : -1]
-            assert score.loss == pytest.approx(
+            assert score.nats == pytest.approx(
                 cross_entropy(own, torch.tensor(answer), reduction="sum").item(), rel=1e-5
             )
 
