@@ -2,7 +2,9 @@
 
 A row becomes a prompt and one or more answers (the choices of a multiple choice, or the one right answer). The
 two are tokenized together and cut at the prompt's end, as lm-evaluation-harness does, so that the tokens are
-those of the whole text.
+those of the whole text. A token may span that end. The choices of a question are then all cut where the last token
+ends that they and the prompt alone have in common, so that their likelihoods are of one condition; a prompt to be
+answered keeps its tokens, since no right answer is known when a model is asked, and its answer is tokenized apart.
 """
 
 import difflib
@@ -293,6 +295,12 @@ def _folded(label: str) -> str:
     return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label.strip().casefold())
 
 
+def _n_shared(prompt: list[int], whole: list[int]) -> int:
+    """How many tokens of a prompt a longer text begins with, so that it has one or more beside them."""
+    pairs = enumerate(zip(prompt, whole[:-1], strict=False))
+    return next((n for n, (ours, theirs) in pairs if ours != theirs), max(0, min(len(prompt), len(whole) - 1)))
+
+
 @dataclass(frozen=True)
 class _Encoded:
     """One row's examples (several where a long text is split; none where it is passed over)."""
@@ -342,15 +350,21 @@ class _Encoder:
         for index, row, prompt in zip(indices, rendered, prompts, strict=True):
             if row.label is not None:
                 self.labels[f"{split}-{index}"] = row.label
-            answers = []
-            for answer in row.answers:
-                whole = next(wholes)
-                # Where a token would span the boundary the two are tokenized apart.
-                joined = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-                answers.append(whole[len(prompt) :] if joined else self._tokens([answer])[0])
-            if not prompt and not self.bos:
-                raise DataError(f"{pool.name} row {index + 1}: data.prompt: the prompt is empty")
-            yield self._pair(f"{split}-{index}", row, prompt, answers)
+            texts = [next(wholes) for _ in row.answers]
+            shared = min(_n_shared(prompt, whole) for whole in texts)
+            if shared == len(prompt) or row.label is not None:
+                kept, answers = prompt[:shared], [whole[shared:] for whole in texts]
+            else:
+                kept, answers = prompt, [self._apart(answer) for answer in row.answers]
+            if not kept and not self.bos:
+                why = "the choices begin within its first token" if prompt else "the prompt is empty"
+                raise DataError(f"{pool.name} row {index + 1}: data.prompt: {why}")
+            yield self._pair(f"{split}-{index}", row, kept, answers)
+
+    def _apart(self, answer: str) -> list[int]:
+        """An answer's own tokens, without the space that some tokenizers put before a text."""
+        line, both = self._tokens(["\n", f"\n{answer}"])
+        return both[len(line) :] if _n_shared(line, both) == len(line) else self._tokens([answer])[0]
 
     def _pair(self, name: str, row: _Rendered, prompt: list[int], answers: list[list[int]]) -> _Encoded:
         if self.data.task == "answer":
