@@ -303,7 +303,9 @@ class Training(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="Shape after the warm-up.")
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
-        default=0, description="Steps of linear warm-up; below 1: a fraction of the scope's steps."
+        default=0,
+        description="Steps of linear warm-up, the first of them at rate 0; below 1: a fraction of the scope's steps, "
+        "of which one at least is left for what comes after.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
