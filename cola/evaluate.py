@@ -158,8 +158,8 @@ class Evaluator:
             right = normalized(text, self.normalize) == normalized(self._right(example)[1], self.normalize)
             yield replace(result, score=float(right), prediction=text)
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _right(self, example: Example) -> tuple[str, str]:
         """The right answer as decoding gives it: what stands before it, such as the answer prefix, and the answer.
@@ -171,9 +171,9 @@ class Evaluator:
         before = text.removesuffix(example.texts[0]) if text.endswith(example.texts[0]) else ""
         return before, text.removeprefix(before)
 
-    def _said(self, example: Example, tokens: Sequence[int]) -> tuple[str, bool]:
-        """The answer in generated tokens, and whether a stop string has ended it."""
-        text, before = self._text(tokens), self._right(example)[0]
+    def _said(self, tokens: list[int], before: str) -> tuple[str, bool]:
+        """The answer in generated tokens, and whether a stop string has ended it; `before`: from `_right`."""
+        text = self._text(tokens)
         if len(text) < len(before) and before.startswith(text):
             return text, False  # on its way to the answer, through a prefix that may hold a stop string itself
         text = text.removeprefix(before)
@@ -199,7 +199,7 @@ class Evaluator:
             return len(example.prompt) + new_tokens
 
         for group in (group for same in alike.values() for group in by_tokens(same, length, self.batch_tokens)):
-            width = max(len(e.prompt) for e in group)
+            width, before = max(len(e.prompt) for e in group), [self._right(e)[0] for e in group]
             input_ids_BT = torch.full((len(group), width), end)
             mask_BT = torch.zeros_like(input_ids_BT)
             for b, example in enumerate(group):
@@ -212,10 +212,10 @@ class Evaluator:
                 do_sample=False,
                 pad_token_id=end,
                 eos_token_id=end,
-                stopping_criteria=StoppingCriteriaList([_Stopped(self, group, width)] if self.stop else []),
+                stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
             )
-            rows = zip(group, output[:, width:].tolist(), strict=True)
-            texts |= {example.id: self._said(example, tokens)[0] for example, tokens in rows}
+            rows = zip(group, output[:, width:].tolist(), before, strict=True)
+            texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
         return [texts[example.id] for example in examples]
 
     def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
@@ -247,12 +247,12 @@ class _Stopped(StoppingCriteria):
     transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
     """
 
-    def __init__(self, evaluator: Evaluator, examples: Sequence[Example], width: int) -> None:
-        self.evaluator, self.examples, self.width = evaluator, examples, width
+    def __init__(self, evaluator: Evaluator, before: Sequence[str], width: int) -> None:
+        self.evaluator, self.before, self.width = evaluator, before, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
-        rows = zip(self.examples, input_ids[:, self.width :].tolist(), strict=True)
-        ended = [self.evaluator._said(example, tokens)[1] for example, tokens in rows]
+        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
+        ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
         return torch.tensor(ended, device=input_ids.device)
 
 
