@@ -593,7 +593,7 @@ def _exit_code(summary: dict[str, Any], command: str, terminal: "Terminal") -> i
 
 def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal") -> None:
     from cola.report import write_report
-    from cola.tables import knots_table, result_tables, verdict
+    from cola.tables import knots_table, result_tables, size, verdict
 
     # Ctrl-C while the last files are written would leave them behind the results: it takes a second.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -611,7 +611,7 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
     terminal.say(f"results  {folder.path / 'summary.json'}")
     if summary.get("store"):
         store = summary["store"]
-        terminal.say(f"store    {store['path']}, {store['bytes'] / 1e6:.0f} MB on disk (cola store ls)")
+        terminal.say(f"store    {store['path']}, {size(store['bytes'])} on disk (cola store ls)")
 
 
 def _track_run(

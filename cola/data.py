@@ -2,22 +2,26 @@
 
 A row becomes a prompt and one or more answers (the choices of a multiple choice, or the one right answer). The
 two are tokenized together and cut at the prompt's end, as lm-evaluation-harness does, so that the tokens are
-those of the whole text.
+those of the whole text. A token may span that end. The choices of a question are then all cut where the last token
+ends that they and the prompt alone have in common, so that their likelihoods are of one condition; a prompt to be
+answered keeps its tokens, since no right answer is known when a model is asked, and its answer is tokenized apart.
 """
 
 import difflib
 import hashlib
 import json
 import os
+import re
 import string
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cola.answers import is_cut_short
 from cola.cache import cache_dir
 from cola.errors import DataError
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
@@ -26,7 +30,7 @@ from cola.sources import Pool, Row, open_pools, open_texts
 CHUNK = 512  # rows tokenized in one call
 GENERAL = "evaluation.general_text"  # the recipe's key
 PASSAGE_TOKENS = 256  # of a general text, that are read at a time
-CACHE_VERSION = 2  # part of every cached file's name: raise it when the same recipe must give other tokens
+CACHE_VERSION = 3  # part of every cached file's name: raise it when the same recipe must give other tokens
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -
     encode = _Encoder(data, tokenizer)
     passages = []
     for n, (whole, tokens) in enumerate(zip(texts, encode._tokens(texts), strict=True)):
-        passages += encode._text(f"general-{n}", _Rendered(whole, [], [], 0, None), tokens).examples
+        passages += encode._text(f"general-{n}", _Rendered(whole, [], [], None, None), tokens).examples
     if not passages:
         raise DataError(f"{GENERAL}: {path.name} holds no text of two tokens or more")
     return passages
@@ -169,6 +173,9 @@ def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase
         seen[split] = marks
         notes += said
     splits = {name: drawn[name] for name in SPLITS}
+    if data.task == "multiple_choice":
+        golds = _golds(encode.labels)
+        splits = {name: [replace(e, gold=golds[e.id]) for e in examples] for name, examples in splits.items()}
     return Splits(**splits, notes=notes[::-1], fingerprint=fingerprint_of(splits))
 
 
@@ -241,6 +248,60 @@ def _rows(number: int) -> str:
 
 
 @dataclass(frozen=True)
+class _Label:
+    """A row's label, and the choice that it means in each reading that fits the row."""
+
+    place: str
+    label: str
+    texts: list[str]
+    golds: dict[str, int]
+
+
+def _golds(labels: dict[str, _Label]) -> dict[str, int]:
+    """The right choice of each example, all labels read in one way.
+
+    Raises:
+        DataError: no reading fits all rows, or two of them mean different choices.
+    """
+    fitting = dict.fromkeys(reading for one in labels.values() for reading in one.golds)
+    for one in labels.values():
+        if not any(reading in one.golds for reading in fitting):
+            last = next(other for other in labels.values() if not other.golds.keys() & one.golds.keys())
+            raise DataError(
+                f"{one.place}: data.label: {one.label!r} is the {' or '.join(one.golds)} of a choice, and "
+                f"{last.label!r} of {last.place} the {' or '.join(last.golds)} of one; all labels must be of one kind"
+            )
+        fitting = dict.fromkeys(reading for reading in fitting if reading in one.golds)
+    for one in labels.values():
+        meant = {reading: one.texts[one.golds[reading]] for reading in fitting}
+        if len(set(meant.values())) > 1:
+            readings = " and ".join(f"the {reading} of {text!r}" for reading, text in meant.items())
+            keys = " or ".join(f"data.label_is: {reading}" for reading in meant)
+            raise DataError(f"{one.place}: data.label: {one.label!r} is {readings}; write {keys}")
+    reading = next(iter(fitting))
+    return {name: one.golds[reading] for name, one in labels.items()}
+
+
+def _place_in(names: list[str], label: str) -> int | None:
+    """Where a label stands among names, as it is written, or but for case and a number's form if one alone does."""
+    if label in names:
+        return names.index(label)
+    folded = [_folded(name) for name in names]
+    return folded.index(_folded(label)) if folded.count(_folded(label)) == 1 else None
+
+
+def _folded(label: str) -> str:
+    """CSV writes True and 1.0 where JSON writes true and 1."""
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label.strip().casefold())
+
+
+def _n_shared(prompt: list[int], whole: list[int]) -> int:
+    """How many tokens of a prompt a longer text begins with, so that it has one or more beside them."""
+    pairs = enumerate(zip(prompt, whole[:-1], strict=False))
+    return next((n for n, (ours, theirs) in pairs if ours != theirs), max(0, min(len(prompt), len(whole) - 1)))
+
+
+@dataclass(frozen=True)
 class _Encoded:
     """One row's examples (several where a long text is split; none where it is passed over)."""
 
@@ -255,7 +316,7 @@ class _Rendered:
     prompt: str
     answers: list[str]
     texts: list[str]
-    gold: int
+    label: _Label | None
     group: str | None
 
 
@@ -270,6 +331,7 @@ class _Encoder:
         start = next((n for n in range(len(special) - len(plain) + 1) if special[n : n + len(plain)] == plain), 0)
         # A chat template writes its own special tokens; an end token has no place between prompt and answer.
         self.bos = [] if data.chat else list(special[:start])
+        self.labels: dict[str, _Label] = {}  # of a multiple choice, by example; to be read once all are known
 
     def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
         encoded = self.tokenizer(texts, add_special_tokens=special)
@@ -286,15 +348,23 @@ class _Encoder:
         prompts = self._tokens([r.prompt for r in rendered])
         wholes = iter(self._tokens([r.prompt + answer for r in rendered for answer in r.answers]))
         for index, row, prompt in zip(indices, rendered, prompts, strict=True):
-            answers = []
-            for answer in row.answers:
-                whole = next(wholes)
-                # Where a token would span the boundary the two are tokenized apart.
-                joined = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-                answers.append(whole[len(prompt) :] if joined else self._tokens([answer])[0])
-            if not prompt and not self.bos:
-                raise DataError(f"{pool.name} row {index + 1}: data.prompt: the prompt is empty")
-            yield self._pair(f"{split}-{index}", row, prompt, answers)
+            if row.label is not None:
+                self.labels[f"{split}-{index}"] = row.label
+            texts = [next(wholes) for _ in row.answers]
+            shared = min(_n_shared(prompt, whole) for whole in texts)
+            if shared == len(prompt) or row.label is not None:
+                kept, answers = prompt[:shared], [whole[shared:] for whole in texts]
+            else:
+                kept, answers = prompt, [self._apart(answer) for answer in row.answers]
+            if not kept and not self.bos:
+                why = "the choices begin within its first token" if prompt else "the prompt is empty"
+                raise DataError(f"{pool.name} row {index + 1}: data.prompt: {why}")
+            yield self._pair(f"{split}-{index}", row, kept, answers)
+
+    def _apart(self, answer: str) -> list[int]:
+        """An answer's own tokens, without the space that some tokenizers put before a text."""
+        line, both = self._tokens(["\n", f"\n{answer}"])
+        return both[len(line) :] if _n_shared(line, both) == len(line) else self._tokens([answer])[0]
 
     def _pair(self, name: str, row: _Rendered, prompt: list[int], answers: list[list[int]]) -> _Encoded:
         if self.data.task == "answer":
@@ -307,7 +377,7 @@ class _Encoder:
         if not fits and (self.data.too_long != "truncate" or room < 1):
             return _Encoded(row.prompt, row.group, False, [])
         cut = prompt if fits else prompt[len(prompt) - room :]
-        example = Example(name, [*self.bos, *cut], answers, row.gold, row.texts, row.group)
+        example = Example(name, [*self.bos, *cut], answers, 0, row.texts, row.group)
         return _Encoded(row.prompt, row.group, fits, [example])
 
     def _text(self, name: str, row: _Rendered, tokens: list[int]) -> _Encoded:
@@ -333,14 +403,20 @@ class _Encoder:
         group = label_text(lookup(row, data.group, place, "data.group")) if data.group else None
         if data.task == "text":
             assert data.text is not None
-            return _Rendered(fill(data.text, row, place, "data.text"), [], [], 0, group)
+            return _Rendered(fill(data.text, row, place, "data.text"), [], [], None, group)
         assert data.prompt is not None
         prompt = fill(data.prompt, row, place, "data.prompt")
+        label = None
         if data.task == "multiple_choice":
-            texts, gold = self._choices(row, place)
+            label = self._choices(row, place)
+            texts = label.texts
         else:
             assert data.answer is not None
-            texts, gold = [fill(data.answer, row, place, "data.answer")], 0
+            texts = [fill(data.answer, row, place, "data.answer")]
+            if stop := next((s for s in data.stop or () if is_cut_short(texts[0], s, data.normalize or ())), None):
+                raise DataError(
+                    f"{place}: data.stop: {stop!r} would cut the right answer short, {_shown(texts[0])}; leave it out"
+                )
         if not all(text.strip() for text in texts):
             raise DataError(f"{place}: the answer is empty")
         if data.chat:
@@ -351,35 +427,69 @@ class _Encoder:
         blanks = "" if data.chat else prompt[len(prompt.rstrip(" ")) :]
         prompt = prompt.removesuffix(blanks) if blanks else prompt
         answers = [blanks + (data.answer_prefix or "") + text for text in texts]
-        return _Rendered(prompt, answers, texts, gold, group)
+        return _Rendered(prompt, answers, texts, label, group)
 
-    def _choices(self, row: Row, place: str) -> tuple[list[str], int]:
+    def _choices(self, row: Row, place: str) -> _Label:
         data = self.data
         assert data.label is not None
-        value = lookup(row, data.label, place, "data.label")
-        label = label_text(value)
+        label = label_text(lookup(row, data.label, place, "data.label"))
+        names = None
         if isinstance(data.choices, dict):
-            texts, labels = list(data.choices.values()), list(data.choices)
+            texts, names = list(data.choices.values()), list(data.choices)
         elif isinstance(data.choices, list):
-            texts, labels = data.choices, data.choices
+            texts = data.choices
         else:
             assert data.choices is not None
             own = lookup(row, data.choices, place, "data.choices")
             if not isinstance(own, list | tuple) or len(own) < 2:
                 raise DataError(f"{place}: data.choices: field {data.choices!r} is no list of two or more answers")
-            texts = labels = [label_text(text) for text in own]
-            if data.choice_labels:
-                labels = [label_text(x) for x in lookup(row, data.choice_labels, place, "data.choice_labels")]
-            if len(labels) != len(texts):
-                raise DataError(f"{place}: data.choice_labels: {len(labels)} names for {len(texts)} choices")
-        if label in labels:
-            return texts, labels.index(label)
-        folded = [name.casefold() for name in labels]
-        if folded.count(label.casefold()) == 1:  # CSV writes True where JSON writes true
-            return texts, folded.index(label.casefold())
-        if labels is texts and label.isdecimal() and int(label) < len(texts):
-            return texts, int(label)
-        raise DataError(f"{place}: data.label: {label!r} is none of the choices: {', '.join(labels)}")
+            texts = [label_text(text) for text in own]
+            names = self._names(row, place, len(texts))
+        readings = [data.label_is] if data.label_is else ["index", "text"] if names is None else ["name"]
+        found: dict[str, int | None] = {}
+        if re.fullmatch(r"[0-9]+(\.0+)?", label) and int(float(label)) < len(texts):
+            found["index"] = int(float(label))
+        found |= {"text": _place_in(texts, label), "name": _place_in(names or [], label)}
+        golds = {reading: gold for reading in readings if (gold := found.get(reading)) is not None}
+        if not golds:
+            shown = names if readings == ["name"] and names else texts
+            raise DataError(
+                f"{place}: data.label: {label!r} is none of the choices: {', '.join(shown)}{_hint(label, readings)}"
+            )
+        return _Label(place, label, texts, golds)
+
+    def _names(self, row: Row, place: str, n_choices: int) -> list[str] | None:
+        """Names of a row's own choices, where the recipe says that they have any."""
+        given = self.data.choice_labels
+        if given is None:
+            return None
+        if isinstance(given, list):
+            names = given[:n_choices]  # one row may have fewer choices than another
+        else:
+            value = lookup(row, given, place, "data.choice_labels")
+            if not isinstance(value, list | tuple):
+                raise DataError(f"{place}: data.choice_labels: field {given!r} is no list of names")
+            names = [label_text(name) for name in value]
+        if len(names) != n_choices:
+            raise DataError(f"{place}: data.choice_labels: {len(names)} names for {n_choices} choices")
+        if len(set(names)) < n_choices:
+            raise DataError(f"{place}: data.choice_labels: two choices have one name: {', '.join(names)}")
+        return names
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _hint(label: str, readings: list[str]) -> str:
+    """What may be meant by a label that fits no choice."""
+    if "index" in readings and re.fullmatch(r"[0-9]+(\.0+)?", label):
+        return "; an index counts from 0"
+    if "index" in readings and re.fullmatch(r"[A-Za-z]", label):
+        return "; letters that name the choices are said by data.choice_labels, as in [A, B, C, D]"
+    if "index" in readings and label in ("true", "false"):
+        return "; what true and false mean is said by a mapping, as in choices: {true: 'Yes', false: 'No'}"
+    return f" (data.label_is: {readings[0]})" if len(readings) == 1 else ""
 
 
 def lookup(row: Row, field: str, place: str, key: str) -> Any:

@@ -2,7 +2,8 @@
 
     loss    nats per target token: the tokens of the right answer (of the text)
     score   multiple_choice: the right choice has the highest summed log-likelihood, 0 or 1
-            answer: greedy decoding gives the right answer after the stated normalization, 0 or 1
+            answer: greedy decoding, up to the first stop string, gives the right answer after the stated
+            normalization, 0 or 1
             text: none; perplexity is exp(loss)
 
 Per-example results are kept, since arms are compared example by example.
@@ -11,7 +12,6 @@ Axes: B rows, C choices, T tokens, N positions, V vocabulary.
 """
 
 import math
-import string
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -22,16 +22,17 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from cola.adapters import unwrapped
+from cola.answers import normalized, up_to, usual_stops
 from cola.batches import by_tokens, collate, training_row
 from cola.data import PASSAGE_TOKENS, Example, Splits, tokenizer_fingerprint
 from cola.drift import Outputs
 from cola.forward import logits_after, logits_and_cache, logits_at
 from cola.recipe import Recipe
 
-EVALUATION_VERSION = 1  # part of what a kept score depends on: raise it when the same weights would score otherwise
+EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when the same weights would score otherwise
 
 PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
@@ -42,15 +43,15 @@ class ExampleScore:
 
     Attributes:
         id: The example's.
-        loss: Sum over the right answer's tokens, in nats.
+        nats: -log p of the right answer, summed over its tokens.
         tokens: Their number.
         score: 1.0 or 0.0; None for plain text.
-        prediction: Index of the chosen answer, or the decoded text.
+        prediction: Index of the chosen answer, or the decoded one.
         group: The example's.
     """
 
     id: str
-    loss: float
+    nats: float
     tokens: int
     score: float | None
     prediction: int | str | None
@@ -68,6 +69,7 @@ class Evaluator:
         batch_tokens: Tokens in one forward pass.
         autocast: Gives the context of the run's precision.
         answer_tokens: Longest right answer of the data; decoding stops a little after it.
+        stop: Strings that end a decoded answer, beside the end token.
     """
 
     task: str
@@ -76,19 +78,26 @@ class Evaluator:
     batch_tokens: int
     autocast: Callable[[], AbstractContextManager[None]]
     answer_tokens: int
+    stop: Sequence[str] = ()
 
     @classmethod
     def of(
         cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: Splits, accelerator: Accelerator
     ) -> "Evaluator":
         """The one that a recipe asks for."""
+        data, normalize = recipe.data, recipe.data.normalize or []
+        examples = [example for _, examples in splits.items() for example in examples]
+        stop = data.stop
+        if stop is None:
+            stop = usual_stops((e.texts[0] for e in examples), normalize) if data.task == "answer" else []
         return cls(
-            recipe.data.task,
+            data.task,
             tokenizer,
-            recipe.data.normalize or [],
+            normalize,
             recipe.evaluation.batch_tokens,
             accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
-            max(len(answer) for _, examples in splits.items() for e in examples for answer in e.answers),
+            max(len(answer) for e in examples for answer in e.answers),
+            stop,
         )
 
     def of_text(self) -> "Evaluator":
@@ -97,7 +106,7 @@ class Evaluator:
         A passage at a time, since its logits are wanted at every position: of 4096 tokens they would take 2.5 GB under
         a vocabulary of 150,000.
         """
-        return replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0)
+        return replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=())
 
     def causes(self) -> dict[str, Any]:
         """What a score depends on besides the weights, their precision and the examples."""
@@ -107,6 +116,7 @@ class Evaluator:
             "normalize": list(self.normalize),
             "batch_tokens": self.batch_tokens,
             "answer_tokens": self.answer_tokens,
+            "stop": list(self.stop),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
         }
 
@@ -131,24 +141,50 @@ class Evaluator:
         for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
             batch = collate([training_row(e) for e in group]).to(model.device)
             logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
-            losses = _nats(logits_NV, batch.targets_N)
+            nats_N = _nats(logits_NV, batch.targets_N)
             hits = logits_NV.argmax(-1) == batch.targets_N
             lengths = [len(e.answers[e.gold]) for e in group]
-            for example, loss, hit in zip(group, losses.split(lengths), hits.split(lengths), strict=True):
-                result = ExampleScore(example.id, loss.sum().item(), len(example.answers[0]), None, None, example.group)
+            for example, nats, hit in zip(group, nats_N.split(lengths), hits.split(lengths), strict=True):
+                result = ExampleScore(example.id, nats.sum().item(), len(example.answers[0]), None, None, example.group)
                 if self.task == "text":
                     yield result
                 elif hit.all():
-                    # Greedy decoding would walk through exactly these tokens, so it need not be run.
+                    # Greedy decoding would walk through exactly these tokens, so it need not be run; no stop string
+                    # lies in them.
                     yield replace(result, score=1.0, prediction=example.texts[0])
                 else:
                     missed.append((example, result))
         for (example, result), text in zip(missed, self._decode(model, [e for e, _ in missed]), strict=True):
-            right = normalized(text, self.normalize) == normalized(example.texts[0], self.normalize)
+            right = normalized(text, self.normalize) == normalized(self._right(example)[1], self.normalize)
             yield replace(result, score=float(right), prediction=text)
 
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _right(self, example: Example) -> tuple[str, str]:
+        """The right answer as decoding gives it: what stands before it, such as the answer prefix, and the answer.
+
+        A tokenizer need not give back the text that was put in (a first space is lost, an accent composed), so both
+        sides of a comparison are decoded from tokens.
+        """
+        text = self._text(example.answers[0])
+        before = text.removesuffix(example.texts[0]) if text.endswith(example.texts[0]) else ""
+        return before, text.removeprefix(before)
+
+    def _said(self, tokens: list[int], before: str) -> tuple[str, bool]:
+        """The answer in generated tokens, and whether a stop string has ended it; `before`: from `_right`."""
+        text = self._text(tokens)
+        if len(text) < len(before) and before.startswith(text):
+            return text, False  # on its way to the answer, through a prefix that may hold a stop string itself
+        text = text.removeprefix(before)
+        answer = up_to(text, self.stop)
+        return answer, len(answer) < len(text)
+
     def _decode(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
-        """Greedy continuations of the prompts, up to an end token or a little over the longest right answer."""
+        """Greedy answers to the prompts, up to an end token, a stop string or a little over the longest right answer.
+
+        What stands before a right answer (the answer prefix) is taken off where the model says it too.
+        """
         new_tokens = self.answer_tokens + 4
         texts = {}
         end = self.tokenizer.eos_token_id
@@ -163,7 +199,7 @@ class Evaluator:
             return len(example.prompt) + new_tokens
 
         for group in (group for same in alike.values() for group in by_tokens(same, length, self.batch_tokens)):
-            width = max(len(e.prompt) for e in group)
+            width, before = max(len(e.prompt) for e in group), [self._right(e)[0] for e in group]
             input_ids_BT = torch.full((len(group), width), end)
             mask_BT = torch.zeros_like(input_ids_BT)
             for b, example in enumerate(group):
@@ -176,9 +212,10 @@ class Evaluator:
                 do_sample=False,
                 pad_token_id=end,
                 eos_token_id=end,
+                stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
             )
-            decoded = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            texts |= {example.id: text for example, text in zip(group, decoded, strict=True)}
+            rows = zip(group, output[:, width:].tolist(), before, strict=True)
+            texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
         return [texts[example.id] for example in examples]
 
     def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
@@ -202,6 +239,21 @@ class Evaluator:
                         best,
                         example.group,
                     )
+
+
+class _Stopped(StoppingCriteria):
+    """Ends each row of a batch once a stop string has ended its answer.
+
+    transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
+    """
+
+    def __init__(self, evaluator: Evaluator, before: Sequence[str], width: int) -> None:
+        self.evaluator, self.before, self.width = evaluator, before, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
+        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
+        ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[float]]:
@@ -240,21 +292,10 @@ def _nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
-def normalized(text: str, steps: Sequence[str]) -> str:
-    """The text with what exact match ignores taken out."""
-    if "lowercase" in steps:
-        text = text.lower()
-    if "punctuation" in steps:
-        text = text.translate(str.maketrans("", "", string.punctuation))
-    if "whitespace" in steps:
-        text = " ".join(text.split())
-    return text
-
-
 def mean_loss(scores: Iterable[ExampleScore]) -> float:
-    """Nats per target token over all examples: the sum of losses by the sum of tokens."""
+    """Nats per target token over all examples: the sum of nats by the sum of tokens."""
     scores = list(scores)
-    return math.fsum(s.loss for s in scores) / sum(s.tokens for s in scores)
+    return math.fsum(s.nats for s in scores) / sum(s.tokens for s in scores)
 
 
 def mean_score(scores: Iterable[ExampleScore]) -> float | None:

@@ -3,8 +3,9 @@
 PyTorch's own counter (torch.utils.flop_counter: matrix products and attention, two FLOPs for a multiply and add) sees
 one row go forward and backward through the model on the meta device, with the link's weights attached, so whatever
 needs no gradient is not counted. A row's cost is a polynomial of degree two in its length, so three lengths give it.
-The output head, which is computed where there is a target, is added. Padding, the optimizer, the encoder of virtual
-tokens and the frozen pairs beside an unmerged base are left out; codes count as the matrices they stand for.
+The output head, which is computed where there is a target, is added, and the products that make a full gradient where
+a pair begins along one. Padding, the optimizer, the decomposition of that gradient, the encoder of virtual tokens
+and the frozen pairs beside an unmerged base are left out; codes count as the matrices they stand for.
 """
 
 import copy
@@ -26,6 +27,7 @@ from cola.errors import RecipeError
 from cola.plan import Choice, Job, Link, budget_steps, own_lengths, plan_arm
 from cola.recipe import OneLink, Recipe
 from cola.record import write_text
+from cola.residual import shape_of
 from cola.segments import digest
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
@@ -73,24 +75,40 @@ class Meter:
 
     def steps(self, link: Link, order: Sequence[Sequence[int]]) -> list[Cost]:
         """The cost of each optimizer step of a link, given the rows of each."""
-        polynomial, per_target = self._shape(link.what)
-        virtual = link.what.num_virtual_tokens or 0
+        costs = self._steps(link.what, order, self.checkpointing)
+        drawn = link.knot is None or link.knot.pair != "keep"
+        if costs and drawn and link.what.init_batches:
+            costs[0] += self._start(link.what, order[: link.what.init_batches])
+        return costs
+
+    def _steps(self, what: OneLink, order: Sequence[Sequence[int]], checkpointing: bool) -> list[Cost]:
+        polynomial, per_target = self._shape(what, checkpointing)
+        virtual = what.num_virtual_tokens or 0
         costs = []
         for rows in order:
             tokens, targets = zip(*(self.rows[row] for row in rows), strict=True)
             flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
-        drawn = link.knot is None or link.knot.pair != "keep"
-        if costs and drawn and link.what.init_batches:
-            # A pair along the full gradient reads the link's first batches once more, before its first step.
-            costs[0] = sum(costs[: link.what.init_batches], costs[0])
         return costs
 
-    def _shape(self, what: OneLink) -> tuple[list[float], float]:
+    def _start(self, what: OneLink, order: Sequence[Sequence[int]]) -> Cost:
+        """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
+        activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
+        head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
+        for name in adapters.target_names(self.skeleton, what):
+            product = 2 * math.prod(shape_of(self.skeleton, name))
+            if self.skeleton.get_submodule(name) is head:
+                at_target += product
+            else:
+                at_row += product
+        tokens, targets = (sum(n) for n in zip(*(self.rows[row] for rows in order for row in rows), strict=True))
+        return sum(self._steps(what, order, False), Cost(at_row * tokens + at_target * targets, 0))
+
+    def _shape(self, what: OneLink, checkpointing: bool) -> tuple[list[float], float]:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
         # What changes no shape is left out; counting takes seconds, so it is remembered.
         key = what.model_dump(mode="json", exclude=SHAPELESS)
-        name = digest([repr(self.skeleton.config.to_dict()), key, self.checkpointing, torch.__version__, COUNT_VERSION])
+        name = digest([repr(self.skeleton.config.to_dict()), key, checkpointing, torch.__version__, COUNT_VERSION])
         if name not in self._shapes:
             note = cache_dir() / "flops" / name
             if note.is_file():
@@ -100,7 +118,9 @@ class Meter:
                 model = copy.deepcopy(self.skeleton).requires_grad_(False)
                 if what.method not in adapters.PROMPTS:  # whose tokens are stood in for
                     model = adapters.attach(model, what, 0)
-                counts, per_target = zip(*(self._count(model, what, length) for length in LENGTHS), strict=True)
+                counts, per_target = zip(
+                    *(self._count(model, what, length, checkpointing) for length in LENGTHS), strict=True
+                )
             # A model's own code may ask the meta device for values, and fail in any way: no reason to lose an arm.
             except Exception as error:
                 self.trouble = self.trouble or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -111,7 +131,7 @@ class Meter:
                 write_text(note, json.dumps(self._shapes[name]))
         return self._shapes[name]
 
-    def _count(self, model: PreTrainedModel, what: OneLink, length: int) -> tuple[float, float]:
+    def _count(self, model: PreTrainedModel, what: OneLink, length: int, checkpointing: bool) -> tuple[float, float]:
         """FLOPs of a row without the head, and of the head at one target."""
         virtual = what.num_virtual_tokens or 0
         body: Any = model.base_model
@@ -134,7 +154,7 @@ class Meter:
         selected = output[:, :1].detach().requires_grad_(output.requires_grad)
         with FlopCounterMode(display=False) as at_target:
             head(selected).sum().backward()
-        return counter.get_total_flops() + self.checkpointing * forward, float(at_target.get_total_flops())
+        return counter.get_total_flops() + checkpointing * forward, float(at_target.get_total_flops())
 
 
 def _cache(model: PreTrainedModel, length: int) -> DynamicCache:

@@ -86,7 +86,7 @@ def knots_figure(summary: dict[str, Any]) -> Figure | None:
 
 
 def _percent(number: float) -> str:
-    return f"{100 * number:.2g}%"
+    return f"{float(f'{100 * number:.2g}'):g}%"  # 120%, where .2g alone writes 1.2e+02
 
 
 def _scientific(number: float) -> str:

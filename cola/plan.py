@@ -83,7 +83,7 @@ def plan_arm(
         total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
 
     Raises:
-        RecipeError: the links' own lengths do not add up to the run's steps.
+        RecipeError: the links' own lengths do not add up to the run's steps, or a link has no learning rate above 0.
     """
     recipe = recipe.with_choice(arm, dict(choice) or next(iter(recipe.choices_of(arm)), {}))
     training, rules = recipe.training, recipe.knot_of(arm)
@@ -122,6 +122,12 @@ def plan_arm(
             )
         )
         first += length
+    for number, link in enumerate(links, 1):
+        if not any(link.learning_rates):  # the first step of a warm-up has none
+            raise RecipeError(
+                f"arms.{arm}.links: link {number} has one step, the first of a warm-up, whose learning rate is 0, so "
+                "it would learn nothing; give it more steps, or leave out the warm-up"
+            )
     return links
 
 
@@ -159,7 +165,8 @@ def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
 
 
 def _warmup(warmup_steps: float, scope: int) -> int:
-    return round(warmup_steps * scope) if warmup_steps < 1 else int(warmup_steps)
+    """Steps of a warm-up; a fraction leaves one step at least for what comes after it."""
+    return min(round(warmup_steps * scope), scope - 1) if warmup_steps < 1 else int(warmup_steps)
 
 
 def schedule(training: Training, n_steps: int, warmup_steps: float | None = None) -> list[float]:

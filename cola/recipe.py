@@ -133,12 +133,17 @@ class Data(Section):
         description="Task `multiple_choice`: a mapping from label to answer text, a list of answer texts, or the name "
         "of a field that holds each row's own list.",
     )
-    label: str | None = Field(
+    label: str | None = Field(default=None, description="Field with the right choice; `label_is` says what it holds.")
+    label_is: Literal["index", "text", "name"] | None = Field(
         default=None,
-        description="Field with the right choice: a label of the mapping, the text of a choice, or its index from 0.",
+        description="What the label is: the `index` of a choice, from 0; the `text` of a choice; its `name`, a label "
+        "of the mapping or one of `choice_labels`. Default: the name where there are names; else whichever of index "
+        "and text fits every row, and an error at the first row where both fit and mean different choices.",
     )
-    choice_labels: str | None = Field(
-        default=None, description="Field that holds the names of a row's own choices (`choices.label` of ARC)."
+    choice_labels: list[str] | str | None = Field(
+        default=None,
+        description="Names of a row's own choices: a list of them (`[A, B, C, D]`), or the field that holds them "
+        "(`choices.label` of ARC).",
     )
     group: str | None = Field(
         default=None,
@@ -160,6 +165,12 @@ class Data(Section):
         "its amount inside, `lowercase` the case, "
         "`punctuation` every character of string.punctuation.",
     )
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None,
+        description="Strings that end an answer (task `answer`): what is decoded counts up to the first of them. "
+        "Default: a newline; where that would cut a right answer of the data short, an empty line; where that would "
+        "too, nothing. `[]`: only the end token ends an answer.",
+    )
     max_length: PositiveInt = Field(default=512, description="Longest prompt and answer together, in tokens.")
     too_long: Literal["drop", "truncate", "error", "split"] | None = Field(
         default=None,
@@ -178,6 +189,11 @@ class Data(Section):
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _string_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("files", mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
@@ -190,7 +206,7 @@ class Data(Section):
         alone = isinstance(value, dict) and len(value) == 1 and None in value.values()
         return f"{{{next(iter(value))}}}" if alone else value
 
-    @field_validator("choices", mode="before")
+    @field_validator("choices", "choice_labels", mode="before")
     @classmethod
     def _choices_as_text(cls, value: Any) -> Any:
         if isinstance(value, dict):
@@ -207,16 +223,23 @@ class Data(Section):
         for key in needed[self.task]:
             if getattr(self, key) is None:
                 raise ValueError(f"task {self.task} needs the key {key!r}")
-        optional = {"multiple_choice": {"choice_labels"}, "answer": set(), "text": set()}
-        for key in ("prompt", "answer", "text", "choices", "label", "choice_labels"):
+        optional = {"multiple_choice": {"label_is", "choice_labels"}, "answer": set(), "text": set()}
+        for key in ("prompt", "answer", "text", "choices", "label", "label_is", "choice_labels"):
             if getattr(self, key) is not None and key not in {*needed[self.task], *optional[self.task]}:
                 raise ValueError(f"{key!r} has no effect with task {self.task}: remove it")
         if isinstance(self.choices, list | dict) and len(self.choices) < 2:
             raise ValueError("choices needs two answers or more")
         if self.choice_labels is not None and not isinstance(self.choices, str):
             raise ValueError("choice_labels goes with choices that name a field of the row")
+        named = isinstance(self.choices, dict) or self.choice_labels is not None
+        if self.label_is == "name" and not named:
+            raise ValueError("label_is: name needs names: choices as a mapping, or choice_labels")
+        if self.label_is in ("index", "text") and self.choice_labels is not None:
+            raise ValueError(f"choice_labels has no effect with label_is: {self.label_is}: remove it")
         if self.normalize is not None and self.task != "answer":
             raise ValueError(f"normalize has no effect with task {self.task}: remove it")
+        if self.stop is not None and self.task != "answer":
+            raise ValueError(f"stop has no effect with task {self.task}: remove it")
         if self.system is not None and not self.chat:
             raise ValueError("system has no effect without chat: true")
         if self.task == "text" and self.chat:
@@ -280,7 +303,9 @@ class Training(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="Shape after the warm-up.")
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
-        default=0, description="Steps of linear warm-up; below 1: a fraction of the scope's steps."
+        default=0,
+        description="Steps of linear warm-up, the first of them at rate 0; below 1: a fraction of the scope's steps, "
+        "of which one at least is left for what comes after.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(

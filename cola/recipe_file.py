@@ -397,6 +397,8 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
     update: dict[str, Any] = {}
     if data.answer_prefix is None and data.task != "text":
         update["answer_prefix"] = "" if data.chat or (data.prompt or "")[-1:].isspace() else " "
+    if data.label_is is None and (isinstance(data.choices, dict) or data.choice_labels is not None):
+        update["label_is"] = "name"
     if data.normalize is None and data.task == "answer":
         update["normalize"] = ["whitespace"]
     if data.too_long is None:

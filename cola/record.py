@@ -32,7 +32,7 @@ from cola.recipe_file import dump_recipe, read_recipe
 
 RESULTS = "arms/*/seed-*/result.json"
 RESULT_KEYS = ("status", "run_info")
-SCORE_KEYS = {"id", "loss", "tokens", "score", "group"}
+SCORE_KEYS = {"id", "nats", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
 FORMAT = 3  # of result.json and summary.json, see docs/results.md
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")

@@ -129,7 +129,7 @@ def lineage(
             "method": link.method,
             "settings": _settings(link.what),
             "modules": modules_of(link),
-            "start": _start(link, number, theirs),
+            "start": _start(link, number, theirs, root["dtype"]),
             "seed": link.seed,
             "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root),
             "optimizer": {
@@ -154,7 +154,7 @@ def _settings(what: OneLink) -> Causes:
     return what.model_dump(mode="json", exclude=said, exclude_none=True)
 
 
-def _start(link: Link, number: int, digests: Sequence[str]) -> Causes:
+def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:
     """How the link's weights are drawn; orthogonal to nothing is the default draw."""
     init = link.what.init or "default"
     if link.knot is not None and link.knot.pair == "keep":
@@ -162,6 +162,7 @@ def _start(link: Link, number: int, digests: Sequence[str]) -> Causes:
     start: Causes = {"init": "default" if init == "orthogonal" and not number else init}
     if init == "gradient":
         start["batches"] = list(digests[: link.what.init_batches])
+        start |= {"scaled": True} if dtype == "float16" else {}  # before it was, small gradients were lost
     return start
 
 

@@ -10,7 +10,7 @@ from cola.errors import StoreError
 from cola.recipe import LinkSettings
 from cola.segments import digest
 from cola.store import Segment, Store, size_of
-from cola.tables import NONE
+from cola.tables import NONE, size
 from cola.terminal import Terminal, duration
 
 
@@ -56,7 +56,7 @@ def _show(segment: Segment, terminal: Terminal) -> None:
         f"batches; loss {rows[0]['loss']:.4f} → {rows[-1]['loss']:.4f}; {duration(record['seconds'])} of training",
         f"made by recipe {made['recipe']}, arm {made['arm']}, seed {made['seed']}, on {made['device']}, torch "
         f"{made['packages']['torch']}, cola {made['cola']}" + (f" at {commit[:10]}{dirty}" if commit else ""),
-        f"{_size(segment.n_bytes)} in " + ", ".join(record["files"]),
+        f"{size(segment.n_bytes)} in " + ", ".join(record["files"]),
     ]
     for number, line in enumerate(lines):
         terminal.say(("  " if number else "") + line)
@@ -109,9 +109,9 @@ def show_all(store: Store, terminal: Terminal) -> None:
     measured = list((store.path / "measured").glob("*/*.json"))
     damaged = list((store.path / "damaged").iterdir())
     terminal.say(
-        f"{store.path}: {len(rows)} segments, {_size(total)}; {len(measured)} measurements, "
-        f"{_size(sum(map(size_of, measured)))}; {len(damaged)} set aside as damaged, "
-        f"{_size(sum(map(size_of, damaged)))}"
+        f"{store.path}: {len(rows)} segments, {size(total)}; {len(measured)} measurements, "
+        f"{size(sum(map(size_of, measured)))}; {len(damaged)} set aside as damaged, "
+        f"{size(sum(map(size_of, damaged)))}"
     )
     gone = [str(run) for run in used if not run.is_dir()]
     if gone:
@@ -134,7 +134,7 @@ def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]])
         f"{record['first_step'] + 1}–{record['last_step']}" if record else NONE,
         f"{made['recipe']}, {made['arm']}, {made['seed']}" if made else NONE,
         f"{datetime.fromtimestamp(made_at):%Y-%m-%d %H:%M}",
-        _size(size_of(folder)),
+        size(size_of(folder)),
         str(n_runs),
     ]
 
@@ -159,14 +159,6 @@ def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
     kept = sum(1 for run in used if run.is_dir())
     terminal.say(
         f"{store.path}: {len(loose)} segments and {len(garbage) - len(loose)} measurements and left-overs that no "
-        f"kept run refers to, {_size(sum(map(size_of, garbage)))}; {kept} run folders are kept"
+        f"kept run refers to, {size(sum(map(size_of, garbage)))}; {kept} run folders are kept"
     )
     return garbage
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000 or unit == "GB":
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    raise AssertionError

@@ -185,11 +185,11 @@ def _same_outputs(
                 continue
             state = results[arm, seed]["train_info"]["scored_state"]
             try:
-                losses = tuple(row["loss"] for row in folder.scores(arm, seed, "test"))
+                nats = tuple(row["nats"] for row in folder.scores(arm, seed, "test"))
             except RunFolderError as error:
                 damaged.append(str(error))
                 continue
-            other, its_state = seen.setdefault(losses, (arm, state))
+            other, its_state = seen.setdefault(nats, (arm, state))
             if its_state != state:
                 found.append((other, arm, seed))
     return found
@@ -380,7 +380,7 @@ def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
     scored = first[ids[0]]["score"] is not None and not by_loss
 
     def value(row: dict[str, Any]) -> float:
-        return row["score"] if scored else -row["loss"] / row["tokens"]
+        return row["score"] if scored else -row["nats"] / row["tokens"]
 
     scores = [[[value(one[i]) for i in ids] for one in of_arm] for of_arm in rows]
     groups = [first[i]["group"] or i for i in ids]

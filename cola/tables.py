@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def _latex(text: str) -> str:
     return "".join(LATEX.get(sign, sign) for sign in text)
 
 
-SIZES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "%": 0.01}
+SIZES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21, "%": 0.01}
 SIZES |= {"s": 1, "min": 60, "h": 3600, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 NUMBER = re.compile(r"([+−-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?: ?([A-Za-z%]+))?(?=$|[\s,;–])", re.IGNORECASE)
 
@@ -389,7 +390,11 @@ def _of_contrasts(summary: dict[str, Any]) -> str:
 
 
 def _p(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+    if value is None or value < 1e-4:
+        return NONE if value is None else "< 0.0001"
+    # In two digits, or as many as it takes not to round across the level of a claim.
+    texts = (f"{value:.{digits}g}" for digits in range(2, 18))
+    return next(text for text in texts if (float(text) < 0.05) == (value < 0.05))
 
 
 def contrast_sentence(one: dict[str, Any], metric: str) -> str:
@@ -582,20 +587,21 @@ def interval(number: dict[str, Any] | str | None, signed: bool = True) -> str:
     return value if number["low"] is None else f"{value} [{number['low']:{form}}, {number['high']:{form}}]"
 
 
-def size(n_bytes: int | None) -> str:
-    """Bytes in GB, or in MB below one."""
-    if n_bytes is None:
-        return NONE
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+def size(n_bytes: float | None) -> str:
+    """Bytes in three digits: 412 MB, 2.31 GB."""
+    return NONE if n_bytes is None else _three_digits(n_bytes, ("TB", "GB", "MB", "kB")) or f"{n_bytes:.0f} B"
 
 
 def _count(number: float) -> str:
-    if not math.isfinite(number):
-        return NONE
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:#.3g} {unit}".replace(". ", " ")
-    return f"{number:.0f}"
+    return (
+        _three_digits(number, ("Z", "E", "P", "T", "B", "M", "k")) or f"{number:.0f}" if math.isfinite(number) else NONE
+    )
+
+
+def _three_digits(number: float, units: Sequence[str]) -> str | None:
+    """In the largest unit that the number, once it is rounded, has one of; None below all."""
+    unit = next((unit for unit in units if float(f"{number:.3g}") >= SIZES[unit]), None)
+    return None if unit is None else f"{number / SIZES[unit]:#.3g} {unit}".replace(". ", " ")
 
 
 def _range(values: list[Any]) -> str:

@@ -155,9 +155,9 @@ class RunProgress:
 
 def duration(seconds: float) -> str:
     """38 s, 4 min 10 s, 2 h 5 min."""
-    whole = round(seconds)
+    whole, minutes = round(seconds), round(seconds / 60)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -21,6 +21,7 @@ from cola.forward import logits_at
 from cola.moments import Moments, check_cleared, set_moments, share_cleared
 from cola.plan import Link, derived_seed
 
+GRADIENT_SCALE = 2.0**12  # of the summed loss of a pass, under float16; training's begins at 2**16 for a mean
 MAX_SKIPPED = 20  # steps in a row that fp16 gradient scaling may skip before the arm has diverged
 
 
@@ -174,6 +175,10 @@ def full_gradients(
     It is taken from what goes into a module and the gradient of what comes out of it, so it can be had of quantized
     codes as well, and of the weight as it is with everything that is attached to it.
 
+    float16 holds nothing below 6e-8: what passes through it is scaled by a power of two, which is lowered where
+    something overflows, and divided out again in float32. Training has accelerate's GradScaler for that, on a GPU; this
+    serves a CPU as well.
+
     Args:
         model: In eval mode afterwards; its parameters and their gradients are left as they were.
         names: Modules that map features to features, the last axis.
@@ -182,13 +187,35 @@ def full_gradients(
 
     Returns:
         float32 (O, I) for each name, on the CPU.
+
+    Raises:
+        NonFiniteLoss: the gradient is not finite at any scale.
     """
+    batches = list(batches)
+    scale = GRADIENT_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+    while (found := _scaled_gradients(model, names, batches, accelerator, scale)) is None:
+        scale /= 8
+        if scale < 1:
+            raise NonFiniteLoss("init: gradient: the full gradient of the link's first batches is not finite")
+    return found
+
+
+def _scaled_gradients(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    batches: list[list[MicroBatch]],
+    accelerator: Accelerator,
+    scale: float,
+) -> dict[str, Tensor] | None:
+    """The gradients, from a loss that is multiplied by the scale; None where they are not finite under it."""
     sums: dict[str, Tensor] = {}
+    finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
     def watch(name: str, _module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x_NI = args[0].detach().flatten(0, -2)
 
         def add(grad: Tensor) -> None:
+            finite.logical_and_(grad.isfinite().all())
             product = grad.flatten(0, -2).float().T @ x_NI.float()
             sums[name] = sums[name] + product if name in sums else product
 
@@ -206,9 +233,11 @@ def full_gradients(
                     logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
                     loss = cross_entropy(logits_NV, batch.targets_N, reduction="sum")
                 n_targets += batch.n_targets
-                torch.autograd.backward(loss, inputs=trainable(model))
+                torch.autograd.backward(loss * scale, inputs=trainable(model))
+                if not finite:
+                    return None
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
-    return {name: (total / n_targets).cpu() for name, total in sums.items()}
+    return {name: (total / (n_targets * scale)).cpu() for name, total in sums.items()}

@@ -209,11 +209,11 @@ def test_other_data_and_another_task_give_what_a_plain_pass_gives(
         score = json.loads(line)
         row = rows[int(score["id"].removeprefix("test-"))]
         if task == "text":
-            assert score["loss"] == pytest.approx(nats("", f"{row['question']} {row['answer']}"), rel=1e-4)
+            assert score["nats"] == pytest.approx(nats("", f"{row['question']} {row['answer']}"), rel=1e-4)
             continue
         all_nats = [nats(f"{row['question']}?", f" {answer}") for answer in SKY.values()]
         assert score["prediction"] == all_nats.index(min(all_nats))
-        assert score["loss"] == pytest.approx(all_nats[row["label"]], rel=1e-4)
+        assert score["nats"] == pytest.approx(all_nats[row["label"]], rel=1e-4)
         assert score["score"] == float(score["prediction"] == row["label"])
     assert evaluation[folder.name]["test"]["n"] == 12
     assert {"multiple_choice": "accuracy", "text": "perplexity"}[task] in said

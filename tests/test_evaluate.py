@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cola.answers import normalized
 from cola.data import Example
-from cola.evaluate import Evaluator, choice_nats, mean_loss, mean_score, normalized
+from cola.evaluate import Evaluator, choice_nats, mean_loss, mean_score
 from cola.forward import logits_at
 from cola.model import Source
 
@@ -90,7 +91,7 @@ def test_choices_of_one_token_are_read_off_prompts_of_any_length_in_one_pass(
     assert len(passes) == 1
     model._forward_hooks.clear()
     expected = [plain_nats(model, e.prompt, [50]) for e in rows]
-    assert [r.loss for r in results] == pytest.approx(expected, rel=1e-4)
+    assert [r.nats for r in results] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_head_scores_in_float32_so_that_answers_do_not_tie() -> None:
@@ -115,7 +116,7 @@ def test_the_chosen_answer_is_the_likeliest_and_the_loss_is_the_right_answers(
         assert result.id == example.id
         assert result.prediction == nats.index(min(nats))
         assert result.score == float(result.prediction == example.gold)
-        assert result.loss == pytest.approx(nats[example.gold], rel=1e-4)
+        assert result.nats == pytest.approx(nats[example.gold], rel=1e-4)
         assert result.tokens == len(example.answers[example.gold])
 
 
@@ -124,7 +125,7 @@ def test_results_do_not_depend_on_the_batches(task: str, tokenizer: PreTrainedTo
     model = tiny_model()
     large = evaluator(task, tokenizer)(model, examples())
     small = evaluator(task, tokenizer, batch_tokens=1)(model, examples())
-    assert [r.loss for r in large] == pytest.approx([r.loss for r in small], rel=1e-4)
+    assert [r.nats for r in large] == pytest.approx([r.nats for r in small], rel=1e-4)
     assert [(r.score, r.prediction) for r in large] == [(r.score, r.prediction) for r in small]
 
 
@@ -142,7 +143,7 @@ def test_greedy_decoding_is_transformers_own_and_a_right_answer_is_found(tokeniz
     results = evaluator("answer", tokenizer, answer_tokens=3)(model, made)
     assert [r.score for r in results] == [0.0, 1.0, 0.0, 1.0]
     for example, result in zip(made, results, strict=True):
-        assert result.loss == pytest.approx(plain_nats(model, example.prompt, example.answers[0]), rel=1e-4)
+        assert result.nats == pytest.approx(plain_nats(model, example.prompt, example.answers[0]), rel=1e-4)
 
 
 def test_greedy_is_the_argmax_whatever_generation_config_the_model_comes_with(tmp_path: Path) -> None:
@@ -169,7 +170,8 @@ def test_a_miss_in_tokens_that_is_right_in_text_counts_as_right(tokenizer: PreTr
         input_ids=torch.tensor([prompt]), max_new_tokens=7, do_sample=False, eos_token_id=0, pad_token_id=0
     )
     said = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
-    example = Example("e", prompt, [[1, 2, 3]], 0, [f"  {said.upper()} "], None)
+    right = f"  {said.upper()} "
+    example = Example("e", prompt, [tokenizer(right).input_ids], 0, [right], None)
     strict = evaluator("answer", tokenizer, answer_tokens=3)(model, [example])
     loose = evaluator("answer", tokenizer, answer_tokens=3, normalize=["whitespace", "lowercase"])(model, [example])
     assert said.upper() != said
@@ -185,7 +187,7 @@ def test_loss_is_nats_per_target_token_over_all_examples(tokenizer: PreTrainedTo
     assert mean_loss(results) == pytest.approx(sum(nats) / 4, rel=1e-5)
     assert mean_score(results) is None
     reference = model(input_ids=torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6, 7, 8]])).loss
-    assert math.exp(results[0].loss / 3) == pytest.approx(math.exp(reference.item()), rel=1e-4)
+    assert math.exp(results[0].nats / 3) == pytest.approx(math.exp(reference.item()), rel=1e-4)
 
 
 @pytest.mark.parametrize(

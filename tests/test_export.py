@@ -106,7 +106,7 @@ def losses(model: Any, folder: Path, run: Path, arm: str) -> list[float]:
 
 
 def run_losses(run: Path, arm: str) -> list[float]:
-    return [score["loss"] for score in reported(run, arm)]
+    return [score["nats"] for score in reported(run, arm)]
 
 
 INPUTS = torch.randint(3, 300, (3, 17), generator=torch.Generator().manual_seed(1))

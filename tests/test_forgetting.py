@@ -209,7 +209,7 @@ def test_an_arm_without_links_has_forgotten_nothing_and_every_other_kind_has_cha
         rows = RunFolder(many).scores(arm, 0, "general")
         assert len(rows) == found["n"]
         assert found["tokens"] == sum(row["tokens"] for row in rows)
-        assert found["loss"] == pytest.approx(sum(row["loss"] for row in rows) / found["tokens"])
+        assert found["loss"] == pytest.approx(sum(row["nats"] for row in rows) / found["tokens"])
 
 
 def test_before_is_measured_once_for_each_base_and_shared_by_arms_and_seeds(many: Path) -> None:

@@ -47,7 +47,7 @@ CHOICE = {
 ANSWER = {
     "output_type": "generate_until",
     "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["<|endoftext|>"], "do_sample": False},
+    "generation_kwargs": {"until": ["<|endoftext|>", "\n"], "do_sample": False},
     "filter_list": [{"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
     "metric_list": [{"metric": "exact_match"}],
 }
@@ -121,7 +121,7 @@ def test_a_multiple_choice_has_the_same_accuracy_and_likelihoods(
     assert len(samples) == len(scores) == 24
     for sample, score in zip(samples, scores, strict=True):
         nats = nats_of(sample)
-        assert nats[int(sample["target"])] == pytest.approx(score["loss"], rel=1e-4)
+        assert nats[int(sample["target"])] == pytest.approx(score["nats"], rel=1e-4)
         assert nats.index(min(nats)) == score["prediction"]
         assert sample["acc"] == score["score"]
 
@@ -135,7 +135,7 @@ def test_lm_eval_cuts_a_padded_head_when_it_loads_an_adapter_and_not_a_merged_ch
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "merged")
     assert cola("eval", adapter, "--data", choices_run, "--split", "test", "--out", tmp_path / "out").exit_code == 0
-    ours = [json.loads(line)["loss"] for line in (tmp_path / "out/scores/test.jsonl").read_text().splitlines()]
+    ours = [json.loads(line)["nats"] for line in (tmp_path / "out/scores/test.jsonl").read_text().splitlines()]
     found = {}
     for form, model in {
         "adapter": {"pretrained": tiny_folder, "peft": adapter},

@@ -34,7 +34,7 @@ from cola import adapters, starts
 from cola.batches import MicroBatch, collate
 from cola.chain import Chain, extend, run_chain, tie_knot
 from cola.data import Example
-from cola.errors import ModelError, NoGradient, RecipeError
+from cola.errors import ModelError, NoGradient, NonFiniteLoss, RecipeError
 from cola.evaluate import Evaluator, choice_nats
 from cola.flops import Budget, Meter
 from cola.forward import logits_at
@@ -304,6 +304,29 @@ def test_full_gradients_are_autograds(trained_before: bool, checkpointing: bool)
     assert all(close(found[name], gradient) for name, gradient in expected.items())
 
 
+@pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
+def test_full_gradients_in_float16_are_those_of_float32_however_small_or_large_they_are(size: float) -> None:
+    """The head's size is that of what goes back into a float16 model: 1e-6 of it, of which float16 keeps little, or so
+    much that a loss which is scaled for small ones overflows."""
+    model = tiny_model()
+    model.lm_head.weight.mul_(size)
+    model = adapters.attach(model.half(), what(), 0)
+    names = list(adapters.pair_layers(model))
+    expected = true_gradients(copy.deepcopy(model).float(), names, batches(2))
+    found = full_gradients(model, names, batches(2), Accelerator())
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        assert close(found[name], gradient, 0.02), name
+
+
+def test_a_full_gradient_that_is_not_finite_is_an_error_that_says_so() -> None:
+    model = tiny_model()
+    model.lm_head.weight.mul_(1e9)
+    model = adapters.attach(model.half(), what(), 0)
+    with pytest.raises(NonFiniteLoss, match="init: gradient: the full gradient of the link's first batches"):
+        full_gradients(model, list(adapters.pair_layers(model)), batches(2), Accelerator())
+
+
 def test_a_gradient_start_reads_along_the_top_of_the_full_gradient() -> None:
     chain = chain_of(tiny_model())
     list(run_chain(chain, links(1), tuner(), outputs, gradients))
@@ -531,7 +554,7 @@ def test_what_an_evaluator_says_of_choices_and_losses_after_virtual_tokens(virtu
         ):
             answer = example.answers[0]
             own = row_logits(reference, [*example.prompt, *answer])[len(example.prompt) - 1 : -1]
-            assert score.loss == pytest.approx(
+            assert score.nats == pytest.approx(
                 cross_entropy(own, torch.tensor(answer), reduction="sum").item(), rel=1e-5
             )
 
@@ -621,6 +644,32 @@ def test_recomputed_activations_cost_one_more_forward_pass() -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(input_ids=torch.ones(1, 20, dtype=torch.long))
     assert again.flops - plain.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"], ["down_proj", "lm_head"]])
+def test_the_flops_of_a_gradient_start_are_those_that_pytorch_counts_as_it_is_taken(
+    modules: str | list[str], checkpointing: bool
+) -> None:
+    with torch.device("meta"):
+        skeleton = Qwen2ForCausalLM(tiny_config())
+    rows = [(7, 2), (19, 5), (30, 1), (11, 3)]
+    order = [[0, 3], [1], [2]]
+    settings = {"target_modules": modules}
+    plain, own = link(n_steps=3, **settings), link(n_steps=3, init="gradient", init_batches=2, **settings)
+    meter = Meter(skeleton, rows, checkpointing)
+    before, after = meter.steps(plain, order), meter.steps(own, order)
+    assert after[1:] == before[1:]
+    model = adapters.attach(tiny_model(), own.what, 0)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    # Each row in a pass of its own, so that nothing is padded.
+    data = [[collate([("", [1] * (rows[i][0] - rows[i][1]), [1] * rows[i][1])]) for i in step] for step in order[:2]]
+    names = list(adapters.pair_layers(model))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        full_gradients(model, names, data, Accelerator())
+    assert after[0].flops - before[0].flops == counter.get_total_flops()
+    assert after[0].positions - before[0].positions == 7 + 11 + 19
 
 
 @pytest.mark.parametrize("match", ["tokens", "flops"])

@@ -5,6 +5,7 @@ The browser tests need Debian's chromium: apt-get install --no-install-recommend
 
 import csv
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -25,8 +26,9 @@ from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 from cola.charts import costs_of, p_text, pareto
 from cola.drawing import Look, clipped, looks, save, svg
 from cola.figures import NAMES, figures_of
+from cola.heatmaps import _percent
 from cola.report import page_states, page_tables, write_ablation, write_report
-from cola.tables import NONE, Table, sort_key
+from cola.tables import NONE, Table, _count, _p, size, sort_key
 from cola.terminal import duration
 
 CHROMIUM = shutil.which("chromium")
@@ -231,6 +233,72 @@ def test_what_is_not_whole_stands_under_the_verdict() -> None:
 def test_a_cell_is_sorted_by_its_number_in_units_of_one(cell: str, number: float | None) -> None:
     found = sort_key(cell)
     assert found is None if number is None else found == pytest.approx(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "as_count", "as_size"),
+    [
+        (0, "0", "0 B"),
+        (999.4, "999", "999 B"),
+        (999.6, "1.00 k", "1.00 kB"),
+        (16_000, "16.0 k", "16.0 kB"),
+        (999_499, "999 k", "999 kB"),
+        (999_700, "1.00 M", "1.00 MB"),
+        (2_440_000, "2.44 M", "2.44 MB"),
+        (999_700_000, "1.00 B", "1.00 GB"),
+        (7.41e12, "7.41 T", "7.41 TB"),
+        (9.997e17, "1.00 E", None),
+        (3.2e21, "3.20 Z", None),
+        (math.nan, NONE, None),
+    ],
+)
+def test_a_count_has_three_digits_in_a_unit_that_it_has_one_of(
+    number: float, as_count: str, as_size: str | None
+) -> None:
+    assert _count(number) == as_count
+    assert sort_key(_count(number)) == (None if as_count == NONE else pytest.approx(number, rel=6e-3))
+    if as_size is not None:
+        assert size(number) == as_size
+    if as_size is not None and number >= 1000:
+        assert sort_key(as_size) == pytest.approx(number, rel=6e-3)
+    assert size(None) == NONE
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (7199, "2 h 0 min"),
+        (7500, "2 h 5 min"),
+        (86370, "24 h 0 min"),
+    ],
+)
+def test_a_time_is_rounded_to_the_unit_that_it_is_shown_in(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        *((None, NONE), (0.00009, "< 0.0001"), (0.0001, "0.0001"), (0.00563, "0.0056"), (0.03125, "0.031"), (1.0, "1")),
+        *((0.0496, "0.0496"), (0.04996, "0.04996"), (0.05, "0.05"), (0.0504, "0.05"), (0.62, "0.62")),
+    ],
+)
+def test_a_p_is_not_rounded_across_the_level_of_a_claim(p: float | None, text: str) -> None:
+    assert _p(p) == text
+
+
+def test_a_change_of_a_whole_matrix_is_a_hundred_percent() -> None:
+    assert [_percent(share) for share in (0.00012, 0.0996, 0.995, 1.0, 1.234)] == [
+        "0.012%",
+        "10%",
+        "100%",
+        "100%",
+        "120%",
+    ]
 
 
 def test_latex_sets_every_sign_as_it_stands() -> None:

@@ -193,8 +193,47 @@ def test_a_constant_schedule_without_warm_up_is_constant() -> None:
 @pytest.mark.parametrize("fraction", [0.1, 0.03, 0.5, 0.999])
 def test_a_warm_up_below_one_is_a_fraction_of_the_steps(fraction: float) -> None:
     ours = schedule(Training(steps=200, warmup_steps=fraction), 200)
-    warmup = {0.1: 20, 0.03: 6, 0.5: 100, 0.999: 200}[fraction]
+    warmup = {0.1: 20, 0.03: 6, 0.5: 100, 0.999: 199}[fraction]  # one is left to come after it
     assert ours == pytest.approx(reference(lambda o: get_linear_schedule_with_warmup(o, warmup, 200), 200), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("fraction", [0.4, 0.6, 0.99])
+@pytest.mark.parametrize("links", [1, 2, 3])
+@pytest.mark.parametrize("n_steps", [3, 4, 7])
+def test_a_warm_up_in_a_fraction_leaves_every_link_a_step_that_learns(
+    name: str, fraction: float, links: int, n_steps: int
+) -> None:
+    training = {"steps": n_steps, "schedule": name, "warmup_steps": fraction}
+    planned = recipe({"a": {"links": links}}, training=training, knot={"schedule": "link"})
+    for link in plan_arm(planned, "a", 0, 24):
+        rates, length = list(link.learning_rates), len(link.learning_rates)
+        assert max(rates) > 0
+        # transformers' schedule of the largest whole warm-up that is no longer and leaves a step.
+        warmup = min(round(fraction * length), length - 1)
+        expected = reference(lambda o, w=warmup, n=length: get_scheduler(*scheduled(name, o, w, n)), length, peak=1e-3)
+        assert rates == pytest.approx(expected, abs=1e-15)
+        assert rates[0] == (1e-3 if length == 1 or not warmup else 0)
+
+
+def scheduled(name: str, optimizer: torch.optim.Optimizer, warmup: int, n_steps: int) -> tuple:
+    return {"constant": "constant_with_warmup"}.get(name, name), optimizer, warmup, n_steps
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 0.5])
+def test_a_link_whose_only_step_has_no_learning_rate_is_refused(warmup: float) -> None:
+    """Under one schedule over the run the first of three single steps is the first of the warm-up, at rate 0."""
+    planned = recipe({"chain": {"links": 3}}, training={"steps": 3, "warmup_steps": warmup})
+    with pytest.raises(RecipeError, match=r"arms\.chain\.links: link 1 has one step, .* learning rate is 0"):
+        plan_arm(planned, "chain", 0, 24)
+    (lora,) = plan_arm(recipe({"a": {}}, training={"steps": 3, "warmup_steps": warmup}), "a", 0, 24)
+    assert max(lora.learning_rates) > 0
+
+
+def test_a_warm_up_after_a_knot_leaves_a_link_of_one_step_its_rate() -> None:
+    arms = {"chain": {"links": [{"steps": 2}, {"steps": 1}]}}
+    planned = recipe(arms, training={"steps": 3, "schedule": "constant"}, knot={"warmup_steps": 0.9})
+    assert [link.learning_rates for link in plan_arm(planned, "chain", 0, 24)] == [(1e-3, 1e-3), (1e-3,)]
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])

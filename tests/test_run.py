@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> Non
             rows = folder.scores(arm, 0, split)
             assert len(rows) == n
             evaluation = result(folder, arm)["evaluation"][split]
-            assert evaluation["loss"] == pytest.approx(sum(r["loss"] for r in rows) / sum(r["tokens"] for r in rows))
+            assert evaluation["loss"] == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows))
             assert evaluation["score"] == pytest.approx(sum(r["score"] for r in rows) / n)
         evaluation = result(folder, arm)["evaluation"]
         assert evaluation["gap_loss"] == evaluation["test"]["loss"] - evaluation["train"]["loss"]
@@ -80,7 +80,7 @@ def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Pa
     tokenizer = find_model(recipe.model).tokenizer()
     splits = load_splits(recipe.data, tokenizer)
     scores = Evaluator("answer", tokenizer, ["whitespace"], 4096, nullcontext, 4)(model, splits.test)
-    assert [s.loss for s in scores] == pytest.approx([rows[s.id]["loss"] for s in scores], rel=1e-4)
+    assert [s.nats for s in scores] == pytest.approx([rows[s.id]["nats"] for s in scores], rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_results_to_the_bit_and_another_seed_does_not(recipe_file: Path) -> None:

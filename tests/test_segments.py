@@ -465,6 +465,16 @@ def test_another_training_version_has_other_names(case: Case, monkeypatch: pytes
     assert not set(before.values()) & set(finals(case).values())
 
 
+@pytest.mark.parametrize(("dtype", "scaled"), [("float32", False), ("bfloat16", False), ("float16", True)])
+def test_only_a_gradient_start_in_float16_is_named_by_its_scaling(case: Case, dtype: str, scaled: bool) -> None:
+    case.recipe["model"]["dtype"] = dtype
+    case.recipe["link"] |= {"init": "gradient", "init_batches": 2}
+    starts = [header["start"] for header in lineages(case)["chain"].headers]
+    assert [set(start) - {"init", "batches"} for start in starts] == 2 * [{"scaled"} if scaled else set()]
+    case.recipe["link"] = {}
+    assert [header["start"] for header in lineages(case)["chain"].headers] == 2 * [{"init": "default"}]
+
+
 def test_another_kind_of_device_has_other_names(case: Case) -> None:
     names = {
         device: {name for role in ROLES for name in tree_of(case, device).lineage(Job(arm=role, seed=0)).names}

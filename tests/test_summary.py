@@ -65,7 +65,7 @@ class ByHand:
         rows = [
             {
                 "id": names[i],
-                "loss": losses[i],
+                "nats": losses[i],
                 "tokens": 2,
                 "score": None if test is None else float(test[i]),
                 "prediction": None,
@@ -496,7 +496,7 @@ def test_a_damaged_result_is_named_and_takes_no_other_along(run: ByHand) -> None
     assert "chain3, lora are compared over the seeds that all of them have, without 1" in verdict(summary)
 
 
-@pytest.mark.parametrize("damage", ["not json\n", '{"id": "test-0", "loss"\n'])
+@pytest.mark.parametrize("damage", ["not json\n", '{"id": "test-0", "nats"\n'])
 def test_damaged_scores_cost_the_comparison_that_needs_them(run: ByHand, damage: str) -> None:
     for arm, right in (("lora", 100), ("chain3", 120), ("full", 140)):
         run.ok(arm, 0, first_right(right))
