@@ -10,7 +10,7 @@ tokens and the frozen pairs beside an unmerged base are left out; codes count as
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -59,7 +59,8 @@ class Meter:
 
     Attributes:
         skeleton: The model without weights.
-        rows: Tokens and target tokens of each training row.
+        rows: Tokens and target tokens of each training row; empty where each seed draws its own.
+        redrawn: The same of each seed's own rows.
         checkpointing: Whether activations are computed twice.
         trouble: Why a link could not be counted; its FLOPs are nan then.
     """
@@ -67,17 +68,24 @@ class Meter:
     skeleton: PreTrainedModel
     rows: Sequence[tuple[int, int]]
     checkpointing: bool
+    redrawn: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
     trouble: str | None = None
     # Not shared by `replace`, which may change what is counted.
     _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict, init=False)
 
-    def steps(self, link: Link, order: Sequence[Sequence[int]]) -> list[Cost]:
-        """The cost of each optimizer step of a link, given the rows of each."""
+    @property
+    def n_train(self) -> int:
+        """Training rows of each seed."""
+        return len(next(iter(self.redrawn.values()), self.rows))
+
+    def steps(self, link: Link, order: Sequence[Sequence[int]], seed: int) -> list[Cost]:
+        """The cost of each optimizer step of a link, given the rows of each under a seed."""
+        known = self.redrawn[seed] if self.redrawn else self.rows
         polynomial, per_target = self._shape(link.what)
         virtual = link.what.num_virtual_tokens or 0
         costs = []
         for rows in order:
-            tokens, targets = zip(*(self.rows[row] for row in rows), strict=True)
+            tokens, targets = zip(*(known[row] for row in rows), strict=True)
             flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
         drawn = link.knot is None or link.knot.pair != "keep"
@@ -184,7 +192,7 @@ class Budget:
         training, reference = self.recipe.training, self.recipe.reference_arm
         if training.match == "steps" or reference is None or not self.recipe.arms[job.arm].n_links:
             return None
-        n_train = len(self.meter.rows)
+        n_train = self.meter.n_train
         budget = budget_steps(training, n_train)
         if job.arm == reference:
             return budget
@@ -218,7 +226,7 @@ class Budget:
 
     def cost(self, job: Job, n_steps: int) -> Cost:
         """What a job costs if it is trained for so many steps."""
-        links = plan_arm(self._without_warmup, job.arm, job.seed, len(self.meter.rows), job.choice, n_steps)
+        links = plan_arm(self._without_warmup, job.arm, job.seed, self.meter.n_train, job.choice, n_steps)
         order = self.order_of(job.seed, n_steps)
-        steps = [self.meter.steps(link, order[link.first_step : link.last_step]) for link in links]
+        steps = [self.meter.steps(link, order[link.first_step : link.last_step], job.seed) for link in links]
         return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))
