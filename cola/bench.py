@@ -29,7 +29,6 @@ class Bench:
     Attributes:
         skeleton: The base without weights.
         general: Passages of the general text; empty where none is scored.
-        rows: Digest of each split's examples, and of `general`.
         scoring: What a score of each of them depends on besides the state and the rows.
         meter: Counts what training costs.
         learned: Takes the spectra of what was learned.
@@ -44,7 +43,6 @@ class Bench:
     skeleton: PreTrainedModel
     splits: Splits
     general: list[Example]
-    rows: dict[str, str]
     evaluator: Evaluator
     scoring: dict[str, dict[str, Any]]
     store: Store
@@ -58,6 +56,7 @@ class Bench:
     meta: dict[str, Any]
     used: dict[str, set[str]]
     _counts: dict[str, int] = field(default_factory=dict)
+    _rows: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
     def probe_rows(self) -> list[Example]:
@@ -73,8 +72,15 @@ class Bench:
         probe, recipe = digest([rows_digest(self.probe_rows), PROBE_TARGETS]), self.recipe_of(job)
         rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
         tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
-        lineage = self.tree.lineage(job)
-        return Measurements(self.store, lineage, self.rows, self.scoring, probe, tie, self.used["measured"])
+        lineage, rows = self.tree.lineage(job), self.rows_of(job.seed)
+        return Measurements(self.store, lineage, rows, self.scoring, probe, tie, self.used["measured"])
+
+    def rows_of(self, seed: int) -> dict[str, str]:
+        """Digest of each split's examples under a seed, and of the general text."""
+        if seed not in self._rows:
+            parts = self.splits.of(seed) | {"general": self.general}
+            self._rows[seed] = {name: rows_digest(examples) for name, examples in parts.items()}
+        return self._rows[seed]
 
     def count_parameters(self, what: OneLink) -> int:
         """Parameters that a link trains, counted once."""

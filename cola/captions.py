@@ -5,7 +5,7 @@ from typing import Any
 
 from cola.charts import costs_of, p_text, pareto
 from cola.drawing import gap_of, metric_of, scored_arms
-from cola.tables import interval
+from cola.tables import interval, values_text
 
 # By the figure's name: its heading, and what there is to see in any such figure.
 CAPTIONS = {
@@ -26,6 +26,12 @@ CAPTIONS = {
         "Loss against the optimizer step, means over seeds; with several seeds the thin lines of an arm's colour "
         "are its seeds on validation. A ring is a knot: there a link was tied into the weights and a fresh pair "
         "and optimizer began.",
+    ),
+    "choices": (
+        "Searched values",
+        "What validation said of each value that was tried; the ring is the one that was chosen. The share is of "
+        "resampled trials that choose it again: of validation rows, and of the trials' seeds where there are several; "
+        "with one seed nothing is known of another, so that the share is too large.",
     ),
     "gaps": (
         "Gap against chain length",
@@ -79,6 +85,16 @@ def alternative(name: str, summary: dict[str, Any]) -> str:
             return (
                 f"Train and validation loss against the optimizer step. Validation loss that was scored: {_some(said)}."
             )
+        case "choices":
+            said = [
+                f"{arm} {values_text(trial['values'])}"
+                + (f" by seed {choice['seed']}" if choice["seed"] is not None else "")
+                + (f" in {trial['share']:.0%}" if trial["share"] is not None else "")
+                for arm, search in summary["trials"].items()
+                for choice in search["choices"]
+                for trial in [choice["trials"][choice["chosen"]]]
+            ]
+            return f"Validation loss and score against the searched values. Chosen, and its share: {_some(said)}."
         case "gaps":
             (gap, _), (key, metric) = gap_of(summary), metric_of(summary)
             arms = {arm: about for arm, about in scored_arms(summary).items() if about.get("knots")}

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from cola.answers import is_cut_short
 from cola.cache import cache_dir
 from cola.errors import DataError
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
-from cola.sources import Pool, Row, open_pools, open_texts
+from cola.sources import Pool, Row, open_pools, open_texts, shuffled
 
 CHUNK = 512  # rows tokenized in one call
 GENERAL = "evaluation.general_text"  # the recipe's key
@@ -61,21 +61,53 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits, what there is to say about them, and a fingerprint of their tokens."""
+    """The three splits.
+
+    Attributes:
+        train: The training rows of all seeds; empty where each draws its own.
+        validation: The same for all seeds.
+        test: Likewise.
+        notes: What there is to say about them.
+        fingerprint: Of their tokens. Where each seed draws its own rows: of validation, test and all that the draws
+            follow from, so that it is the same whichever seeds are drawn.
+        redrawn: The training rows of each seed, where it draws its own.
+    """
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     notes: list[str]
     fingerprint: str
+    redrawn: dict[int, list[Example]]
 
     def items(self) -> Iterator[tuple[str, list[Example]]]:
-        for name in SPLITS:
-            yield name, getattr(self, name)
+        """Everything that is drawn, by split: the training rows of all seeds in one."""
+        yield "train", [*self.train, *(example for rows in self.redrawn.values() for example in rows)]
+        yield "validation", self.validation
+        yield "test", self.test
+
+    def of(self, seed: int) -> dict[str, list[Example]]:
+        """The splits under one of the run's seeds."""
+        return {"train": self.train_of(seed), "validation": self.validation, "test": self.test}
+
+    def train_of(self, seed: int) -> list[Example]:
+        """The training rows under one of the run's seeds."""
+        return self.redrawn[seed] if self.redrawn else self.train
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Examples of each split; every seed trains on equally many."""
+        n_train = len(next(iter(self.redrawn.values()), self.train))
+        return {"train": n_train, "validation": len(self.validation), "test": len(self.test)}
 
 
-def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
+def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[int] = ()) -> Splits:
     """Draw, render and tokenize the recipe's rows, or read them back from the cache.
+
+    Args:
+        data: Where they come from.
+        tokenizer: The model's.
+        seeds: For which training rows are wanted, where each draws its own.
 
     Raises:
         DataError: a source, a field, a label, a length or a split's size does not fit.
@@ -90,14 +122,18 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
         "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym"}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
-    key = hashlib.sha256(json.dumps(causes, sort_keys=True).encode()).hexdigest()
+    redrawn = sorted(set(seeds)) if data.redraw == "per_seed" else []
+    key = _digest([causes, redrawn])
     path = cache_dir() / "tokens" / f"{key[:32]}.json"
     if (cached := _read_cache(path)) is not None:
         return cached
-    splits = _draw(data, pools, tokenizer)
+    splits = _draw(data, pools, tokenizer, redrawn)
+    if redrawn:
+        fixed = fingerprint_of({"validation": splits.validation, "test": splits.test})
+        splits = replace(splits, fingerprint=_digest([causes, fixed]))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(asdict(splits)))
+    aside.write_text(json.dumps(asdict(splits) | {"tokens": _tokens_of(splits)}))
     aside.replace(path)
     return splits
 
@@ -130,11 +166,22 @@ def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -
 def _read_cache(path: Path) -> Splits | None:
     try:
         raw = json.loads(path.read_text())
-        splits = {name: [Example(**example) for example in raw[name]] for name in SPLITS}
-        same = fingerprint_of(splits) == raw["fingerprint"]
-        return Splits(**splits, notes=raw["notes"], fingerprint=raw["fingerprint"]) if same else None
+        drawn = {name: [Example(**example) for example in raw[name]] for name in SPLITS}
+        redrawn = {int(seed): [Example(**example) for example in rows] for seed, rows in raw["redrawn"].items()}
+        splits = Splits(**drawn, notes=raw["notes"], fingerprint=raw["fingerprint"], redrawn=redrawn)
+        return splits if _tokens_of(splits) == raw["tokens"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent or damaged: it is made anew
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _tokens_of(splits: Splits) -> str:
+    """Changes when anything does that a cached file holds of the splits' examples."""
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return fingerprint_of(parts | {f"train {seed}": rows for seed, rows in splits.redrawn.items()})
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,7 +201,7 @@ def fingerprint_of(splits: dict[str, list[Example]]) -> str:
 # Drawing
 
 
-def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase) -> Splits:
+def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase, redrawn: Sequence[int]) -> Splits:
     encode = _Encoder(data, tokenizer)
     orders: dict[int, Iterator[int]] = {}
     seen: dict[str, set[tuple[str, str | None]]] = {}
@@ -169,14 +216,65 @@ def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase
             why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
             raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
         order = orders.setdefault(id(pool), pool.order(data.seed))
+        if split == "train" and redrawn:
+            break
         drawn[split], marks, said = _draw_split(split, pool, order, wanted, encode, data, seen)
         seen[split] = marks
+        notes += said
+    trains: dict[int, list[Example]] = {}
+    if redrawn:
+        trains, said = _redraw(data, pools["train"], orders[id(pools["train"])], redrawn, encode, seen)
+        drawn["train"] = []
         notes += said
     splits = {name: drawn[name] for name in SPLITS}
     if data.task == "multiple_choice":
         golds = _golds(encode.labels)
-        splits = {name: [replace(e, gold=golds[e.id]) for e in examples] for name, examples in splits.items()}
-    return Splits(**splits, notes=notes[::-1], fingerprint=fingerprint_of(splits))
+
+        def read(examples: list[Example]) -> list[Example]:
+            return [replace(example, gold=golds[example.id]) for example in examples]
+
+        splits = {name: read(examples) for name, examples in splits.items()}
+        trains = {seed: read(examples) for seed, examples in trains.items()}
+    fingerprint = fingerprint_of(splits)
+    return Splits(**splits, notes=notes[::-1], fingerprint=fingerprint, redrawn=trains)
+
+
+def _redraw(
+    data: Data,
+    pool: Pool,
+    left: Iterator[int],
+    seeds: Sequence[int],
+    encode: "_Encoder",
+    seen: dict[str, set[tuple[str, str | None]]],
+) -> tuple[dict[int, list[Example]], list[str]]:
+    """The training rows of each seed, drawn from what test and validation have left: a seed's depend on `data.seed` and
+    on the seed itself, and not on which other seeds there are."""
+    # A generator's rows have no end; a million of them are as good as that.
+    rest, wanted = list(left), data.rows.train
+    assert wanted is not None  # the recipe says so
+    if wanted >= len(rest):
+        raise DataError(
+            f"data.redraw: per_seed: {wanted} of the {len(rest)} rows that {pool.name} has left for train are no draw: "
+            "every seed would get the same; lower data.rows.train, or set data.redraw to none"
+        )
+    trains: dict[int, list[Example]] = {}
+    notes = []
+    for seed in seeds:
+        order = shuffled(rest, "redraw", data.seed, seed)
+        trains[seed], _, said = _draw_split("train", pool, order, wanted, encode, data, seen)
+        notes += [f"{note} (seed {seed})" for note in said]
+    if len({len(rows) for rows in trains.values()}) > 1:
+        told = ", ".join(f"{len(rows)} under seed {seed}" for seed, rows in trains.items())
+        raise DataError(
+            f"data.redraw: per_seed: the pieces of split texts are not equally many for all seeds ({told}); set "
+            "data.too_long to truncate or drop"
+        )
+    if pool.size is not None:
+        notes.append(
+            f"train: each seed draws {wanted} of {len(rest)} rows, so that two seeds share {wanted / len(rest):.0%} of "
+            "theirs on average"
+        )
+    return trains, notes
 
 
 def _draw_split(

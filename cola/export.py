@@ -194,7 +194,7 @@ class _Trial:
 
     def __init__(self, outcome: Outcome) -> None:
         tokenizer = outcome.source.tokenizer()
-        splits = load_splits(outcome.recipe.data, tokenizer)
+        splits = load_splits(outcome.recipe.data, tokenizer, outcome.recipe.drawn_seeds)
         check_fit(outcome.source, outcome.source.skeleton(), splits)
         self.rows = splits.validation
         self.accelerator = make_accelerator(outcome.dtype)

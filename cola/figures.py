@@ -12,11 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cola.ablation import mean_of, short
-from cola.charts import Curves, contrasts_forest, cost_figure, curves_figure, gaps_figure, train_test_figure
+from cola.charts import (
+    Curves,
+    choices_figure,
+    contrasts_forest,
+    cost_figure,
+    curves_figure,
+    gaps_figure,
+    train_test_figure,
+)
 from cola.drawing import STYLE, Look, clipped, gap_of, looks, new_figure, settle
 from cola.heatmaps import knots_figure, overlap_figure, spectra_figure
 
-NAMES = ["train-test", "contrasts", "curves", "gaps", "cost", "knots", "spectra", "overlap"]
+NAMES = ["train-test", "contrasts", "curves", "choices", "gaps", "cost", "knots", "spectra", "overlap"]
 
 
 def figures_of(summary: dict[str, Any], curves: Curves) -> dict[str, Figure]:
@@ -31,6 +39,7 @@ def figures_of(summary: dict[str, Any], curves: Curves) -> dict[str, Figure]:
             "train-test": train_test_figure(summary),
             "contrasts": contrasts_forest(summary),
             "curves": curves_figure(summary, curves),
+            "choices": choices_figure(summary),
             "gaps": gaps_figure(summary),
             "cost": cost_figure(summary),
             "knots": knots_figure(summary),

@@ -11,10 +11,10 @@ and the frozen pairs beside an unmerged base are left out; codes count as the ma
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from cola.segments import digest
 LENGTHS = (8, 24, 40)  # of the rows that are counted
 COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
 SHAPELESS = {"init", "init_batches", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"}
+
+
+Lengths: TypeAlias = Sequence[tuple[int, int]]  # of rows: tokens, and target tokens among them
 
 
 @dataclass(frozen=True)
@@ -61,37 +64,45 @@ class Meter:
 
     Attributes:
         skeleton: The model without weights.
-        rows: Tokens and target tokens of each training row.
+        rows: Tokens and target tokens of each training row; empty where each seed draws its own.
+        redrawn: The same of each seed's own rows.
         checkpointing: Whether activations are computed twice.
         trouble: Why a link could not be counted; its FLOPs are nan then.
     """
 
     skeleton: PreTrainedModel
-    rows: Sequence[tuple[int, int]]
+    rows: Lengths
     checkpointing: bool
+    redrawn: Mapping[int, Lengths] = field(default_factory=dict)
     trouble: str | None = None
     # Not shared by `replace`, which may change what is counted.
     _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict, init=False)
 
-    def steps(self, link: Link, order: Sequence[Sequence[int]]) -> list[Cost]:
-        """The cost of each optimizer step of a link, given the rows of each."""
-        costs = self._steps(link.what, order, self.checkpointing)
+    @property
+    def n_train(self) -> int:
+        """Training rows of each seed."""
+        return len(next(iter(self.redrawn.values()), self.rows))
+
+    def steps(self, link: Link, order: Sequence[Sequence[int]], seed: int) -> list[Cost]:
+        """The cost of each optimizer step of a link, given the rows of each under a seed."""
+        known = self.redrawn[seed] if self.redrawn else self.rows
+        costs = self._steps(link.what, order, known, self.checkpointing)
         drawn = link.knot is None or link.knot.pair != "keep"
         if costs and drawn and link.what.init_batches:
-            costs[0] += self._start(link.what, order[: link.what.init_batches])
+            costs[0] += self._start(link.what, order[: link.what.init_batches], known)
         return costs
 
-    def _steps(self, what: OneLink, order: Sequence[Sequence[int]], checkpointing: bool) -> list[Cost]:
+    def _steps(self, what: OneLink, order: Sequence[Sequence[int]], known: Lengths, checkpointing: bool) -> list[Cost]:
         polynomial, per_target = self._shape(what, checkpointing)
         virtual = what.num_virtual_tokens or 0
         costs = []
         for rows in order:
-            tokens, targets = zip(*(self.rows[row] for row in rows), strict=True)
+            tokens, targets = zip(*(known[row] for row in rows), strict=True)
             flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
         return costs
 
-    def _start(self, what: OneLink, order: Sequence[Sequence[int]]) -> Cost:
+    def _start(self, what: OneLink, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
         """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
         activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
         head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
@@ -101,8 +112,8 @@ class Meter:
                 at_target += product
             else:
                 at_row += product
-        tokens, targets = (sum(n) for n in zip(*(self.rows[row] for rows in order for row in rows), strict=True))
-        return sum(self._steps(what, order, False), Cost(at_row * tokens + at_target * targets, 0))
+        tokens, targets = (sum(n) for n in zip(*(known[row] for rows in order for row in rows), strict=True))
+        return sum(self._steps(what, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
 
     def _shape(self, what: OneLink, checkpointing: bool) -> tuple[list[float], float]:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
@@ -204,7 +215,7 @@ class Budget:
         training, reference = self.recipe.training, self.recipe.reference_arm
         if training.match == "steps" or reference is None or not self.recipe.arms[job.arm].n_links:
             return None
-        n_train = len(self.meter.rows)
+        n_train = self.meter.n_train
         budget = budget_steps(training, n_train)
         if job.arm == reference:
             return budget
@@ -238,7 +249,7 @@ class Budget:
 
     def cost(self, job: Job, n_steps: int) -> Cost:
         """What a job costs if it is trained for so many steps."""
-        links = plan_arm(self._without_warmup, job.arm, job.seed, len(self.meter.rows), job.choice, n_steps)
+        links = plan_arm(self._without_warmup, job.arm, job.seed, self.meter.n_train, job.choice, n_steps)
         order = self.order_of(job.seed, n_steps)
-        steps = [self.meter.steps(link, order[link.first_step : link.last_step]) for link in links]
+        steps = [self.meter.steps(link, order[link.first_step : link.last_step], job.seed) for link in links]
         return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))

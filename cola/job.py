@@ -70,11 +70,12 @@ class JobRun:
         self.bench = bench
         self.job = job
         self.path = bench.folder.start_job(job)
+        self.rows_of = bench.splits.of(job.seed)
         self.lineage = bench.tree.lineage(job)
         self.cuts = bench.tree.cuts(job)
         self.links = self.lineage.links
         self.n_steps = len(self.lineage.steps)
-        self.points = set(evaluation_steps(recipe, self.links, len(bench.splits.train))) if self.links else set()
+        self.points = set(evaluation_steps(recipe, self.links, len(self.rows_of["train"]))) if self.links else set()
         # One accelerator per job: an arm that fails must not leave its optimizer or gradient scale to the next.
         self.accelerator = make_accelerator(self.dtype)
         self.evaluator = replace(bench.evaluator, autocast=self.accelerator.autocast)
@@ -250,7 +251,7 @@ class JobRun:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
         self.bench.progress.stage("taking the full gradient")
         rows = self.order[link.first_step : link.last_step][: link.what.init_batches]
-        batches = training_batches(self.bench.splits.train, rows, self.recipe.training.micro_batch_tokens)
+        batches = training_batches(self.rows_of["train"], rows, self.recipe.training.micro_batch_tokens)
         return full_gradients(model, names, batches, self.accelerator)
 
     def _put_back(self, chain: Chain, step: int) -> Moments | None:
@@ -301,7 +302,7 @@ class JobRun:
                 tune(
                     model,
                     link,
-                    training_batches(bench.splits.train, rows, training.micro_batch_tokens),
+                    training_batches(self.rows_of["train"], rows, training.micro_batch_tokens),
                     self.accelerator,
                     lambda step, optimizer: self._on_step(model, step, optimizer, stop),
                     betas=training.betas,
@@ -365,7 +366,7 @@ class JobRun:
     @cached_property
     def order(self) -> list[list[int]]:
         """Indices of the rows of each step."""
-        lengths = [example.n_tokens for example in self.bench.splits.train]
+        lengths = [example.n_tokens for example in self.rows_of["train"]]
         return batch_order(lengths, self.recipe.training.batch_size, self.n_steps, self.job.seed)
 
     def _note_step(self, row: dict[str, Any], number: int) -> None:
@@ -414,7 +415,7 @@ class JobRun:
     def _better(self, best: Best | None, step: int, look: dict[str, Any]) -> Best | None:
         if self.recipe.evaluation.checkpoint != "best":
             return None
-        key = selection_key(self.recipe, look["loss"], look["score"])
+        key = selection_key(self.recipe.evaluation.select_by, look["loss"], look["score"])
         return Best(key, step) if best is None or key > best.key else best
 
     # -----------------------------------------------------------------------------------------------------
@@ -467,7 +468,7 @@ class JobRun:
 
     def _score(self, model: PreTrainedModel, split: str, at: str) -> list[ExampleScore]:
         self.bench.progress.stage(f"scoring {split}{at}")
-        return self.evaluator(model, getattr(self.bench.splits, split))
+        return self.evaluator(model, self.rows_of[split])
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         scores: dict[str, list[ExampleScore]] = {}
@@ -659,7 +660,8 @@ class JobRun:
     @cached_property
     def cost(self) -> Cost:
         """FLOPs and positions of all the links' steps, whenever they were made."""
-        costs = [self.bench.meter.steps(link, self.order[link.first_step : link.last_step]) for link in self.links]
+        meter, seed = self.bench.meter, self.job.seed
+        costs = [meter.steps(link, self.order[link.first_step : link.last_step], seed) for link in self.links]
         return sum((cost for steps in costs for cost in steps), Cost(0.0, 0))
 
     def _peak(self, what: str) -> int | None:
@@ -728,12 +730,11 @@ def _same_file(file: Path, place: Path) -> None:
         shutil.copy(file, place)
 
 
-def selection_key(recipe: Recipe, loss: float, score: float | None) -> tuple[float, float]:
-    """Orders validation results: the larger key is the better. Plain text has no score and goes by loss."""
-    by_score = recipe.evaluation.select_by == "score" and score is not None
+def selection_key(select_by: str, loss: float, score: float | None) -> tuple[float, float]:
+    """Orders looks at validation: the larger key is the better."""
     if not math.isfinite(loss):
         return (-math.inf, -math.inf)  # a model that has diverged is the worst, whatever it happens to score
-    return (score if by_score else 0.0, -loss)  # pyright: ignore[reportReturnType] - score is not None there
+    return (score if select_by == "score" and score is not None else 0.0, -loss)
 
 
 def link_record(link: Link) -> dict[str, Any]:

@@ -234,10 +234,16 @@ def choice_text(choice: Choice) -> str:
     return " ".join(f"{k}={'+'.join(v) if isinstance(v, tuple) else repr(v).strip(chr(39))}" for k, v in choice)
 
 
-def trials_of(recipe: Recipe, arm: str) -> list[Job]:
-    """The trainings that choose an arm's searched values; none where nothing is searched."""
-    choices, seeds = map(choice_of, recipe.choices_of(arm)), recipe.search_seeds(arm)
-    return [Job(arm=arm, seed=seed, choice=choice, trial=True) for choice in choices for seed in seeds]
+def trials_of(recipe: Recipe, arm: str, seed: int) -> list[Job]:
+    """The trainings that choose the searched values of an arm under a scored seed; none where nothing is searched.
+
+    All seeds have the same trials, unless each chooses for itself: by trials under it, whose steps it then shares.
+    """
+    if (search := recipe.search_of(arm)) is None:
+        return []
+    seeds = [seed] if search.per == "seed" else recipe.search_seeds(arm)
+    choices = map(choice_of, recipe.choices_of(arm))
+    return [Job(arm=arm, seed=one, choice=choice, trial=True) for choice in choices for one in seeds]
 
 
 def candidates_of(recipe: Recipe) -> list[Job]:
@@ -250,10 +256,14 @@ def candidates_of(recipe: Recipe) -> list[Job]:
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:
-    """Everything to be trained, in order: all trials, then one seed of all arms at a time.
+    """Everything to be trained, in order: the trials that all seeds share, then one seed of all arms at a time, each
+    after the trials of its own if it has any, so that the weights of no more trials than one seed's are kept.
 
     The arm that `ft_gap` measures against comes first in each seed, so that the others' distance is known at once.
     """
     arms = sorted(recipe.arms, key=lambda arm: arm != recipe.full_arm)
-    trials = [job for arm in arms for job in trials_of(recipe, arm)]
-    return trials + [Job(arm=arm, seed=seed) for seed in recipe.seeds for arm in arms]
+    jobs: dict[Job, None] = {}
+    for seed in recipe.seeds:
+        jobs |= dict.fromkeys(job for arm in arms for job in trials_of(recipe, arm, seed))
+        jobs |= dict.fromkeys(Job(arm=arm, seed=seed) for arm in arms)
+    return list(jobs)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.package_file import need_package, package_file
-from cola.plan import jobs_of, plan_arm, trials_of
+from cola.plan import jobs_of, plan_arm
 from cola.recipe import SAMPLE, SPLITS, Recipe, is_remote
+from cola.scope import overlap_note
 from cola.tables import plan_table
 from cola.terminal import Terminal
 from cola.tracking import mode_of
@@ -41,10 +42,15 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     table = plan_table(recipe, steps, parameters)
     terminal.table(f"{recipe.name}: plan", table.columns, table.rows)
     jobs = jobs_of(recipe)
-    trials = sum(len(trials_of(recipe, arm)) for arm in recipe.arms)
+    trials = sum(job.trial for job in jobs)
+    seeds = recipe.trial_seeds
+    on = f" (on seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
+    on = " (on each seed)" if trials and not seeds else on
     terminal.say(
-        f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search"
+        f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search{on}"
     )
+    if note := overlap_note(recipe):
+        terminal.say(note)
     if all(lengths is not None for lengths in steps.values()):
         total = sum(sum(steps[job.arm] or []) for job in jobs)
         terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 SPLITS = ("train", "validation", "test")
 SAMPLE = "sample"  # as a general text: the one that comes with cola
+TRIAL_SEEDS = 1000  # where seeds begin that a search takes for itself: far from those that people score
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -116,8 +117,11 @@ class Data(Section):
     files: Files | None = Field(default=None, description="Local files: one path, or a mapping of splits to paths.")
     reasoning_gym: ReasoningGym | None = Field(default=None, description="A generator's name, or a mapping.")
     rows: Rows = Field(default_factory=Rows, description="Rows per split, sampled reproducibly with `data.seed`.")
-    seed: int = Field(
-        default=0, ge=0, description="Seed of the sampling; the same rows serve every arm and every seed."
+    seed: int = Field(default=0, ge=0, description="Seed of the sampling; the same rows serve every arm.")
+    redraw: Literal["none", "per_seed"] = Field(
+        default="none",
+        description="Training rows under the seeds. `none`: the same for all; `per_seed`: each seed draws its own from "
+        "what test and validation, which stay, have left, so that intervals speak of other training sets too.",
     )
     task: Literal["multiple_choice", "answer", "text"] = Field(
         description="`multiple_choice`: the choice with the highest summed log-likelihood; `answer`: greedy decoding "
@@ -219,6 +223,8 @@ class Data(Section):
         if len(sources) != 1:
             given = f"given are {' and '.join(sources)}" if sources else "none is given"
             raise ValueError(f"give exactly one source, hub, files or reasoning_gym; {given}")
+        if self.redraw == "per_seed" and self.rows.train is None:
+            raise ValueError("redraw: per_seed needs rows.train, the number of rows that each seed draws")
         needed = {"multiple_choice": ("prompt", "choices", "label"), "answer": ("prompt", "answer"), "text": ("text",)}
         for key in needed[self.task]:
             if getattr(self, key) is None:
@@ -250,15 +256,29 @@ class Data(Section):
 
 
 class Search(Section):
-    """Choose a value per arm on validation, with the same trials for every arm."""
+    """Choose a value on validation, with the same trials for every arm."""
 
     search: list[bool | float | int | str | list[str]] = Field(min_length=2, description="The grid.")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
-        default=None, min_length=1, description="Seeds of the trials; default: the first seed."
+        default=None,
+        min_length=1,
+        description=f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with "
+        "`per: seed`.",
+    )
+    select_by: Literal["loss", "score"] = Field(
+        default="loss",
+        description="What is best on validation, as a mean over the trials' seeds. Equal scores: the lower loss.",
+    )
+    per: Literal["arm", "seed"] = Field(
+        default="arm",
+        description="`arm`: one value for all seeds of an arm, which intervals take as it is; `seed`: each scored seed "
+        "chooses for itself by trials of its own, so that the choice is in the intervals.",
     )
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
+        if self.per == "seed" and self.seeds is not None:
+            raise ValueError("seeds has no effect with per: seed, where each scored seed has trials of its own: remove")
         values = [value for n, value in enumerate(self.search) if value not in self.search[:n]]
         if len(values) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
             raise ValueError("a search names each value, and each seed, once")
@@ -573,8 +593,7 @@ class Evaluation(Section):
     )
     select_by: Literal["score", "loss"] = Field(
         default="loss",
-        description="What is best on validation, for checkpoints and searched learning rates. Equal scores: the "
-        "lower loss.",
+        description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss.",
     )
     every: Literal["epoch", "link", "never"] | PositiveInt = Field(
         default="epoch",
@@ -684,8 +703,14 @@ class Recipe(Section):
                 raise ValueError(f"comparison: {first} is compared with itself")
             if {first, second} in [{*pair} for pair in pairs[:number]]:
                 raise ValueError(f"comparison: {first} and {second} are compared twice")
-        if self.comparison.metric == "score" and self.data.task == "text":
-            raise ValueError("comparison.metric: a text has no score; say loss, or leave it out")
+        if self.data.task == "text":
+            by_score = [
+                ("comparison.metric", self.comparison.metric),
+                ("evaluation.select_by", self.evaluation.select_by),
+            ]
+            by_score += [(f"arms.{arm}: select_by", search.select_by) for arm, search in self.search_rules.items()]
+            if wrong := next((key for key, by in by_score if by == "score"), None):
+                raise ValueError(f"{wrong}: a text has no score; say loss, or leave it out")
         if self.evaluation.checkpoint == "best" and self.evaluation.every == "never":
             raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
         for name in self.arms:
@@ -700,6 +725,9 @@ class Recipe(Section):
                     f"{min(costly)} is searched, so what it costs is not known: name another arm with comparison.lora, "
                     "or match steps"
                 )
+        if len({(search.per, search.select_by) for search in self.search_rules.values()}) > 1:
+            told = "; ".join(f"{arm}: {_rules_text(search)}" for arm, search in self.search_rules.items())
+            raise ValueError(f"every arm's search must have the same per and select_by; there are {told}")
         counts = {
             name: len(self.choices_of(name) or [{}]) * len(self.search_seeds(name))
             for name, arm in self.arms.items()
@@ -715,8 +743,15 @@ class Recipe(Section):
         return self
 
     def _check_search(self, name: str) -> None:
-        links = self.arms[name].links
-        for key in self.searches_of(name):
+        links, searches = self.arms[name].links, self.searches_of(name)
+        if len({(search.per, search.select_by) for search in searches.values()}) > 1:
+            told = "; ".join(f"{key}: {_rules_text(search)}" for key, search in searches.items())
+            raise ValueError(
+                f"arms.{name}: all its keys are searched with the same per and select_by; there are {told}"
+            )
+        if "links" in searches and searches["links"].per == "seed":
+            raise ValueError(f"arms.{name}.links: an arm has one number of links, so it is searched per: arm")
+        for key in searches:
             if isinstance(links, list) and any(getattr(link, key, None) is not None for link in links):
                 raise ValueError(f"arms.{name}: a link's own {key} and a search exclude each other")
 
@@ -869,9 +904,34 @@ class Recipe(Section):
         grids = itertools.product(*(search.search for search in searches.values()))
         return [dict(zip(searches, values, strict=True)) for values in grids]
 
+    def search_of(self, arm: str) -> Search | None:
+        """A search of an arm, whose rules are those of all its searches; None where nothing is searched."""
+        return next(iter(self.searches_of(arm).values()), None)
+
+    @property
+    def search_rules(self) -> dict[str, Search]:
+        """The same of each arm that has any."""
+        return {arm: search for arm in self.arms if (search := self.search_of(arm)) is not None}
+
+    @property
+    def unscored_seed(self) -> int:
+        """A seed for trials: the same whichever seeds are scored, unless it is one of them."""
+        return next(seed for seed in itertools.count(TRIAL_SEEDS) if seed not in self.seeds)
+
     def search_seeds(self, arm: str) -> list[int]:
-        """Seeds of an arm's trials."""
-        return next((s.seeds for s in self.searches_of(arm).values() if s.seeds), self.seeds[:1])
+        """Seeds of the trials by which an arm chooses `per: arm`."""
+        return next((s.seeds for s in self.searches_of(arm).values() if s.seeds), [self.unscored_seed])
+
+    @property
+    def trial_seeds(self) -> list[int]:
+        """Seeds of trials that choose for all seeds of an arm, in order; none where each seed chooses for itself."""
+        arms = [arm for arm, search in self.search_rules.items() if search.per == "arm"]
+        return sorted({seed for arm in arms for seed in self.search_seeds(arm)})
+
+    @property
+    def drawn_seeds(self) -> list[int]:
+        """Every seed that something is trained under."""
+        return sorted({*self.seeds, *self.trial_seeds})
 
     def with_choice(self, arm: str, choice: Mapping[str, Any]) -> "Recipe":
         """The recipe with the searched keys of an arm set to values."""
@@ -909,6 +969,10 @@ class Recipe(Section):
         settings = self.arms[arm]
         own = [OneLink()] * settings.links if isinstance(settings.links, int) else settings.links
         return [_resolve(self.link, settings, link) for link in own]
+
+
+def _rules_text(search: Search) -> str:
+    return f"per {search.per}, by {search.select_by}"
 
 
 def _resolve(default: LinkSettings, arm: Arm, link: OneLink) -> OneLink:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cola.errors import RecipeError
-from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, is_remote
+from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, Search, is_remote
 
 # Keys that people paste from other tools -> the key that is meant here.
 PASTED_KEYS = {
@@ -419,10 +419,14 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
     rules = recipe.model_copy(update={"arms": {"all": Arm()}}).knot_of("all")
     knot = recipe.knot.model_copy(update=rules.model_dump(include={"merge", "pair", "merge_fraction", "schedule"}))
     knot = knot.model_copy(update={"optimizer": rules.optimizer})
+    training = recipe.training
+    if isinstance(rate := training.learning_rate, Search):
+        training = training.model_copy(update={"learning_rate": _with_seeds(rate, [recipe.unscored_seed])})
     arms = {}
     for arm, settings in recipe.arms.items():
         links = recipe.links_of(arm)
-        searched = recipe.searches_of(arm)
+        seeds, searches = recipe.search_seeds(arm), recipe.searches_of(arm)
+        searched = {key: _with_seeds(search, seeds) for key, search in searches.items()}
         explicit: dict[str, Any] = {}
         # What is searched has no value yet, nor has what follows from it.
         open_keys = {*searched} | ({"alpha"} if "rank" in searched else set())
@@ -444,9 +448,14 @@ def _resolved(recipe: Recipe, base: Path) -> Recipe:
         n_links = settings.links if isinstance(settings.links, int) else links
         arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
     # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
-    parts = {"data": data.model_copy(update=update), "model": model, "knot": knot}
+    parts = {"data": data.model_copy(update=update), "model": model, "knot": knot, "training": training}
     parts |= {"arms": arms, "link": LinkSettings(), "evaluation": evaluation}
     return recipe.model_copy(update=parts)
+
+
+def _with_seeds(search: Search, seeds: list[int]) -> Search:
+    """A search whose trials' seeds are explicit, unless each scored seed is its own trials'."""
+    return search if search.per == "seed" or search.seeds else search.model_copy(update={"seeds": seeds})
 
 
 def find_path(name: str, base: Path) -> str:

@@ -6,7 +6,8 @@ RUN/summary.json           every number of the tables
 RUN/report.html            the page; its figures for a paper in RUN/figures/, its tables in RUN/tables/
 RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
                            each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
-RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them
+RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them,
+                           chosen-seed-S.json: those of a seed that chooses for itself
 """
 
 import fcntl
@@ -173,11 +174,7 @@ class RunFolder:
         Raises:
             RunFolderError: the file is damaged.
         """
-        path = self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl"
-        rows = read_jsonl(path)
-        if any(not isinstance(row, dict) or not row.keys() >= SCORE_KEYS for row in rows):
-            raise _damaged(path, f"a row lacks {', '.join(sorted(SCORE_KEYS))}")
-        return rows
+        return _read_scores(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl")
 
     def start_job(self, job: Job) -> Path:
         """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""
@@ -208,9 +205,17 @@ class RunFolder:
         """Write a text file atomically."""
         write_text(self.path / name, text)
 
-    def trials(self, arm: str) -> dict[str, Any] | None:
-        """What an arm's search tried and chose; None where there was none."""
-        return read_json(self.path / "trials" / arm / "chosen.json", ("chosen", "trials"))
+    def choice(self, arm: str, seed: int | None) -> dict[str, Any] | None:
+        """What an arm's search tried and chose, for all seeds (None) or for one; None where there was none."""
+        return read_json(self.path / choice_file(arm, seed), ("chosen", "seeds", "trials"))
+
+    def trial_scores(self, trial: Job) -> list[dict[str, Any]]:
+        """Per-example results of a trial on validation; empty where there are none.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        return _read_scores(self.job(trial) / "scores" / "validation.jsonl")
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where there is none yet."""
@@ -321,6 +326,18 @@ def read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
 
 def _damaged(path: Path, why: str) -> RunFolderError:
     return RunFolderError(f"{path} is damaged ({why}); delete it and go on with `cola run --resume`")
+
+
+def choice_file(arm: str, seed: int | None) -> Path:
+    """Where a run folder says what an arm's search chose, for all seeds (None) or for one."""
+    return Path("trials") / arm / ("chosen.json" if seed is None else f"chosen-seed-{seed}.json")
+
+
+def _read_scores(path: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    if any(not isinstance(row, dict) or not row.keys() >= SCORE_KEYS for row in rows):
+        raise _damaged(path, f"a row lacks {', '.join(sorted(SCORE_KEYS))}")
+    return rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

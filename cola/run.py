@@ -17,14 +17,14 @@ from cola import adapters, starts
 from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
+from cola.choice import choose
 from cola.data import PASSAGE_TOKENS, Example, Splits, fingerprint_of, load_passages, load_splits
 from cola.errors import ColaError, ModelError, RunChanged, RunFolderError
 from cola.evaluate import Evaluator
 from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
-from cola.job import JobRun, selection_key
+from cola.job import JobRun
 from cola.learned import Learned
-from cola.measure import rows_digest
 from cola.model import (
     Source,
     check_fit,
@@ -37,7 +37,8 @@ from cola.model import (
 from cola.package_file import need_package
 from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, jobs_of, plan_arm, trials_of
 from cola.recipe import SPLITS, Prune, Recipe
-from cola.record import FORMAT, RunFolder, need_room, provenance, read_json
+from cola.record import FORMAT, RunFolder, choice_file, need_room, provenance
+from cola.scope import overlap_note
 from cola.segments import Causes, Tree, digest, merge_of, root_causes
 from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize
@@ -75,9 +76,9 @@ def run(
     accelerator = _accelerator(recipe, terminal)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
-    splits = load_splits(recipe.data, tokenizer)
-    sizes = ", ".join(f"{len(examples)} {name}" for name, examples in splits.items())
-    terminal.say(f"data: {sizes} examples")
+    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds)
+    sizes = ", ".join(f"{n} {name}" for name, n in splits.sizes.items())
+    terminal.say(f"data: {sizes} examples" + (", other training rows under each seed" if splits.redrawn else ""))
     for note in splits.notes:
         terminal.warn(f"data: {note}")
     _check_arms(recipe, source, splits, accelerator.device)
@@ -107,7 +108,6 @@ def run(
             skeleton=skeleton,
             splits=splits,
             general=general,
-            rows={name: rows_digest(examples) for name, examples in [*splits.items(), ("general", general)]},
             evaluator=evaluator,
             scoring={**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()},
             store=store,
@@ -148,15 +148,17 @@ def _accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
 
 
 def _meter(recipe: Recipe, skeleton: PreTrainedModel, splits: Splits) -> Meter:
-    rows = [(example.n_tokens, len(example.answers[example.gold])) for example in splits.train]
-    return Meter(skeleton, rows, recipe.training.gradient_checkpointing)
+    def lengths(examples: Sequence[Example]) -> list[tuple[int, int]]:
+        return [(example.n_tokens, len(example.answers[example.gold])) for example in examples]
+
+    redrawn = {seed: lengths(examples) for seed, examples in splits.redrawn.items()}
+    return Meter(skeleton, lengths(splits.train), recipe.training.gradient_checkpointing, redrawn)
 
 
 def _tree(
     recipe: Recipe, siblings: Sequence[Recipe], source: Source, meter: Meter, splits: Splits, device: str
 ) -> Tree:
     """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
-    lengths = [example.n_tokens for example in splits.train]
     fingerprint, skeleton = source.fingerprint(), meter.skeleton
     modules: dict[str, list[str]] = {}
 
@@ -175,13 +177,14 @@ def _tree(
         # The first n steps of a seed's order are the same however many follow.
         def order_of(seed: int, n_steps: int) -> list[list[int]]:
             if len(orders.get(seed, [])) < n_steps:
+                lengths = [example.n_tokens for example in splits.train_of(seed)]
                 orders[seed] = batch_order(lengths, one.training.batch_size, n_steps, seed)
             return orders[seed][:n_steps] if n_steps else []
 
         def digests_of(seed: int, n_steps: int) -> list[str]:
             if len(known.get(seed, [])) < n_steps:
                 order = order_of(seed, n_steps)
-                known[seed] = list(batch_digests(splits.train, order, one.training.micro_batch_tokens))
+                known[seed] = list(batch_digests(splits.train_of(seed), order, one.training.micro_batch_tokens))
             return known.get(seed, [])[:n_steps]
 
         def root_of(arm: str) -> Causes:
@@ -189,7 +192,7 @@ def _tree(
             return root_causes(fingerprint, dtype, device, quantization)
 
         budget = Budget(one, replace(meter, checkpointing=one.training.gradient_checkpointing), order_of)
-        return Tree(one, len(splits.train), root_of, modules_of, digests_of, budget.steps)
+        return Tree(one, splits.sizes["train"], root_of, modules_of, digests_of, budget.steps)
 
     tree = tree_of(recipe)
     alike = [tree_of(other) for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
@@ -197,7 +200,9 @@ def _tree(
     for one in (tree, *alike):
         # An arm that cannot be planned, of another point, is said when its turn comes.
         with contextlib.suppress(ColaError):
-            lineages += [one.lineage(job) for job in candidates_of(one.recipe)]
+            # Under another seed with rows of its own nothing is in common.
+            known = [job for job in candidates_of(one.recipe) if not splits.redrawn or job.seed in splits.redrawn]
+            lineages += map(one.lineage, known)
     tree.plan(lineages)  # all at once: where two of them part shows only beside each other
     return tree
 
@@ -218,6 +223,8 @@ def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) 
 
 def _say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, terminal: Terminal) -> None:
     """What may surprise, or cannot be counted, is said before anything is trained."""
+    if note := overlap_note(recipe):
+        terminal.warn(note)
     for arm in recipe.arms:
         rules = recipe.knot_of(arm)
         several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
@@ -227,7 +234,7 @@ def _say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, ter
                 "the learning rate after a knot; knot.warmup_steps softens that"
             )
     for link in [link for job in jobs for link in tree.lineage(job).links]:
-        meter.steps(link, [])
+        meter.steps(link, [], recipe.seeds[0])
     if meter.trouble:
         terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
 
@@ -251,7 +258,7 @@ def _say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Termina
     for job in known:
         lineage, first = bench.tree.lineage(job), 0
         names, measured = lineage.names, bench.measurements(job)
-        points = evaluation_steps(bench.recipe, lineage.links, len(bench.splits.train))
+        points = evaluation_steps(bench.recipe, lineage.links, bench.splits.sizes["train"])
         # From a point on where validation is to be looked at for the first time, the steps have to be made again.
         sure = next((p for p in points if not measured.has_scores("validation", p, "attached")), len(names))
         there = {n for n in bench.tree.cuts(job) if bench.store.has(names[n])}
@@ -290,7 +297,7 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
         if quantization is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
         for choice in map(choice_of, recipe.choices_of(arm) or [{}]):
-            whats = [link.what for link in plan_arm(recipe, arm, 0, len(splits.train), choice)]
+            whats = [link.what for link in plan_arm(recipe, arm, 0, splits.sizes["train"], choice)]
             try:
                 for what in whats:
                     if what.method == "full" and dtype == "float16" and device.type == "cpu":
@@ -345,7 +352,7 @@ def _check_and_record(
         "recipe": {"sha256": folder.recipe_digest()},
         "model": {"name": source.name, "revision": source.revision, "sha256": source.fingerprint()},
         "data": {"sha256": splits.fingerprint, "notes": splits.notes},
-        "rows": {name: len(examples) for name, examples in splits.items()},
+        "rows": splits.sizes,
         "general_text": {
             "name": recipe.evaluation.general_text,
             "sha256": fingerprint_of({"general": general}),
@@ -369,7 +376,11 @@ def _check_and_record(
     full = [arm for arm in recipe.arms if any(link.method == "full" for link in recipe.links_of(arm))]
     room = 50_000_000
     room += 4 * weights if full else 0  # a checkpoint with its two moments, and the end or the best so far
-    room += weights * len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
+    kept = len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
+    # Of every value that is tried, until the best is known: before any is kept, or beside those of earlier seeds.
+    tried = sum(len(trials_of(recipe, arm, recipe.seeds[0])) for arm in full)
+    each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
+    room += weights * (kept + tried if each_seed else max(kept, tried))
     need_room(store.path, room, "this run")
     folder.write_json("provenance.json", meta)
     return meta
@@ -385,16 +396,16 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
     _say_plan(bench, known, left, terminal)
     searching, waits = len(known) < len(left), False
     while left:
-        open_searches = {job.arm for job in left if job.trial}
+        open_trials = {job for job in left if job.trial}
         for job in left:
-            if not job.trial and job.arm in open_searches:
+            if not job.trial and open_trials.intersection(trials_of(bench.recipe, job.arm, job.seed)):
                 continue
             with bench.store.claim(_claim(bench, job)) as mine:
                 if not mine:
                     continue
                 if searching and not job.trial:
                     known = _known(bench, list(steps))
-                    if not open_searches:
+                    if not open_trials:
                         _say_plan(bench, known, known, terminal)
                         searching = False
                 _do(bench, job, steps[job], terminal)
@@ -463,7 +474,7 @@ class SearchOpen(ColaError):
 
 
 def _with_choice(bench: Bench, job: Job) -> Job:
-    """The job with the values that were best on validation over the trials' seeds, where any are searched.
+    """The job with the values that were best on validation over its trials' seeds, where any are searched.
 
     The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
 
@@ -471,45 +482,41 @@ def _with_choice(bench: Bench, job: Job) -> Job:
         SearchOpen: not all trials have ended.
         ColaError: none of them came to its end.
     """
-    trials = [] if job.trial else trials_of(bench.recipe, job.arm)
-    if not trials:
+    search = None if job.trial else bench.recipe.search_of(job.arm)
+    if search is None:
         return job
-    path = bench.folder.path / "trials" / job.arm / "chosen.json"
+    trials, seed = trials_of(bench.recipe, job.arm, job.seed), job.seed if search.per == "seed" else None
     choices = list(dict.fromkeys(trial.choice for trial in trials))
-    if (written := read_json(path, ("chosen",))) is not None:
+    if (written := bench.folder.choice(job.arm, seed)) is not None:
         return replace(job, choice=choices[int(written["chosen"])])
     table = []
     for choice in choices:
-        keys = []
+        found = []
         for trial in trials:
             result = bench.folder.result(trial) if trial.choice == choice else None
             if trial.choice == choice and (result is None or result["status"] == "interrupted"):
                 raise SearchOpen(f"{job.arm}: its search is not at its end")
             if result is not None and result["status"] == "ok":
-                validation = result["evaluation"]["validation"]
-                keys.append((validation["loss"], validation["score"]))
+                found.append(result["evaluation"]["validation"])
         # A choice at which some seed failed is no candidate: its mean would be over other seeds than the rest.
-        whole = len(keys) == len(trials) // len(choices)
-        losses, scores = [loss for loss, _ in keys], [score for _, score in keys]
-        scored = whole and scores[0] is not None
+        whole = len(found) == len(trials) // len(choices)
+        scored = whole and found[0]["score"] is not None
         table.append(
             {
                 "values": dict(choice),
-                "loss": float(np.mean(losses)) if whole else None,
-                "score": float(np.mean(scores)) if scored else None,
-                "key": [float(n) for n in np.mean([selection_key(bench.recipe, *k) for k in keys], axis=0)]
-                if whole
-                else None,
+                "loss": float(np.mean([one["loss"] for one in found])) if whole else None,
+                "score": float(np.mean([one["score"] for one in found])) if scored else None,
                 "failed": not whole,
             }
         )
-    candidates = [number for number, row in enumerate(table) if row["key"] is not None]
+    candidates = [number for number, row in enumerate(table) if not row["failed"]]
+    where = choice_file(job.arm, seed)
     if not candidates:
-        raise ColaError(f"every trial of the search failed; see {path.parent}")
-    chosen = max(candidates, key=lambda number: tuple(table[number]["key"]))
-    rows = [{key: value for key, value in row.items() if key != "key"} for row in table]
-    where = path.relative_to(bench.folder.path)
-    bench.folder.write_json(where, {"chosen": chosen, "seeds": bench.recipe.search_seeds(job.arm), "trials": rows})
+        raise ColaError(f"every trial of the search failed; see {bench.folder.path / where.parent}")
+    losses_C, scores_C = (np.array([[table[n][key]] for n in candidates], float) for key in ("loss", "score"))
+    chosen = candidates[int(choose(losses_C, scores_C if search.select_by == "score" else None)[0])]
+    seeds = list(dict.fromkeys(trial.seed for trial in trials))
+    bench.folder.write_json(where, {"chosen": chosen, "seeds": seeds, "trials": table})
     return replace(job, choice=choices[chosen])
 
 
@@ -526,7 +533,9 @@ def _let_full_weights_go(bench: Bench, job: Job) -> None:
         others = bench.store.references(("weights",))
     except ColaError:
         return  # what is needed cannot be told, so nothing goes
-    scored = [trial for trial in trials_of(bench.recipe, job.arm) if trial.choice != chosen.choice]
+    # Another seed may choose otherwise, and its trials are needed until it has.
+    tried = trials_of(bench.recipe, job.arm, job.seed)
+    scored = [trial for trial in tried if trial.choice != chosen.choice]
     scored += [] if bench.recipe.keep_full_weights else [chosen]
     wanted = set().union(*(names for folder, names in others.items() if folder != bench.folder.path.resolve()))
     for done in scored:

@@ -32,6 +32,7 @@ class Target:
         load: Puts it on a device.
         n_virtual: Virtual tokens that stand before each row.
         reported: Digest of the data that a run scored it on, and what came out.
+        seed: Under which a run trained it: its training rows are that seed's, where each draws its own.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Target:
     load: Callable[[torch.device], PreTrainedModel]
     n_virtual: int = 0
     reported: tuple[str, dict[str, Any]] | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], termin
 
 def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Terminal) -> Scored:
     tokenizer = target.source.tokenizer()
-    loaded = load_splits(data.data, tokenizer)
+    seed = data.seeds[0] if target.seed is None else target.seed
+    loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed])
     check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
     accelerator = make_accelerator(target.dtype)
     if warning := dtype_warning(target.dtype, accelerator.device):
@@ -94,8 +97,9 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
     model = target.load(accelerator.device)
     scores = {}
     for split in splits:
-        rows = getattr(loaded, split)
-        terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows)")
+        rows = loaded.of(seed)[split]
+        whose = f" that seed {seed} draws" if split == "train" and loaded.redrawn else ""
+        terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows{whose})")
         scores[split] = evaluator(model, rows)
     reported = None
     if target.reported is not None and target.reported[0] == loaded.fingerprint:
@@ -166,7 +170,7 @@ def targets_of(
     def load(device: torch.device) -> PreTrainedModel:
         return source.load(dtype, device, quantization)
 
-    return [Target(_label(name), source, dtype, load, 0, _reported(note))]
+    return [Target(_label(name), source, dtype, load, 0, _reported(note), _seed(note))]
 
 
 def _label(name: str) -> str:
@@ -180,7 +184,7 @@ def _of_run(outcome: Outcome) -> Target:
     virtual = (outcome.links[0].num_virtual_tokens or 0) if outcome.links else 0
     reported = provenance["data"]["sha256"], outcome.result["evaluation"]
     label = f"{outcome.job.arm} seed {outcome.job.seed}"
-    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, reported)
+    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, reported, outcome.job.seed)
 
 
 def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Target:
@@ -210,7 +214,7 @@ def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Targ
     def load(device: torch.device) -> PreTrainedModel:
         return adapters.load_adapter(source.load(dtype, device, quantization), folder)
 
-    return Target(_label(name), source, dtype, load, virtual, _reported(note))
+    return Target(_label(name), source, dtype, load, virtual, _reported(note), _seed(note))
 
 
 def read_note(folder: Path) -> dict[str, Any]:
@@ -231,6 +235,7 @@ def read_note(folder: Path) -> dict[str, Any]:
             "base": {key: note["base"][key] for key in ("name", "revision", "sha256", "quantization")},
             "run": {
                 "data": note["run"]["data"],
+                "seed": int(note["run"]["seed"]),
                 "evaluation": {split: _numbers(evaluation[split]) for split in SPLITS},
             },
         }
@@ -245,6 +250,10 @@ def _numbers(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def _reported(note: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     return (note["run"]["data"], note["run"]["evaluation"]) if note else None
+
+
+def _seed(note: dict[str, Any]) -> int | None:
+    return note["run"]["seed"] if note else None
 
 
 def check_new(out: Path | None) -> None:

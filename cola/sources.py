@@ -44,6 +44,15 @@ class Pool:
         return iter(indices)
 
 
+def shuffled(items: Sequence[int], *causes: object) -> Iterator[int]:
+    """The items in a random order that depends on the causes and the items alone; no more is shuffled than is drawn."""
+    rng, moved = random.Random(derived_seed(*causes)), {}
+    for place in range(len(items)):
+        other = rng.randrange(place, len(items))
+        yield moved.get(other, items[other])
+        moved[other] = moved.pop(place, items[place])
+
+
 def open_pools(data: Data) -> dict[str, Pool]:
     """The pool of each split; splits that are drawn from the same rows share one object.
 

@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from cola.choice import Trials
 from cola.compare import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
 from cola.errors import RunFolderError
+from cola.plan import trials_of
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
+from cola.scope import scope_of
 from cola.spectra import spectra_of
 
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
@@ -53,6 +56,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
     done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
     spectra, unread = spectra_of(folder, done)
     states = {state for arm in arms.values() for state in arm["states"].values()}
+    rows = next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None)
     return {
         "meta": meta,
         "interrupted": bool(states & {"interrupted", "missing"}),
@@ -62,8 +66,9 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         "seeds": list(recipe.seeds),
         "matched": _matched(recipe, arms),
         "trials": trials,
+        "intervals": scope_of(recipe, rows["train"] if rows else None),
         "same_outputs": _same_outputs(recipe, folder, results, damaged),
-        "rows": next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None),
+        "rows": rows,
         "arms": arms,
         "spectra": spectra,
         "contrasts": comparer.contrasts(later),
@@ -101,7 +106,8 @@ def _arm(recipe: Recipe, name: str, results: Results) -> dict[str, Any]:
     summary["peak_memory"] = max((peak for r in done if (peak := _peak(r["train_info"])) is not None), default=None)
     summary["base"] = done[0]["train_info"]["base"]
     summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
-    summary["at_grid_edge"] = done[0]["train_info"]["at_grid_edge"]
+    edges = [(key, r["run_info"]["seed"]) for r in done for key in r["train_info"]["at_grid_edge"]]
+    summary["at_grid_edge"] = {key: [seed for one, seed in edges if one == key] for key, _ in edges}
     summary["knots"] = _ledger(done)
     summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
     # A knot that lets a part of its pair go moves the outputs on purpose.
@@ -162,14 +168,58 @@ def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, Any]:
-    """What each arm's search tried; what is wrong with a record that cannot be read is added to `damaged`."""
+    """What each arm's search tried and chose; what is wrong with a file that cannot be read is added to `damaged`."""
     found = {}
-    for name in recipe.arms:
-        try:
-            found[name] = folder.trials(name)
-        except RunFolderError as error:
-            damaged.append(str(error))
-    return {name: trials for name, trials in found.items() if trials is not None}
+    for name, search in recipe.search_rules.items():
+        choices = []
+        for seed in recipe.seeds if search.per == "seed" else [None]:
+            try:
+                if (choice := folder.choice(name, seed)) is not None:
+                    choices.append(_choice(recipe, folder, name, seed, choice))
+            except RunFolderError as error:
+                damaged.append(str(error))
+        if choices:
+            found[name] = {"per": search.per, "select_by": search.select_by, "choices": choices}
+    return found
+
+
+def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: dict[str, Any]) -> dict[str, Any]:
+    """What a search tried, with the numbers of each seed of the trials, and the share of resampled trials that choose
+    each value; None where their scores have gone."""
+    jobs = trials_of(recipe, arm, recipe.seeds[0] if seed is None else seed)
+    by_value = [jobs[n : n + len(choice["seeds"])] for n in range(0, len(jobs), len(choice["seeds"]))]
+    rows = []
+    for tried, of_value in zip(choice["trials"], by_value, strict=True):
+        each = []
+        for job in of_value:
+            result = folder.result(job)
+            if result is not None and result["status"] == "ok":
+                validation = result["evaluation"]["validation"]
+                each.append({"seed": job.seed, "loss": validation["loss"], "score": validation["score"]})
+        rows.append({**tried, "each": each, "share": None})
+    whole = [n for n, row in enumerate(rows) if not row["failed"]]
+    scores = [[{row["id"]: row for row in folder.trial_scores(job)} for job in by_value[n]] for n in whole]
+    if (trials := _trial_scores(scores)) is not None:
+        search = recipe.search_rules[arm]
+        shares = trials.shares(search.select_by, arm if seed is None else f"{arm} seed {seed}")
+        for n, share in zip(whole, shares, strict=True):
+            rows[n]["share"] = share
+    return {"seed": seed, "chosen": choice["chosen"], "seeds": choice["seeds"], "trials": rows}
+
+
+def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
+    """Of each value (outer) and seed (inner) on validation; None where they are not all of the same examples."""
+    first = scores[0][0] if scores else {}
+    if not first or any(one.keys() != first.keys() for of_value in scores for one in of_value):
+        return None
+
+    def numbers(key: str) -> np.ndarray:
+        return np.array([[[one[i][key] for i in first] for one in of_value] for of_value in scores], dtype=float)
+
+    rows = list(first.values())
+    scored = None if rows[0]["score"] is None else numbers("score")
+    groups = [f"group {row['group']}" if row["group"] else f"row {row['id']}" for row in rows]
+    return Trials(numbers("loss"), np.array([float(row["tokens"]) for row in rows]), scored, groups)
 
 
 def _same_outputs(

@@ -4,12 +4,14 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cola.choice import SURE
 from cola.compare import FEWEST_RUNS
 from cola.recipe import SPLITS, KnotRules, OneLink, Prune, Recipe, Search
+from cola.scope import scope_sentence
 from cola.terminal import duration
 
 NONE = "–"
@@ -316,20 +318,69 @@ def _small(number: float | None, signed: bool = False) -> str:
 
 
 def _trials_table(summary: dict[str, Any]) -> Table:
-    """Every value that a search tried, with what validation said of it."""
+    """Every value that a search tried, with what validation said of it, and how often resampled trials choose it; where
+    each seed chooses for itself, means over seeds."""
     score = [] if summary["metric"] == "perplexity" else [f"validation {summary['metric']}"]
-    title = f"Trials of the search, on validation; {matched_text(summary['matched'])}"
-    table = Table(title, ["arm", "values", "validation loss", *score, "chosen"], [])
+    rules = sorted({search["select_by"] for search in summary["trials"].values()})
+    title = f"Trials of the search, on validation, by {' or '.join(rules)}; {matched_text(summary['matched'])}"
+    table = Table(title, ["arm", "values", "validation loss", *score, "chosen", "resampled"], [])
     for arm, search in summary["trials"].items():
-        for number, trial in enumerate(search["trials"]):
-            values = ", ".join(f"{key}={_value(value)}" for key, value in trial["values"].items())
-            numbers = [trial["loss"], trial["score"]][: 1 + len(score)]
-            cells = ["failed" if trial["failed"] else NONE if n is None else f"{n:.3f}" for n in numbers]
-            table.rows.append([arm, values, *cells, "chosen" if number == search["chosen"] else ""])
+        choices = search["choices"]
+        for number in range(len(choices[0]["trials"])):
+            tried = [choice["trials"][number] for choice in choices]
+            cells = [_over_choices([one[key] for one in tried]) for key in ("loss", "score")][: 1 + len(score)]
+            cells = ["failed" if all(one["failed"] for one in tried) else cell for cell in cells]
+            by = [choice["seed"] for choice in choices if choice["chosen"] == number]
+            said = "" if not by else "chosen" if by == [None] else f"by seed {', '.join(map(str, by))}"
+            share = _mean(one["share"] for one in tried)
+            resampled = NONE if share is None else f"{share:.0%}"
+            table.rows.append([arm, values_text(tried[0]["values"]), *cells, said, resampled])
     return table
 
 
-def _value(value: Any) -> str:
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def choice_share(search: dict[str, Any]) -> float | None:
+    """In which share of resampled trials the choice is the same; mean over the seeds that choose for themselves."""
+    return _mean(choice["trials"][choice["chosen"]]["share"] for choice in search["choices"])
+
+
+def _over_choices(values: list[float | None]) -> str:
+    mean = _mean(values)
+    return NONE if mean is None else f"{mean:.3f}"
+
+
+def values_text(values: dict[str, Any]) -> str:
+    """Searched keys and their values: `learning_rate=0.001, rank=8`."""
+    return ", ".join(f"{key}={value_text(value)}" for key, value in values.items())
+
+
+def _uncertain(summary: dict[str, Any]) -> list[str]:
+    """Of each arm whose value resampled trials would often not choose, what else they would."""
+    lines = []
+    for arm, search in summary["trials"].items():
+        if search["per"] == "seed":
+            continue  # the choice is in the intervals
+        (choice,) = search["choices"]
+        shares = [trial["share"] for trial in choice["trials"]]
+        if shares[choice["chosen"]] is None or shares[choice["chosen"]] >= SURE:
+            continue
+        others = sorted((n for n in range(len(shares)) if n != choice["chosen"]), key=lambda n: -(shares[n] or 0))
+        first, second = (choice["trials"][n] for n in (choice["chosen"], others[0]))
+        lines.append(
+            f"{arm}: {values_text(first['values'])} is chosen in {first['share']:.0%} of resampled trials and "
+            f"{values_text(second['values'])} in {second['share'] or 0:.0%}: the choice is uncertain, and no interval "
+            "carries that; a search per: seed would."
+        )
+    return lines
+
+
+def value_text(value: Any) -> str:
+    """A searched value."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     return f"{value:g}" if isinstance(value, float | int) else str(value)
@@ -434,7 +485,8 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             "give more seeds for a claim about a method."
         )
     else:
-        lines.append(f"± is the standard deviation over {n_seeds} seeds; intervals are over seeds and test examples.")
+        lines.append(f"± is the standard deviation over {n_seeds} seeds.")
+    lines.append(scope_sentence(summary["intervals"]))
     if summary["contrasts"]:
         lines.append(OF_P)
     rule = (
@@ -457,6 +509,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             f"The arms were trained for {steps[0]} to {steps[-1]} optimizer steps: what differs between them may be "
             "due to that alone."
         )
+    lines += _uncertain(summary)
     for name, arm in summary["arms"].items():
         if (arm.get("max_lost") or 0) > 0.2:
             lines.append(
@@ -467,8 +520,10 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{name}: at every step {arm['without_gradient']} of its trained tensors got no gradient or more."
             )
-        for key in arm.get("at_grid_edge") or ():
+        for key, seeds in arm.get("at_grid_edge", {}).items():
             what = key.replace("_", " ")
+            if len(seeds) < arm["n_seeds"]:
+                what += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
             lines.append(f"{name}: the chosen {what} is at the edge of its grid; a better one may lie outside.")
         for seed, error in arm["errors"].items():
             lines.append(f"{name} seed {seed} failed: {error}")
@@ -491,6 +546,7 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
         rate, searches = recipe.learning_rate_of(name), recipe.searches_of(name)
         rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
         rates += "".join(f", {key} of {len(s.search)}" for key, s in searches.items() if key != "learning_rate")
+        rates += " for each seed" if any(search.per == "seed" for search in searches.values()) else ""
         lengths, many = steps[name], len(links) > 1
         rows.append(
             [

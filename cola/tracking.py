@@ -39,7 +39,7 @@ from urllib.parse import urlsplit
 from cola.package_file import need_package
 from cola.recipe import Tracking
 from cola.record import WANDB_NOTE, write_text
-from cola.tables import NONE, Table, verdict
+from cola.tables import NONE, Table, choice_share, verdict
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import Report
@@ -91,6 +91,8 @@ def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
             elif number is not None:
                 ends = {"": number["value"], "_low": number["low"], "_high": number["high"]}
                 found |= {f"arm/{name}/{key}{end}": value for end, value in ends.items()}
+    for name, search in summary["trials"].items():
+        found[f"arm/{name}/choice_share"] = choice_share(search)
     for one in summary["contrasts"]:
         found |= {f"contrast/{one['first']}-{one['second']}/{key}": one[key] for key in OF_CONTRAST}
     found["verdict"] = "\n".join(verdict(summary))

@@ -93,6 +93,28 @@ def full_spectrum() -> dict[str, Any]:
     }
 
 
+def searched(
+    rates: list[float], best: int, rng: np.random.Generator, per: str = "arm", seeds: int = 2
+) -> dict[str, Any]:
+    """A search of learning rates whose losses are lowest at one of them; the last one failed."""
+
+    def choice(of: int | None) -> dict[str, Any]:
+        under = list(range(1000, 1000 + seeds)) if of is None else [of]
+        rows: list[dict[str, Any]] = []
+        for number, rate in enumerate(rates):
+            loss = [1.5 + 0.1 * (number - best) ** 2 + float(rng.normal(0, 0.05)) for _ in under]
+            each = [{"seed": s, "loss": one, "score": 1.1 - one / 3} for s, one in zip(under, loss, strict=True)]
+            mean, share = float(np.mean(loss)), (0.54 if number == best else 0.46 / (len(rates) - 2))
+            row = {"values": {"learning_rate": rate}, "loss": mean, "score": 1.1 - mean / 3, "failed": False}
+            rows.append({**row, "each": each, "share": share})
+        rows[-1] |= {"loss": None, "score": None, "failed": True, "each": [], "share": None}
+        chosen = min(range(len(rates) - 1), key=lambda n: rows[n]["loss"])
+        return {"seed": of, "chosen": chosen, "seeds": under, "trials": rows}
+
+    choices = [choice(None)] if per == "arm" else [choice(seed) for seed in range(6)]
+    return {"per": per, "select_by": "loss", "choices": choices}
+
+
 def over_seeds(values: list[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
@@ -181,7 +203,7 @@ def many(arms: int = 30, seeds: int = 6) -> dict[str, Any]:
             "learning_rate": [6e-4, 3e-4] if number % 7 == 3 else [6e-4],
             "base": {"dtype": "bfloat16" if number % 9 == 8 else "float32", "quantization": None},
             "without_gradient": 0,
-            "at_grid_edge": [],
+            "at_grid_edge": {},
             "max_drift": 1e-6,
             "max_lost": 0.31 if number == 8 else 1e-6,
             "peak_memory": 1.2e9 + 1e8 * number,
@@ -194,6 +216,12 @@ def many(arms: int = 30, seeds: int = 6) -> dict[str, Any]:
         if links and name != "full":
             summary["spectra"][name] = spectrum(links)
     summary["spectra"]["full"] = full_spectrum()
+    searches = [name for name in names if summary["arms"][name]["links"]][:9]
+    for number, name in enumerate(searches):
+        per = "seed" if number == 2 else "arm"
+        summary["trials"][name] = searched([1e-4, 3e-4, 1e-3, 3e-3, 1e-2], number % 4, rng, per)
+    search = {"per": "arm", "keys": ["learning_rate"], "seeds": [1000, 1001], "scored": []}
+    summary["intervals"] |= {"seeds": seeds, "search": search, "by_validation": True}
     chains = names[3:-1]
     summary["contrasts"] = [contrast(chains[0], "lora", 0.041, 0.03, role="primary", p_holm=None, claim=True)]
     for number, name in enumerate(chains[1:]):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "cache", "interrupt", "answers"},
     {"recipe"},
-    {"recipe_file", "plan", "compare"},
+    {"recipe_file", "plan", "compare", "choice", "scope"},
     {"package_file", "sources", "record", "terminal", "segments"},
     {"spectra"},
     {"data", "summary", "tables", "store"},
@@ -50,6 +50,8 @@ WITHOUT_TORCH = {
     "record",
     "spectra",
     "compare",
+    "choice",
+    "scope",
     "summary",
     "tables",
     "report",

@@ -619,7 +619,7 @@ def test_flops_are_those_that_pytorch_counts_on_the_real_model(case: str, tied: 
     with torch.device("meta"):
         skeleton = Qwen2ForCausalLM(tiny_config(tie_word_embeddings=tied))
     rows = [(7, 2), (19, 5), (30, 1)]
-    costs = Meter(skeleton, rows, False).steps(own, [[0], [1, 2]])
+    costs = Meter(skeleton, rows, False).steps(own, [[0], [1, 2]], 0)
     model = adapters.attach(tiny_model(tie_word_embeddings=tied), own.what, 0)
     counted = []
     for n_tokens, n_targets in rows:
@@ -638,8 +638,8 @@ def test_recomputed_activations_cost_one_more_forward_pass() -> None:
         skeleton = Qwen2ForCausalLM(tiny_config())
     own, rows = link("full"), [(20, 4)]
     meter = Meter(skeleton, rows, False)
-    [plain] = meter.steps(own, [[0]])
-    [again] = replace(meter, checkpointing=True).steps(own, [[0]])  # as a run does for an ablation's other point
+    [plain] = meter.steps(own, [[0]], 0)
+    [again] = replace(meter, checkpointing=True).steps(own, [[0]], 0)  # as a run does for an ablation's other point
     model = tiny_model()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(input_ids=torch.ones(1, 20, dtype=torch.long))
@@ -688,7 +688,7 @@ def test_a_matched_arm_gets_the_most_steps_that_cost_no_more(recipe_file: Path, 
     assert budget.steps(Job(arm="lora", seed=0)) == 6
 
     def cost(method: str, n_steps: int, **settings: Any) -> float:
-        steps = meter.steps(link(method, n_steps=n_steps, **settings), order_of(0, n_steps))
+        steps = meter.steps(link(method, n_steps=n_steps, **settings), order_of(0, n_steps), 0)
         return sum(step.of(match) for step in steps)
 
     allowed = cost("lora", 6, rank=8, alpha=16.0)

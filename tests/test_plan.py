@@ -359,15 +359,15 @@ def test_the_arm_that_is_measured_against_comes_first_whatever_its_name() -> Non
     assert [job.arm for job in jobs] == ["b", "a", "c"]
 
 
-def test_all_trials_come_before_the_first_training_that_counts() -> None:
+def test_trials_that_all_seeds_share_come_before_the_first_training_that_counts() -> None:
     planned = recipe({"base": {"links": 0}, "lora": GRID, "full": {"method": "full", **GRID}}, seeds=[4, 5])
     jobs = jobs_of(planned)
     assert [job.trial for job in jobs] == [True] * 4 + [False] * 6
     assert [(job.arm, job.seed, dict(job.choice)["learning_rate"]) for job in jobs[:4]] == [
-        ("full", 4, 1e-4),
-        ("full", 4, 1e-3),
-        ("lora", 4, 1e-4),
-        ("lora", 4, 1e-3),
+        ("full", 1000, 1e-4),
+        ("full", 1000, 1e-3),
+        ("lora", 1000, 1e-4),
+        ("lora", 1000, 1e-3),
     ]
     assert {job.choice for job in jobs[4:]} == {()}
     assert len(set(jobs)) == 10
@@ -375,7 +375,7 @@ def test_all_trials_come_before_the_first_training_that_counts() -> None:
 
 def test_trials_run_on_the_seeds_that_the_search_names() -> None:
     planned = recipe({"lora": {"learning_rate": {"search": [1e-4, 1e-3], "seeds": [8, 9]}}}, seeds=[4])
-    assert sorted((dict(job.choice)["learning_rate"], job.seed) for job in trials_of(planned, "lora")) == [
+    assert sorted((dict(job.choice)["learning_rate"], job.seed) for job in trials_of(planned, "lora", 4)) == [
         (1e-4, 8),
         (1e-4, 9),
         (1e-3, 8),
@@ -385,5 +385,32 @@ def test_trials_run_on_the_seeds_that_the_search_names() -> None:
 
 def test_a_base_without_training_has_no_trials() -> None:
     planned = recipe({"base": {"links": 0}, "lora": {}}, training={"learning_rate": {"search": [1e-4, 1e-3]}})
-    assert trials_of(planned, "base") == []
-    assert len(trials_of(planned, "lora")) == 2
+    assert trials_of(planned, "base", planned.seeds[0]) == []
+    assert len(trials_of(planned, "lora", planned.seeds[0])) == 2
+
+
+def test_a_seed_that_chooses_for_itself_has_trials_of_its_own_right_before_its_trainings() -> None:
+    grid = {"learning_rate": {"search": [1e-4, 1e-3], "per": "seed"}}
+    planned = recipe({"base": {"links": 0}, "lora": grid}, seeds=[7, 3])
+    assert [(job.seed, job.arm, dict(job.choice).get("learning_rate"), job.trial) for job in jobs_of(planned)] == [
+        (7, "lora", 1e-4, True),
+        (7, "lora", 1e-3, True),
+        (7, "base", None, False),
+        (7, "lora", None, False),
+        (3, "lora", 1e-4, True),
+        (3, "lora", 1e-3, True),
+        (3, "base", None, False),
+        (3, "lora", None, False),
+    ]
+    assert {job.seed for job in trials_of(planned, "lora", 3)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "trial"), [([0, 1, 2], 1000), ([0, 1, 2, 3, 999], 1000), ([1001], 1000), ([5, 1000, 1001, 1003], 1002)]
+)
+def test_trials_run_on_a_seed_that_is_not_scored_and_stays_the_same_where_seeds_are_added(
+    seeds: list[int], trial: int
+) -> None:
+    planned = recipe({"lora": GRID}, seeds=seeds)
+    assert {job.seed for job in jobs_of(planned) if job.trial} == {trial}
+    assert planned.drawn_seeds == sorted([*seeds, trial])

@@ -432,8 +432,66 @@ def test_an_arm_that_is_not_searched_has_one_trial_and_an_arm_without_links_has_
     assert "every arm must have the same number of trials" in said
     assert "1 for lora; 2 for chain3: give each a search" in said
     recipe = read(text.replace("  lora: {learning_rate: 1e-3}\n", "  base: {links: 0}\n"))
-    assert recipe.learning_rate_of("chain3") == Search(search=[1, 2])
+    assert recipe.learning_rate_of("chain3") == Search(search=[1, 2], seeds=[1000])
     assert recipe.searches_of("base") == {}
+
+
+def test_a_search_says_in_the_resolved_recipe_on_which_seeds_by_what_and_for_whom_it_chooses(read: Read) -> None:
+    text = swap("batch_size: 8", "learning_rate: {search: [1, 2]}")
+    said = yaml.safe_load(dump_recipe(read(text)))
+    whole = {"search": [1, 2], "seeds": [1000], "select_by": "loss", "per": "arm"}
+    assert said["arms"]["lora"]["learning_rate"] == said["training"]["learning_rate"] == whole
+    each = text.replace("[1, 2]}", "[1, 2], per: seed, select_by: score}")
+    said = yaml.safe_load(dump_recipe(read(each)))
+    assert said["arms"]["lora"]["learning_rate"] == {"search": [1, 2], "select_by": "score", "per": "seed"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "chain3", "reason"),
+    [
+        ("[1, 2], seeds: [0], per: seed", "[1, 2]", "seeds has no effect with per: seed"),
+        (
+            "[1, 2], per: seed",
+            "[1, 2]",
+            "every arm's search must have the same per and select_by; there are lora: per seed, by loss; chain3: per "
+            "arm, by loss",
+        ),
+        ("[1, 2]", "[1, 2], select_by: score", "lora: per arm, by loss; chain3: per arm, by score"),
+        (
+            "[1, 2]}, rank: {search: [1, 2], per: seed",
+            "[1, 2]",
+            "arms.lora: all its keys are searched with the same per",
+        ),
+        (
+            "[1, 2], per: seed}, links: {search: [1, 2], per: seed",
+            "[1, 2]",
+            "arms.lora.links: an arm has one number of",
+        ),
+    ],
+)
+def test_searches_that_do_not_go_together_are_refused(read: Read, lora: str, chain3: str, reason: str) -> None:
+    text = swap("{links: 1}", f"{{learning_rate: {{search: {lora}}}}}")
+    text = text.replace("{links: 3}", f"{{links: 3, learning_rate: {{search: {chain3}}}}}")
+    assert reason in fault(read, text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("evaluation", "{select_by: score}"),
+        ("link", "{learning_rate: {search: [1, 2], select_by: score}}"),
+        ("comparison", "{metric: score}"),
+    ],
+)
+def test_what_a_text_has_none_of_decides_nothing(read: Read, key: str, value: str) -> None:
+    text = swap("task: answer", "task: text\n  text: t").replace('  prompt: "{question}?"\n  answer: "{answer}"\n', "")
+    assert "a text has no score; say loss, or leave it out" in fault(read, f"{text}{key}: {value}\n")
+    assert read(text + f"{key}: {value.replace('score', 'loss')}\n")
+
+
+def test_rows_that_each_seed_draws_are_counted(read: Read) -> None:
+    text = swap("train: 24, ", "").replace("task: answer", "task: answer\n  redraw: per_seed")
+    assert "redraw: per_seed needs rows.train" in fault(read, text)
 
 
 def test_every_combination_of_an_arms_searches_is_a_trial_whatever_the_order_they_are_written_in(read: Read) -> None:

@@ -136,7 +136,7 @@ def test_the_best_checkpoint_may_lie_before_the_last_knot(recipe_file: Path) -> 
 def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_file: Path) -> None:
     grid = "training.learning_rate={search: [1e-5, 1e-2, 5.0]}"
     folder, summary = go(recipe_file, grid, "arms.full=null", "arms.base=null")
-    trials = sorted(folder.path.glob("trials/lora/*/seed-0/result.json"))
+    trials = sorted(folder.path.glob("trials/lora/*/seed-1000/result.json"))
     losses = {}
     for path in trials:
         trial = json.loads(path.read_text())
@@ -148,8 +148,8 @@ def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_fi
     assert len(losses) == 3
     assert result(folder, "lora")["train_info"]["learning_rate"] == min(losses, key=losses.__getitem__)
     chosen = result(folder, "lora")["train_info"]["learning_rate"]
-    assert summary["arms"]["lora"]["at_grid_edge"] == ([] if chosen == 1e-2 else ["learning_rate"])
-    searched = summary["trials"]["lora"]
+    assert summary["arms"]["lora"]["at_grid_edge"] == ({} if chosen == 1e-2 else {"learning_rate": [0]})
+    (searched,) = summary["trials"]["lora"]["choices"]
     assert [trial["values"] for trial in searched["trials"]] == [{"learning_rate": rate} for rate in (1e-5, 1e-2, 5.0)]
     assert searched["trials"][searched["chosen"]]["values"] == {"learning_rate": chosen}
     assert [trial["loss"] for trial in searched["trials"]] == [losses[rate] for rate in (1e-5, 1e-2, 5.0)]
@@ -159,7 +159,7 @@ def test_a_run_whose_arms_search_keys_of_their_own_runs_again_from_its_resolved_
     arms = ["arms.lora={search: {rank: [2, 16]}}", "arms.chain3={links: {search: [2, 3]}, rank: 4}"]
     folder, summary = go(recipe_file, *arms, "arms.full=null")
     for arm, key, grid in (("lora", "rank", [2, 16]), ("chain3", "links", [2, 3])):
-        trials = summary["trials"][arm]["trials"]
+        trials = summary["trials"][arm]["choices"][0]["trials"]
         assert [trial["values"] for trial in trials] == [{key: value} for value in grid]
         info = result(folder, arm)["train_info"]
         best = min(trials, key=lambda trial: trial["loss"])

@@ -568,10 +568,10 @@ def test_paths_that_never_meet_are_not_cut_for_each_other(case: Case) -> None:
 
 
 def test_a_trial_and_the_run_that_takes_its_rate_are_one_path(case: Case) -> None:
-    case.training["learning_rate"] = {"search": [0.01, 0.02]}
+    case.training["learning_rate"] = {"search": [0.01, 0.02], "per": "seed"}
     del case.arm("full")["learning_rate"]  # every arm has the same trials
     tree = tree_of(case)
-    trials = trials_of(tree.recipe, "lora")
+    trials = trials_of(tree.recipe, "lora", 0)
     chosen = Job(arm="lora", seed=0, choice=(("learning_rate", 0.02),))
     tree.plan(map(tree.lineage, [*trials, chosen]))
     assert len(tree.segments([*trials, chosen])) == 2

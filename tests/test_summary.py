@@ -12,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from test_compare import rng, two_arms
 
 from cola.plan import Job
-from cola.recipe import Recipe
+from cola.recipe import Arm, Recipe
 from cola.record import RunFolder
 from cola.summary import summarize
 from cola.tables import contrasts_table, result_tables, verdict
@@ -586,16 +586,20 @@ def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: B
     run.ok("lora", 0, first_right(10))
     trials = [
         {"values": {"rank": 4, "init": "default"}, "loss": 0.5, "score": 0.25, "failed": False},
-        {"values": {"rank": 8, "init": "default"}, "loss": None, "score": None, "failed": True},
         {"values": {"rank": 4, "init": "pissa"}, "loss": 0.25, "score": 0.75, "failed": False},
+        {"values": {"rank": 8, "init": "default"}, "loss": None, "score": None, "failed": True},
+        {"values": {"rank": 8, "init": "pissa"}, "loss": 0.75, "score": 0.125, "failed": False},
     ]
-    run.folder.write_json(Path("trials/lora/chosen.json"), {"chosen": 2, "seeds": [0], "trials": trials})
-    table = result_tables(run.summary(recipe()))[-1]
-    assert table.title.startswith("Trials of the search, on validation; matched: optimizer steps")
+    run.folder.write_json(Path("trials/lora/chosen.json"), {"chosen": 1, "seeds": [1000], "trials": trials})
+    arm = Arm.model_validate({"search": {"rank": [4, 8], "init": ["default", "pissa"]}})
+    searched = recipe(comparison={}).model_copy(update={"arms": {"lora": arm}})
+    table = result_tables(run.summary(searched))[-1]
+    assert table.title.startswith("Trials of the search, on validation, by loss; matched: optimizer steps")
     assert table.rows == [
-        ["lora", "rank=4, init=default", "0.500", "0.250", ""],
-        ["lora", "rank=8, init=default", "failed", "failed", ""],
-        ["lora", "rank=4, init=pissa", "0.250", "0.750", "chosen"],
+        ["lora", "rank=4, init=default", "0.500", "0.250", "", "–"],
+        ["lora", "rank=4, init=pissa", "0.250", "0.750", "chosen", "–"],
+        ["lora", "rank=8, init=default", "failed", "failed", "", "–"],
+        ["lora", "rank=8, init=pissa", "0.750", "0.125", "", "–"],
     ]
 
 

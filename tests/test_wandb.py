@@ -76,6 +76,8 @@ SUMMARY: dict[str, Any] = {
     "rows": None,
     "same_outputs": [],
     "matched": {"by": "steps"},
+    "trials": {},
+    "intervals": {"seeds": 2, "redraw": "none", "train_rows": 240, "by_validation": False, "search": None},
 }
 
 
