@@ -42,13 +42,13 @@ class Trials:
     """What each value scored on validation under each seed of the trials, example by example.
 
     Attributes:
-        losses_CSN: Summed over an example's target tokens.
+        nats_CSN: Summed over an example's target tokens.
         tokens_N: Their number.
         scores_CSN: None for plain text.
         groups: Of each of the N examples; those of one group are drawn together.
     """
 
-    losses_CSN: Array
+    nats_CSN: Array
     tokens_N: Array
     scores_CSN: Array | None
     groups: Sequence[str]
@@ -61,14 +61,14 @@ class Trials:
             of: What is chosen for. The stream of random numbers depends on it and on the trials, and on nothing else.
         """
         rng = np.random.default_rng(int.from_bytes(self._digest(of)[:16], "big"))
-        n_values, n_seeds, _ = self.losses_CSN.shape
+        n_values, n_seeds, _ = self.nats_CSN.shape
         names, place_N = np.unique(np.asarray(self.groups, dtype=str), return_inverse=True)
         drawn_RG = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
         drawn_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=RESAMPLES)
         weights_NR = drawn_RG.T[place_N].astype(float)
-        diverged_CS = np.logical_not(np.isfinite(self.losses_CSN).all(axis=2))
-        finite_CSN = np.where(diverged_CS[:, :, None], 0.0, self.losses_CSN)
-        losses_CR = _over_seeds(finite_CSN @ weights_NR / (self.tokens_N @ weights_NR), drawn_RS)
+        diverged_CS = np.logical_not(np.isfinite(self.nats_CSN).all(axis=2))
+        known_CSN = np.where(diverged_CS[:, :, None], 0.0, self.nats_CSN)
+        losses_CR = _over_seeds(known_CSN @ weights_NR / (self.tokens_N @ weights_NR), drawn_RS)
         losses_CR[diverged_CS @ drawn_RS.T > 0] = np.inf
         scores_CR = None
         if select_by == "score" and self.scores_CSN is not None:
@@ -78,7 +78,7 @@ class Trials:
 
     def _digest(self, of: str) -> bytes:
         running = hashlib.sha256("\n".join([of, *self.groups]).encode())
-        for numbers in (self.losses_CSN, self.tokens_N, self.scores_CSN):
+        for numbers in (self.nats_CSN, self.tokens_N, self.scores_CSN):
             if numbers is not None:
                 running.update(np.ascontiguousarray(numbers, dtype="<f8").tobytes())
         return running.digest()

@@ -219,7 +219,7 @@ def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
     rows = list(first.values())
     scored = None if rows[0]["score"] is None else numbers("score")
     groups = [f"group {row['group']}" if row["group"] else f"row {row['id']}" for row in rows]
-    return Trials(numbers("loss"), np.array([float(row["tokens"]) for row in rows]), scored, groups)
+    return Trials(numbers("nats"), np.array([float(row["tokens"]) for row in rows]), scored, groups)
 
 
 def _same_outputs(

@@ -67,14 +67,14 @@ def enumerated(trials: Trials, by_score: bool) -> np.ndarray:
     """Of each value, the probability that trials drawn again choose it: over all draws of seeds and groups."""
     names = sorted(set(trials.groups))
     members = {name: [n for n, group in enumerate(trials.groups) if group == name] for name in names}
-    n_values, n_seeds, _ = trials.losses_CSN.shape
+    n_values, n_seeds, _ = trials.nats_CSN.shape
     found = np.zeros(n_values)
     draws = list(itertools.product(itertools.product(range(n_seeds), repeat=n_seeds),
                                    itertools.product(names, repeat=len(names))))  # fmt: skip
     for seeds, groups in draws:
         rows = [n for group in groups for n in members[group]]
         losses = [
-            float(np.mean([trials.losses_CSN[c, s, rows].sum() / trials.tokens_N[rows].sum() for s in seeds]))
+            float(np.mean([trials.nats_CSN[c, s, rows].sum() / trials.tokens_N[rows].sum() for s in seeds]))
             for c in range(n_values)
         ]
         scores = None
@@ -217,7 +217,7 @@ def validation(path: Path) -> tuple[float, float]:
     """Loss and score of a trial, from its examples."""
     rows = read_jsonl(path / "scores/validation.jsonl")
     return (
-        math.fsum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows),
+        math.fsum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows),
         math.fsum(row["score"] for row in rows) / len(rows),
     )
 
@@ -290,14 +290,14 @@ def test_a_choice_that_resampled_trials_often_do_not_make_is_said_to_be_uncertai
         [read_jsonl(folder.path / f"trials/lora/learning_rate={rate!r}/seed-{seed}/scores/validation.jsonl")
          for seed in (0, 7)] for rate in (1e-3, 1.01e-3, 1e-7)
     ]  # fmt: skip
-    losses = np.array([[[row["loss"] for row in rows] for rows in of_rate] for of_rate in seeds])
+    losses = np.array([[[row["nats"] for row in rows] for rows in of_rate] for of_rate in seeds])
     tokens = np.array([float(row["tokens"]) for row in seeds[0][0]])
     trials = Trials(losses, tokens, None, [row["id"] for row in seeds[0][0]])
     rng = np.random.default_rng(3)  # the same by a plain loop
     found = np.zeros(3)
     for _ in range(3000):
         rows, under = rng.integers(8, size=8), rng.integers(2, size=2)
-        means = (trials.losses_CSN[:, under][:, :, rows].sum(axis=2) / tokens[rows].sum()).mean(axis=1)
+        means = (trials.nats_CSN[:, under][:, :, rows].sum(axis=2) / tokens[rows].sum()).mean(axis=1)
         found[means.argmin()] += 1 / 3000
     assert [trial["share"] for trial in choice["trials"]] == pytest.approx(found, abs=0.04)
     said = [line for line in verdict(summary) if "the choice is uncertain" in line]

@@ -6,7 +6,6 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 from scipy import stats
 from test_cli import cola
@@ -168,11 +167,11 @@ def test_eval_scores_a_seed_on_the_rows_that_it_was_trained_on(recipe_file: Path
 def test_runs_that_draw_for_other_seeds_are_more_seeds_of_one_task(recipe_file: Path) -> None:
     few = [*REDRAW, "arms.full=null", "evaluation.every=never"]
     folders = [go(recipe_file, *few, f"seeds={seeds}")[0].path for seeds in ([0, 1], [2])]
-    summary = summarize_tasks(folders, np.random.default_rng(0))
+    summary = summarize_tasks(folders)
     (task,) = summary["tasks"]
     assert task["seeds"] == {"lora": 3, "chain3": 3}
     other, _ = go(recipe_file, *few, "seeds=[3]", "data.rows.train=32")
-    assert len(summarize_tasks([*folders, other.path], np.random.default_rng(0))["tasks"]) == 2
+    assert len(summarize_tasks([*folders, other.path])["tasks"]) == 2
 
 
 def test_a_run_goes_on_where_each_seed_draws_its_own_rows(recipe_file: Path) -> None:
