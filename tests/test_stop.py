@@ -154,9 +154,7 @@ def test_an_answer_is_what_precedes_the_stop_string_in_transformers_own_continua
     assert found_at == {True, False}
 
 
-def test_decoding_ends_with_the_batchs_last_stop_string(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_ends_with_the_batchs_last_stop_string(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = base_that_goes_on(tokenizer, " ", "\n")
     path = rows_file(tmp_path / "t.jsonl")
     passes: list[int] = []
