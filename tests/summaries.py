@@ -138,6 +138,7 @@ def quickstart() -> dict[str, Any]:
         contrast("chain3", "full", 0.01, 0.05, role="later", **one),
         contrast("base", "full", -0.45, 0.07, role="later", **one),
     ]
+    summary["trials"] = {"lora": searched([1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 2, np.random.default_rng(2))}
     summary["spectra"] = {"lora": spectrum(1), "chain3": spectrum(3), "full": full_spectrum()}
     return summary
 

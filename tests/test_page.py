@@ -130,7 +130,18 @@ def test_every_figure_and_table_is_a_file_for_a_paper(pages: dict[str, Path]) ->
         assert b"/Type3" not in pdf
         assert b"CreationDate" not in pdf
     tables = page_tables(quickstart(), curves_of(quickstart()))
-    assert set(tables) == {"arms", "loss", "cost", "contrasts", "seeds", "curves", "knots", "spectra", "overlap"}
+    assert set(tables) == {
+        "arms",
+        "loss",
+        "cost",
+        "trials",
+        "contrasts",
+        "seeds",
+        "curves",
+        "knots",
+        "spectra",
+        "overlap",
+    }
     for name, table in tables.items():
         with (folder / "tables" / f"{name}.csv").open(newline="") as file:
             assert list(csv.reader(file)) == [table.columns, *table.rows]
@@ -175,7 +186,7 @@ def test_a_run_without_any_number_has_a_page_that_says_so(tmp_path: Path) -> Non
     summary = quickstart()
     gone = {"links": 1, "states": {"0": "missing"}, "errors": {}, "n_seeds": 0}
     summary |= {"arms": {"lora": gone, "base": {**gone, "links": 0}}, "interrupted": True, "contrasts": []}
-    summary |= {"spectra": {}, "meta": None, "rows": None}
+    summary |= {"spectra": {}, "trials": {}, "meta": None, "rows": None}
     summary["matched"]["used"] = None
     folder = write_run(tmp_path / "run", summary)
     text = write_report(folder).read_text()
