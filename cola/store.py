@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cola.errors import StoreError
+from cola.locks import claimed
 from cola.segments import Causes, digest, state_name
 
 FORMAT = 1
@@ -319,12 +320,7 @@ class Store:
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """Hold a key for this process unless another one does; whether it is held now."""
-        with (self.path / "locks" / key).open("a") as file:
-            mine = True
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
+        with claimed(self.path / "locks" / key) as mine:
             yield mine
 
     @contextmanager

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Who may import whom: a file imports only files of lower rows (and of its own row where that is said).
 LAYERS = [
-    {"errors", "cache", "interrupt"},
+    {"errors", "cache", "interrupt", "locks"},
     {"recipe"},
     {"recipe_file", "plan", "compare"},
     {"package_file", "sources", "record", "terminal", "segments"},
@@ -43,6 +43,7 @@ ALLOWED_PACKAGES = {
 }
 WITHOUT_TORCH = {
     "errors",
+    "locks",
     "recipe",
     "recipe_file",
     "plan",
