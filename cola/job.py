@@ -5,7 +5,6 @@ What the store has is taken from there; the model is loaded only for what it has
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from cola.segments import digest
 from cola.spectra import write_spectrum
 from cola.starts import hold_out
 from cola.states import States
+from cola.store import hand_out
 from cola.train import Step, full_gradients, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
@@ -531,7 +531,7 @@ class JobRun:
     # Records
 
     def _hand_out(self, scored_step: int) -> None:
-        """The knots, and the weights of full fine-tuning, into the run folder: the same files, not copies of them."""
+        """The knots, and the weights of full fine-tuning, into the run folder."""
         kept = [(f"knots/link-{number}", link.last_step, link) for number, link in enumerate(self.links, 1)]
         if 0 < scored_step < self.n_steps:
             number = self.lineage.link_of(scored_step)
@@ -547,7 +547,7 @@ class JobRun:
             segment = self.states.there(step)
             for file in segment.record["files"]:
                 if adapters.is_export(file):
-                    _same_file(segment.folder / file, folder / file)
+                    hand_out(segment.folder / file, folder / file, large=full and file.endswith(".safetensors"))
             if full:
                 self.bench.evaluator.tokenizer.save_pretrained(folder)
                 if (own := self.bench.source.folder / "generation_config.json").is_file():
@@ -718,14 +718,6 @@ def _over_matrices(entries: Sequence[Applied]) -> dict[str, float | None]:
 def tracked_state(result: dict[str, Any]) -> str:
     """What identifies to W&B the arm, seed and last state of a result that came to its end."""
     return f"{result['run_info']['arm']} {result['run_info']['seed']} {result['train_info']['final_state']}"
-
-
-def _same_file(file: Path, place: Path) -> None:
-    """A hard link, or a copy on another disk."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copy(file, place)
 
 
 def selection_key(recipe: Recipe, loss: float, score: float | None) -> tuple[float, float]:

@@ -5,8 +5,8 @@ STORE/segments/NAME/segment.json   its causes in clear, what made it, SHA-256 of
 STORE/measured/KEY.json    what was measured at a state: per-example scores, a knot's drift, spectra
 STORE/runs/, locks/, damaged/, writing/
 
-A segment is written aside, synced and renamed, so it is there as a whole or not at all. What does not match its
-checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock): those of a dead
+A segment is written aside, synced and renamed, so it is there as a whole or not at all; its files are read-only. What
+does not match its checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock): those of a dead
 process are gone with it. Many processes of one machine may use a store at once.
 """
 
@@ -163,6 +163,7 @@ class Store:
             for file in sorted(aside.iterdir()):
                 _sync(file)
                 files[file.name] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+                _protect(file)
             record = {"format": FORMAT, "name": name, "kind": kind, "root": root, "causes": causes}
             made = self._write_record(aside, {**record, **notes, "files": files})
             aside.chmod(0o755)
@@ -495,6 +496,34 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hand_out(file: Path, place: Path, large: bool) -> None:
+    """Give a segment's file into a run folder, so that nothing that is done there changes the segment unseen.
+
+    A copy, which is the user's to edit. Of a large file it is the file itself, since a copy would double a model's disk:
+    read-only, and whoever writes into it all the same (root, or after chmod) changes the segment's too, which no longer
+    matches its checksum then and is made anew.
+
+    Args:
+        file: The segment's.
+        place: Where it is wanted; nothing is there.
+        large: Whether a copy would cost too much. Made nevertheless on another disk.
+    """
+    if large:
+        with contextlib.suppress(OSError):
+            _protect(file)
+            os.link(file, place)
+            return
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.copyfile(file, aside)
+    _sync(aside)
+    aside.replace(place)
+
+
+def _protect(file: Path) -> None:
+    """Let nobody write into a file; it can still be moved and removed."""
+    file.chmod(file.stat().st_mode & ~0o222)
 
 
 def _read(path: Path) -> Any:
