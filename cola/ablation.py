@@ -102,8 +102,8 @@ class AblationFolder:
     @classmethod
     @contextmanager
     def take(cls, points: list[Point]) -> Iterator["AblationFolder"]:
-        """Hold the folder of the last ablation of exactly these points that no other process is at, if it is unfinished;
-        else a new one.
+        """Hold the folder of the last ablation of exactly these points that no other process is at, if it did not come
+        to its end; else a new one.
 
         Raises:
             RunFolderError: no new one can be made.

@@ -1,5 +1,6 @@
 """What all jobs of a run share."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from cola.plan import Job
 from cola.recipe import OneLink, Recipe
 from cola.record import RunFolder
 from cola.segments import Tree, digest, merge_of
-from cola.store import Store
+from cola.store import CHANGES, Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
 
@@ -82,6 +83,17 @@ class Bench:
         if key not in self._counts:
             self._counts[key] = count_parameters(self.skeleton, what)
         return self._counts[key]
+
+    def want_weights(self, names: set[str]) -> None:
+        """Note of which fully fine-tuned states this run needs the weights, before it looks for them.
+
+        Who lets weights go reads these notes under the same lock: either this run's is among them, or this run does not
+        find the weights and trains them.
+        """
+        more = names - self.used["weights"]
+        self.used["weights"] = names
+        with self.store.lock(CHANGES) if more else nullcontext():
+            self.write_references()
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""

@@ -33,9 +33,7 @@ from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
 from cola.record import FORMAT
-from cola.residual import Applied, Base, Residual, added, left_behind
-from cola.segments import digest
-from cola.spectra import write_spectrum
+from cola.residual import Applied, Base, Residual, left_behind
 from cola.starts import hold_out
 from cola.states import States
 from cola.store import hand_out
@@ -132,7 +130,6 @@ class JobRun:
             bench.progress.stage("all of it found in the store")
         if not job.trial:
             self._hand_out(scored_step)
-            self._take_spectrum(scored_step)
         self._refer(scored_step)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         result = {
@@ -553,73 +550,9 @@ class JobRun:
                 if (own := self.bench.source.folder / "generation_config.json").is_file():
                     shutil.copy(own, folder)
 
-    def _take_spectrum(self, step: int) -> None:
-        """spectrum.json, of an arm that changes the base's matrices."""
-        method = self.links[self.lineage.link_of(step)].method if step else None
-        if method not in ("lora", "full"):
-            return
-        try:
-            record = self._chain_spectrum(step) if method == "lora" else self._full_spectrum(step)
-        # Whatever goes wrong in looking at what was learned, the result it is of took far longer to make.
-        except Exception as error:
-            self.bench.progress.terminal.warn(
-                f"{self.job.label}: no spectra, and nothing else is lost: {type(error).__name__}: {error}"
-            )
-            return
-        if record is not None:
-            write_spectrum(self.bench.folder, self.job, record)
-
-    def _full_spectrum(self, step: int) -> dict[str, Any] | None:
-        learned, measured = self.bench.learned, self.measured
-        beside = {"matrices": digest(learned.looked_at)}
-        record = measured.known_spectrum(step, beside)
-        if record is None and self._has_weights(step):
-            self.bench.progress.stage("taking the spectra of all weights")
-            record = learned.of_full(self.lineage.names[step], self.states.there(step).folder, self.dtype)
-            measured.keep_spectrum(step, beside, record)
-        return record
-
-    def _chain_spectrum(self, step: int) -> dict[str, Any]:
-        """Compared with full fine-tuning under the same seed where it is there: it is trained before the others."""
-        learned, measured, full = self.bench.learned, self.measured, self._full_result()
-        beside, update = {"full": None}, None
-        if full is not None:
-            info = full["train_info"]
-            state = info["scored_state"]
-            with_it = {"full": state, "matrices": digest(learned.looked_at)}
-            if (record := measured.known_spectrum(step, with_it)) is not None:
-                return record
-            if update := learned.full(state, lambda: self._weights_of(state), info["base"]["dtype"]):
-                beside = with_it
-        if update is None and (record := measured.known_spectrum(step, beside)) is not None:
-            return record
-        ends = [link.last_step for link in self.links if link.last_step < step]
-        for end in (*ends, step):
-            if not self._has_weights(end):
-                raise FileNotFoundError(f"the state after step {end} has gone from the store")
-        pairs = [self.states.pair(end) for end in (*ends, step)]
-        links = added(pairs, self.rules.merge_fraction or 1.0, self.rules.pair == "keep")
-        record = learned.of_links(links, update)
-        measured.keep_spectrum(step, beside, record)
-        return record
-
-    def _full_result(self) -> dict[str, Any] | None:
-        """Of full fine-tuning under this seed, if it came to its end."""
-        full = self.bench.folder.result(Job(arm=self.recipe.full_arm, seed=self.job.seed))
-        if full is None or full["status"] != "ok":
-            return None
-        return full if any(link["method"] == "full" for link in full["train_info"]["links"]) else None
-
-    def _weights_of(self, state: str) -> Path | None:
-        """Where a state of another arm lies; None where its weights are gone."""
-        segment = self.bench.store.get(state)
-        return segment.folder if segment is not None and segment.has_weights else None
-
     def _refer(self, scored_step: int) -> None:
         names = {self.lineage.names[step] for step in (*self.cuts, scored_step) if step}
         self.bench.used["segments"] |= names
-        if self.recipe.keep_full_weights and scored_step and not self.job.trial:
-            self.bench.used["weights"].add(self.lineage.names[scored_step])
         self.bench.write_references()
 
     def _train_info(self, scored_step: int) -> dict[str, Any]:

@@ -49,9 +49,9 @@ class RunFolder:
     def take(cls, recipe: Recipe, path: Path | None = None) -> Iterator[tuple["RunFolder", bool]]:
         """Hold a folder for a run of exactly this recipe, and say whether the run is new.
 
-        Several processes may ask for one folder at once: the first has it, and the others, refused, leave it as it is.
-        Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails before
-        a job has begun, so that a mistake in a recipe leaves nothing behind.
+        Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
+        Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
+        before a job has begun, so that a mistake in a recipe leaves nothing behind.
 
         Args:
             recipe: Written into a new folder.

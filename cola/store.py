@@ -6,8 +6,8 @@ STORE/measured/KEY.json    what was measured at a state: per-example scores, a k
 STORE/runs/, locks/, damaged/, writing/
 
 A segment is written aside, synced and renamed, so it is there as a whole or not at all; its files are read-only. What
-does not match its checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock): those of a dead
-process are gone with it. Many processes of one machine may use a store at once.
+does not match its checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock):
+those of a dead process are gone with it. Many processes of one machine may use a store at once.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -199,17 +199,28 @@ class Store:
                 self._write_record(folder, {**record, "kind": kind})
             return record.get("kind")
 
-    def let_go(self, name: str) -> None:
-        """Remove a segment's weights and keep the record of how it was made and what its steps measured."""
+    def let_go(self, names: Set[str], run: Path) -> None:
+        """Remove the weights of those of these segments that no other run wants, and keep the record of how they were
+        made and what their steps measured.
+
+        Args:
+            names: The segments'.
+            run: The folder of the run that has no more use for them.
+
+        Raises:
+            StoreError: what the other runs want cannot be told, so nothing goes.
+        """
         with self.lock(CHANGES):
-            folder = self._segment(name)
-            if not (record := self.record(folder)):
-                return
-            files = {file: entry for file, entry in record["files"].items() if not file.endswith(".safetensors")}
-            if files != record["files"]:
-                self._write_record(folder, {**record, "kind": "record", "files": files})
-            for file in folder.glob("*.safetensors"):
-                file.unlink(missing_ok=True)
+            others = self.references(("weights",))
+            for name in names.difference(*(wanted for folder, wanted in others.items() if folder != run.resolve())):
+                folder = self._segment(name)
+                if not (record := self.record(folder)):
+                    continue
+                files = {file: entry for file, entry in record["files"].items() if not file.endswith(".safetensors")}
+                if files != record["files"]:
+                    self._write_record(folder, {**record, "kind": "record", "files": files})
+                for file in folder.glob("*.safetensors"):
+                    file.unlink(missing_ok=True)
 
     def drop(self, name: str, kind: str) -> None:
         """Remove a state if it is of this kind: what has come to be kept for longer stays."""
@@ -499,11 +510,11 @@ def file_digest(path: Path) -> str:
 
 
 def hand_out(file: Path, place: Path, large: bool) -> None:
-    """Give a segment's file into a run folder, so that nothing that is done there changes the segment unseen.
+    """Give a segment's file to a run folder, so that nothing that is done there changes the segment unseen.
 
-    A copy, which is the user's to edit. Of a large file it is the file itself, since a copy would double a model's disk:
-    read-only, and whoever writes into it all the same (root, or after chmod) changes the segment's too, which no longer
-    matches its checksum then and is made anew.
+    A copy, which is the user's to edit. Of a large file it is the file itself, since a copy would double a model's
+    disk: read-only, and who writes into it all the same (root, or after chmod) changes the segment's too, which no
+    longer matches its checksum then and is made anew.
 
     Args:
         file: The segment's.

@@ -28,7 +28,7 @@ LAYERS = [
     {"chain", "evaluate", "train", "preview"},
     {"states", "measure", "outcome", "learned"},
     {"bench", "score", "card"},
-    {"job", "export", "run_view"},
+    {"job", "settle", "export", "run_view"},
     {"run"},
     {"ablate"},
     {"cli"},

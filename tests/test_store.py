@@ -426,7 +426,7 @@ def test_a_reader_does_not_take_a_state_that_is_being_let_go_for_a_damaged_one(
 
     def digest_while_another_lets_go(path: Path) -> str:
         monkeypatch.setattr(store_file, "file_digest", sha256)
-        other.let_go(name)
+        other.let_go({name}, place)
         return sha256(path)
 
     monkeypatch.setattr(store_file, "file_digest", digest_while_another_lets_go)
