@@ -24,6 +24,7 @@ from cola.batches import batch_order, training_batches
 from cola.bench import Bench
 from cola.chain import Chain, Knot, retie, run_chain
 from cola.drift import Drift, Outputs
+from cola.errors import ModelError
 from cola.evaluate import ExampleScore, evaluation_of, forgetting_of, mean_loss, mean_score
 from cola.flops import Cost
 from cola.interrupt import Interrupted
@@ -219,6 +220,12 @@ class JobRun:
     def _load(self) -> PreTrainedModel:
         self.bench.progress.stage("loading the model")
         self.loaded = True
+        # Its name in the store says what the base was as the run began.
+        if self.bench.source.fingerprint() != self.bench.meta["model"]["sha256"]:
+            raise ModelError(
+                f"model.name_or_path: {self.bench.source.name} has changed since this run began; put it back and go on "
+                "with the same command, or start a new run"
+            )
         return self.bench.source.load(self.dtype, self.accelerator.device, self.quantization)
 
     def _train(self) -> None:
