@@ -16,7 +16,7 @@ from cola.measure import Measurements, rows_digest
 from cola.model import Source
 from cola.plan import Job
 from cola.recipe import OneLink, Recipe
-from cola.record import RunFolder
+from cola.record import MADE_WITH, RunFolder
 from cola.segments import Tree, digest, merge_of
 from cola.store import CHANGES, Store
 from cola.terminal import RunProgress
@@ -75,7 +75,13 @@ class Bench:
         rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
         tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
         lineage = self.tree.lineage(job)
-        return Measurements(self.store, lineage, self.rows, self.scoring, probe, tie, self.used["measured"])
+        used = self.used["measured"]
+        return Measurements(self.store, lineage, self.rows, self.scoring, probe, tie, self.made, used)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """With what this session makes states and measurements."""
+        return {key: self.meta[key] for key in MADE_WITH}
 
     def count_parameters(self, what: OneLink) -> int:
         """Parameters that a link trains, counted once."""

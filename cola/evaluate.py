@@ -31,7 +31,7 @@ from cola.drift import Outputs
 from cola.forward import logits_after, logits_and_cache, logits_at
 from cola.recipe import Recipe
 
-EVALUATION_VERSION = 1  # part of what a kept score depends on: raise it when the same weights would score otherwise
+EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when the same weights would score otherwise
 
 PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 

@@ -33,7 +33,7 @@ from cola.model import make_accelerator
 from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
-from cola.record import FORMAT
+from cola.record import FORMAT, MADE_WITH, each_once
 from cola.residual import Applied, Base, Residual, left_behind
 from cola.starts import hold_out
 from cola.states import States
@@ -41,7 +41,6 @@ from cola.store import hand_out
 from cola.train import Step, full_gradients, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
-MADE_WITH = ("cola", "commit", "python", "packages", "machine", "device")  # what a kept state says of its making
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ class JobRun:
         self.accelerator = make_accelerator(self.dtype)
         self.evaluator = replace(bench.evaluator, autocast=self.accelerator.autocast)
         self.n_trained = max((bench.count_parameters(link.what) for link in self.links), default=0)
-        made = {key: bench.meta[key] for key in MADE_WITH}
         process = restart_peaks(self.accelerator.device)
         self.states = States(
             bench.store,
@@ -86,7 +84,7 @@ class JobRun:
             bench.skeleton,
             bench.source.name,
             recipe.checkpoint_seconds,
-            {**made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
+            {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             self.n_trained,
             partial(peaks, self.accelerator.device, process),
         )
@@ -578,6 +576,7 @@ class JobRun:
             "reused_steps": self.reused,
             "segments": [self.lineage.names[step] for step in self.cuts],
             "segments_made": self._made(),
+            "measured_made": self.measured.made_with,
             "final_state": self.lineage.names[-1],
             "scored_state": self.lineage.names[scored_step],
             "tokens": sum(row["tokens"] for row in self.rows),
@@ -612,8 +611,7 @@ class JobRun:
     def _made(self) -> list[dict[str, Any]]:
         """With what the segments were made, in this session or an earlier one; what they agree in is said once."""
         made = [segment.record["made"] for step in self.cuts if (segment := self.states.get(step)) is not None]
-        told = [{key: one[key] for key in MADE_WITH} for one in made]
-        return [one for number, one in enumerate(told) if one not in told[:number]]
+        return each_once({key: one[key] for key in MADE_WITH} for one in made)
 
     def _tracked(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """The final numbers under W&B's fixed names."""

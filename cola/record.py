@@ -35,6 +35,14 @@ RESULT_KEYS = ("status", "run_info")
 SCORE_KEYS = {"id", "loss", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
 FORMAT = 3  # of result.json and summary.json, see docs/results.md
+MADE_WITH = (
+    "cola",
+    "commit",
+    "python",
+    "packages",
+    "machine",
+    "device",
+)  # what a state or a measurement says of its making
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
 
@@ -426,6 +434,15 @@ def provenance() -> dict[str, Any]:
         "all_packages": sorted(f"{d.name}=={d.version}" for d in distributions()),
         "machine": machine(),
     }
+
+
+def each_once(values: Iterable[Any]) -> list[Any]:
+    """The values in their order, what is there twice once."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Spectra:
             if result is None or not result["train_info"]["scored_step"]:
                 continue
             full = self._full(job.seed)
-            state = full and full["train_info"]["scored_state"]
+            state = _state_of(full)
             key = job.arm, job.seed
             if key not in self._taken or self._taken[key] != state:
                 self._taken[key] = state
@@ -47,8 +47,7 @@ class Spectra:
             return True
         if arm != recipe.full_arm:
             return False
-        full = self._full(seed)
-        state = full and full["train_info"]["scored_state"]
+        state = _state_of(self._full(seed))
         others = [name for name in recipe.arms if any(link.method == "lora" for link in recipe.links_of(name))]
         return any(self._taken.get((name, seed)) != state for name in others)
 
@@ -78,7 +77,7 @@ class Spectra:
         record = measured.known_spectrum(step, beside)
         if record is None and (folder := self._weights(info["scored_state"])) is not None:
             self.bench.progress.stage("taking the spectra of all weights")
-            record = learned.of_full(info["scored_state"], folder, info["base"]["dtype"])
+            record = learned.of_full(info["scored_state"], folder, info["base"]["dtype"]) | {"made": self.bench.made}
             measured.keep_spectrum(step, beside, record)
         return record
 
@@ -92,6 +91,11 @@ class Spectra:
                 return record
             if update := learned.full(state, lambda: self._weights(state), full["train_info"]["base"]["dtype"]):
                 beside = with_it
+            else:
+                self.bench.progress.terminal.warn(
+                    f"{job.label}: not compared with full fine-tuning, whose weights an earlier run let go "
+                    "(keep_full_weights: false)"
+                )
         if update is None and (record := measured.known_spectrum(step, beside)) is not None:
             return record
         names = self.bench.tree.lineage(job).names
@@ -99,7 +103,7 @@ class Spectra:
         rules = self.bench.recipe_of(job).knot_of(job.arm)
         pairs = [self._pair(names[end]) for end in (*ends, step)]
         links = added(pairs, rules.merge_fraction or 1.0, rules.pair == "keep")
-        record = learned.of_links(links, update, beside["full"])
+        record = learned.of_links(links, update, beside["full"]) | {"made": self.bench.made}
         measured.keep_spectrum(step, beside, record)
         return record
 
@@ -121,3 +125,8 @@ class Spectra:
         """Where a state lies, its checksums verified; None where its weights are gone."""
         segment = self.bench.store.get(state)
         return segment.folder if segment is not None and segment.has_weights else None
+
+
+def _state_of(result: dict[str, Any] | None) -> str | None:
+    """The state that was scored."""
+    return None if result is None else result["train_info"]["scored_state"]

@@ -212,7 +212,8 @@ class Store:
         """
         with self.lock(CHANGES):
             others = self.references(("weights",))
-            for name in names.difference(*(wanted for folder, wanted in others.items() if folder != run.resolve())):
+            wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
+            for name in names - wanted:
                 folder = self._segment(name)
                 if not (record := self.record(folder)):
                     continue
