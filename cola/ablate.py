@@ -15,7 +15,8 @@ from cola.terminal import Terminal
 def ablate(
     points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None
 ) -> dict[str, Any]:
-    """Run every point that is not finished; returns the summary, which is also written to ablation.json.
+    """Run every point that is not finished; returns the summary, which is also written to ablation.json. The caller
+    holds the folder.
 
     A point that cannot be run (a model that is not there, target_modules that match nothing) does not keep the
     others from it.
@@ -24,20 +25,19 @@ def ablate(
     recipes = [point.recipe for point in points]
     errors: dict[str, str] = {}
     interrupted = False
-    with folder.lock():
-        for number, point in enumerate(points, 1):
-            place = f"point {number} of {len(points)}: {point.label}"
-            try:
-                interrupted = _run_point(point, folder, place, terminal, signals, tracked, recipes)
-            except Interrupted:  # while data or model were being loaded
-                interrupted = True
-            except ColaError as error:
-                errors[point.folder] = str(error)
-                terminal.warn(f"{point.label} cannot be run, the others go on: {error}")
-            if interrupted:
-                break
-        summary = summarize_ablation(folder, points, errors, interrupted)
-        folder.write(summary)
+    for number, point in enumerate(points, 1):
+        place = f"point {number} of {len(points)}: {point.label}"
+        try:
+            interrupted = _run_point(point, folder, place, terminal, signals, tracked, recipes)
+        except Interrupted:  # while data or model were being loaded
+            interrupted = True
+        except ColaError as error:
+            errors[point.folder] = str(error)
+            terminal.warn(f"{point.label} cannot be run, the others go on: {error}")
+        if interrupted:
+            break
+    summary = summarize_ablation(folder, points, errors, interrupted)
+    folder.write(summary)
     return summary
 
 
@@ -51,18 +51,12 @@ def _run_point(
     recipes: list[Recipe],
 ) -> bool:
     """Run a point unless it is finished; returns whether the user stopped it."""
-    run_folder, fresh = folder.run_folder(point)
-    if run_folder.finished:
-        terminal.say(f"{place}: finished before")
-        tracked |= {tracked_state(result) for result in run_folder.results()}
-        return False
-    terminal.say(f"{place} → {run_folder.path}")
-    try:
-        with run_folder.lock():
-            summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
-    except BaseException:
-        if fresh:
-            run_folder.remove_if_untrained()
-        raise
-    write_report(run_folder)
+    with folder.run_folder(point) as (run_folder, _):
+        if run_folder.finished:
+            terminal.say(f"{place}: finished before")
+            tracked |= {tracked_state(result) for result in run_folder.results()}
+            return False
+        terminal.say(f"{place} → {run_folder.path}")
+        summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
+        write_report(run_folder)
     return summary["interrupted"]

@@ -7,12 +7,12 @@ ABLATION/points/NN-VALUES/   a run folder
 No torch.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -100,40 +100,43 @@ class AblationFolder:
         self.path = path
 
     @classmethod
-    def take(cls, points: list[Point]) -> "AblationFolder":
-        """The folder of the last ablation of exactly these points if it is unfinished, else a new one."""
+    @contextmanager
+    def take(cls, points: list[Point]) -> Iterator["AblationFolder"]:
+        """Hold the folder of the last ablation of exactly these points that no other process is at, if it did not come
+        to its end; else a new one.
+
+        Raises:
+            RunFolderError: no new one can be made.
+        """
         recipe = points[0].recipe
         parent = Path(recipe.output).expanduser()
         causes = _causes(points)
         found = [cls(note.parent) for note in parent.glob(f"{recipe.name}-ablation-*/ablation.json")]
         same = [folder for folder in found if folder.read().get("causes") == causes]
-        last = max(same, key=lambda folder: folder.path.stat().st_mtime, default=None)
-        if last is not None and not last.read().get("finished"):
-            with contextlib.suppress(RunFolderError), last.lock():  # another process may be at it
-                return last
+        with ExitStack() as held:
+            for folder in sorted(same, key=lambda folder: folder.path.stat().st_mtime, reverse=True):
+                if folder.read().get("finished"):
+                    break
+                try:
+                    held.enter_context(RunFolder(folder.path).lock())
+                except RunFolderError:
+                    continue
+                if folder.read().get("finished"):
+                    break  # while it was being looked for
+                yield folder
+                return
         stamp = f"{recipe.name}-ablation-{datetime.now():%Y%m%d-%H%M%S}"
         try:
             folder = cls(make_new(parent, stamp))
         except OSError as error:
             raise RunFolderError(f"{recipe.output}: the folder cannot be made: {error.strerror}") from None
-        folder.write({"format": FORMAT, "causes": causes, "finished": False})
-        return folder
+        with RunFolder(folder.path).lock():  # before its note is there, by which others find it
+            folder.write({"format": FORMAT, "causes": causes, "finished": False})
+            yield folder
 
-    def run_folder(self, point: Point) -> tuple[RunFolder, bool]:
-        """The point's run folder, and whether it is new."""
-        path = self.path / "points" / point.folder
-        there = path / "recipe.yaml"
-        if there.is_file() and there.read_text(encoding="utf-8") == dump_recipe(point.recipe):
-            return RunFolder(path), False
-        return RunFolder.create(point.recipe, path), True
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder for one process.
-
-        Raises:
-            RunFolderError: another one is at work in it.
-        """
-        return RunFolder(self.path).lock()
+    def run_folder(self, point: Point) -> AbstractContextManager[tuple[RunFolder, bool]]:
+        """As `RunFolder.take`, of the point's run."""
+        return RunFolder.take(point.recipe, self.path / "points" / point.folder)
 
     def read(self) -> dict[str, Any]:
         """ablation.json; empty where it is damaged, or of another version."""

@@ -1,5 +1,6 @@
 """What all jobs of a run share."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,9 @@ from cola.measure import Measurements, rows_digest
 from cola.model import Source
 from cola.plan import Job
 from cola.recipe import OneLink, Recipe
-from cola.record import RunFolder
+from cola.record import MADE_WITH, RunFolder
 from cola.segments import Tree, digest, merge_of
-from cola.store import Store
+from cola.store import CHANGES, Store
 from cola.terminal import RunProgress
 from cola.tracking import Tracker
 
@@ -72,8 +73,8 @@ class Bench:
         probe, recipe = digest([rows_digest(self.probe_rows), PROBE_TARGETS]), self.recipe_of(job)
         rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
         tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
-        lineage, rows = self.tree.lineage(job), self.rows_of(job.seed)
-        return Measurements(self.store, lineage, rows, self.scoring, probe, tie, self.used["measured"])
+        lineage, rows, used = self.tree.lineage(job), self.rows_of(job.seed), self.used["measured"]
+        return Measurements(self.store, lineage, rows, self.scoring, probe, tie, self.made, used)
 
     def rows_of(self, seed: int) -> dict[str, str]:
         """Digest of each split's examples under a seed, and of the general text."""
@@ -82,12 +83,28 @@ class Bench:
             self._rows[seed] = {name: rows_digest(examples) for name, examples in parts.items()}
         return self._rows[seed]
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """With what this session makes states and measurements."""
+        return {key: self.meta[key] for key in MADE_WITH}
+
     def count_parameters(self, what: OneLink) -> int:
         """Parameters that a link trains, counted once."""
         key = what.model_dump_json()
         if key not in self._counts:
             self._counts[key] = count_parameters(self.skeleton, what)
         return self._counts[key]
+
+    def want_weights(self, names: set[str]) -> None:
+        """Note of which fully fine-tuned states this run needs the weights, before it looks for them.
+
+        Who lets weights go reads these notes under the same lock: either this run's is among them, or this run does not
+        find the weights and trains them.
+        """
+        more = names - self.used["weights"]
+        self.used["weights"] = names
+        with self.store.lock(CHANGES) if more else nullcontext():
+            self.write_references()
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""

@@ -451,36 +451,34 @@ def _open_store(path: Path | None) -> "Store":
 
 
 def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
-    from cola.recipe_file import dump_recipe, read_recipe
+    from cola.recipe_file import read_recipe
     from cola.record import RunFolder
 
     recipe = read_recipe(recipe_path, overrides)
-    if run_folder is not None:
-        same = (run_folder / "recipe.yaml").is_file() and (run_folder / "recipe.yaml").read_text() == dump_recipe(
-            recipe
-        )
-        return _train(recipe, RunFolder(run_folder) if same else RunFolder.create(recipe, run_folder), fresh=not same)
-    if (before := RunFolder.unfinished(recipe)) is not None:
-        try:
-            return _train(recipe, before, fresh=False)
-        except RunChanged as changed:
-            print(f"{changed}: a new run is started", file=sys.stderr)
-    return _train(recipe, RunFolder.create(recipe), fresh=True)
+    if run_folder is None:
+        with RunFolder.unfinished(recipe) as before:
+            if before is not None:
+                try:
+                    return _train(recipe, before, fresh=False)
+                except RunChanged as changed:
+                    print(f"{changed}: a new run is started", file=sys.stderr)
+    with RunFolder.take(recipe, run_folder) as (folder, fresh):
+        return _train(recipe, folder, fresh)
 
 
 def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
     from cola.ablation import AblationFolder
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    folder = AblationFolder.take(points)
-    terminal.say(f"{len(points)} points → {folder.path}")
-    from cola.ablate import ablate as run_all
+    with AblationFolder.take(points) as folder:
+        terminal.say(f"{len(points)} points → {folder.path}")
+        from cola.ablate import ablate as run_all
 
-    with Signals().installed() as signals:
-        summary = run_all(points, folder, terminal, signals)
-    _print_ablation(folder, summary, terminal)
-    if not summary["interrupted"]:
-        _track_ablation(folder, summary, terminal, publish=False)
+        with Signals().installed() as signals:
+            summary = run_all(points, folder, terminal, signals)
+        _print_ablation(folder, summary, terminal)
+        if not summary["interrupted"]:
+            _track_ablation(folder, summary, terminal, publish=False)
     if summary["interrupted"]:
         terminal.say("interrupted; all that was trained is kept. Go on with the same command")
         return RESUMABLE
@@ -551,10 +549,12 @@ def _resume(path: Path) -> int:
     from cola.record import RunFolder
 
     folder, recipe = RunFolder.open(path)
-    return _train(recipe, folder, fresh=False)
+    with folder.lock():
+        return _train(recipe, folder, fresh=False)
 
 
 def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
+    """Run a recipe in a folder that this process holds."""
     from cola.terminal import Terminal
 
     terminal = Terminal()
@@ -563,15 +563,10 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
         f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        from cola.run import run as run_recipe
+    from cola.run import run as run_recipe
 
-        with Signals().installed() as signals, folder.lock():
-            summary = run_recipe(recipe, folder, terminal, signals)
-    except BaseException:
-        if fresh:
-            folder.remove_if_untrained()
-        raise
+    with Signals().installed() as signals:
+        summary = run_recipe(recipe, folder, terminal, signals)
     _print_results(folder, summary, terminal)
     # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
     if not summary["interrupted"] and summary["wandb"]["mode"] != "off":

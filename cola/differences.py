@@ -8,12 +8,10 @@ from typing import Any
 from cola.compare import Table as Scores
 from cola.compare import estimate
 from cola.recipe import Recipe
-from cola.record import RunFolder
-from cola.summary import METRICS, Rows, paired, summarize
+from cola.record import MADE_WITH, RunFolder
+from cola.summary import METRICS, Rows, made_differently, paired, summarize
 from cola.tables import NONE, Table, interval, spread
 from cola.tasks import Run, open_runs
-
-MADE_BY = ("cola", "commit", "python", "packages", "machine", "device")
 
 
 def compare_runs(first: Path, second: Path) -> tuple[list[Table], list[str]]:
@@ -37,6 +35,8 @@ def compare_runs(first: Path, second: Path) -> tuple[list[Table], list[str]]:
         notes.append("the data is not the same, so the two are set beside each other and not paired")
     if a.causes[2] != b.causes[2]:
         notes.append(f"the metrics are not the same ({a.causes[2]} and {b.causes[2]}), so no scores are compared")
+    results = {(f"{title}: {arm}", s): r for run, title in zip(runs, titles, strict=True) for arm, s, r in run.results}
+    notes += made_differently(results)
     tables.append(_numbers(a, b, titles, notes))
     return [table for table in tables if table.rows], list(dict.fromkeys(notes))
 
@@ -69,7 +69,7 @@ def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
 def _made(run: Run) -> dict[str, Any]:
     provenance = run.folder.provenance()
     assert provenance is not None  # open_runs refuses a run without one
-    made = {key: provenance.get(key) for key in MADE_BY}
+    made = {key: provenance.get(key) for key in MADE_WITH}
     return made | {"model.sha256": provenance["model"]["sha256"], "data.sha256": provenance["data"]["sha256"]}
 
 

@@ -29,6 +29,10 @@ class RunChanged(RunFolderError):
     """The folder's run began with another recipe, other data or another base."""
 
 
+class FolderGone(RunFolderError):
+    """A run folder was removed while this process came to hold it."""
+
+
 class StoreError(ColaError, OSError):
     """The store of segments cannot be used, or has no such segment."""
 

@@ -5,7 +5,6 @@ What the store has is taken from there; the model is loaded only for what it has
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from cola.batches import batch_order, training_batches
 from cola.bench import Bench
 from cola.chain import Chain, Knot, retie, run_chain
 from cola.drift import Drift, Outputs
+from cola.errors import ModelError
 from cola.evaluate import ExampleScore, evaluation_of, forgetting_of, mean_loss, mean_score
 from cola.flops import Cost
 from cola.interrupt import Interrupted
@@ -33,16 +33,14 @@ from cola.model import make_accelerator
 from cola.moments import Moments, carried, carries, read_moments
 from cola.plan import Job, Link, evaluation_steps
 from cola.recipe import SPLITS, Recipe
-from cola.record import FORMAT
-from cola.residual import Applied, Base, Residual, added, left_behind
-from cola.segments import digest
-from cola.spectra import write_spectrum
+from cola.record import FORMAT, MADE_WITH, each_once
+from cola.residual import Applied, Base, Residual, left_behind
 from cola.starts import hold_out
 from cola.states import States
+from cola.store import hand_out
 from cola.train import Step, full_gradients, tune
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
-MADE_WITH = ("cola", "commit", "python", "packages", "machine", "device")  # what a kept state says of its making
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,6 @@ class JobRun:
         self.accelerator = make_accelerator(self.dtype)
         self.evaluator = replace(bench.evaluator, autocast=self.accelerator.autocast)
         self.n_trained = max((bench.count_parameters(link.what) for link in self.links), default=0)
-        made = {key: bench.meta[key] for key in MADE_WITH}
         process = restart_peaks(self.accelerator.device)
         self.states = States(
             bench.store,
@@ -88,7 +85,7 @@ class JobRun:
             bench.skeleton,
             bench.source.name,
             recipe.checkpoint_seconds,
-            {**made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
+            {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             self.n_trained,
             partial(peaks, self.accelerator.device, process),
         )
@@ -133,7 +130,6 @@ class JobRun:
             bench.progress.stage("all of it found in the store")
         if not job.trial:
             self._hand_out(scored_step)
-            self._take_spectrum(scored_step)
         self._refer(scored_step)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         result = {
@@ -223,6 +219,12 @@ class JobRun:
     def _load(self) -> PreTrainedModel:
         self.bench.progress.stage("loading the model")
         self.loaded = True
+        # Its name in the store says what the base was as the run began.
+        if self.bench.source.fingerprint() != self.bench.meta["model"]["sha256"]:
+            raise ModelError(
+                f"model.name_or_path: {self.bench.source.name} has changed since this run began; put it back and go on "
+                "with the same command, or start a new run"
+            )
         return self.bench.source.load(self.dtype, self.accelerator.device, self.quantization)
 
     def _train(self) -> None:
@@ -532,7 +534,7 @@ class JobRun:
     # Records
 
     def _hand_out(self, scored_step: int) -> None:
-        """The knots, and the weights of full fine-tuning, into the run folder: the same files, not copies of them."""
+        """The knots, and the weights of full fine-tuning, into the run folder."""
         kept = [(f"knots/link-{number}", link.last_step, link) for number, link in enumerate(self.links, 1)]
         if 0 < scored_step < self.n_steps:
             number = self.lineage.link_of(scored_step)
@@ -548,79 +550,15 @@ class JobRun:
             segment = self.states.there(step)
             for file in segment.record["files"]:
                 if adapters.is_export(file):
-                    _same_file(segment.folder / file, folder / file)
+                    hand_out(segment.folder / file, folder / file, large=full and file.endswith(".safetensors"))
             if full:
                 self.bench.evaluator.tokenizer.save_pretrained(folder)
                 if (own := self.bench.source.folder / "generation_config.json").is_file():
                     shutil.copy(own, folder)
 
-    def _take_spectrum(self, step: int) -> None:
-        """spectrum.json, of an arm that changes the base's matrices."""
-        method = self.links[self.lineage.link_of(step)].method if step else None
-        if method not in ("lora", "full"):
-            return
-        try:
-            record = self._chain_spectrum(step) if method == "lora" else self._full_spectrum(step)
-        # Whatever goes wrong in looking at what was learned, the result it is of took far longer to make.
-        except Exception as error:
-            self.bench.progress.terminal.warn(
-                f"{self.job.label}: no spectra, and nothing else is lost: {type(error).__name__}: {error}"
-            )
-            return
-        if record is not None:
-            write_spectrum(self.bench.folder, self.job, record)
-
-    def _full_spectrum(self, step: int) -> dict[str, Any] | None:
-        learned, measured = self.bench.learned, self.measured
-        beside = {"matrices": digest(learned.looked_at)}
-        record = measured.known_spectrum(step, beside)
-        if record is None and self._has_weights(step):
-            self.bench.progress.stage("taking the spectra of all weights")
-            record = learned.of_full(self.lineage.names[step], self.states.there(step).folder, self.dtype)
-            measured.keep_spectrum(step, beside, record)
-        return record
-
-    def _chain_spectrum(self, step: int) -> dict[str, Any]:
-        """Compared with full fine-tuning under the same seed where it is there: it is trained before the others."""
-        learned, measured, full = self.bench.learned, self.measured, self._full_result()
-        beside, update = {"full": None}, None
-        if full is not None:
-            info = full["train_info"]
-            state = info["scored_state"]
-            with_it = {"full": state, "matrices": digest(learned.looked_at)}
-            if (record := measured.known_spectrum(step, with_it)) is not None:
-                return record
-            if update := learned.full(state, lambda: self._weights_of(state), info["base"]["dtype"]):
-                beside = with_it
-        if update is None and (record := measured.known_spectrum(step, beside)) is not None:
-            return record
-        ends = [link.last_step for link in self.links if link.last_step < step]
-        for end in (*ends, step):
-            if not self._has_weights(end):
-                raise FileNotFoundError(f"the state after step {end} has gone from the store")
-        pairs = [self.states.pair(end) for end in (*ends, step)]
-        links = added(pairs, self.rules.merge_fraction or 1.0, self.rules.pair == "keep")
-        record = learned.of_links(links, update)
-        measured.keep_spectrum(step, beside, record)
-        return record
-
-    def _full_result(self) -> dict[str, Any] | None:
-        """Of full fine-tuning under this seed, if it came to its end."""
-        full = self.bench.folder.result(Job(arm=self.recipe.full_arm, seed=self.job.seed))
-        if full is None or full["status"] != "ok":
-            return None
-        return full if any(link["method"] == "full" for link in full["train_info"]["links"]) else None
-
-    def _weights_of(self, state: str) -> Path | None:
-        """Where a state of another arm lies; None where its weights are gone."""
-        segment = self.bench.store.get(state)
-        return segment.folder if segment is not None and segment.has_weights else None
-
     def _refer(self, scored_step: int) -> None:
         names = {self.lineage.names[step] for step in (*self.cuts, scored_step) if step}
         self.bench.used["segments"] |= names
-        if self.recipe.keep_full_weights and scored_step and not self.job.trial:
-            self.bench.used["weights"].add(self.lineage.names[scored_step])
         self.bench.write_references()
 
     def _train_info(self, scored_step: int) -> dict[str, Any]:
@@ -639,6 +577,7 @@ class JobRun:
             "reused_steps": self.reused,
             "segments": [self.lineage.names[step] for step in self.cuts],
             "segments_made": self._made(),
+            "measured_made": self.measured.made_with,
             "final_state": self.lineage.names[-1],
             "scored_state": self.lineage.names[scored_step],
             "tokens": sum(row["tokens"] for row in self.rows),
@@ -674,8 +613,7 @@ class JobRun:
     def _made(self) -> list[dict[str, Any]]:
         """With what the segments were made, in this session or an earlier one; what they agree in is said once."""
         made = [segment.record["made"] for step in self.cuts if (segment := self.states.get(step)) is not None]
-        told = [{key: one[key] for key in MADE_WITH} for one in made]
-        return [one for number, one in enumerate(told) if one not in told[:number]]
+        return each_once({key: one[key] for key in MADE_WITH} for one in made)
 
     def _tracked(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """The final numbers under W&B's fixed names."""
@@ -720,14 +658,6 @@ def _over_matrices(entries: Sequence[Applied]) -> dict[str, float | None]:
 def tracked_state(result: dict[str, Any]) -> str:
     """What identifies to W&B the arm, seed and last state of a result that came to its end."""
     return f"{result['run_info']['arm']} {result['run_info']['seed']} {result['train_info']['final_state']}"
-
-
-def _same_file(file: Path, place: Path) -> None:
-    """A hard link, or a copy on another disk."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copy(file, place)
 
 
 def selection_key(select_by: str, loss: float, score: float | None) -> tuple[float, float]:

@@ -80,18 +80,22 @@ class Learned:
         """The base's own."""
         return Matrices(self.skeleton, self.source.files)
 
-    def of_links(self, links: Residual, full: Mapping[str, Svd] | None = None) -> dict[str, Any]:
+    def of_links(
+        self, links: Residual, full: Mapping[str, Svd] | None = None, state: str | None = None
+    ) -> dict[str, Any]:
         """The content of a chain's spectrum.json.
 
         Args:
             links: What each link added.
             full: Full fine-tuning's update.
+            state: The name of the state that it led to.
         """
         started = perf_counter()
         if any(pair.rows_O is not None for link in links for pair in link.values()):
-            return {"version": VERSION, "left_out": DORA, "matrices": {}, "seconds": 0.0}
+            return {"version": VERSION, "left_out": DORA, "full": state, "matrices": {}, "seconds": 0.0}
         matrices = of_chain(links, self.base.norm_of, full)
-        return {"version": VERSION, "left_out": None, "matrices": matrices, "seconds": perf_counter() - started}
+        seconds = perf_counter() - started
+        return {"version": VERSION, "left_out": None, "full": state, "matrices": matrices, "seconds": seconds}
 
     def of_full(self, state: str, folder: Path, dtype: str) -> dict[str, Any]:
         """The content of full fine-tuning's spectrum.json; its directions are remembered until another state's are.
@@ -122,6 +126,7 @@ class Learned:
         return {
             "version": VERSION,
             "left_out": None,
+            "full": None,
             "looked_at": [len(matrices), len(self.trained)],
             "matrices": matrices,
             "seconds": perf_counter() - started,

@@ -6,11 +6,12 @@ from time import perf_counter
 from typing import Any, Literal
 
 from cola.evaluate import ExampleScore
+from cola.record import each_once
 from cola.segments import Lineage, digest
 from cola.spectra import VERSION
 from cola.store import Store
 
-KNOT_VERSION = 2  # of a knot's record: raise it when more is measured, or otherwise
+KNOT_VERSION = 3  # of a knot's record: raise it when more is measured, or otherwise
 # A pair beside the weights, or merged into them, which rounds: the scores are not the same to the last bit.
 Form = Literal["attached", "tied"]
 
@@ -26,6 +27,7 @@ class Measurements:
         scoring: What a score of each split depends on besides the state and the rows.
         probe: Digest of the positions whose logits tell what a knot changed.
         tie: What tying a link means: merged how, and which share of it where another link follows.
+        made: With what this session makes them: versions, commit, machine, device.
         used: Names of all measurements that were asked for; shared with the run's other jobs.
     """
 
@@ -35,13 +37,20 @@ class Measurements:
     scoring: dict[str, dict[str, Any]]
     probe: str
     tie: dict[str, Any]
+    made: dict[str, Any]
     used: set[str]
     _seconds: dict[str, float] = field(default_factory=dict)
+    _made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         """What these scores took to compute, whenever that was."""
         return sum(self._seconds.values())
+
+    @property
+    def made_with(self) -> list[dict[str, Any]]:
+        """With what the scores and knots were made, in whatever session; what they agree in is said once."""
+        return each_once(self._made.values())
 
     def has_scores(self, split: str, step: int, form: Form) -> bool:
         """Whether a split's scores lie in the store, whole or not."""
@@ -66,6 +75,7 @@ class Measurements:
                     started = perf_counter()
                     scores = compute()
                     value = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
+                    value["made"] = self.made
                     self.store.remember(what, value)
         return self._read(what, value)
 
@@ -73,13 +83,17 @@ class Measurements:
         """The record of the knot after a link's last step, if it was tied before."""
         what = self._knot_of(step)
         self.used.add(digest(what))
-        return self.store.recall(what)
+        if (value := self.store.recall(what)) is None:
+            return None
+        self._made[digest(what)] = value["made"]
+        return {key: number for key, number in value.items() if key != "made"}
 
     def keep_knot(self, step: int, record: dict[str, Any]) -> None:
         """Keep the record of a knot."""
         what = self._knot_of(step)
         self.used.add(digest(what))
-        self.store.remember(what, record)
+        self._made[digest(what)] = self.made
+        self.store.remember(what, {**record, "made": self.made})
 
     def known_spectrum(self, step: int, beside: dict[str, Any]) -> dict[str, Any] | None:
         """The spectra of what led to a state, if they were taken before.
@@ -120,6 +134,7 @@ class Measurements:
 
     def _read(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
         self._seconds[digest(what)] = value["seconds"]
+        self._made[digest(what)] = value["made"]
         self.used.add(digest(what))
         return [ExampleScore(**row) for row in value["scores"]]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import time
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from cola.errors import DataError, ModelError
 from cola.package_file import need_package, package_file
 
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
-
+SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 # Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
 BIDIRECTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec-text", "megatron-bert"}
@@ -72,7 +73,7 @@ class Source:
         return None if config is None else "int8" if config.get("load_in_8bit") else "nf4"
 
     def fingerprint(self) -> str:
-        """SHA-256 over config, weights and code of its own, remembered by path, size and time of change."""
+        """SHA-256 over config, weights and code of its own."""
         digest = hashlib.sha256()
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
         for file in [self.folder / "config.json", *code, *self.files]:
@@ -299,18 +300,24 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
 
 
 def _file_digest(file: Path) -> str:
-    """SHA-256 of a file; weights are large, so it is remembered in the cache by path, size and time of change."""
+    """SHA-256 of a file; weights are large, so it is remembered in the cache by all that changes with the content.
+
+    Path, size and time of modification do not: reproducible archives and whole images give every file one time. The
+    inode is another one where a file has come in another's place, and no user can set back the time at which it last
+    changed. A file that has changed a moment ago may do so again within one tick of that clock, and is not remembered.
+    """
     state = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()
-    note = cache_dir() / "digests" / key
+    told = [file.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+    note = cache_dir() / "digests" / hashlib.sha256("|".join(map(str, told)).encode()).hexdigest()
     if note.is_file():
         return json.loads(note.read_text())["sha256"]
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    aside = note.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"sha256": digest, "file": str(file)}))
-    aside.replace(note)
+    if time() - state.st_ctime >= SETTLED_SECONDS:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        aside = note.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps({"sha256": digest, "file": str(file)}))
+        aside.replace(note)
     return digest
 
 

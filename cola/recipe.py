@@ -673,8 +673,9 @@ class Recipe(Section):
     tracking: Tracking = Field(default_factory=Tracking)
     keep_full_weights: bool = Field(
         default=True,
-        description="Keep the weights of fully fine-tuned arms: a whole model for each seed. `false`: their scores "
-        "only, and they are trained again where something new is asked about them.",
+        description="Keep the weights of fully fine-tuned arms: a whole model for each seed. `false`: until all arms "
+        "of the seed are there and their spectra are compared with it, then the scores only; they are trained again "
+        "where something new is asked about them.",
     )
     output: str = Field(default="runs", description="Folder in which each run makes its own folder.")
     store: str | None = Field(

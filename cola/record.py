@@ -10,7 +10,6 @@ RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (valida
                            chosen-seed-S.json: those of a seed that chooses for itself
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,13 +19,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from cola.errors import RunFolderError
+from cola.errors import FolderGone, RunFolderError
+from cola.locks import claimed
 from cola.plan import Job, choice_text
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
@@ -36,6 +36,14 @@ RESULT_KEYS = ("status", "run_info")
 SCORE_KEYS = {"id", "nats", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
 FORMAT = 3  # of result.json and summary.json, see docs/results.md
+MADE_WITH = (
+    "cola",
+    "commit",
+    "python",
+    "packages",
+    "machine",
+    "device",
+)  # what a state or a measurement says of its making
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
 
 
@@ -46,44 +54,108 @@ class RunFolder:
         self.path = path
 
     @classmethod
+    @contextmanager
+    def take(cls, recipe: Recipe, path: Path | None = None) -> Iterator[tuple["RunFolder", bool]]:
+        """Hold a folder for a run of exactly this recipe, and say whether the run is new.
+
+        Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
+        Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
+        before a job has begun, so that a mistake in a recipe leaves nothing behind.
+
+        Args:
+            recipe: Written into a new folder.
+            path: The folder: this run's, or new or empty. Default: a new one under the recipe's output.
+
+        Raises:
+            RunFolderError: another process holds it, it is something else, or it cannot be made.
+        """
+        with ExitStack() as held:
+            while True:
+                folder, made = cls._make(recipe, path)
+                try:
+                    held.enter_context(folder.lock())
+                    break
+                except FolderGone:  # its maker failed and has removed it again
+                    continue
+            fresh = not (folder.path / "recipe.yaml").is_file()
+            folder._check_free(recipe)
+            try:
+                if fresh:
+                    folder.write_text("recipe.yaml", dump_recipe(recipe))
+                yield folder, fresh
+            except BaseException:
+                if fresh and not folder._begun:
+                    folder._remove(made)
+                raise
+
+    @classmethod
     def create(cls, recipe: Recipe, path: Path | None = None) -> "RunFolder":
-        """A new folder with the resolved recipe in it; nothing that exists is touched.
+        """A new folder with the resolved recipe in it, for who needs no lock since nobody else knows of it.
 
         Raises:
             RunFolderError: the folder exists or cannot be made.
         """
+        with cls.take(recipe, path) as (folder, fresh):
+            if not fresh:
+                raise RunFolderError(f"{path} exists; it is kept as it is: name another folder")
+        return folder
+
+    @classmethod
+    def _make(cls, recipe: Recipe, path: Path | None) -> tuple["RunFolder", bool]:
+        """The folder, there now, and whether it was not before."""
         try:
             if path is None:
                 stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-                path = make_new(Path(recipe.output).expanduser(), stamp)
-            elif path.exists() and (not path.is_dir() or _holds_anything(path)):
-                raise RunFolderError(
-                    f"{path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
-                )
-            else:
-                path.mkdir(parents=True, exist_ok=True)
+                return cls(make_new(Path(recipe.output).expanduser(), stamp)), True
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()  # of several processes one makes it
+                return cls(path), True
+            except FileExistsError:
+                folder = cls(path)
+                folder._check_free(recipe)  # before a lock file is put into what is no run folder
+                return folder, False
         except RunFolderError:
             raise
         except OSError as error:
             raise RunFolderError(f"{path or recipe.output}: the run folder cannot be made: {error.strerror}") from None
-        folder = cls(path)
-        folder.write_text("recipe.yaml", dump_recipe(recipe))
-        return folder
+
+    def _check_free(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds anything but a run of exactly this recipe, or what a kill left of making it."""
+        note = self.path / "recipe.yaml"
+        if note.is_file():
+            free = note.read_text(encoding="utf-8") == dump_recipe(recipe)
+        else:
+            free = self.path.is_dir() and all(_is_left_over(path) for path in self.path.iterdir())
+        if not free:
+            raise RunFolderError(
+                f"{self.path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
+            )
 
     @classmethod
-    def unfinished(cls, recipe: Recipe) -> "RunFolder | None":
-        """The last run of exactly this recipe, if it did not come to its end and no other process is at it."""
+    @contextmanager
+    def unfinished(cls, recipe: Recipe) -> Iterator["RunFolder | None"]:
+        """Hold the last run of exactly this recipe that no other process is at, if it did not come to its end."""
         digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
-        found = Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml")
-        same = [folder for path in found if (folder := cls(path.parent)).recipe_digest() == digest and folder.readable]
-        last = max(same, key=lambda folder: folder.path.stat().st_mtime, default=None)
-        if last is None or last.finished:
-            return None
-        try:
-            with last.lock():
-                return last
-        except RunFolderError:
-            return None
+        same: list[tuple[float, RunFolder]] = []
+        for path in Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml"):
+            folder = cls(path.parent)
+            with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
+                if folder.recipe_digest() == digest and folder.readable:
+                    same.append((folder.path.stat().st_mtime, folder))
+        for _, folder in sorted(same, key=lambda pair: pair[0], reverse=True):
+            if folder.finished:
+                break
+            with ExitStack() as held:
+                try:
+                    held.enter_context(folder.lock())
+                except RunFolderError:
+                    continue  # a second process of one command goes on with the second run that was stopped
+                if folder.finished:
+                    break  # while it was being looked for
+                yield folder
+                return
+        yield None
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
@@ -230,15 +302,16 @@ class RunFolder:
         """Hold the folder for one process; the lock ends with the process, however it ends.
 
         Raises:
+            FolderGone: it is not there any more.
             RunFolderError: another process is at work in it.
         """
-        with (self.path / ".lock").open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFolderError(
-                    f"{self.path}: another process is at work in this run; wait for it to end"
-                ) from None
+                mine = held.enter_context(claimed(self.path / ".lock"))
+            except FileNotFoundError:
+                raise FolderGone(f"{self.path} is not there any more") from None
+            if not mine:
+                raise RunFolderError(f"{self.path}: another process is at work in this run; wait for it to end")
             yield
 
     @property
@@ -252,11 +325,27 @@ class RunFolder:
             and not any(arm["errors"] for arm in summary["arms"].values())
         )
 
-    def remove_if_untrained(self) -> None:
-        """Delete the folder if no job has begun in it, so that a mistake in a recipe leaves nothing behind."""
+    @property
+    def _begun(self) -> bool:
+        """Whether something was trained or scored in it."""
         begun = [path for name in ("metrics.jsonl", "result.json") for path in self.path.glob(f"**/seed-*/{name}")]
-        if not any(path.stat().st_size for path in begun):
-            shutil.rmtree(self.path)
+        return any(path.stat().st_size for path in begun)
+
+    def _remove(self, made: bool) -> None:
+        """Empty a folder that is held, and remove it if it was made here.
+
+        The lock goes last, so that nobody else has the folder before all is gone; and rmdir takes none that somebody
+        has come to have since. Before it goes the recipe, by which a command that was killed here knows the folder.
+        """
+        last = [self.path / "recipe.yaml", self.path / ".lock"]
+        for path in [*(path for path in self.path.iterdir() if path not in last), *last]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):
+                self.path.rmdir()
 
 
 def need_room(path: Path, n_bytes: int, what: str) -> None:
@@ -289,9 +378,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     aside.replace(path)
 
 
-def _holds_anything(folder: Path) -> bool:
-    """Whether there is more in it than what a kill left of making it."""
-    return any(not path.name.startswith(".recipe.yaml.") for path in folder.iterdir())
+def _is_left_over(path: Path) -> bool:
+    """Whether it is what a kill leaves between the making of a run folder and its recipe."""
+    return path.name == ".lock" or path.name.startswith(".recipe.yaml.")
 
 
 def make_new(parent: Path, name: str) -> Path:
@@ -362,6 +451,15 @@ def provenance() -> dict[str, Any]:
         "all_packages": sorted(f"{d.name}=={d.version}" for d in distributions()),
         "machine": machine(),
     }
+
+
+def each_once(values: Iterable[Any]) -> list[Any]:
+    """The values in their order, what is there twice once."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from time import perf_counter, sleep
 from typing import Any
@@ -19,7 +19,7 @@ from cola.bench import Bench
 from cola.cache import store_path
 from cola.choice import choose
 from cola.data import PASSAGE_TOKENS, Example, Splits, fingerprint_of, load_passages, load_splits
-from cola.errors import ColaError, ModelError, RunChanged, RunFolderError
+from cola.errors import ColaError, ModelError, RunChanged, RunFolderError, StoreError
 from cola.evaluate import Evaluator
 from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
@@ -40,6 +40,7 @@ from cola.recipe import SPLITS, Prune, Recipe
 from cola.record import FORMAT, RunFolder, choice_file, need_room, provenance
 from cola.scope import overlap_note
 from cola.segments import Causes, Tree, digest, merge_of, root_causes
+from cola.settle import Spectra
 from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize
 from cola.terminal import Terminal
@@ -373,7 +374,7 @@ def _check_and_record(
                 terminal.warn(f"{what} changed since this run began; each result says what it was made with")
         return meta
     weights = 4 * sum(parameter.numel() for parameter in source.skeleton().parameters())  # kept in float32
-    full = [arm for arm in recipe.arms if any(link.method == "full" for link in recipe.links_of(arm))]
+    full = _tuned_as_a_whole(recipe)
     room = 50_000_000
     room += 4 * weights if full else 0  # a checkpoint with its two moments, and the end or the best so far
     kept = len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
@@ -392,7 +393,8 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
     Args:
         steps: Optimizer steps of each job.
     """
-    left, known = list(steps), _known(bench, list(steps))
+    left, known, spectra = list(steps), _known(bench, list(steps)), Spectra(bench)
+    bench.want_weights(_wanted_weights(bench, known, spectra))
     _say_plan(bench, known, left, terminal)
     searching, waits = len(known) < len(left), False
     while left:
@@ -408,7 +410,11 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
                     if not open_trials:
                         _say_plan(bench, known, known, terminal)
                         searching = False
+                bench.want_weights(_wanted_weights(bench, steps, spectra))
                 _do(bench, job, steps[job], terminal)
+                _settle(bench, [other for other in steps if other.seed == job.seed and not other.trial], spectra)
+                bench.want_weights(_wanted_weights(bench, steps, spectra))
+                _let_full_weights_go(bench, job.seed)
             left.remove(job)
             waits = False
             break
@@ -432,13 +438,11 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     before = bench.folder.result(job)
     if before is not None and before["status"] == "ok":
         bench.progress.skip(n_steps)
-        _let_full_weights_go(bench, job)  # which a kill may have kept the session before from
         return
     started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
         JobRun(bench, _with_choice(bench, job)).go()
-        _let_full_weights_go(bench, job)
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
@@ -520,25 +524,60 @@ def _with_choice(bench: Bench, job: Job) -> Job:
     return replace(job, choice=choices[chosen])
 
 
-def _let_full_weights_go(bench: Bench, job: Job) -> None:
+def _settle(bench: Bench, jobs: Iterable[Job], spectra: Spectra) -> None:
+    """Take the spectra that the end of a job has made possible, under its seed."""
+    chosen = []
+    for job in jobs:
+        with contextlib.suppress(ColaError):  # it has not been tried
+            chosen.append(_with_choice(bench, job))
+    spectra.settle(chosen)
+
+
+def _wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: Spectra) -> set[str]:
+    """The fully fine-tuned states of which the run needs the weights: those that it keeps, and until a job is scored,
+    and all spectra are taken that its weights are looked at for, whatever it may come to score."""
+    recipe, wanted = bench.recipe, set()
+    tuned, best = _tuned_as_a_whole(recipe), recipe.evaluation.checkpoint == "best"
+    for job in jobs:
+        if job.arm not in tuned:
+            continue
+        with contextlib.suppress(ColaError):  # said when its turn comes
+            result, chosen = bench.folder.result(job), _with_choice(bench, job)
+            lineage = bench.tree.lineage(chosen)
+            if result is None or result["status"] != "ok":
+                points = evaluation_steps(recipe, lineage.links, bench.splits.sizes["train"]) if best else ()
+                wanted |= {lineage.names[step] for step in (*bench.tree.cuts(chosen), *points)}
+            elif job.trial:
+                # Where a seed is scored too, one of its trials may be what it chooses.
+                scored = bench.folder.result(Job(arm=job.arm, seed=job.seed)) if job.seed in recipe.seeds else result
+                wanted |= {lineage.names[-1]} if scored is None or scored["status"] != "ok" else set()
+            elif recipe.keep_full_weights or spectra.awaits(job.arm, job.seed):
+                wanted.add(result["train_info"]["scored_state"])
+    return wanted
+
+
+def _tuned_as_a_whole(recipe: Recipe) -> list[str]:
+    """The arms that train all weights."""
+    return [arm for arm in recipe.arms if any(link.method == "full" for link in recipe.links_of(arm))]
+
+
+def _let_full_weights_go(bench: Bench, seed: int) -> None:
     """Fully fine-tuned weights are as large as the model: where nothing will ask for them, their record is enough.
 
-    That is once a job is scored, unless the recipe keeps them; and the weights of the learning rates that were not
-    chosen, in any case.
+    That is once all of their seed's arms are scored and compared, unless the recipe keeps them; and the weights of the
+    learning rates that were not chosen, in any case, as soon as the chosen one's are scored.
     """
-    if job.trial or not any(link.method == "full" for link in bench.recipe.links_of(job.arm)):
-        return
-    try:
-        chosen = _with_choice(bench, job)
-        others = bench.store.references(("weights",))
-    except ColaError:
-        return  # what is needed cannot be told, so nothing goes
-    # Another seed may choose otherwise, and its trials are needed until it has.
-    tried = trials_of(bench.recipe, job.arm, job.seed)
-    scored = [trial for trial in tried if trial.choice != chosen.choice]
-    scored += [] if bench.recipe.keep_full_weights else [chosen]
-    wanted = set().union(*(names for folder, names in others.items() if folder != bench.folder.path.resolve()))
-    for done in scored:
-        for name in bench.tree.lineage(done).names[1:]:
-            if bench.store.has(name) and name not in wanted:
-                bench.store.let_go(name)
+    recipe, done = bench.recipe, set()
+    for arm in _tuned_as_a_whole(recipe):
+        job = Job(arm=arm, seed=seed)
+        result = bench.folder.result(job)
+        if result is None or result["status"] != "ok":
+            continue
+        with contextlib.suppress(ColaError):  # what is needed cannot be told, so nothing goes
+            chosen = _with_choice(bench, job)
+            others = [trial for trial in trials_of(recipe, arm, seed) if trial.choice != chosen.choice]
+            for one in others if recipe.keep_full_weights else [chosen, *others]:
+                done.update(bench.tree.lineage(one).names[1:])
+    loose = {name for name in done - bench.used["weights"] if bench.store.has(name)}
+    with contextlib.suppress(StoreError):  # what others need cannot be told
+        bench.store.let_go(loose, bench.folder.path)

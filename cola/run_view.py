@@ -103,22 +103,23 @@ class _View:
     def _taken(self, outcome: Outcome) -> dict[str, Any]:
         if outcome.method == "full":
             return self.learned.of_full(str(outcome.path), outcome.tuned.folder, outcome.dtype)
-        return self.learned.of_links(outcome.added(), self._full(outcome))
+        return self.learned.of_links(outcome.added(), *self._full(outcome))
 
-    def _full(self, outcome: Outcome) -> Any:
-        """Full fine-tuning's update under the same seed, where its weights are in the run's folder."""
+    def _full(self, outcome: Outcome) -> tuple[Any, str | None]:
+        """Full fine-tuning's update under the same seed and its state, where its weights are in the run's folder."""
         job = Job(arm=outcome.recipe.full_arm, seed=outcome.job.seed)
         result = outcome.folder.result(job)
         if job.arm not in outcome.recipe.arms or result is None or result["status"] != "ok":
-            return None
+            return None, None
         full = Outcome(outcome.folder, outcome.recipe, job, result)
         if full.method != "full":
-            return None
+            return None, None
 
         def folder() -> Path | None:
             return full.tuned.folder if (full.path / "model" / "config.json").is_file() else None
 
-        return self.learned.full(str(full.path), folder, full.dtype)
+        update = self.learned.full(str(full.path), folder, full.dtype)
+        return update, full.info["scored_state"] if update is not None else None
 
 
 def _counted(record: dict[str, Any]) -> bool:

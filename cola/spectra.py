@@ -15,8 +15,8 @@ from cola.plan import Job
 from cola.record import RunFolder, read_json
 
 SPECTRUM = "spectrum.json"
-VERSION = 1  # of its content: raise it when more is measured, or otherwise
-KEYS = ("version", "left_out", "matrices")
+VERSION = 2  # of its content: raise it when more is measured, or otherwise
+KEYS = ("version", "left_out", "full", "matrices")
 NUMBERS = ("rank", "relative_size", "effective_rank", "rank_90", "stable_rank")
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> the content of its seeds' spectrum.json
@@ -28,8 +28,10 @@ def read_spectrum(folder: RunFolder, job: Job) -> dict[str, Any] | None:
     Raises:
         RunFolderError: the file is damaged.
     """
-    record = read_json(folder.job(job) / SPECTRUM, KEYS)
-    return record if record is not None and record["version"] == VERSION else None
+    record = read_json(folder.job(job) / SPECTRUM, KEYS[:1])
+    if record is None or record["version"] != VERSION:
+        return None
+    return read_json(folder.job(job) / SPECTRUM, KEYS)
 
 
 def write_spectrum(folder: RunFolder, job: Job, record: Mapping[str, Any]) -> Path:

@@ -5,9 +5,9 @@ STORE/segments/NAME/segment.json   its causes in clear, what made it, SHA-256 of
 STORE/measured/KEY.json    what was measured at a state: per-example scores, a knot's drift, spectra
 STORE/runs/, locks/, damaged/, writing/
 
-A segment is written aside, synced and renamed, so it is there as a whole or not at all. What does not match its
-checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock): those of a dead
-process are gone with it. Many processes of one machine may use a store at once.
+A segment is written aside, synced and renamed, so it is there as a whole or not at all; its files are read-only. What
+does not match its checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock):
+those of a dead process are gone with it. Many processes of one machine may use a store at once.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cola.errors import StoreError
+from cola.locks import claimed
 from cola.segments import Causes, digest, state_name
 
 FORMAT = 1
@@ -162,6 +163,7 @@ class Store:
             for file in sorted(aside.iterdir()):
                 _sync(file)
                 files[file.name] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+                _protect(file)
             record = {"format": FORMAT, "name": name, "kind": kind, "root": root, "causes": causes}
             made = self._write_record(aside, {**record, **notes, "files": files})
             aside.chmod(0o755)
@@ -197,17 +199,29 @@ class Store:
                 self._write_record(folder, {**record, "kind": kind})
             return record.get("kind")
 
-    def let_go(self, name: str) -> None:
-        """Remove a segment's weights and keep the record of how it was made and what its steps measured."""
+    def let_go(self, names: Set[str], run: Path) -> None:
+        """Remove the weights of those of these segments that no other run wants, and keep the record of how they were
+        made and what their steps measured.
+
+        Args:
+            names: The segments'.
+            run: The folder of the run that has no more use for them.
+
+        Raises:
+            StoreError: what the other runs want cannot be told, so nothing goes.
+        """
         with self.lock(CHANGES):
-            folder = self._segment(name)
-            if not (record := self.record(folder)):
-                return
-            files = {file: entry for file, entry in record["files"].items() if not file.endswith(".safetensors")}
-            if files != record["files"]:
-                self._write_record(folder, {**record, "kind": "record", "files": files})
-            for file in folder.glob("*.safetensors"):
-                file.unlink(missing_ok=True)
+            others = self.references(("weights",))
+            wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
+            for name in names - wanted:
+                folder = self._segment(name)
+                if not (record := self.record(folder)):
+                    continue
+                files = {file: entry for file, entry in record["files"].items() if not file.endswith(".safetensors")}
+                if files != record["files"]:
+                    self._write_record(folder, {**record, "kind": "record", "files": files})
+                for file in folder.glob("*.safetensors"):
+                    file.unlink(missing_ok=True)
 
     def drop(self, name: str, kind: str) -> None:
         """Remove a state if it is of this kind: what has come to be kept for longer stays."""
@@ -319,12 +333,7 @@ class Store:
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """Hold a key for this process unless another one does; whether it is held now."""
-        with (self.path / "locks" / key).open("a") as file:
-            mine = True
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
+        with claimed(self.path / "locks" / key) as mine:
             yield mine
 
     @contextmanager
@@ -499,6 +508,34 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hand_out(file: Path, place: Path, large: bool) -> None:
+    """Give a segment's file to a run folder, so that nothing that is done there changes the segment unseen.
+
+    A copy, which is the user's to edit. Of a large file it is the file itself, since a copy would double a model's
+    disk: read-only, and who writes into it all the same (root, or after chmod) changes the segment's too, which no
+    longer matches its checksum then and is made anew.
+
+    Args:
+        file: The segment's.
+        place: Where it is wanted; nothing is there.
+        large: Whether a copy would cost too much. Made nevertheless on another disk.
+    """
+    if large:
+        with contextlib.suppress(OSError):
+            _protect(file)
+            os.link(file, place)
+            return
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.copyfile(file, aside)
+    _sync(aside)
+    aside.replace(place)
+
+
+def _protect(file: Path) -> None:
+    """Let nobody write into a file; it can still be moved and removed."""
+    file.chmod(file.stat().st_mode & ~0o222)
 
 
 def _read(path: Path) -> Any:

@@ -11,7 +11,7 @@ every report that shows it.
 """
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,7 +73,11 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         "spectra": spectra,
         "contrasts": comparer.contrasts(later),
         "unpaired": comparer.unpaired,
-        "notes": [*(meta["data"]["notes"] if meta else []), *dict.fromkeys([*damaged, *unread])],
+        "notes": [
+            *(meta["data"]["notes"] if meta else []),
+            *made_differently(results),
+            *dict.fromkeys([*damaged, *unread]),
+        ],
     }
 
 
@@ -243,6 +247,53 @@ def _same_outputs(
             if its_state != state:
                 found.append((other, arm, seed))
     return found
+
+
+def made_differently(results: Mapping[tuple[str, int], dict[str, Any]]) -> list[str]:
+    """What arms and seeds that are set beside each other were not all made with, in words, one sentence for each.
+
+    Args:
+        results: By arm, or run and arm, and seed.
+    """
+    done = {key: result["train_info"] for key, result in results.items() if result["status"] == "ok"}
+    users: dict[str, dict[str, list[tuple[str, int]]]] = {}  # of each kind of thing: its values, and who has them
+    for key, info in done.items():
+        facts = {("dtype", info["base"]["dtype"])}
+        for made in (*info.get("segments_made", ()), *info.get("measured_made", ())):
+            facts |= set(_makers(made).items())
+        for what, value in facts:
+            users.setdefault(what, {}).setdefault(value, []).append(key)
+    told = []
+    for what in sorted(what for what, values in users.items() if len(values) > 1):
+        parts = [f"{value} ({_named(keys, list(done))})" for value, keys in sorted(users[what].items())]
+        told.append(
+            f"Not all was made with one {what}: {'; '.join(parts)}. A difference between these may be due to that."
+        )
+    return told
+
+
+def _makers(made: dict[str, Any]) -> dict[str, str]:
+    """What may move a number, of what a state or a measurement says of its making."""
+    commit = made["commit"]
+    found = {
+        "version of cola": made["cola"],
+        "commit": commit["hash"] and commit["hash"][:10] + (" with changes" if commit["dirty"] else ""),
+        "version of Python": made["python"],
+        "CPU": made["machine"]["cpu"],
+        "device": made["device"],
+    }
+    found |= {f"version of {name}": version for name, version in made["packages"].items() if name != "wandb"}
+    return {what: str(value) for what, value in found.items()}
+
+
+def _named(keys: Sequence[tuple[str, int]], of: Sequence[tuple[str, int]]) -> str:
+    """Arms by name, those of which not all seeds are meant with their seeds."""
+    parts = []
+    for arm in dict.fromkeys(arm for arm, _ in keys):
+        mine = sorted(seed for name, seed in keys if name == arm)
+        whole = mine == sorted(seed for name, seed in of if name == arm)
+        parts.append(arm if whole else f"{arm} seed {', '.join(map(str, mine))}")
+    return ", ".join(parts)
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:

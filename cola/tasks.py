@@ -17,7 +17,7 @@ from cola.compare import iqm_estimate
 from cola.errors import RunFolderError
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder
-from cola.summary import METRICS, Comparer, check_arms, contrast_record, paired, settle
+from cola.summary import METRICS, Comparer, check_arms, contrast_record, made_differently, paired, settle
 from cola.tables import NONE, Table, contrasts_table, interval, role_text, spread
 
 
@@ -40,6 +40,11 @@ class Run:
         provenance = self.folder.provenance()
         assert provenance is not None  # open_runs refuses a run without one
         return provenance["data"]["sha256"], provenance["model"]["sha256"], METRICS[self.recipe.data.task]
+
+    @property
+    def results(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """What is taken of it: arm, seed and result."""
+        return [(arm, seed, self.comparer.results[arm, seed]) for arm, seeds in self.taken.items() for seed in seeds]
 
 
 @dataclass
@@ -125,6 +130,7 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
     """
     runs, notes = open_runs(paths)
     tasks = tasks_of(runs, notes)
+    notes += made_differently({(f"{run.folder.path.name}: {arm}", s): r for run in runs for arm, s, r in run.results})
     metrics = {run.recipe.metric for run in runs}
     alike = len(metrics) == 1 and (len({task.metric == "perplexity" for task in tasks}) == 1 or metrics == {"loss"})
     if not alike:

@@ -24,8 +24,8 @@ SMALL = ["arms.full=null", "arms.base=null", "comparison.primary=null"]
 
 def run_points(recipe_file: Path, *keys: str, paired: bool = False) -> tuple[AblationFolder, dict]:
     points = points_of(recipe_file, [*keys], paired)
-    folder = AblationFolder.take(points)
-    return folder, ablate(points, folder, quiet())
+    with AblationFolder.take(points) as folder:
+        return folder, ablate(points, folder, quiet())
 
 
 def fresh_steps(folder: AblationFolder) -> int:
@@ -228,25 +228,26 @@ def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
 
 def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path) -> None:
     points = points_of(recipe_file, ["arms.chain3.links=1,2", *SMALL], paired=False)
-    folder = AblationFolder.take(points)
-    ablate(points, folder, quiet())
+    with AblationFolder.take(points) as folder:
+        ablate(points, folder, quiet())
     for damage in ("[]", '{"rows": []}', "", '{"format": 1}', '{"format": 2}'):
         (folder.path / "ablation.json").write_text(damage)
         done = cola("report", folder.path)
         assert done.exit_code == 2, damage
         assert done.stderr.startswith("error: "), damage
         assert done.stderr.count("\n") == 1, damage
-        other = AblationFolder.take(points)
-        assert other.path != folder.path, damage
+        with AblationFolder.take(points) as other:
+            assert other.path != folder.path, damage
         shutil.rmtree(other.path)
-    assert ablate(points, AblationFolder.take(points), quiet())["finished"]
+    with AblationFolder.take(points) as other:
+        assert ablate(points, other, quiet())["finished"]
 
 
 def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_file: Path) -> None:
     keys = ["arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL]
     points = points_of(recipe_file, keys, paired=False)
-    folder = AblationFolder.take(points)
-    ablate(points[:1], folder, quiet())
+    with AblationFolder.take(points) as folder:
+        ablate(points[:1], folder, quiet())
     folder.write({**folder.read(), "causes": "stopped", "finished": False})
     ablate(points, folder, quiet())
     assert len(list(folder.path.glob("points/*/wandb/offline-run-*"))) == 3

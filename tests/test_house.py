@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Who may import whom: a file imports only files of lower rows (and of its own row where that is said).
 LAYERS = [
-    {"errors", "cache", "interrupt", "answers"},
+    {"errors", "cache", "interrupt", "answers", "locks"},
     {"recipe"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
     {"package_file", "sources", "record", "terminal", "segments"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"chain", "evaluate", "train", "preview"},
     {"states", "measure", "outcome", "learned"},
     {"bench", "score", "card"},
-    {"job", "export", "run_view"},
+    {"job", "settle", "export", "run_view"},
     {"run"},
     {"ablate"},
     {"cli"},
@@ -44,6 +44,7 @@ ALLOWED_PACKAGES = {
 WITHOUT_TORCH = {
     "errors",
     "answers",
+    "locks",
     "recipe",
     "recipe_file",
     "plan",

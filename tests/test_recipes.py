@@ -116,7 +116,8 @@ def test_the_ablations_of_the_headers_run(
     fixed = [key for key in tiny(name, tiny64, colours, tmp_path) if key.partition("=")[0] not in ablated]
     points = points_of(RECIPES / f"{name}.yaml", [*ends, *fixed, "training.steps=5"], paired=False)
     assert len(points) == n_points
-    assert ablate(points, AblationFolder.take(points), quiet())["finished"]
+    with AblationFolder.take(points) as folder:
+        assert ablate(points, folder, quiet())["finished"]
 
 
 def settings_of(recipe: Recipe, arm: str) -> dict[str, Any]:

@@ -97,8 +97,14 @@ def keep(
 # Damage
 
 
+def open_up(path: Path) -> None:
+    """Let a file be written into, as a disk that fails needs no leave to."""
+    path.chmod(0o644)
+
+
 def flip(path: Path, rng: random.Random) -> None:
     """Change one bit of a file so that it says something else."""
+    open_up(path)
     before = path.read_bytes()
     while True:
         changed = bytearray(before)
@@ -117,10 +123,12 @@ def same_json(before: bytes, after: bytes) -> bool:
 
 
 def truncate(path: Path, rng: random.Random) -> None:
+    open_up(path)
     os.truncate(path, rng.randrange(path.stat().st_size))
 
 
 def lengthen(path: Path, rng: random.Random) -> None:
+    open_up(path)
     path.write_bytes(path.read_bytes() + b"\0")
 
 
@@ -129,6 +137,7 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def foreign(path: Path, rng: random.Random) -> None:
+    open_up(path)
     texts = ["", "null", "[]", "{}", '"a"', "3", '{"sha256": 0}', '{"sha256": "a", "files": []}', "\ufeff{}", "\0\0"]
     path.write_bytes(rng.choice([*(text.encode() for text in texts), b"\xff\xfe"]))
 
@@ -208,6 +217,7 @@ def test_weights_of_another_segment_are_caught(recipe_file: Path, place: Path) -
     go(recipe_file, *PAIR)
     store, _ = opened(place)
     first, second = (store._segment(name) for name in sorted(weights_in(store))[:2])
+    open_up(second / "adapter_model.safetensors")
     shutil.copy(first / "adapter_model.safetensors", second / "adapter_model.safetensors")
     assert store.get(second.name) is None
     assert store.get(first.name) is not None
@@ -416,7 +426,7 @@ def test_a_reader_does_not_take_a_state_that_is_being_let_go_for_a_damaged_one(
 
     def digest_while_another_lets_go(path: Path) -> str:
         monkeypatch.setattr(store_file, "file_digest", sha256)
-        other.let_go(name)
+        other.let_go({name}, place)
         return sha256(path)
 
     monkeypatch.setattr(store_file, "file_digest", digest_while_another_lets_go)

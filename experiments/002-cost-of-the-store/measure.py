@@ -96,8 +96,8 @@ def one(settings: list[str], terminal: Terminal) -> list[Path]:
 def several(settings: list[str], terminal: Terminal) -> list[Path]:
     """An ablation."""
     points = points_of(RECIPE, settings, paired=False)
-    folder = AblationFolder.take(points)
-    assert ablate(points, folder, terminal)["finished"]
+    with AblationFolder.take(points) as folder:
+        assert ablate(points, folder, terminal)["finished"]
     return sorted(folder.path.glob("points/*"))
 
 
