@@ -27,7 +27,7 @@ from cola.record import RunFolder, make_new, write_text
 from cola.summary import METRICS
 from cola.tables import NONE, Table, cost_cells, interval, matched_text, spread
 
-FORMAT = 3  # of ablation.json, and raised with that of the points' runs
+FORMAT = 4  # of ablation.json, and raised with that of the points' runs
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ RESULTS = "arms/*/seed-*/result.json"
 RESULT_KEYS = ("status", "run_info")
 SCORE_KEYS = {"id", "nats", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
-FORMAT = 3  # of result.json and summary.json, see docs/results.md
+FORMAT = 4  # of result.json and summary.json, see docs/results.md
 MADE_WITH = (
     "cola",
     "commit",

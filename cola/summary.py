@@ -26,6 +26,7 @@ from cola.record import RunFolder
 from cola.scope import scope_of
 from cola.spectra import spectra_of
 
+FEW = 4  # arms that a sentence names
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
 
 Results = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
@@ -293,7 +294,7 @@ def _named(keys: Sequence[tuple[str, int]], of: Sequence[tuple[str, int]]) -> st
         mine = sorted(seed for name, seed in keys if name == arm)
         whole = mine == sorted(seed for name, seed in of if name == arm)
         parts.append(arm if whole else f"{arm} seed {', '.join(map(str, mine))}")
-    return ", ".join(parts)
+    return ", ".join(parts) if len(parts) <= FEW else f"{len(keys)} results of {len(parts)} arms"
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:

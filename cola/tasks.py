@@ -17,6 +17,7 @@ from cola.compare import iqm_estimate
 from cola.errors import RunFolderError
 from cola.recipe import Recipe
 from cola.record import FORMAT, RunFolder
+from cola.scope import scope_of, scope_sentence
 from cola.summary import METRICS, Comparer, check_arms, contrast_record, made_differently, paired, settle
 from cola.tables import NONE, Table, contrasts_table, interval, role_text, spread
 
@@ -130,6 +131,7 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
     """
     runs, notes = open_runs(paths)
     tasks = tasks_of(runs, notes)
+    notes += _scopes(tasks)
     notes += made_differently({(f"{run.folder.path.name}: {arm}", s): r for run in runs for arm, s, r in run.results})
     metrics = {run.recipe.metric for run in runs}
     alike = len(metrics) == 1 and (len({task.metric == "perplexity" for task in tasks}) == 1 or metrics == {"loss"})
@@ -175,6 +177,19 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
         "contrasts": contrasts,
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def _scopes(tasks: Sequence[Task]) -> list[str]:
+    """What the intervals of each task speak of, said once where it is the same for all."""
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        seeds = {seed for run in task.runs for of_arm in run.taken.values() for seed in of_arm}
+        for run in task.runs:
+            rows = (run.folder.provenance() or {}).get("rows", {}).get("train")
+            said = found.setdefault(scope_sentence(scope_of(run.recipe, rows) | {"seeds": len(seeds)}), [])
+            said += [task.label] if task.label not in said else []
+    alone = len(found) == 1
+    return [sentence if alone else f"{', '.join(labels)}: {sentence}" for sentence, labels in found.items()]
 
 
 def _over_tasks(scores: list[Scores]) -> dict[str, Any]:

@@ -76,7 +76,16 @@ def primary_of(summary: dict[str, Any]) -> dict[str, Any]:
 def verdict() -> str:
     """The primary contrast as a sentence, then every contrast over the tasks that was named beforehand."""
     summary = in_order(over_tasks(), later=False)
-    return f"**{contrast_sentence(primary_of(summary), summary['metric'])}**\n\n{titled(task_tables(summary)[0])}"
+    primary = primary_of(summary)
+    scores = [
+        [seed["test_score"] for task in by_task().values() for seed in task["arms"][primary[arm]]["seeds"]]
+        for arm in ("first", "second")
+    ]
+    before = (
+        "The estimate that was named before the runs was the interquartile mean of the paired differences: "
+        f"{compare.iqm(np.subtract(*scores)):+.3f}. It was given up after the results were seen."
+    )
+    return f"**{contrast_sentence(primary, summary['metric'])}** {before}\n\n{titled(task_tables(summary)[0])}"
 
 
 def scores() -> str:

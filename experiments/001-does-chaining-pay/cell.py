@@ -28,6 +28,7 @@ OF_THE_OCCASION = (
     "memory",
     "reused_steps",
     "segments_made",
+    "measured_made",
     "choice",
     "at_grid_edge",
 )
