@@ -564,8 +564,8 @@ def _tuned_as_a_whole(recipe: Recipe) -> list[str]:
 def _let_full_weights_go(bench: Bench, seed: int) -> None:
     """Fully fine-tuned weights are as large as the model: where nothing will ask for them, their record is enough.
 
-    That is once all of their seed's arms are scored and compared, unless the recipe keeps them; and the weights of the
-    learning rates that were not chosen, in any case, as soon as the chosen one's are scored.
+    That is once all of their seed's arms are scored and compared, unless the recipe keeps them; and in any case the
+    trials' weights, as soon as the chosen value's are scored, but for what is still to be scored or kept.
     """
     recipe, done = bench.recipe, set()
     for arm in _tuned_as_a_whole(recipe):
@@ -575,8 +575,8 @@ def _let_full_weights_go(bench: Bench, seed: int) -> None:
             continue
         with contextlib.suppress(ColaError):  # what is needed cannot be told, so nothing goes
             chosen = _with_choice(bench, job)
-            others = [trial for trial in trials_of(recipe, arm, seed) if trial.choice != chosen.choice]
-            for one in others if recipe.keep_full_weights else [chosen, *others]:
+            # The chosen one's trial too: on a seed of its own it is nothing that is scored.
+            for one in (*trials_of(recipe, arm, seed), *([] if recipe.keep_full_weights else [chosen])):
                 done.update(bench.tree.lineage(one).names[1:])
     loose = {name for name in done - bench.used["weights"] if bench.store.has(name)}
     with contextlib.suppress(StoreError):  # what others need cannot be told

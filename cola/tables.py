@@ -388,7 +388,8 @@ def value_text(value: Any) -> str:
 
 # Beside every table of contrasts.
 OF_P = (
-    "p, as the interval: for other seeds and other test examples (the level at which the interval ends at 0). "
+    "p, as the interval: for other seeds and other test examples, with one seed for other examples alone (the level at "
+    "which the interval ends at 0). "
     "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
     "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
 )

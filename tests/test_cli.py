@@ -348,5 +348,5 @@ def test_the_flagship_runs_end_to_end_by_overrides_alone(
     assert {name: arm["n_seeds"] for name, arm in summary["arms"].items()} == dict.fromkeys(
         ("base", "lora", "chain3", "full"), 2
     )
-    assert len(list(folder.glob("trials/*/learning_rate=*/seed-0/result.json"))) == 3 * 5
+    assert len(list(folder.glob("trials/*/learning_rate=*/seed-1000/result.json"))) == 3 * 5
     assert "± is the standard deviation over 2 seeds" in result.output

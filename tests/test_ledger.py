@@ -603,7 +603,7 @@ def test_over_seeds_sizes_are_means_and_losses_the_worst(tmp_path: Path) -> None
     for seed, found in enumerate((first, second)):
         run.ok("chain3", seed, first_right(50), knots=found, links=links, rules={"merge_fraction": 0.25})
     plan = recipe(arms=["chain3"], seeds=[0, 1], comparison={"primary": None})
-    one, two = summarize(plan, run.folder, np.random.default_rng(0))["arms"]["chain3"]["knots"]
+    one, two = summarize(plan, run.folder)["arms"]["chain3"]["knots"]
     assert one["relative_size_median"] == pytest.approx(0.02)
     assert one["unchanged_median"] == pytest.approx(0.15)
     assert (one["relative_size_max"], one["error_max"], one["cosine_min"]) == (0.5, 0.3, 0.7)

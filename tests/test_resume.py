@@ -458,7 +458,7 @@ def test_lora_and_a_chain_train_their_common_steps_once(recipe_text: str, tmp_pa
 
 def test_the_chosen_trial_is_not_trained_again(recipe_text: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, recipe_text)
-    grid = "training.learning_rate={search: [1e-3, 1e-2]}"
+    grid = "training.learning_rate={search: [1e-3, 1e-2], seeds: [0]}"
     folder, lines = told(recipe, grid, "arms.full.learning_rate=null", "arms.base=null", *CHOICE)
     # Two rates of three arms; LoRA and the chain part after three steps.
     assert counts(lines[0])[:3] == (10, 0, 10)

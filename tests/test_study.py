@@ -261,7 +261,7 @@ def test_the_line_of_test_loss_on_train_loss_and_the_distances_from_it_are_those
 ) -> None:
     def loss(arm: str, seed: int, split: str) -> float:
         scores = pandas.read_json(runs / task / f"arms/{arm}/seed-{seed}/scores/{split}.jsonl", lines=True)
-        return scores["loss"].sum() / scores["tokens"].sum()
+        return scores["nats"].sum() / scores["tokens"].sum()
 
     arms = ["lora", "chain3", "lora24", "reset3", "keep3", "gradient3"]
     rows = [(a, s, loss(a, s, "train"), loss(a, s, "test")) for a in arms for s in range(6)]
@@ -396,8 +396,8 @@ def test_the_interval_of_a_difference_of_gaps_has_the_variance_of_the_two_way_ta
         tests = [pandas.read_json(folder / "test.jsonl", lines=True).assign(seed=s) for s, folder in enumerate(folders)]
         trains = [pandas.read_json(folder / "train.jsonl", lines=True) for folder in folders]
         table = pandas.concat(tests, ignore_index=True)
-        train = [one["loss"].sum() / one["tokens"].sum() for one in trains]
-        return table.assign(gap=table["loss"] - table["tokens"] * table["seed"].map(dict(enumerate(train))))
+        train = [one["nats"].sum() / one["tokens"].sum() for one in trains]
+        return table.assign(gap=table["nats"] - table["tokens"] * table["seed"].map(dict(enumerate(train))))
 
     first, second = sums("chain3"), sums("lora")
     assert first["id"].tolist() == second["id"].tolist()

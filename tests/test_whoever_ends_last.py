@@ -183,7 +183,7 @@ def assert_has_the_weights(folder: Path, reference: Path) -> None:
 
 
 # Of these rates the second is chosen: the first leaves the base as it is. What ends with it is let go.
-SEARCHED = ["arms.full.learning_rate={search: [1e-9, 1e-3]}", "evaluation.select_by=loss"]
+SEARCHED = ["arms.full.learning_rate={search: [1e-9, 1e-3], seeds: [0]}"]
 
 
 def test_weights_that_another_run_is_about_to_hand_out_are_not_let_go(recipe_file: Path) -> None:
@@ -256,10 +256,17 @@ def test_a_run_that_asks_while_another_lets_go_waits_and_trains_them_again(
     assert_has_the_weights(folder, reference.path)
 
 
+def test_what_a_search_on_seeds_of_its_own_has_trained_goes_once_it_has_chosen(recipe_file: Path) -> None:
+    folder, _ = go(recipe_file, *SHORT, *FULL_ONLY, "arms.full.learning_rate={search: [1e-9, 1e-3]}")
+    assert sorted(path.name for path in folder.path.glob("trials/full/*/seed-*")) == ["seed-1000"] * 2
+    assert [path.parent.name for path in models()] == [result(folder, "full")["train_info"]["scored_state"]]
+
+
 def test_a_state_that_one_arm_keeps_is_not_let_go_as_a_rate_that_another_one_did_not_choose(recipe_file: Path) -> None:
     searches = {"full": "[1e-9, 1e-8]", "other": "[1e-9, 1e-3]", "another": "[1e-8, 1e-3]"}
-    arms = [f"arms.{arm}={{method: full, learning_rate: {{search: {grid}}}}}" for arm, grid in searches.items()]
-    folder, _ = go(recipe_file, *SHORT, *FULL_ONLY, *arms, "evaluation.select_by=loss")
+    rates = {arm: f"{{search: {grid}, seeds: [0]}}" for arm, grid in searches.items()}
+    arms = [f"arms.{arm}={{method: full, learning_rate: {rate}}}" for arm, rate in rates.items()]
+    folder, _ = go(recipe_file, *SHORT, *FULL_ONLY, *arms)
     rates = [result(folder, arm)["train_info"]["learning_rate"] for arm in searches]
     assert rates[0] < rates[1] == rates[2] == 1e-3
     assert {path.parent.name for path in models()} == {
