@@ -46,14 +46,15 @@ def test_help_answers_at_once_and_loads_neither_torch_nor_wandb() -> None:
         "except SystemExit as e: assert not e.code\n"
         "assert not {'torch', 'wandb', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules), 'heavy import'"
     )
-    seconds = []
+    seconds, bare = [], []  # bare: what the libraries of any such command take on this machine, as busy as it is now
     for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-    assert "run" in done.stdout
-    assert min(seconds) < 0.5
+        for words, times in ((code, seconds), ("import typer, rich.console", bare)):
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+            times.append(time.perf_counter() - started)
+            assert done.returncode == 0, done.stderr
+            assert words != code or "run" in done.stdout
+    assert min(seconds) < max(0.5, 3 * min(bare))
 
 
 def test_the_version_is_the_packages() -> None:
