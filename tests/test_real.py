@@ -69,5 +69,8 @@ def test_the_committed_quickstart_result_is_of_the_committed_recipe() -> None:
     assert summary["meta"]["commit"]["dirty"] is False
     base, lora = (summary["arms"][name]["test_score"]["mean"] for name in ("base", "lora"))
     assert lora > base + 0.2
-    assert sum(arm["total_seconds"] for arm in summary["arms"].values()) < 600
+    # What a first look may cost is held in work: 7.6 minutes on a Xeon of two cores, 14.4 on an EPYC, by the same code.
+    assert sum(arm["flops"] for arm in summary["arms"].values()) < 26e12
+    assert sum(summary["rows"].values()) <= 500
+    assert sum(arm["total_seconds"] for arm in summary["arms"].values()) < 1200
     assert os.environ["HF_HUB_OFFLINE"] == "1"
