@@ -10,6 +10,7 @@ RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (valida
                            chosen-seed-S.json: those of a seed that chooses for itself
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from cola.errors import FolderGone, RunFolderError
@@ -71,11 +73,10 @@ class RunFolder:
         """
         with ExitStack() as held:
             while True:
-                folder, made = cls._make(recipe, path)
                 try:
-                    held.enter_context(folder.lock())
+                    folder, made = cls._make_and_hold(recipe, path, held)
                     break
-                except FolderGone:  # its maker failed and has removed it again
+                except FolderGone:  # its maker is at it, or failed and has removed it again
                     continue
             fresh = not (folder.path / "recipe.yaml").is_file()
             folder._check_free(recipe)
@@ -101,32 +102,42 @@ class RunFolder:
         return folder
 
     @classmethod
-    def _make(cls, recipe: Recipe, path: Path | None) -> tuple["RunFolder", bool]:
-        """The folder, there now, and whether it was not before."""
+    def _make_and_hold(cls, recipe: Recipe, path: Path | None, held: ExitStack) -> tuple["RunFolder", bool]:
+        """The folder, there now and locked, and whether it was not there before."""
         try:
             if path is None:
                 stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-                return cls(make_new(Path(recipe.output).expanduser(), stamp)), True
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                path.mkdir()  # of several processes one makes it
-                return cls(path), True
-            except FileExistsError:
-                folder = cls(path)
+                folder, made = cls(make_new(Path(recipe.output).expanduser(), stamp)), True
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(path) and _make_held(path, held):
+                    return cls(path), True
+                folder, made = cls(path), False
                 folder._check_free(recipe)  # before a lock file is put into what is no run folder
-                return folder, False
         except RunFolderError:
             raise
         except OSError as error:
             raise RunFolderError(f"{path or recipe.output}: the run folder cannot be made: {error.strerror}") from None
+        held.enter_context(folder.lock())
+        return folder, made
 
     def _check_free(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds anything but a run of exactly this recipe, or what a kill left of making it."""
+        """Refuse a folder that holds anything but a run of exactly this recipe, or what a kill left of making it.
+
+        Raises:
+            FolderGone: it is not there any more.
+            RunFolderError: it holds something else.
+        """
         note = self.path / "recipe.yaml"
-        if note.is_file():
-            free = note.read_text(encoding="utf-8") == dump_recipe(recipe)
-        else:
-            free = self.path.is_dir() and all(_is_left_over(path) for path in self.path.iterdir())
+        try:
+            if note.is_file():
+                free = note.read_text(encoding="utf-8") == dump_recipe(recipe)
+            else:
+                free = all(_is_left_over(path) for path in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            if not os.path.lexists(self.path):
+                raise FolderGone(f"{self.path} is not there any more") from None
+            free = False
         if not free:
             raise RunFolderError(
                 f"{self.path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
@@ -381,6 +392,33 @@ def write_bytes(path: Path, data: bytes) -> None:
 def _is_left_over(path: Path) -> bool:
     """Whether it is what a kill leaves between the making of a run folder and its recipe."""
     return path.name == ".lock" or path.name.startswith(".recipe.yaml.")
+
+
+def _make_held(path: Path, held: ExitStack) -> bool:
+    """Make a folder that is locked from its first moment on, so that its maker and its holder are one process; False
+    where another process was first. It is made aside, always under one name, so that a kill leaves nothing that the
+    next one would not take; and rename takes no folder's place but an empty one's.
+
+    Raises:
+        FolderGone: another process is making it now.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    aside.mkdir(exist_ok=True)
+    with ExitStack() as own:
+        try:
+            own.enter_context(RunFolder(aside).lock())
+        except RunFolderError:
+            sleep(0.01)
+            raise FolderGone(f"{path} is being made by another process") from None
+        try:
+            aside.rename(path)
+        except OSError as error:
+            shutil.rmtree(aside)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return False
+            raise
+        held.enter_context(own.pop_all())
+    return True
 
 
 def make_new(parent: Path, name: str) -> Path:

@@ -76,6 +76,17 @@ def test_of_processes_that_ask_for_one_new_folder_at_once_one_works_and_the_othe
         assert is_whole(folder)
 
 
+def test_a_folder_has_no_name_before_its_maker_holds_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock, there = tmp_path / "new/run", RunFolder.lock, []
+    monkeypatch.setattr(RunFolder, "lock", lambda folder: there.append(path.exists()) or lock(folder))
+    with RunFolder.take(read_recipe(recipe_file), path) as (folder, fresh):
+        assert (folder.path, fresh) == (path, True)
+    assert there == [False]  # else a second process holds what this one made, and neither takes it away
+    assert [left.name for left in path.parent.iterdir()] == ["run"]
+
+
 def test_of_processes_whose_recipe_cannot_be_used_none_leaves_anything(recipe_file: Path, tmp_path: Path) -> None:
     words = ["run", str(recipe_file), *SMALL, "data.files=nowhere.jsonl", "--run-folder", str(tmp_path / "new/run")]
     for _ in range(3):
@@ -161,10 +172,10 @@ def test_the_same_command_goes_on_from_what_a_kill_left_of_making_the_folder(
     dying.start()
     dying.join(60)
     assert dying.exitcode == -signal.SIGKILL
-    assert folder.is_dir()
     assert not (folder / "recipe.yaml").exists()
     assert at_once(words, tmp_path, 1)[0] == [0]
     assert is_whole(folder)
+    assert not list(tmp_path.glob(".new*"))
 
 
 def test_a_folder_that_was_there_before_is_emptied_and_stays(recipe_file: Path, tmp_path: Path) -> None:
