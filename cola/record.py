@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from time import sleep
@@ -486,9 +487,14 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
-        "all_packages": sorted(f"{d.name}=={d.version}" for d in distributions()),
+        "all_packages": _installed(),
         "machine": machine(),
     }
+
+
+@cache  # a second to read, and an ablation asks for every point
+def _installed() -> list[str]:
+    return sorted(f"{found.name}=={found.version}" for found in distributions())
 
 
 def each_once(values: Iterable[Any]) -> list[Any]:

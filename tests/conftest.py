@@ -152,9 +152,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def recipe_text(tiny_folder: Path, colours: Path, prose: Path, tmp_path: Path) -> str:
-    """A whole recipe on the tiny model, seconds to run."""
+def recipe_of(tiny_folder: Path, colours: Path, prose: Path, output: Path) -> str:
     return f"""
 name: tiny
 model: {{name_or_path: {tiny_folder}}}
@@ -174,8 +172,14 @@ comparison: {{primary: [chain3, lora]}}
 evaluation: {{general_text: {prose}}}
 seeds: [0]
 tracking: {{wandb: off}}
-output: {tmp_path / "runs"}
+output: {output}
 """
+
+
+@pytest.fixture
+def recipe_text(tiny_folder: Path, colours: Path, prose: Path, tmp_path: Path) -> str:
+    """A whole recipe on the tiny model, seconds to run."""
+    return recipe_of(tiny_folder, colours, prose, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -205,7 +209,7 @@ ARMS = """
 """
 
 
-def run_once(folder: Path, text: str) -> Path:
+def run_once(folder: Path, text: str, *overrides: str) -> Path:
     """A finished run for many tests to read, whose store they do not see."""
     from test_run import go
 
@@ -214,7 +218,7 @@ def run_once(folder: Path, text: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLA_CACHE", str(folder / "cache"))
         AcceleratorState._reset_state(reset_partial_state=True)
-        _, summary = go(recipe, folder=folder / "run")
+        _, summary = go(recipe, *overrides, folder=folder / "run")
     assert not any(arm["errors"] for arm in summary["arms"].values()), summary["arms"]
     return folder / "run"
 

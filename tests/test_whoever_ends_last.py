@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import recipe_of, run_once
 from safetensors.torch import load_file
 from test_run import go, quiet, result
 from test_store import SHORT, lineage_of, opened, processes, race
@@ -50,34 +51,38 @@ def models() -> list[Path]:
     return list(place().glob("segments/*/*/model.safetensors"))
 
 
-def in_order(recipe_file: Path, *overrides: str) -> tuple[Path, dict[str, Any]]:
-    """An undisturbed run, whose full fine-tuning ends first, with a store of its own."""
-    folder, summary = go(recipe_file, *overrides, f"store={recipe_file.parent / 'in-order'}")
+@pytest.fixture(scope="module")
+def in_order(
+    tiny_folder: Path, colours: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Spectra and summary of an undisturbed run, whose full fine-tuning ends first, with a store of its own."""
+    folder = tmp_path_factory.mktemp("in-order")
+    run_once(folder, recipe_of(tiny_folder, colours, prose, folder), *ARMS)
+    summary = json.loads((folder / "run/summary.json").read_text())
     assert summary["spectra"]["chain3"]["with_full"] is not None
-    assert [record["full"] is not None for record in spectra(folder.path).values()] == [True, False]
-    return folder.path, summary
+    found = spectra(folder / "run")
+    assert [record["full"] is not None for record in found.values()] == [True, False]
+    return found, summary["spectra"]
 
 
 @pytest.mark.parametrize("kept", KEPT)
 def test_spectra_are_the_same_where_full_fine_tuning_ends_last(
-    recipe_file: Path, kept: str, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, in_order: Any, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, told = in_order(recipe_file, *ARMS, kept)
     monkeypatch.setattr(cola_run, "jobs_of", lambda recipe: jobs_of(recipe)[::-1])
     second, again = go(recipe_file, *ARMS, kept)
     ended = {arm: (second.path / f"arms/{arm}/seed-0/result.json").stat().st_mtime_ns for arm in ("full", "chain3")}
     assert ended["chain3"] < ended["full"]
-    assert spectra(second.path) == spectra(first)
-    assert again["spectra"] == told["spectra"]
+    assert spectra(second.path) == in_order[0]
+    assert again["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
 
 
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("failing", ["full", "chain3"])
 def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
-    recipe_file: Path, kept: str, failing: str, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, in_order: Any, kept: str, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, told = in_order(recipe_file, *ARMS, kept)
     go_on = JobRun.go
 
     def fails(self: JobRun) -> None:
@@ -91,8 +96,8 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     assert summary["arms"][failing]["states"] == {0: "failed"}
     opened_again, recipe = RunFolder.open(folder.path)
     again = run(recipe, opened_again, quiet())
-    assert spectra(folder.path) == spectra(first)
-    assert again["spectra"] == told["spectra"]
+    assert spectra(folder.path) == in_order[0]
+    assert again["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
 
 
@@ -107,8 +112,9 @@ def command(words: list[str], said: Path, cache: str) -> None:
 
 
 @pytest.mark.parametrize("kept", KEPT)
-def test_spectra_are_the_same_where_another_process_was_at_full_fine_tuning(recipe_file: Path, kept: str) -> None:
-    first, told = in_order(recipe_file, *ARMS, kept)
+def test_spectra_are_the_same_where_another_process_was_at_full_fine_tuning(
+    recipe_file: Path, in_order: Any, kept: str
+) -> None:
     folder, said = recipe_file.parent / "second", recipe_file.parent / "said.txt"
     words = ["run", str(recipe_file), *ARMS, kept, "--run-folder", str(folder)]
     second = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
@@ -123,16 +129,17 @@ def test_spectra_are_the_same_where_another_process_was_at_full_fine_tuning(reci
         assert (folder / "arms/chain3/seed-0/result.json").exists()
     second.join(120)
     assert second.exitcode == 0, said.read_text()
-    assert spectra(folder) == spectra(first)
-    assert json.loads((folder / "summary.json").read_text())["spectra"] == told["spectra"]
+    assert spectra(folder) == in_order[0]
+    assert json.loads((folder / "summary.json").read_text())["spectra"] == in_order[1]
 
 
 @pytest.mark.parametrize("kept", KEPT)
-def test_two_processes_that_share_the_work_both_have_the_spectra_of_one_alone(recipe_file: Path, kept: str) -> None:
-    first, told = in_order(recipe_file, *ARMS, kept)
+def test_two_processes_that_share_the_work_both_have_the_spectra_of_one_alone(
+    recipe_file: Path, in_order: Any, kept: str
+) -> None:
     for folder in race(recipe_file, *ARMS, kept).folders:
-        assert spectra(folder) == spectra(first)
-        assert json.loads((folder / "summary.json").read_text())["spectra"] == told["spectra"]
+        assert spectra(folder) == in_order[0]
+        assert json.loads((folder / "summary.json").read_text())["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
 
 
