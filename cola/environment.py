@@ -25,19 +25,13 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK",
 # Of those families, what no weight depends on, or (the number of threads, which moves the last bits) what is recorded.
 KEPT = (
     *("TRANSFORMERS_CACHE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"),
-    *(
-        "TORCH_HOME",
-        "TORCH_EXTENSIONS_DIR",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD",
-        "TORCH_USE_RTLD_GLOBAL",
-        "TRITON_CACHE_DIR",
-    ),
-    *("TORCH_LOGS", "TORCH_TRACE", "TORCH_CPP_LOG_LEVEL", "TORCH_SHOW_CPP_STACKTRACES", "ACCELERATE_LOG_LEVEL"),
-    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+    *("TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_USE_RTLD_GLOBAL"),
+    *("TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_LOGS", "TORCH_TRACE", "TORCH_CPP_LOG_LEVEL", "ACCELERATE_LOG_LEVEL"),
+    *("TORCH_SHOW_CPP_STACKTRACES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
     *("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY", "OMP_STACKSIZE"),
     *("OMP_DISPLAY_ENV", "OMP_DISPLAY_AFFINITY", "MKL_NUM_THREADS", "MKL_THREADING_LAYER", "MKL_VERBOSE"),
     *("MKL_SERVICE_FORCE_INTEL", "KMP_DUPLICATE_LIB_OK", "KMP_AFFINITY", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS"),
-    *("ONEDNN_VERBOSE", "DNNL_VERBOSE"),
+    *("PYTORCH_NVML_BASED_CUDA_CHECK", "ONEDNN_VERBOSE", "DNNL_VERBOSE"),
 )
 
 taken: set[str] = set()  # of this process's variables, so far
@@ -76,7 +70,7 @@ def note() -> str | None:
     """What there is to say of variables that were taken away; None where there were none."""
     if not taken:
         return None
-    return f"the environment's {', '.join(sorted(taken))} steer nothing here: what is computed is in the recipe"
+    return f"environment: {', '.join(sorted(taken))}: not heeded, since what is computed is what the recipe says"
 
 
 def _launched() -> bool:
