@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cola.answers import is_cut_short
 from cola.cache import cache_dir
+from cola.chat import DAY, asks_for_the_date, chat_prompt
 from cola.errors import DataError
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
 from cola.sources import Pool, Row, open_pools, open_texts, shuffled
@@ -114,13 +115,17 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[
     """
     if data.chat and tokenizer.chat_template is None:
         raise DataError("data.chat: the model's tokenizer has no chat template; remove chat: true")
+    dated = data.chat and asks_for_the_date(tokenizer)
+    if data.today and not dated:
+        raise DataError("data.today: the model's chat template does not ask for the date; leave it out")
     pools = open_pools(data)
     causes = {
         "version": CACHE_VERSION,
         "pools": [pools[split].fingerprint for split in SPLITS],
         "shared": [[pools[a] is pools[b] for a in SPLITS] for b in SPLITS],
-        "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym"}),
+        "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym", "today"}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        **({"today": data.today or DAY} if dated else {}),
     }
     redrawn = sorted(set(seeds)) if data.redraw == "per_seed" else []
     key = _digest([causes, redrawn])
@@ -128,6 +133,9 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[
     if (cached := _read_cache(path)) is not None:
         return cached
     splits = _draw(data, pools, tokenizer, redrawn)
+    if dated:
+        said = f"the model's chat template asks for the date and is told {data.today or DAY} on every day (data.today)"
+        splits = replace(splits, notes=[said, *splits.notes])
     if redrawn:
         fixed = fingerprint_of({"validation": splits.validation, "test": splits.test})
         splits = replace(splits, fingerprint=_digest([causes, fixed]))
@@ -518,9 +526,7 @@ class _Encoder:
         if not all(text.strip() for text in texts):
             raise DataError(f"{place}: the answer is empty")
         if data.chat:
-            messages = [{"role": "system", "content": data.system}] if data.system else []
-            messages.append({"role": "user", "content": prompt})
-            prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            prompt = chat_prompt(prompt, data, self.tokenizer, place)
         # Most vocabularies hold " Yes" and not "Yes", so blanks at the prompt's end go to the answer.
         blanks = "" if data.chat else prompt[len(prompt.rstrip(" ")) :]
         prompt = prompt.removesuffix(blanks) if blanks else prompt

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
     {"recipe", "environment"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
-    {"package_file", "sources", "record", "terminal", "segments"},
+    {"package_file", "sources", "record", "terminal", "segments", "chat"},
     {"spectra"},
     {"data", "summary", "tables", "store"},
     {"ablation", "tasks", "tracking"},
