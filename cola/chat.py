@@ -1,4 +1,4 @@
-"""A prompt through the tokenizer's chat template: the same text on every day, or one line in the template's own words."""
+"""A prompt through the chat template: the same text on every day, or one line in the template's own words."""
 
 import random
 from collections.abc import Iterator

@@ -193,11 +193,24 @@ def _tokens_of(splits: Splits) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes when the tokenizer could cut a text differently."""
+    """Changes when the tokenizer could cut a text differently, or put one together differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     cuts = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{cuts}\n{special}\n{tokenizer.chat_template}".encode()).hexdigest()
+    told = f"{cuts}\n{special}\n{tokenizer.chat_template}"
+    # What neither of them holds is added where it is out of the ordinary, so that all other names stay.
+    if backend is None:  # a vocabulary does not say how a text is cut into it
+        files = [Path(tokenizer.name_or_path) / str(name) for name in sorted(tokenizer.vocab_files_names.values())]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        told += "\n" + json.dumps([digests, tokenizer.init_kwargs], sort_keys=True, default=str)
+    if (module := type(tokenizer).__module__).startswith("transformers_modules"):
+        told += f"\n{module}"  # the model's own code: transformers puts its content's digest, or commit, into the name
+    if getattr(tokenizer, "split_special_tokens", False):
+        told += "\nspecial tokens in a text are cut as text is"
+    tokens = tokenizer("a .", add_special_tokens=False).input_ids
+    if tokenizer.decode(tokens) != tokenizer.decode(tokens, clean_up_tokenization_spaces=False):
+        told += "\nspaces are cleaned up"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def fingerprint_of(splits: dict[str, list[Example]]) -> str:

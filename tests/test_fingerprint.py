@@ -11,9 +11,10 @@ import pytest
 from conftest import tiny_model
 from test_run import go, result
 from test_store import LORA_ONLY, SHORT
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola import model as model_file
+from cola.data import tokenizer_fingerprint
 from cola.errors import ModelError
 from cola.job import JobRun
 from cola.model import Source
@@ -166,3 +167,50 @@ def test_code_in_subfolders_and_of_another_repository_is_in_the_fingerprint_wher
         os.utime(code / "own.py", EPOCH)
         inside.append(Source("a", place, trust_remote_code=True).fingerprint())
     assert len({plain, *inside}) == 5
+
+
+def test_what_a_tokenizers_files_say_beside_its_vocabulary_is_in_its_fingerprint_where_it_does_something(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    plain = tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path))
+    told = "\n".join([tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True)])
+    # As it was when the stores that there are were filled.
+    assert plain == hashlib.sha256(f"{told}\n{tokenizer.chat_template}".encode()).hexdigest()
+    text = "red<|im_end|> blue ."
+    tokens = tokenizer(text).input_ids
+    seen = {plain: [tokens, tokenizer.decode(tokens)]}
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    for change in ({"split_special_tokens": True}, {"clean_up_tokenization_spaces": True, forced: True}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+        other = AutoTokenizer.from_pretrained(tmp_path)
+        found = [other(text).input_ids, other.decode(tokens)]
+        assert found != seen[plain]
+        seen[tokenizer_fingerprint(other)] = found
+    assert len(seen) == 3
+
+
+def test_a_tokenizer_in_python_is_known_by_its_files_and_the_models_own_code_by_its_content(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    code = (
+        "from transformers import PreTrainedTokenizer\n"
+        "class Own(PreTrainedTokenizer):\n"
+        "    vocab_files_names = {'rules_file': 'rules.txt'}\n"
+        "    def get_vocab(self): return {'a': 0}\n"
+        "    vocab_size = 1\n"
+        "    def _tokenize(self, text, **_): return list(text)\n"
+        "    def _convert_token_to_id(self, token): return 0\n"
+        "    def _convert_id_to_token(self, index): return 'a'\n"
+    )
+    auto = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto))
+    seen = set()
+    for rules, comment in (("one", ""), ("two", ""), ("two", "# another\n")):
+        (tmp_path / "rules.txt").write_text(rules)
+        (tmp_path / "own.py").write_text(code + comment)
+        for path in tmp_path.iterdir():
+            os.utime(path, EPOCH)
+        seen.add(tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)))
+    assert len(seen) == 3
