@@ -1,4 +1,4 @@
-"""Where cola keeps what it can make again: tokens, dequantized models, digests, and the store of segments."""
+"""Where cola keeps what it can make again: tokens, dequantized models, and the store of segments."""
 
 import os
 from pathlib import Path

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cola.answers import is_cut_short
 from cola.cache import cache_dir
+from cola.chat import DAY, asks_for_the_date, chat_prompt
 from cola.errors import DataError
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
 from cola.sources import Pool, Row, open_pools, open_texts, shuffled
@@ -114,13 +115,17 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[
     """
     if data.chat and tokenizer.chat_template is None:
         raise DataError("data.chat: the model's tokenizer has no chat template; remove chat: true")
+    dated = data.chat and asks_for_the_date(tokenizer)
+    if data.today and not dated:
+        raise DataError("data.today: the model's chat template does not ask for the date; leave it out")
     pools = open_pools(data)
     causes = {
         "version": CACHE_VERSION,
         "pools": [pools[split].fingerprint for split in SPLITS],
         "shared": [[pools[a] is pools[b] for a in SPLITS] for b in SPLITS],
-        "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym"}),
+        "data": data.model_dump(mode="json", exclude={"files", "hub", "reasoning_gym", "today"}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        **({"today": data.today or DAY} if dated else {}),
     }
     redrawn = sorted(set(seeds)) if data.redraw == "per_seed" else []
     key = _digest([causes, redrawn])
@@ -128,6 +133,9 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[
     if (cached := _read_cache(path)) is not None:
         return cached
     splits = _draw(data, pools, tokenizer, redrawn)
+    if dated:
+        said = f"the model's chat template asks for the date and is told {data.today or DAY} on every day (data.today)"
+        splits = replace(splits, notes=[said, *splits.notes])
     if redrawn:
         fixed = fingerprint_of({"validation": splits.validation, "test": splits.test})
         splits = replace(splits, fingerprint=_digest([causes, fixed]))
@@ -185,11 +193,24 @@ def _tokens_of(splits: Splits) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes when the tokenizer could cut a text differently."""
+    """Changes when the tokenizer could cut a text differently, or put one together differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     cuts = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{cuts}\n{special}\n{tokenizer.chat_template}".encode()).hexdigest()
+    told = f"{cuts}\n{special}\n{tokenizer.chat_template}"
+    # What neither of them holds is added where it is out of the ordinary, so that all other names stay.
+    if backend is None:  # a vocabulary does not say how a text is cut into it
+        files = [Path(tokenizer.name_or_path) / str(name) for name in sorted(tokenizer.vocab_files_names.values())]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        told += "\n" + json.dumps([digests, tokenizer.init_kwargs], sort_keys=True, default=str)
+    if (module := type(tokenizer).__module__).startswith("transformers_modules"):
+        told += f"\n{module}"  # the model's own code: transformers puts its content's digest, or commit, into the name
+    if getattr(tokenizer, "split_special_tokens", False):
+        told += "\nspecial tokens in a text are cut as text is"
+    tokens = tokenizer("a .", add_special_tokens=False).input_ids
+    if tokenizer.decode(tokens) != tokenizer.decode(tokens, clean_up_tokenization_spaces=False):
+        told += "\nspaces are cleaned up"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def fingerprint_of(splits: dict[str, list[Example]]) -> str:
@@ -518,9 +539,7 @@ class _Encoder:
         if not all(text.strip() for text in texts):
             raise DataError(f"{place}: the answer is empty")
         if data.chat:
-            messages = [{"role": "system", "content": data.system}] if data.system else []
-            messages.append({"role": "user", "content": prompt})
-            prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            prompt = chat_prompt(prompt, data, self.tokenizer, place)
         # Most vocabularies hold " Yes" and not "Yes", so blanks at the prompt's end go to the answer.
         blanks = "" if data.chat else prompt[len(prompt.rstrip(" ")) :]
         prompt = prompt.removesuffix(blanks) if blanks else prompt

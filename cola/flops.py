@@ -119,7 +119,11 @@ class Meter:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
         # What changes no shape is left out; counting takes seconds, so it is remembered.
         key = what.model_dump(mode="json", exclude=SHAPELESS)
-        name = digest([repr(self.skeleton.config.to_dict()), key, checkpointing, torch.__version__, COUNT_VERSION])
+        model = [
+            repr(self.skeleton.config.to_dict()),
+            type(self.skeleton).__module__,
+        ]  # its own code's holds its digest
+        name = digest([*model, key, checkpointing, torch.__version__, COUNT_VERSION])
         if name not in self._shapes:
             note = cache_dir() / "flops" / name
             if note.is_file():

@@ -5,10 +5,10 @@ import errno
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
-from cola import recipe
+from cola import environment, recipe
 from cola.cache import cache_dir
 from cola.data import Example, Splits
 from cola.errors import DataError, ModelError
@@ -73,11 +73,18 @@ class Source:
         return None if config is None else "int8" if config.get("load_in_8bit") else "nf4"
 
     def fingerprint(self) -> str:
-        """SHA-256 over config, weights and code of its own."""
+        """SHA-256 over config, weights and code of its own, wherever in the folder that lies."""
+        code = sorted(self.folder.rglob("*.py")) if self.trust_remote_code else []
+        files = [file.resolve() for file in (self.folder / "config.json", *code, *self.files)]
         digest = hashlib.sha256()
-        code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
-        for file in [self.folder / "config.json", *code, *self.files]:
-            digest.update(_file_digest(file.resolve()).encode())
+        with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock: shards are read side by side
+            for part in pool.map(_file_digest, files):
+                digest.update(part.encode())
+        if self.trust_remote_code:
+            told = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+            if any("--" in str(where) for where in told.values()):
+                # Code of another repository: its modules' name, of transformers' making, holds its commit or content.
+                digest.update(type(self.skeleton()).__module__.encode())
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -300,25 +307,25 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
 
 
 def _file_digest(file: Path) -> str:
-    """SHA-256 of a file; weights are large, so it is remembered in the cache by all that changes with the content.
+    """SHA-256 of a file's content, which is read once by each process that asks.
 
-    Path, size and time of modification do not: reproducible archives and whole images give every file one time. The
-    inode is another one where a file has come in another's place, and no user can set back the time at which it last
-    changed. A file that has changed a moment ago may do so again within one tick of that clock, and is not remembered.
+    No stat says what a file holds: images and archives give every file one time and one inode on whatever machine, a
+    network file system may make them up, and what is written through a memory map may move no time at all. So nothing
+    is remembered between processes. To look at a file again within one tells whether it has been replaced; one that has
+    changed a moment ago may do so again within one tick of the clock, and is read again.
     """
     state = file.stat()
-    told = [file.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
-    note = cache_dir() / "digests" / hashlib.sha256("|".join(map(str, told)).encode()).hexdigest()
-    if note.is_file():
-        return json.loads(note.read_text())["sha256"]
+    seen = (file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)
+    if seen in _digests:
+        return _digests[seen]
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if time() - state.st_ctime >= SETTLED_SECONDS:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        aside = note.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps({"sha256": digest, "file": str(file)}))
-        aside.replace(note)
+        _digests[seen] = digest
     return digest
+
+
+_digests: dict[tuple[Path, int, int, int, int, int], str] = {}  # of files that lay still, in this process
 
 
 def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtual: int = 0) -> None:
@@ -372,13 +379,50 @@ def dtype_warning(dtype: str, device: torch.device) -> str | None:
 
 
 def make_accelerator(dtype: str) -> Accelerator:
-    """accelerate with a base's precision, on the device it finds.
+    """accelerate with a base's precision, on the device it finds, and torch as it is by default.
 
     accelerate fixes the precision once per process; here every arm may have one of its own. On a CPU it has no fp16
     autocast: the weights are fp16 there and a pair computes in float32.
+
+    Raises:
+        ModelError: this is one of several processes of a launcher.
     """
+    environment.settle()
+    environment.check_alone()
+    _settle_torch()
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
+
+
+def _settle_torch() -> None:
+    """Every switch of torch's that changes what is computed, as torch has it when it is imported: whoever has set one
+    before (a sitecustomize, a notebook, a variable that torch read first) has changed what no name holds."""
+    backends = torch.backends
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
+    for device in ("cpu", "cuda"):
+        torch.set_autocast_enabled(device, False)
+    # Precision of float32 products: torch has an older and a newer way to say it, and refuses to read a mixture.
+    precisions: Any = backends  # torch replaces the modules by objects of its own, which pyright does not know
+    precisions.fp32_precision = precisions.cudnn.fp32_precision = precisions.mkldnn.fp32_precision = "none"
+    precisions.mkldnn.conv.fp32_precision = precisions.mkldnn.rnn.fp32_precision = "none"
+    precisions.cudnn.conv.fp32_precision = precisions.cudnn.rnn.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("highest")
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = False, True
+    backends.mkldnn.enabled, backends.mkldnn.deterministic = True, False
+    backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic = True, False, False
+    backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    backends.cuda.matmul.allow_fp16_accumulation = False
+    backends.cuda.preferred_blas_library("default")
+    backends.cuda.preferred_linalg_library("default")
+    backends.cuda.enable_flash_sdp(True)
+    backends.cuda.enable_math_sdp(True)
+    backends.cuda.enable_mem_efficient_sdp(True)
+    backends.cuda.enable_cudnn_sdp(True)
+    backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
 def _line(error: Exception) -> str:

@@ -6,6 +6,7 @@
 import itertools
 import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -108,6 +109,15 @@ class Rows(Section):
     test: PositiveInt | None = Field(default=None, description="Test rows.")
 
 
+def _a_day(said: str) -> str:
+    try:
+        if date.fromisoformat(said).isoformat() == said:
+            return said
+    except ValueError:
+        pass
+    raise ValueError("a day is written as 2024-07-26")
+
+
 class Data(Section):
     """Where rows come from and how a row becomes a prompt and its answer."""
 
@@ -158,6 +168,11 @@ class Data(Section):
         default=False, description="Put the prompt through the tokenizer's chat template as a user's message."
     )
     system: str | None = Field(default=None, description="System message, with `chat: true`.")
+    today: Annotated[str, AfterValidator(_a_day)] | None = Field(
+        default=None,
+        description="What a chat template that asks for the date is told, on whatever day it is asked. Default: "
+        "`2024-07-26`.",
+    )
     answer_prefix: str | None = Field(
         default=None,
         description="Text between prompt and answer. Default: one space; nothing after a prompt that ends in white "
@@ -248,6 +263,8 @@ class Data(Section):
             raise ValueError(f"stop has no effect with task {self.task}: remove it")
         if self.system is not None and not self.chat:
             raise ValueError("system has no effect without chat: true")
+        if self.today is not None and not self.chat:
+            raise ValueError("today has no effect without chat: true")
         if self.task == "text" and self.chat:
             raise ValueError("chat has no effect with task text: remove it")
         if self.too_long == "split" and self.task != "text":

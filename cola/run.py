@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cola import adapters, starts
+from cola import adapters, environment, starts
 from cola.batches import batch_digests, batch_order
 from cola.bench import Bench
 from cola.cache import store_path
@@ -138,10 +138,10 @@ def run(
 
 
 def _accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
-    """What computes: one process, warned of dtypes that the device is slow or rough in."""
+    """What computes; the user is told what of the environment it does not heed, and of a dtype that is slow on it."""
     accelerator = make_accelerator(recipe.model.dtype)
-    if accelerator.num_processes > 1:
-        raise ModelError("cola runs as one process; start it without accelerate launch or torchrun")
+    if said := environment.note():
+        terminal.warn(said)
     for dtype in sorted({recipe.base_of(arm)[0] for arm in recipe.arms}):
         if warning := dtype_warning(dtype, accelerator.device):
             terminal.warn(warning)

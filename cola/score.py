@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cola import adapters, recipe
+from cola import adapters, environment, recipe
 from cola.data import load_splits
 from cola.errors import ModelError, RunFolderError
 from cola.evaluate import Evaluator, ExampleScore, evaluation_of
@@ -74,6 +74,8 @@ def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], termin
         ColaError: no target loads, or the data does not fit them.
     """
     quiet_libraries()
+    if said := environment.note():
+        terminal.warn(said)
     done = []
     for number, target in enumerate(targets, 1):
         try:

@@ -11,9 +11,10 @@ import pytest
 from conftest import tiny_model
 from test_run import go, result
 from test_store import LORA_ONLY, SHORT
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola import model as model_file
+from cola.data import tokenizer_fingerprint
 from cola.errors import ModelError
 from cola.job import JobRun
 from cola.model import Source
@@ -41,19 +42,13 @@ def put(model: Path, place: Path) -> None:
     shutil.copytree(model, place, copy_function=shutil.copy2)
 
 
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every file had lain there for a while, so that digests are remembered at once."""
-    monkeypatch.setattr(model_file, "SETTLED_SECONDS", -1e9)
-
-
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_another_model_of_the_same_size_and_times_in_the_same_folder_is_another_base(
-    recipe_file: Path, tmp_path: Path, twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, tmp_path: Path, twins: tuple[Path, Path]
 ) -> None:
-    settled(monkeypatch)
     place, found = tmp_path / "model", []
     stats = []
     for twin in twins:
@@ -71,34 +66,49 @@ def test_another_model_of_the_same_size_and_times_in_the_same_folder_is_another_
 
 
 @pytest.mark.parametrize("how", ["moved over it", "written in place"])
-def test_a_digest_is_that_of_the_content_whatever_the_times_are_set_to(
-    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settled(monkeypatch)
+def test_a_digest_is_that_of_the_content_whatever_the_times_are_set_to(tmp_path: Path, how: str) -> None:
     path, other = tmp_path / "weights", tmp_path / "other"
     for content in (b"one", b"two", b"six"):
         if how == "moved over it":
             other.write_bytes(content)
             other.rename(path)
         else:
-            time.sleep(0.02)  # more than a tick of the file system's clock
             path.write_bytes(content)
         os.utime(path, EPOCH)
         assert model_file._file_digest(path) == sha256(path)
 
 
-def test_what_has_just_changed_is_read_again_and_what_has_lain_is_not(
+def test_two_processes_never_take_each_others_word_for_what_a_file_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, notes = tmp_path / "weights", Path(os.environ["COLA_CACHE"]) / "digests"
+    """Two read-only images of one layout mounted at one place, or a write through a map that stays open on tmpfs: size,
+    times, inode and device are the same, and the content is not."""
+    path, seen = tmp_path / "weights", []
     path.write_bytes(b"one")
-    assert model_file._file_digest(path) == sha256(path)
-    assert not notes.exists()
+    image = path.stat()
+    monkeypatch.setattr(model_file, "time", lambda: time.time() + 1e6)
+    monkeypatch.setattr(type(path), "stat", lambda self, **_: image)
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        monkeypatch.setattr(model_file, "_digests", {})  # as another process begins
+        seen.append(model_file._file_digest(path))
+    assert seen == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
+
+
+def test_a_file_that_lies_still_is_read_once_by_a_process_and_one_that_has_just_changed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "weights", []
+    path.write_bytes(b"one")
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append(args) or digest(*args))
+    for _ in range(2):
+        assert model_file._file_digest(path) == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 2
     monkeypatch.setattr(model_file, "time", lambda: time.time() + 10)
-    assert model_file._file_digest(path) == sha256(path)
-    [note] = notes.iterdir()
-    note.write_text(json.dumps({"sha256": "remembered"}))
-    assert model_file._file_digest(path) == "remembered"
+    for _ in range(3):
+        assert model_file._file_digest(path) == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 3
 
 
 def test_a_base_that_changes_while_a_run_is_at_work_is_refused_and_nothing_is_made_of_it(
@@ -126,3 +136,81 @@ def test_a_fingerprint_is_over_the_config_and_the_weights(twins: tuple[Path, Pat
     for name in ("config.json", "model.safetensors"):
         whole.update(sha256(twins[0] / name).encode())
     assert Source("a", twins[0], trust_remote_code=False).fingerprint() == whole.hexdigest()
+
+
+def test_code_in_subfolders_and_of_another_repository_is_in_the_fingerprint_where_it_may_run(
+    tmp_path: Path, twins: tuple[Path, Path]
+) -> None:
+    place, code = tmp_path / "model", tmp_path / "code"
+    put(twins[0], place)
+    plain = Source("a", place, trust_remote_code=False).fingerprint()
+    assert Source("a", place, trust_remote_code=True).fingerprint() == plain
+    (place / "parts").mkdir()
+    (place / "parts" / "attention.py").write_text("SCALE = 1\n")
+    assert Source("a", place, trust_remote_code=False).fingerprint() == plain
+    inside = [Source("a", place, trust_remote_code=True).fingerprint()]
+    (place / "parts" / "attention.py").write_text("SCALE = 2\n")
+    inside.append(Source("a", place, trust_remote_code=True).fingerprint())
+
+    code.mkdir()
+    config = json.loads((place / "config.json").read_text())
+    config |= {"model_type": "tiny_own", "auto_map": {"AutoConfig": f"{code}--own.OwnConfig"}}
+    config["auto_map"]["AutoModelForCausalLM"] = f"{code}--own.Own"
+    (place / "config.json").write_text(json.dumps(config))
+    for scale in (1, 2):
+        (code / "own.py").write_text(
+            "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+            f"SCALE = {scale}\n"
+            "class OwnConfig(Qwen2Config):\n    model_type = 'tiny_own'\n"
+            "class Own(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+        )
+        os.utime(code / "own.py", EPOCH)
+        inside.append(Source("a", place, trust_remote_code=True).fingerprint())
+    assert len({plain, *inside}) == 5
+
+
+def test_what_a_tokenizers_files_say_beside_its_vocabulary_is_in_its_fingerprint_where_it_does_something(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    plain = tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path))
+    told = "\n".join([tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True)])
+    # As it was when the stores that there are were filled.
+    assert plain == hashlib.sha256(f"{told}\n{tokenizer.chat_template}".encode()).hexdigest()
+    text = "red<|im_end|> blue ."
+    tokens = tokenizer(text).input_ids
+    seen = {plain: [tokens, tokenizer.decode(tokens)]}
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    for change in ({"split_special_tokens": True}, {"clean_up_tokenization_spaces": True, forced: True}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+        other = AutoTokenizer.from_pretrained(tmp_path)
+        found = [other(text).input_ids, other.decode(tokens)]
+        assert found != seen[plain]
+        seen[tokenizer_fingerprint(other)] = found
+    assert len(seen) == 3
+
+
+def test_a_tokenizer_in_python_is_known_by_its_files_and_the_models_own_code_by_its_content(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    code = (
+        "from transformers import PreTrainedTokenizer\n"
+        "class Own(PreTrainedTokenizer):\n"
+        "    vocab_files_names = {'rules_file': 'rules.txt'}\n"
+        "    def get_vocab(self): return {'a': 0}\n"
+        "    vocab_size = 1\n"
+        "    def _tokenize(self, text, **_): return list(text)\n"
+        "    def _convert_token_to_id(self, token): return 0\n"
+        "    def _convert_id_to_token(self, index): return 'a'\n"
+    )
+    auto = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto))
+    seen = set()
+    for rules, comment in (("one", ""), ("two", ""), ("two", "# another\n")):
+        (tmp_path / "rules.txt").write_text(rules)
+        (tmp_path / "own.py").write_text(code + comment)
+        for path in tmp_path.iterdir():
+            os.utime(path, EPOCH)
+        seen.add(tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)))
+    assert len(seen) == 3

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom: a file imports only files of lower rows (and of its own row where that is said).
 LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
-    {"recipe"},
+    {"recipe", "environment"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
-    {"package_file", "sources", "record", "terminal", "segments"},
+    {"package_file", "sources", "record", "terminal", "segments", "chat"},
     {"spectra"},
     {"data", "summary", "tables", "store"},
     {"ablation", "tasks", "tracking"},
@@ -43,6 +43,7 @@ ALLOWED_PACKAGES = {
 }
 WITHOUT_TORCH = {
     "errors",
+    "environment",
     "answers",
     "locks",
     "recipe",
