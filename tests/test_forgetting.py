@@ -130,9 +130,9 @@ def test_rows_of_a_file_are_passages_of_their_own(tmp_path: Path, suffix: str) -
         ("own.txt", "a", "evaluation.general_text: own.txt holds no text of two tokens or more"),
         ("own.txt", b"\xff\xfe", "evaluation.general_text: own.txt: not UTF-8 text at byte 0"),
         ("own.jsonl", '{"text": "a b"}\n{', "evaluation.general_text: own.jsonl:2: not valid JSON"),
-        ("own.jsonl", '{"body": "a b"}', "evaluation.general_text: own.jsonl row 1 has no field 'text'; it has body"),
-        ("own.jsonl", '{"text": null}', "evaluation.general_text: own.jsonl row 1: field 'text' is empty"),
-        ("own.jsonl", '{"text": ["a"]}', "evaluation.general_text: own.jsonl row 1: field 'text' is a list"),
+        ("own.jsonl", '{"body": "a b"}', "evaluation.general_text: own.jsonl:1 has no field 'text'; it has body"),
+        ("own.jsonl", '{"text": null}', "evaluation.general_text: own.jsonl:1: field 'text' is empty"),
+        ("own.jsonl", '{"text": ["a"]}', "evaluation.general_text: own.jsonl:1: field 'text' is a list"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_named_with_its_key(

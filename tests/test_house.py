@@ -14,8 +14,8 @@ LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
     {"recipe"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
-    {"package_file", "sources", "record", "terminal", "segments"},
-    {"spectra"},
+    {"package_file", "files", "record", "terminal", "segments"},
+    {"spectra", "sources"},
     {"data", "summary", "tables", "store"},
     {"ablation", "tasks", "tracking"},
     {"drawing", "differences"},
@@ -43,6 +43,7 @@ ALLOWED_PACKAGES = {
 }
 WITHOUT_TORCH = {
     "errors",
+    "files",
     "answers",
     "locks",
     "recipe",

@@ -65,7 +65,7 @@ def rows_file(path: Path, change: Callable[[str], str] = str) -> Path:
 def of_row(scores: list[ExampleScore]) -> dict[str, ExampleScore]:
     """By question: the rows of `rows_file` repeat them in one order."""
     questions = list(ANSWERS)
-    return {questions[int(score.id.split("-")[1]) % len(questions)]: score for score in scores}
+    return {questions[(int(score.id.rpartition(":")[2]) - 1) % len(questions)]: score for score in scores}
 
 
 def scored(
@@ -268,7 +268,7 @@ def test_an_answer_that_a_stop_string_would_cut_is_refused_with_its_row(
     path = write_rows(tmp_path / "t.jsonl", [{"q": str(n), "a": answer if n == 4 else "blue"} for n in range(8)])
     data = data_of(path, rows={"train": 4, "validation": 2, "test": 2}, stop=["END", stop])
     assert refusal(load_splits, data, tokenizer) == (
-        f"t.jsonl row 5: data.stop: {stop!r} would cut the right answer short, {answer!r}; leave it out"
+        f"t.jsonl:5: data.stop: {stop!r} would cut the right answer short, {answer!r}; leave it out"
     )
 
 
