@@ -600,6 +600,11 @@ class Evaluation(Section):
         description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
     )
     batch_tokens: PositiveInt = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    keep_prompts: bool = Field(
+        default=False,
+        description="Write what the model read into each row of `scores/*.jsonl`, beside the right answer: the prompt, "
+        "and the choices of a multiple choice; of a text all of it.",
+    )
     general_text: str | None = Field(
         default=SAMPLE,
         min_length=1,

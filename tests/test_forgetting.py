@@ -103,7 +103,7 @@ def test_a_long_text_is_cut_into_passages_and_none_of_it_is_left_out(tmp_path: P
     assert [token for p in passages for token in [*p.prompt, *p.answers[0]]] == ids
     assert [p.n_tokens for p in passages] == [100] * (len(ids) // 100) + [len(ids) % 100]
     assert all(len(p.prompt) == 1 for p in passages)
-    assert [p.id for p in passages[:2]] == ["general-0.0", "general-0.1"]
+    assert [p.id for p in passages[:2]] == ["own.txt:1.1", "own.txt:1.2"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

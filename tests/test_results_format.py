@@ -45,7 +45,7 @@ arms:
   base: {{links: 0}}
   chain2: {{links: 2}}
   full: {{method: full}}
-evaluation: {{general_text: {prose}}}
+evaluation: {{general_text: {prose}, keep_prompts: true}}
 seeds: [0]
 tracking: {{wandb: off}}
 output: {tmp_path_factory.mktemp("runs")}
