@@ -25,7 +25,7 @@ LAYERS = [
     {"batches", "bottleneck", "drift", "memory", "residual", "model", "moments", "report", "store_view"},
     {"adapters"},
     {"forward", "starts", "flops", "spectrum"},
-    {"chain", "evaluate", "train", "preview"},
+    {"chain", "evaluate", "train", "preview", "data_view"},
     {"states", "measure", "outcome", "learned"},
     {"bench", "score", "card"},
     {"job", "settle", "export", "run_view"},

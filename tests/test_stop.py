@@ -135,7 +135,9 @@ def test_an_answer_is_what_precedes_the_stop_string_in_transformers_own_continua
     model = tiny_model(seed=3)
     prompts = ["red", "what colour is the sky", "one two three " * 5, "maybe", "is the grass green or blue"]
     longest = len(tokenizer(" ####").input_ids) + 1
-    texts = {f"train.jsonl:{n + 1}": greedy(model, tokenizer, f"{prompt}?", longest + 4) for n, prompt in enumerate(prompts)}
+    texts = {
+        f"train.jsonl:{n + 1}": greedy(model, tokenizer, f"{prompt}?", longest + 4) for n, prompt in enumerate(prompts)
+    }
     files = {
         split: write_rows(tmp_path / f"{split}.jsonl", [{"q": q, "a": "####"} for q in asked])
         for split, asked in (("train", prompts), ("validation", ["a"]), ("test", ["b"]))
