@@ -91,7 +91,7 @@ def _say_left_out(splits: Splits, terminal: Terminal) -> None:
         terminal.say("no row is too long, or in two splits: none is left out or cut")
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text of each token as it stands in the whole; of a character's tokens the last one has it.
 
     Following `detokenize_incrementally` of text-generation-inference and vLLM: a token's text is what it adds to that

@@ -89,6 +89,22 @@ def check(found: set[str], keys: set[str]) -> None:
     assert {key for key, names in known.items() if not names & found} == set()
 
 
+def test_what_was_scored_can_be_read_again_from_the_row_that_its_id_names(run: Path, colours: Path) -> None:
+    lines = colours.read_text().splitlines()
+    files = list(run.glob("arms/*/seed-*/scores/*.jsonl"))
+    for file in files:
+        for score in read_jsonl(file):
+            if file.stem == "general":
+                assert score["id"].startswith("prose.jsonl:")
+                continue
+            name, _, line = score["id"].partition(":")
+            row = json.loads(lines[int(line) - 1])
+            assert (name, score["prompt"]) == (colours.name, f"{row['question']}?")
+            assert score["answer"] == row["answer"]
+            assert score["score"] == (score["prediction"].strip() == row["answer"])
+    assert len(files) == 12
+
+
 def test_every_key_of_a_result_is_documented_and_every_documented_key_is_there(run: Path) -> None:
     results = [json.loads(path.read_text()) for path in run.rglob("result.json")]
     assert len(results) == 7
