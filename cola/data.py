@@ -646,7 +646,9 @@ def _as_text(value: Any, field: str, what: str) -> str:
     if isinstance(value, float | Decimal) and math.isinf(value):
         raise DataError(f"{what} is infinite, or a number too large to be read")
     try:
-        text = value.decode() if isinstance(value, bytes) else label_text(value)
+        # 0.0000001 as a file of decimals has it, and not Python's 1E-7.
+        decimal = f"{value:f}" if isinstance(value, Decimal) else None
+        text = value.decode() if isinstance(value, bytes) else decimal or label_text(value)
         text.encode()
     except UnicodeDecodeError:
         raise DataError(f"{what} holds bytes that are no UTF-8 text") from None

@@ -63,21 +63,21 @@ def read_file(path: Path, key: str, whole: bool = False) -> DataFile:
     Raises:
         DataError: it is not there, cannot be read, or is ambiguous.
     """
-    if path.is_dir():
-        raise DataError(f"{key}: {path} is a folder; name a file")
     unpack = UNPACKERS.get(path.suffix.lower())
     kind = Path(path.stem if unpack else path.name).suffix.lower()
-    if kind not in READERS:
+    if kind not in READERS and not path.is_dir():
         packed = ", ".join(UNPACKERS)
         raise DataError(
             f"{key}: {path.name}: unknown kind {kind!r}; known are {', '.join(READERS)}, and these packed as {packed}"
         )
-    read = _read_whole if whole and kind == ".txt" else READERS[kind]
     try:
         raw = path.read_bytes()
+        read = _read_whole if whole and kind == ".txt" else READERS[kind]
         numbered = list(read(_unpacked(raw, path.name, unpack) if unpack else raw, path.name))
     except FileNotFoundError:
         raise DataError(f"{key}: {path} does not exist") from None
+    except IsADirectoryError:
+        raise DataError(f"{key}: {path} is a folder; name a file") from None
     except OSError as error:
         raise DataError(f"{key}: {path} cannot be read: {error.strerror}") from None
     except DataError as error:
@@ -295,13 +295,15 @@ def _read_csv(raw: bytes, name: str) -> Iterator[Numbered]:
         if cells is None:
             return
         place, begins = begins, reader.line_num + 1
-        if not cells:
+        if not cells or (len(cells) == 1 and cells[0].isspace() and (names is None or len(names) > 1)):
             continue
         if names is None:
             names = [cell.strip() for cell in cells]
             _check_names(names, f"{name}:{place}")
         elif len(cells) != len(names):
             raise DataError(f"{name}:{place}: not as many fields as the header has: {len(cells)}, not {len(names)}")
+        elif len(names) > 1 and [cell.strip() for cell in cells] == names:
+            raise DataError(f"{name}:{place}: the header again, as where two files are put together; take it out")
         else:
             # Spreadsheets and pandas write an index under no name, which no template could name.
             yield place, {column: cell for column, cell in zip(names, cells, strict=True) if column}

@@ -1,6 +1,7 @@
 """Rows as they come: local files, the hub, and procedural generators, each in a reproducible shuffled order."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def open_pools(data: Data) -> dict[str, Pool]:
 def _file_pools(files: Files) -> dict[str, Pool]:
     paths = {split: Path(getattr(files, split) or files.train) for split in SPLITS}
     # A link to another split's file is that file, unless it is to be read as another kind.
-    sources = {split: (path.resolve(), *path.suffixes) for split, path in paths.items()}
+    sources = {split: (os.path.realpath(path), *path.suffixes) for split, path in paths.items()}
     named = {sources[split]: path for split, path in reversed(paths.items())}
     names = [path.name for path in named.values()]
     opened = {

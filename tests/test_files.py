@@ -91,6 +91,8 @@ def test_a_table_has_the_rows_that_csv_counts(tmp_path: Path, name: str, delimit
 def test_a_row_is_called_by_the_line_on_which_it_begins(tmp_path: Path) -> None:
     table = file(tmp_path / "t.csv", 'q,a\n\n"over\ntwo lines",1\nlast,2\n')
     assert places_of(table) == ["t.csv:3", "t.csv:5"]
+    assert places_of(file(tmp_path / "t.csv", " \nq,a\n  \n1,2\n\t\n")) == ["t.csv:4"]
+    assert places_of(file(tmp_path / "t.csv", 'q\n" "\n""\n')) == ["t.csv:2", "t.csv:3"]
     assert places_of(file(tmp_path / "t.txt", "one\n\n\u2028\ntwo")) == ["t.txt:1", "t.txt:4"]
     assert places_of(file(tmp_path / "lines.json", '\n{"q": 1}\n\n{"q": 2}')) == ["lines.json:2", "lines.json:4"]
     # What has no lines of its own is counted.
@@ -154,6 +156,9 @@ def test_a_link_is_read_by_its_own_name(tmp_path: Path) -> None:
     again.symlink_to(link)
     pools = open_pools(data_of({"train": link, "validation": link, "test": again}))
     assert pools["test"] is pools["train"]  # one file: drawn from it without overlap
+    circle = tmp_path / "circle.jsonl"
+    circle.symlink_to(circle)
+    assert refusal(rows_of, circle).startswith(f"data.files: {circle} cannot be read: ")
 
 
 def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
@@ -181,6 +186,7 @@ def test_a_header_may_have_blanks_and_columns_without_a_name(tmp_path: Path) -> 
         ("t.jsonl", '{"m": [{"q": 1, "q": 2}]}\n', "t.jsonl:1: an object has the key 'q' twice"),
         ("t.json", '[{"q": 1},\n{"a": 1, "a": 2}]', "t.json line 2: an object has the key 'a' twice"),
         ("t.csv", "q,a\n1,2,3\n", "t.csv:2: not as many fields as the header has: 3, not 2"),
+        ("t.csv", "q,a\n1,2\nq,a\n3,4\n", "t.csv:3: the header again, as where two files are put together"),
         ("t.csv", "q,a\n1,x\ry\n", "t.csv:2: not valid CSV: a carriage return in a cell without quotes"),
         ("t.csv", 'q,a\n1,2\n"a"b,c\n', "t.csv:3: not valid CSV"),
         ("t.csv", "q,a\n1,\0\n", "t.csv:2: holds a NUL character"),
@@ -276,6 +282,7 @@ def test_the_columns_of_a_parquet_file_are_the_texts_that_they_stand_for(tmp_pat
         inner=pa.array([{"list": [b"x", b"y"]}]),
         words=pa.array(["word"]).dictionary_encode(),
         decimal=pa.array([Decimal("1.10")], pa.decimal128(5, 2)),
+        small=pa.array([Decimal("0.0000001")], pa.decimal128(9, 7)),
         single=pa.array([0.1], pa.float32()),
         time=pa.array([day], pa.timestamp("us")),
         flag=pa.array([True]),
@@ -287,7 +294,7 @@ def test_the_columns_of_a_parquet_file_are_the_texts_that_they_stand_for(tmp_pat
     (row,) = rows_of(path)
     wanted = {
         "binary": "é", "large": "long", "fixed": "abc", "inner.list.1": "y", "words": "word", "decimal": "1.10",
-        "single": "0.1", "time": str(day), "flag": "true", "pairs.k": "v",
+        "small": "0.0000001", "single": "0.1", "time": str(day), "flag": "true", "pairs.k": "v",
     }  # fmt: skip
     assert {name: fill(f"{{{name}}}", row, "here", "data.prompt") for name in wanted} == wanted
     for name in ("null", "nan"):
