@@ -1,4 +1,4 @@
-"""cola run | ablate | report | export | eval | inspect | store.
+"""cola run | ablate | data | report | compare | export | eval | inspect | store.
 
 Nothing heavy is imported before it is needed: `cola --help` loads neither torch nor wandb.
 """
@@ -137,6 +137,38 @@ def ablate(
     raise typer.Exit(code)
 
 
+class Split(StrEnum):
+    """The parts of a recipe's data."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@app.command("data")
+def show_data(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted.key=value, for example data.files=mine.jsonl", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show, token by token.")] = 3,
+    split: Annotated[Split, typer.Option(help="Of which part.")] = Split.train,
+) -> None:
+    """Show what a recipe trains and scores on: rows of each file, what is left out and why, and some rows as tokens.
+
+    No weights are loaded: the tokenizer is enough.
+    """
+    with _one_line_errors():
+        from cola.recipe_file import read_recipe
+        from cola.terminal import Terminal
+
+        opened = read_recipe(recipe, overrides or [])
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from cola.data_view import show
+
+        show(opened, Terminal(), split, rows)
+
+
 @app.command()
 def report(
     run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
@@ -239,14 +271,6 @@ class Codes(StrEnum):
 
     nf4 = "nf4"
     int8 = "int8"
-
-
-class Split(StrEnum):
-    """The parts of a recipe's data."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
 
 
 @app.command()

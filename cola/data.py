@@ -10,11 +10,13 @@ answered keeps its tokens, since no right answer is known when a model is asked,
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,14 @@ from cola.answers import is_cut_short
 from cola.cache import cache_dir
 from cola.chat import DAY, asks_for_the_date, chat_prompt
 from cola.errors import DataError
+from cola.files import Row
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
-from cola.sources import Pool, Row, open_pools, open_texts, shuffled
+from cola.sources import Pool, open_pools, open_texts, shuffled
 
 CHUNK = 512  # rows tokenized in one call
 GENERAL = "evaluation.general_text"  # the recipe's key
 PASSAGE_TOKENS = 256  # of a general text, that are read at a time
-CACHE_VERSION = 3  # part of every cached file's name: raise it when the same recipe must give other tokens
+CACHE_VERSION = 4  # part of every cached file's name: raise it when the same recipe must give other tokens
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Example:
     """One row, ready for the model.
 
     Attributes:
-        id: Split and place in the source, `test-17`.
+        id: File and line (where it has no lines: row) in the source, from 1, `test.jsonl:18`; of a text that was cut,
+            the piece too, `test.txt:18.2`.
         prompt: Token ids before the answer, special tokens included.
         answers: Token ids of each choice; one entry for tasks `answer` and `text`.
         gold: Index of the right answer.
@@ -159,13 +163,13 @@ def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -
     """
     path = Path(__file__).with_name("general.jsonl") if text == SAMPLE else Path(text)
     pool = open_texts(path, GENERAL)
-    rows = [(f"{path.name} row {n + 1}", pool.row(n)) for n in range(pool.size or 0)]
-    texts = [fill("{text}", row, place, GENERAL) for place, row in rows]
+    places = [pool.place(n) for n in range(pool.size or 0)]
+    texts = [fill("{text}", pool.row(n), place, GENERAL) for n, place in enumerate(places)]
     data = Data(files=Files(train=str(path)), task="text", text="{text}", max_length=longest, too_long="split")
     encode = _Encoder(data, tokenizer)
     passages = []
-    for n, (whole, tokens) in enumerate(zip(texts, encode._tokens(texts), strict=True)):
-        passages += encode._text(f"general-{n}", _Rendered(whole, [], [], None, None), tokens).examples
+    for place, whole, tokens in zip(places, texts, encode._tokens(texts), strict=True):
+        passages += encode._text(place, _Rendered(whole, [], [], None, None), tokens).examples
     if not passages:
         raise DataError(f"{GENERAL}: {path.name} holds no text of two tokens or more")
     return passages
@@ -314,7 +318,7 @@ def _draw_split(
         chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - rows)))
         if not chunk:
             break
-        for encoded in encode.rows(split, pool, chunk):
+        for encoded in encode.rows(pool, chunk):
             marks = {("prompt", encoded.text), ("group", encoded.group)}
             if any(marks & others for others in seen.values()):
                 overlapping += 1
@@ -456,19 +460,19 @@ class _Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=special)
         return encoded.input_ids  # pyright: ignore[reportReturnType] - a list of texts gives a list of lists
 
-    def rows(self, split: str, pool: Pool, indices: list[int]) -> Iterator[_Encoded]:
-        rows = [pool.row(i) for i in indices]
-        rendered = [self._render(row, f"{pool.name} row {i + 1}") for i, row in zip(indices, rows, strict=True)]
+    def rows(self, pool: Pool, indices: list[int]) -> Iterator[_Encoded]:
+        places = [pool.place(i) for i in indices]
+        rendered = [self._render(pool.row(i), place) for i, place in zip(indices, places, strict=True)]
         if self.data.task == "text":
             pieces = self._tokens([r.prompt for r in rendered])
-            for index, row, tokens in zip(indices, rendered, pieces, strict=True):
-                yield self._text(f"{split}-{index}", row, tokens)
+            for place, row, tokens in zip(places, rendered, pieces, strict=True):
+                yield self._text(place, row, tokens)
             return
         prompts = self._tokens([r.prompt for r in rendered])
         wholes = iter(self._tokens([r.prompt + answer for r in rendered for answer in r.answers]))
-        for index, row, prompt in zip(indices, rendered, prompts, strict=True):
+        for place, row, prompt in zip(places, rendered, prompts, strict=True):
             if row.label is not None:
-                self.labels[f"{split}-{index}"] = row.label
+                self.labels[place] = row.label
             texts = [next(wholes) for _ in row.answers]
             shared = min(_n_shared(prompt, whole) for whole in texts)
             if shared == len(prompt) or row.label is not None:
@@ -477,8 +481,8 @@ class _Encoder:
                 kept, answers = prompt, [self._apart(answer) for answer in row.answers]
             if not kept and not self.bos:
                 why = "the choices begin within its first token" if prompt else "the prompt is empty"
-                raise DataError(f"{pool.name} row {index + 1}: data.prompt: {why}")
-            yield self._pair(f"{split}-{index}", row, kept, answers)
+                raise DataError(f"{place}: data.prompt: {why}")
+            yield self._pair(place, row, kept, answers)
 
     def _apart(self, answer: str) -> list[int]:
         """An answer's own tokens, without the space that some tokenizers put before a text."""
@@ -509,7 +513,7 @@ class _Encoder:
             return _Encoded(row.prompt, row.group, False, [])
         starts = range(0, len(tokens), limit) if self.data.too_long == "split" else [0]
         examples = []
-        for number, start in enumerate(starts):
+        for number, start in enumerate(starts, start=1):
             piece = [*self.bos, *tokens[start : start + limit]]
             if len(piece) > 1:
                 whole = len(starts) == 1
@@ -519,7 +523,7 @@ class _Encoder:
 
     def _render(self, row: Row, place: str) -> _Rendered:
         data = self.data
-        group = label_text(lookup(row, data.group, place, "data.group")) if data.group else None
+        group = _text_of(row, data.group, place, "data.group") if data.group else None
         if data.task == "text":
             assert data.text is not None
             return _Rendered(fill(data.text, row, place, "data.text"), [], [], None, group)
@@ -549,7 +553,7 @@ class _Encoder:
     def _choices(self, row: Row, place: str) -> _Label:
         data = self.data
         assert data.label is not None
-        label = label_text(lookup(row, data.label, place, "data.label"))
+        label = _text_of(row, data.label, place, "data.label")
         names = None
         if isinstance(data.choices, dict):
             texts, names = list(data.choices.values()), list(data.choices)
@@ -560,7 +564,7 @@ class _Encoder:
             own = lookup(row, data.choices, place, "data.choices")
             if not isinstance(own, list | tuple) or len(own) < 2:
                 raise DataError(f"{place}: data.choices: field {data.choices!r} is no list of two or more answers")
-            texts = [label_text(text) for text in own]
+            texts = _texts_of(own, data.choices, place, "data.choices")
             names = self._names(row, place, len(texts))
         readings = [data.label_is] if data.label_is else ["index", "text"] if names is None else ["name"]
         found: dict[str, int | None] = {}
@@ -586,7 +590,7 @@ class _Encoder:
             value = lookup(row, given, place, "data.choice_labels")
             if not isinstance(value, list | tuple):
                 raise DataError(f"{place}: data.choice_labels: field {given!r} is no list of names")
-            names = [label_text(name) for name in value]
+            names = _texts_of(value, given, place, "data.choice_labels")
         if len(names) != n_choices:
             raise DataError(f"{place}: data.choice_labels: {len(names)} names for {n_choices} choices")
         if len(set(names)) < n_choices:
@@ -626,9 +630,51 @@ def lookup(row: Row, field: str, place: str, key: str) -> Any:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise DataError(f"{key}: {place} has no field {field!r}; it has {', '.join(names)}{hint}")
         value = value[part]
-    if value is None:
-        raise DataError(f"{key}: {place}: field {field!r} is empty")
+    return _known(value, f"{key}: {place}: field {field!r}")
+
+
+def _known(value: Any, what: str) -> Any:
+    # What no value was known of is null, or NaN in a column of numbers and in the JSON that is made of one.
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
+        raise DataError(f"{what} is empty")
     return value
+
+
+def _text_of(row: Row, field: str, place: str, key: str) -> str:
+    return _as_text(lookup(row, field, place, key), field, f"{key}: {place}: field {field!r}")
+
+
+def _texts_of(values: Sequence[Any], field: str, place: str, key: str) -> list[str]:
+    """The items of a field that is a list."""
+    names = [f"{field}.{number}" for number in range(len(values))]
+    whats = [f"{key}: {place}: field {name!r}" for name in names]
+    items = zip(values, names, whats, strict=True)
+    return [_as_text(_known(value, what), name, what) for value, name, what in items]
+
+
+def _as_text(value: Any, field: str, what: str) -> str:
+    """A value as the text that it is trained on.
+
+    Raises:
+        DataError: it has none.
+    """
+    if isinstance(value, dict | list | tuple):
+        kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
+        entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"
+        raise DataError(f"{what} is a {kind}; name one of its entries: {entries}")
+    if isinstance(value, float | Decimal) and math.isinf(value):
+        raise DataError(f"{what} is infinite, or a number too large to be read")
+    try:
+        # 0.0000001 as a file of decimals has it, and not Python's 1E-7.
+        decimal = f"{value:f}" if isinstance(value, Decimal) else None
+        text = value.decode() if isinstance(value, bytes) else decimal or label_text(value)
+        text.encode()
+    except UnicodeDecodeError:
+        raise DataError(f"{what} holds bytes that are no UTF-8 text") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{what} holds half of a character, {half} alone") from None
+    return text
 
 
 def fill(template: str, row: Row, place: str, key: str) -> str:
@@ -646,10 +692,5 @@ def fill(template: str, row: Row, place: str, key: str) -> str:
         if field is not None:
             if spec or conversion or not field:
                 raise DataError(f"{key}: {template!r}: between braces stands a field's name, as in {{question}}")
-            value = lookup(row, field, place, key)
-            if isinstance(value, dict | list):
-                kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
-                entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"
-                raise DataError(f"{key}: {place}: field {field!r} is a {kind}; name one of its entries: {entries}")
-            parts.append(label_text(value))
+            parts.append(_text_of(row, field, place, key))
     return "".join(parts)

@@ -15,7 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -290,6 +290,29 @@ def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[lis
 
 def _nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def score_rows(
+    examples: Sequence[Example], scores: Sequence[ExampleScore], tokenizer: PreTrainedTokenizerBase, prompts: bool
+) -> list[dict[str, Any]]:
+    """The rows of scores/SPLIT.jsonl: each score with the right answer beside it.
+
+    Args:
+        examples: What was scored.
+        scores: Theirs, in the same order.
+        tokenizer: Gives the tokens that were read back as text.
+        prompts: Whether to add that text (of a task `text` all of it) and a multiple choice's answers.
+    """
+    rows = []
+    for example, score in zip(examples, scores, strict=True):
+        answer = example.texts[example.gold] if example.texts else None
+        row = {**asdict(score), "answer": answer, "gold": example.gold if len(example.answers) > 1 else None}
+        if prompts:
+            read = example.prompt if example.texts else [*example.prompt, *example.answers[0]]
+            row["prompt"] = tokenizer.decode(read, clean_up_tokenization_spaces=False)
+            row["choices"] = example.texts if len(example.answers) > 1 else None
+        rows.append(row)
+    return rows
 
 
 def mean_loss(scores: Iterable[ExampleScore]) -> float:

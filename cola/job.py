@@ -23,9 +23,10 @@ from cola import adapters
 from cola.batches import batch_order, training_batches
 from cola.bench import Bench
 from cola.chain import Chain, Knot, retie, run_chain
+from cola.data import Example
 from cola.drift import Drift, Outputs
 from cola.errors import ModelError
-from cola.evaluate import ExampleScore, evaluation_of, forgetting_of, mean_loss, mean_score
+from cola.evaluate import ExampleScore, evaluation_of, forgetting_of, mean_loss, mean_score, score_rows
 from cola.flops import Cost
 from cola.interrupt import Interrupted
 from cola.memory import peaks, restart_peaks
@@ -477,7 +478,7 @@ class JobRun:
         for name in self.splits:
             compute = partial(self._score_tied, step, name)
             scores[name] = self.measured.scores(name, step, "tied", compute)
-            self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), map(asdict, scores[name]))
+            self._write_scores(name, self.rows_of[name], scores[name])
         return evaluation_of(scores) | ({} if self.job.trial else {"general": self._forgetting(step)})
 
     def _forgetting(self, step: int) -> dict[str, Any] | None:
@@ -491,8 +492,12 @@ class JobRun:
         # Asked for last: where a model had to be loaded for anything else, this was measured then.
         before = self._general_before(None)
         after = after or before  # without links nothing is forgotten
-        self.bench.folder.write_jsonl(self._name("scores/general.jsonl"), map(asdict, after))
+        self._write_scores("general", self.general, after)
         return forgetting_of(before, after)
+
+    def _write_scores(self, name: str, examples: Sequence[Example], scores: Sequence[ExampleScore]) -> None:
+        rows = score_rows(examples, scores, self.evaluator.tokenizer, self.recipe.evaluation.keep_prompts)
+        self.bench.folder.write_jsonl(self._name(f"scores/{name}.jsonl"), rows)
 
     def _general_before(self, model: PreTrainedModel | None) -> list[ExampleScore]:
         """The general text by the untouched base, whose name all arms and seeds on it share.

@@ -38,7 +38,8 @@ from cola.data import Example, Splits
 from cola.errors import DataError, ModelError
 from cola.package_file import need_package, package_file
 
-HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 # Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
@@ -87,14 +88,17 @@ class Source:
                 digest.update(type(self.skeleton()).__module__.encode())
         return digest.hexdigest()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, **where: str) -> PreTrainedTokenizerBase:
         """The base's tokenizer.
+
+        Args:
+            where: `gguf_file`, where it is in a file of that kind and not yet in one of its own.
 
         Raises:
             ModelError: the folder has none.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(
                 f"model.name_or_path: {self.name}: no tokenizer could be loaded: {_line(error)}"
@@ -223,6 +227,23 @@ def find_model(
     return _source(settings, snapshot, revision=snapshot.name, quantized=quantized)
 
 
+def find_tokenizer(settings: recipe.Model) -> PreTrainedTokenizerBase:
+    """The base's tokenizer alone: no weights are fetched from the hub, and a GGUF file is not dequantized.
+
+    Raises:
+        ModelError: it is not there, or cannot be reached.
+    """
+    name = settings.name_or_path
+    path = package_file(name) if name.startswith("package://") else Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
+    if not path.exists() and recipe.is_remote(name):
+        path = _from_hub(settings, HUB_TEXTS)
+    elif not path.is_dir():
+        raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix == '.gguf' else 'folder'}")
+    return Source(name, path, settings.trust_remote_code).tokenizer()
+
+
 def find_adapter(settings: recipe.Model) -> Path | None:
     """The folder of a PEFT adapter, here or on the hub; None for what is no adapter.
 
@@ -265,9 +286,9 @@ def _source(settings: recipe.Model, folder: Path, revision: str | None = None, q
     return source
 
 
-def _from_hub(settings: recipe.Model) -> Path:
+def _from_hub(settings: recipe.Model, files: Sequence[str] = HUB_FILES) -> Path:
     name = settings.name_or_path
-    files = [*HUB_FILES, "*.py"] if settings.trust_remote_code else HUB_FILES
+    files = [*files, "*.py"] if settings.trust_remote_code else [*files]
     try:
         return Path(snapshot_download(name, revision=settings.revision, allow_patterns=files))
     # The hub client, its http library and its cache raise errors without a common base.

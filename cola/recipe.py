@@ -86,7 +86,17 @@ class Hub(Section):
 
 
 class Files(Section):
-    """Local JSONL, JSON, CSV or Parquet files. Splits that name the same file are drawn from it without overlap."""
+    """Local JSONL, JSON, CSV, TSV, Parquet or text files, also packed (.gz, .bz2, .xz, .zst). Splits that name the same
+    file are drawn from it without overlap.
+
+    A file is read as its own name says, also where it is a link. A row is a line of JSONL (`.jsonl`, `.ndjson`) and of
+    text (`.txt`, the field `text`), a record of CSV and TSV (a cell in quotes may hold line ends), an item of a list in
+    `.json` (or an object on lines of its own there), a row of Parquet. Blank lines are no rows; there are no comments.
+    Text is UTF-8, or what its byte order mark says. Blanks around the names of a CSV header are taken off (where one
+    follows every comma of the header, off the cells too), and columns without a name are passed over. An empty cell of
+    CSV is an empty text; null and NaN are no value, and a row that lacks one is named. Two columns or keys of one name
+    are an error. Bytes are text if they are UTF-8. `cola data RECIPE` shows what is read.
+    """
 
     train: str = Field(min_length=1, description="File for training rows.")
     validation: str | None = Field(default=None, description="File for validation rows; default: the training file.")
@@ -617,6 +627,11 @@ class Evaluation(Section):
         description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
     )
     batch_tokens: PositiveInt = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    keep_prompts: bool = Field(
+        default=False,
+        description="Write what the model read into each row of `scores/*.jsonl`, beside the right answer: the prompt, "
+        "and the choices of a multiple choice; of a text all of it.",
+    )
     general_text: str | None = Field(
         default=SAMPLE,
         min_length=1,

@@ -459,11 +459,14 @@ def _with_seeds(search: Search, seeds: list[int]) -> Search:
 
 
 def find_path(name: str, base: Path) -> str:
-    """An existing path as absolute, looked for from the working directory, then beside the recipe."""
+    """An existing path as absolute, looked for from the working directory, then beside the recipe.
+
+    A link keeps its own name: what it leads to, in a hub's cache, may have no suffix that says how to read it.
+    """
     path = Path(name).expanduser()
     for candidate in (path, base / path):
         if candidate.exists():
-            return str(candidate.resolve())
+            return str(candidate.parent.resolve() / candidate.name)
     return str(path.absolute())
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from cola import adapters, environment, recipe
 from cola.data import load_splits
 from cola.errors import ModelError, RunFolderError
-from cola.evaluate import Evaluator, ExampleScore, evaluation_of
+from cola.evaluate import Evaluator, evaluation_of, score_rows
 from cola.model import Source, check_fit, dtype_warning, find_adapter, find_model, make_accelerator, quiet_libraries
 from cola.outcome import Outcome, outcomes
 from cola.recipe import SPLITS, Recipe
@@ -51,13 +51,13 @@ class Scored:
     Attributes:
         label: The target's.
         evaluation: Loss, score and number of rows of each split, as in result.json.
-        scores: Every example's.
+        rows: Of each split, for a file: every example's score and right answer.
         reported: The same numbers as the run reported them, on the same data; None where it was other data.
     """
 
     label: str
     evaluation: dict[str, Any]
-    scores: dict[str, list[ExampleScore]]
+    rows: dict[str, list[dict[str, Any]]]
     reported: dict[str, Any] | None
 
 
@@ -97,16 +97,17 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
         terminal.warn(warning)
     evaluator = Evaluator.of(data, tokenizer, loaded, accelerator)
     model = target.load(accelerator.device)
-    scores = {}
+    scores, written = {}, {}
     for split in splits:
         rows = loaded.of(seed)[split]
         whose = f" that seed {seed} draws" if split == "train" and loaded.redrawn else ""
         terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows{whose})")
         scores[split] = evaluator(model, rows)
+        written[split] = score_rows(rows, scores[split], tokenizer, data.evaluation.keep_prompts)
     reported = None
     if target.reported is not None and target.reported[0] == loaded.fingerprint:
         reported = target.reported[1]
-    return Scored(target.label, evaluation_of(scores), scores, reported)
+    return Scored(target.label, evaluation_of(scores), written, reported)
 
 
 @dataclass(frozen=True)
@@ -275,8 +276,8 @@ def write_scores(scored: Sequence[Scored], folder: Path) -> None:
         json.dumps({one.label: one.evaluation for one in scored}, indent=1) + "\n", encoding="utf-8"
     )
     for one in scored:
-        for split, rows in one.scores.items():
+        for split, rows in one.rows.items():
             where = folder / "scores" / one.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
             where.mkdir(parents=True, exist_ok=True)
             file = where / f"{split}.jsonl"
-            file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,21 +1,17 @@
 """Rows as they come: local files, the hub, and procedural generators, each in a reproducible shuffled order."""
 
-import csv
-import hashlib
 import json
+import os
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from cola.errors import DataError
+from cola.files import Row, read_file
 from cola.plan import derived_seed
 from cola.recipe import SPLITS, Data, Files, Hub, ReasoningGym
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,14 @@ class Pool:
         fingerprint: Changes when the rows may have changed.
         size: Rows there are; None for a generator without end.
         row: Row by index from 0.
+        place: Where that row stands, `test.jsonl:18`: its file and line, or its number from 1 where there are no lines.
     """
 
     name: str
     fingerprint: str
     size: int | None
     row: Callable[[int], Row]
+    place: Callable[[int], str]
 
     def order(self, seed: int) -> Iterator[int]:
         """Indices in the order in which they are drawn."""
@@ -67,28 +65,27 @@ def open_pools(data: Data) -> dict[str, Pool]:
     return _gym_pools(data.reasoning_gym)
 
 
-def _from_list(name: str, fingerprint: str, rows: Sequence[Row]) -> Pool:
-    return Pool(name, fingerprint, len(rows), rows.__getitem__)
-
-
 def _file_pools(files: Files) -> dict[str, Pool]:
     paths = {split: Path(getattr(files, split) or files.train) for split in SPLITS}
-    opened = {path: _from_file(path, "data.files") for path in set(paths.values())}
-    return {split: opened[path] for split, path in paths.items()}
+    # A link to another split's file is that file, unless it is to be read as another kind.
+    sources = {split: (os.path.realpath(path), *path.suffixes) for split, path in paths.items()}
+    named = {sources[split]: path for split, path in reversed(paths.items())}
+    names = [path.name for path in named.values()]
+    opened = {
+        source: _from_file(path, path.name if names.count(path.name) == 1 else str(path), "data.files")
+        for source, path in named.items()
+    }
+    return {split: opened[source] for split, source in sources.items()}
 
 
-def _from_file(path: Path, key: str) -> Pool:
-    return _from_list(path.name, _digest(path, key), _read(path, key, _read_lines))
+def _from_file(path: Path, name: str, key: str, whole: bool = False) -> Pool:
+    file = read_file(path, key, whole)
 
+    def place(index: int) -> str:
+        return f"{name}:{file.numbers[index]}"
 
-def _digest(path: Path, key: str) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DataError(f"{key}: {path} does not exist") from None
-    except OSError as error:
-        raise DataError(f"{key}: {path} cannot be read: {error.strerror}") from None
+    # Both are in the examples: what a row is called, and how the file was read, which its suffix says.
+    return Pool(name, f"{name} {file.sha256}", len(file.rows), file.rows.__getitem__, place)
 
 
 def open_texts(path: Path, key: str) -> Pool:
@@ -101,100 +98,7 @@ def open_texts(path: Path, key: str) -> Pool:
     Raises:
         DataError: it is not there, or cannot be read.
     """
-    return _from_list(path.name, _digest(path, key), _read(path, key, _read_whole))
-
-
-def _read(path: Path, key: str, read_text: Callable[[Path], list[Row]]) -> list[Row]:
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": _read_parquet,
-        ".txt": read_text,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{key}: {path.name}: unknown kind {path.suffix!r}; known are {', '.join(readers)}")
-    try:
-        rows = reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{key}: {path.name}: not UTF-8 text at byte {error.start}") from None
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from None
-    if not rows:
-        raise DataError(f"{key}: {path.name} holds no rows")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path.name}:{number}: not valid JSON: {error.msg}") from None
-                rows.append(_mapping(row, f"{path.name}:{number}"))
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path.name}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path.name}: a JSON file holds a list of objects; for one a line use .jsonl")
-    return [_mapping(row, f"{path.name} item {number}") for number, row in enumerate(rows)]
-
-
-def _mapping(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a row is an object with named fields, not a {type(row).__name__}")
-    return row
-
-
-def _read_csv(path: Path) -> list[Row]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        # Spreadsheets of half the world write .csv with semicolons.
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in header and "," not in header else ","
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        rows = []
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(f"{path.name}:{reader.line_num}: not as many fields as the header has")
-                rows.append(row)
-        except csv.Error as error:
-            raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from None
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path.name}: not a readable Parquet file: {error}") from None
-
-
-def _read_lines(path: Path) -> list[Row]:
-    # Not splitlines, which also ends a line at a form feed and five other characters of a text.
-    lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    return [{"text": line} for line in lines if line.strip()]
-
-
-def _read_whole(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
-    return [{"text": text}] if text.strip() else []
+    return _from_file(path, path.name, key, whole=True)
 
 
 def _hub_pools(hub: Hub) -> dict[str, Pool]:
@@ -215,7 +119,8 @@ def _hub_pools(hub: Hub) -> dict[str, Pool]:
                     "without a network, fetch it elsewhere and name the files under data.files"
                 ) from error
             name = f"{hub.name}[{source}]"
-            opened[source] = Pool(name, f"{hub.name}/{hub.config}/{table._fingerprint}", len(table), table.__getitem__)
+            fingerprint = f"{hub.name}/{hub.config}/{table._fingerprint}"
+            opened[source] = Pool(name, fingerprint, len(table), table.__getitem__, _numbered(name))
         pools[split] = opened[source]
     return pools
 
@@ -234,5 +139,10 @@ def _gym_pools(gym: ReasoningGym) -> dict[str, Pool]:
         except (ValueError, TypeError, AssertionError) as error:
             raise DataError(f"data.reasoning_gym: {gym.name}: {error or 'an option is out of range'}") from None
         spec = json.dumps([gym.name, seed, gym.options, version("reasoning-gym")], sort_keys=True)
-        pools[split] = Pool(f"reasoning_gym {gym.name} ({split})", spec, None, dataset.__getitem__)
+        name = f"reasoning_gym {gym.name} ({split})"
+        pools[split] = Pool(name, spec, None, dataset.__getitem__, _numbered(name))
     return pools
+
+
+def _numbered(name: str) -> Callable[[int], str]:
+    return lambda index: f"{name}:{index + 1}"

@@ -6,6 +6,7 @@ python docs/generate.py --check    exit 1 if a file is not what would be written
 
 import json
 import sys
+from inspect import cleandoc
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -99,7 +100,7 @@ def reference() -> str:
     for name, section in SECTIONS:
         parts.append(f"\n## {f'`{name}`' if name else 'Top level'}\n")
         if section.__doc__:
-            parts.append(f"{section.__doc__.strip()}\n")
+            parts.append(f"{cleandoc(section.__doc__)}\n")
         parts.append("| key | value | default | meaning |\n| :-- | :-- | :-- | :-- |")
         inherited = set(recipe.LinkSettings.model_fields) if section in (recipe.Arm, recipe.OneLink) else set()
         for key, field in section.model_fields.items():

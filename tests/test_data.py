@@ -59,7 +59,12 @@ def count(train: int | None = 4, validation: int | None = 2, test: int | None = 
 
 def by_row(splits: Splits) -> dict[int, Example]:
     """All examples by the place of their row in the one file that they come from."""
-    return {int(example.id.split("-")[1]): example for _, examples in splits.items() for example in examples}
+    return {row_of(example): example for _, examples in splits.items() for example in examples}
+
+
+def row_of(example: Example) -> int:
+    """The place of its row in a file without blank lines, from 0."""
+    return int(example.id.rpartition(":")[2]) - 1
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -137,9 +142,8 @@ def test_values_keep_the_types_that_json_and_parquet_give_them(tmp_path: Path) -
     [
         ("t.jsonl", '{"q": 1}\n\n{"q": 2\n{"q": 3}\n', "t.jsonl:3: not valid JSON"),
         ("t.jsonl", '{"q": 1}\n[1, 2]\n', "t.jsonl:2: a row is an object with named fields, not a list"),
-        ("t.json", '[{"q": 1},\n{"q": }]', "t.json:2: not valid JSON"),
-        ("t.json", '{"q": 1}', "t.json: a JSON file holds a list of objects; for one a line use .jsonl"),
-        ("t.json", '[{"q": 1}, "x"]', "t.json item 1: a row is an object"),
+        ("t.json", '[{"q": 1},\n{"q": }]', "t.json line 2: not valid JSON"),
+        ("t.json", '[{"q": 1}, "x"]', "t.json:2: a row is an object"),
         ("t.jsonl", "", "t.jsonl holds no rows"),
         ("t.jsonl", "\n\n", "t.jsonl holds no rows"),
         ("t.json", "[]", "t.json holds no rows"),
@@ -153,8 +157,8 @@ def test_values_keep_the_types_that_json_and_parquet_give_them(tmp_path: Path) -
         ("t.xlsx", "anything", "t.xlsx: unknown kind '.xlsx'; known are .jsonl, "),
         ("t", "anything", "t: unknown kind ''"),
         ("t.parquet", "not parquet", "t.parquet: not a readable Parquet file"),
-        ("t.jsonl", b'{"q": "\xff"}\n', "t.jsonl: not UTF-8 text"),
-        ("t.csv", b"q,a\n\xff,2\n", "t.csv: not UTF-8 text"),
+        ("t.jsonl", b'{"q": "\xff"}\n', "t.jsonl:1: not UTF-8 text"),
+        ("t.csv", b"q,a\n\xff,2\n", "t.csv:2: not UTF-8 text"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where_and_why(
@@ -181,7 +185,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
-    assert "cannot be read" in refusal(rows_of, tmp_path)
+    assert f"data.files: {tmp_path} is a folder; name a file" == refusal(rows_of, tmp_path)
 
 
 def test_a_hub_set_that_cannot_be_had_says_so_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +327,7 @@ def test_a_template_can_name_fields_and_nothing_else(template: str, reason: str)
 def test_a_missing_field_names_the_file_and_the_row(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"q": f"{i}", "answr": "y"} for i in range(8)])
     said = refusal(load_splits, data_of(path, answer="{answer}", rows=count()), tokenizer)
-    assert "data.answer: t.jsonl row " in said
+    assert "data.answer: t.jsonl:" in said
     assert said.endswith("has no field 'answer'; it has q, answr; did you mean answr?")
 
 
@@ -495,7 +499,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path, tokenize
 
 
 def ids(splits: Splits) -> dict[str, list[int]]:
-    return {name: [int(e.id.split("-")[1]) for e in examples] for name, examples in splits.items()}
+    return {name: [row_of(e) for e in examples] for name, examples in splits.items()}
 
 
 def test_splits_of_one_file_are_drawn_without_overlap(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -674,9 +678,9 @@ def test_a_long_text_is_split_into_pieces_that_make_it_up(tmp_path: Path, tokeni
         files[name].write_text("\n".join(lines))
     splits = load_splits(data_of(files, task="text", max_length=20), tokenizer)
     whole = tokens(tokenizer, texts[0])
-    pieces = [e for e in splits.train if e.id.startswith("train-0")]
+    pieces = [e for e in splits.train if e.id.startswith("train.txt:1.")]
     assert [e.prompt + e.answers[0] for e in pieces] == [whole[:20], whole[20:40], whole[40:]]
-    assert [(e.id, e.group) for e in pieces] == [(f"train-0.{n}", "train-0") for n in range(3)]
+    assert [(e.id, e.group) for e in pieces] == [(f"train.txt:1.{n}", "train.txt:1") for n in (1, 2, 3)]
     assert splits.notes == ["train: 1 row longer than 20 tokens, split"]
     assert len(splits.train) == 5 + 3
 
@@ -693,7 +697,7 @@ def test_a_long_text_can_be_passed_over_or_cut_at_its_end(
         path.write_text("\n".join(lines))
     splits = load_splits(data_of(files, task="text", max_length=20, too_long=too_long), tokenizer)
     assert len(splits.train) == n_examples
-    cut = [e for e in splits.train if e.id == "train-0"]
+    cut = [e for e in splits.train if e.id == "train.txt:1"]
     assert [e.prompt + e.answers[0] for e in cut] == [tokens(tokenizer, texts[0])[:20]] * (too_long == "truncate")
     assert splits.notes == [f"train: 1 row longer than 20 tokens, {done}"]
 

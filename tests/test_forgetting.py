@@ -103,7 +103,7 @@ def test_a_long_text_is_cut_into_passages_and_none_of_it_is_left_out(tmp_path: P
     assert [token for p in passages for token in [*p.prompt, *p.answers[0]]] == ids
     assert [p.n_tokens for p in passages] == [100] * (len(ids) // 100) + [len(ids) % 100]
     assert all(len(p.prompt) == 1 for p in passages)
-    assert [p.id for p in passages[:2]] == ["general-0.0", "general-0.1"]
+    assert [p.id for p in passages[:2]] == ["own.txt:1.1", "own.txt:1.2"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
@@ -130,9 +130,9 @@ def test_rows_of_a_file_are_passages_of_their_own(tmp_path: Path, suffix: str) -
         ("own.txt", "a", "evaluation.general_text: own.txt holds no text of two tokens or more"),
         ("own.txt", b"\xff\xfe", "evaluation.general_text: own.txt: not UTF-8 text at byte 0"),
         ("own.jsonl", '{"text": "a b"}\n{', "evaluation.general_text: own.jsonl:2: not valid JSON"),
-        ("own.jsonl", '{"body": "a b"}', "evaluation.general_text: own.jsonl row 1 has no field 'text'; it has body"),
-        ("own.jsonl", '{"text": null}', "evaluation.general_text: own.jsonl row 1: field 'text' is empty"),
-        ("own.jsonl", '{"text": ["a"]}', "evaluation.general_text: own.jsonl row 1: field 'text' is a list"),
+        ("own.jsonl", '{"body": "a b"}', "evaluation.general_text: own.jsonl:1 has no field 'text'; it has body"),
+        ("own.jsonl", '{"text": null}', "evaluation.general_text: own.jsonl:1: field 'text' is empty"),
+        ("own.jsonl", '{"text": ["a"]}', "evaluation.general_text: own.jsonl:1: field 'text' is a list"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_named_with_its_key(

@@ -98,7 +98,7 @@ def test_a_label_outside_the_choices_is_refused_with_its_row(
 ) -> None:
     path = labelled(tmp_path / "t.jsonl", [label] * 3, endings=["red", "blue"])
     said = refusal(lambda: golds(tokenizer, path, choices=choices))
-    assert "t.jsonl row " in said
+    assert "t.jsonl:" in said
     assert "data.label: " in said
     assert "is none of the choices: " in said
 
@@ -165,7 +165,7 @@ def test_labels_that_can_all_be_read_in_two_ways_stop_at_the_row_that_they_diffe
     path = mmlu(tmp_path / "t.jsonl", agrees, agrees, MMLU)
     said = refusal(lambda: golds(tokenizer, path, choices="choices"))
     assert said == (
-        "t.jsonl row 3: data.label: '2' is the index of '24' and the text of '2'; write data.label_is: index or "
+        "t.jsonl:3: data.label: '2' is the index of '24' and the text of '2'; write data.label_is: index or "
         "data.label_is: text"
     )
     assert golds(tokenizer, path, choices="choices", label_is="index") == ["1", "1", "24"]
@@ -178,7 +178,7 @@ def test_labels_of_two_kinds_are_refused_with_a_row_of_each(tmp_path: Path, toke
     said = refusal(lambda: golds(tokenizer, path, choices="choices"))
     number, text = ("'3'", "index", 1), ("'8'", "text", 2)
     assert said in {
-        f"t.jsonl row {row}: data.label: {label} is the {kind} of a choice, and {other} of t.jsonl row {other_row} the "
+        f"t.jsonl:{row}: data.label: {label} is the {kind} of a choice, and {other} of t.jsonl:{other_row} the "
         f"{other_kind} of one; all labels must be of one kind"
         for (label, kind, row), (other, other_kind, other_row) in ((number, text), (text, number))
     }

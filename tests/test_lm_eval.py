@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 def write_task(folder: Path, run: Path, name: str, **settings: Any) -> Path:
     """A task file and its rows, as docs/export.md has them: the run's test rows, in the order of its scores."""
     rows, scores = rows_of(run), reported(run, "chain3")
-    chosen = [rows[int(score["id"].removeprefix("test-"))] for score in scores]
+    chosen = [rows[int(score["id"].rpartition(":")[2]) - 1] for score in scores]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     task = {
         "task": name,

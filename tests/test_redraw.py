@@ -38,8 +38,8 @@ def test_each_seed_draws_its_own_training_rows_from_what_test_and_validation_hav
     fixed = load_splits(data_of(path, rows=count(20, 8, 12)), tokenizer)
     splits = redrawn(path, [0, 1, 5], tokenizer, rows=count(20, 8, 12))
     assert (splits.validation, splits.test, splits.train) == (fixed.validation, fixed.test, [])
-    held_out = {example.id.partition("-")[2] for example in [*splits.validation, *splits.test]}
-    drawn = {seed: [example.id.partition("-")[2] for example in splits.train_of(seed)] for seed in (0, 1, 5)}
+    held_out = {example.id for example in [*splits.validation, *splits.test]}
+    drawn = {seed: [example.id for example in splits.train_of(seed)] for seed in (0, 1, 5)}
     for rows in drawn.values():
         assert len(set(rows)) == 20
         assert not held_out.intersection(rows)

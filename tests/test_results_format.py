@@ -45,7 +45,7 @@ arms:
   base: {{links: 0}}
   chain2: {{links: 2}}
   full: {{method: full}}
-evaluation: {{general_text: {prose}}}
+evaluation: {{general_text: {prose}, keep_prompts: true}}
 seeds: [0]
 tracking: {{wandb: off}}
 output: {tmp_path_factory.mktemp("runs")}
@@ -87,6 +87,22 @@ def check(found: set[str], keys: set[str]) -> None:
     known = {key: spelled_out(key) for key in keys}
     assert found - set().union(*known.values()) == set()
     assert {key for key, names in known.items() if not names & found} == set()
+
+
+def test_what_was_scored_can_be_read_again_from_the_row_that_its_id_names(run: Path, colours: Path) -> None:
+    lines = colours.read_text().splitlines()
+    files = list(run.glob("arms/*/seed-*/scores/*.jsonl"))
+    for file in files:
+        for score in read_jsonl(file):
+            if file.stem == "general":
+                assert score["id"].startswith("prose.jsonl:")
+                continue
+            name, _, line = score["id"].partition(":")
+            row = json.loads(lines[int(line) - 1])
+            assert (name, score["prompt"]) == (colours.name, f"{row['question']}?")
+            assert score["answer"] == row["answer"]
+            assert score["score"] == (score["prediction"].strip() == row["answer"])
+    assert len(files) == 12
 
 
 def test_every_key_of_a_result_is_documented_and_every_documented_key_is_there(run: Path) -> None:

@@ -65,7 +65,7 @@ def rows_file(path: Path, change: Callable[[str], str] = str) -> Path:
 def of_row(scores: list[ExampleScore]) -> dict[str, ExampleScore]:
     """By question: the rows of `rows_file` repeat them in one order."""
     questions = list(ANSWERS)
-    return {questions[int(score.id.split("-")[1]) % len(questions)]: score for score in scores}
+    return {questions[(int(score.id.rpartition(":")[2]) - 1) % len(questions)]: score for score in scores}
 
 
 def scored(
@@ -135,7 +135,9 @@ def test_an_answer_is_what_precedes_the_stop_string_in_transformers_own_continua
     model = tiny_model(seed=3)
     prompts = ["red", "what colour is the sky", "one two three " * 5, "maybe", "is the grass green or blue"]
     longest = len(tokenizer(" ####").input_ids) + 1
-    texts = {f"train-{n}": greedy(model, tokenizer, f"{prompt}?", longest + 4) for n, prompt in enumerate(prompts)}
+    texts = {
+        f"train.jsonl:{n + 1}": greedy(model, tokenizer, f"{prompt}?", longest + 4) for n, prompt in enumerate(prompts)
+    }
     files = {
         split: write_rows(tmp_path / f"{split}.jsonl", [{"q": q, "a": "####"} for q in asked])
         for split, asked in (("train", prompts), ("validation", ["a"]), ("test", ["b"]))
@@ -268,7 +270,7 @@ def test_an_answer_that_a_stop_string_would_cut_is_refused_with_its_row(
     path = write_rows(tmp_path / "t.jsonl", [{"q": str(n), "a": answer if n == 4 else "blue"} for n in range(8)])
     data = data_of(path, rows={"train": 4, "validation": 2, "test": 2}, stop=["END", stop])
     assert refusal(load_splits, data, tokenizer) == (
-        f"t.jsonl row 5: data.stop: {stop!r} would cut the right answer short, {answer!r}; leave it out"
+        f"t.jsonl:5: data.stop: {stop!r} would cut the right answer short, {answer!r}; leave it out"
     )
 
 
