@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from cola.errors import RecipeError
-from cola.recipe import KnotRules, OneLink, Recipe, Search, Training
+from cola.recipe import MOST_STEPS, KnotRules, OneLink, Recipe, Search, Training
 
 Choice: TypeAlias = tuple[tuple[str, Any], ...]  # searched keys and the values tried
 
@@ -83,7 +83,8 @@ def plan_arm(
         total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
 
     Raises:
-        RecipeError: the links' own lengths do not add up to the run's steps, or a link has no learning rate above 0.
+        RecipeError: the links' own lengths do not add up to the run's steps, there are more steps than a run may have,
+            or a link has no learning rate above 0.
     """
     recipe = recipe.with_choice(arm, dict(choice) or next(iter(recipe.choices_of(arm)), {}))
     training, rules = recipe.training, recipe.knot_of(arm)
@@ -91,6 +92,11 @@ def plan_arm(
     if not settings:
         return []
     lengths = _share(recipe, arm, settings, n_train, total or budget_steps(training, n_train))
+    if sum(lengths) > MOST_STEPS:  # before there is a number for each
+        raise RecipeError(
+            f"arms.{arm}: {sum(lengths)} optimizer steps; {MOST_STEPS} are the most: lower training.epochs or "
+            "training.steps, raise training.batch_size, or take fewer links"
+        )
     peak = _number(recipe.learning_rate_of(arm))
     assert peak is not None
     scopes = [sum(lengths)] if rules.schedule == "run" else lengths

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from cola.errors import QUOTED, RecipeError, listed, plain, quoted
-from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, Search, is_remote
+from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, Search, is_remote, label_text
 
 MOST_BYTES = 1_000_000  # of a recipe's file
-MOST_VALUES = 20_000  # in a recipe, what its aliases stand for counted each time
+MOST_VALUES = 40_000  # in a recipe, what its aliases stand for counted each time
+MOST_FAULTS = 100  # that are looked at
 DEEPEST = 50  # mappings and lists inside each other
 
 # Keys that people paste from other tools -> the key that is meant here.
@@ -124,7 +127,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.open:
-                raise yaml.composer.ComposerError(None, None, f"*{event.anchor} is inside itself", event.start_mark)
+                raise ComposerError(None, None, f"*{event.anchor} is inside itself", event.start_mark)
             node = super().compose_node(parent, index)
             return node and self._copy(node, len(self.open), event.start_mark)
         self._count(len(self.open), event.start_mark)
@@ -141,14 +144,14 @@ class _Loader(yaml.SafeLoader):
             value = [(self._copy(key, depth + 1, mark), self._copy(one, depth + 1, mark)) for key, one in node.value]
         else:
             value = [self._copy(one, depth + 1, mark) for one in node.value]
-        return type(node)(node.tag, value, node.start_mark, node.end_mark, node.flow_style)
+        return type(node)(node.tag, value, node.start_mark, node.end_mark)
 
     def _count(self, depth: int, mark: yaml.Mark) -> None:
         self.size += 1
         if self.size > MOST_VALUES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES} values, aliases counted", mark)
+            raise ComposerError(None, None, f"more than {MOST_VALUES} values, aliases counted", mark)
         if depth > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} lists and mappings in another", mark)
+            raise ComposerError(None, None, f"more than {DEEPEST} lists and mappings in another", mark)
 
 
 TEXT, MERGE, MAPPING, LIST = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "map", "seq"))
@@ -178,6 +181,8 @@ for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
 
 
+# Where numbers, true and false stand for their texts, as they do in data files.
+LABELS = {("data", "choices"), ("data", "choice_labels")}
 KINDS = {"int": "a number", "float": "a number", "bool": "true or false", "null": "nothing"}
 
 
@@ -191,7 +196,9 @@ def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Mark
             if not is_text and node.tag != loader.resolve(yaml.ScalarNode, node.value, (True, False)):
                 raise _wrong_tag(node)
             if not _is_unicode(node.value):
-                raise yaml.constructor.ConstructorError(None, None, "half a character (a surrogate)", node.start_mark)
+                raise ConstructorError(None, None, "half a character (a surrogate)", node.start_mark)
+            if not is_text and path[:-1] in LABELS and (fault := _not_as_written(node, loader)):
+                raise RecipeError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: {fault}")
             line = marks[path].line if path in marks else node.start_mark.line + 1
             marks[path] = Mark(line, None if is_text else node.value)
             return
@@ -205,11 +212,10 @@ def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Mark
             if key is not None:
                 place = f"{where}:{key.start_mark.line + 1}"
                 if not isinstance(key, yaml.ScalarNode):
-                    raise RecipeError(f"{place}: {_dotted(path)}: a key is a text, not a list or a mapping")
+                    raise RecipeError(f"{place}: a key is a text, not a list or a mapping")
                 if name in seen:
                     raise RecipeError(f"{place}: {_dotted((*path, name))} is given twice")
-                # Labels are numbers, true and false in data files too.
-                if key.tag not in (TEXT, MERGE) and path != ("data", "choices"):
+                if key.tag not in (TEXT, MERGE) and path not in LABELS:
                     raise RecipeError(f"{place}: {_dotted((*path, name))}: {_in_quotes(name, key.tag)}")
                 seen.add(name)
                 note(key, (*path, name))
@@ -233,9 +239,17 @@ def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Mark
         loader.dispose()
 
 
+def _not_as_written(node: yaml.ScalarNode, loader: _Loader) -> str | None:
+    """Why a label or an answer's text that YAML takes for something else cannot stay so: its text would be another."""
+    value = loader.construct_object(node)
+    if isinstance(value, bool) or label_text(value) == node.value:
+        return None
+    return _in_quotes(node.value, node.tag)
+
+
 def _wrong_tag(node: yaml.Node) -> yaml.MarkedYAMLError:
     what = f"could not determine a constructor for the tag {quoted(node.tag)} of this value"
-    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+    return ConstructorError(None, None, what, node.start_mark)
 
 
 def _is_unicode(text: str) -> bool:
@@ -249,7 +263,7 @@ def _dotted(path: tuple[str, ...]) -> str:
 def _in_quotes(text: str, tag: str) -> str:
     """What to do about a text that YAML takes for something else."""
     kind = KINDS[tag.rpartition(":")[2]]
-    return f"{plain(text) or 'a blank'} is {kind} to YAML; for the text write it in quotes: \"{plain(text)}\""
+    return f'{plain(text) or "a blank"} is {kind} to YAML; for the text write it in quotes: "{plain(text)}"'
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -357,9 +371,8 @@ def _override(raw: dict, override: str, marks: Marks) -> None:
         value, told = _parse(text, shown, tuple(keys)) if text.strip() else (None, {})
     except RecipeError as error:
         # The shell takes one pair of quotes away.
-        raise RecipeError(
-            f"{error}; text with braces or colons is quoted for YAML too: \"{plain(dotted)}='...'\""
-        ) from None
+        hint = f"; text with braces or colons is quoted for YAML too: \"{plain(dotted)}='...'\""
+        raise RecipeError(f"{error}{hint if 'not valid YAML' in str(error) else ''}") from None
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
         below = f"{shown}: {_dotted(tuple(keys[: depth + 1]))} has no keys below it"
@@ -410,12 +423,13 @@ def _explain(error: ValidationError, raw: dict, where: str, marks: Marks) -> lis
     messages = []
     reasons: dict[tuple[tuple[str, ...], str], list[str]] = {}  # a value that may be of several kinds has several
     faults = [(fault, *_locate(fault, raw)) for fault in error.errors()]
-    for fault, path, node in faults:
-        # A mapping that was tried as a number too (learning_rate: {search: ..}) is none, and that is no fault of it
-        # where there is another: below it, or of what it says.
+    for fault, path, node in faults[:MOST_FAULTS]:
+        # What was tried as something else too (learning_rate: {search: ..} as a number) is none, and that is no fault
+        # of it where there is another: below it, or of what it says.
         others = [(one["type"], other) for one, other, _ in faults if other[: len(path)] == path]
-        told = any(other != path or not _is_other_kind(type) for type, other in others)
-        if _is_other_kind(fault["type"]) and isinstance(node, dict | list) and told:
+        deeper = isinstance(node, dict | list) and any(other != path for _, other in others)
+        told = deeper or any(not _is_other_kind(type) for type, other in others if other == path)
+        if _is_other_kind(fault["type"]) and told:
             continue
         if fault["type"] == "extra_forbidden":
             found = _unknown(path)
@@ -433,9 +447,14 @@ def _explain(error: ValidationError, raw: dict, where: str, marks: Marks) -> lis
         mark = next((marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in marks), Mark(0))
         # A fault of the whole recipe names its keys itself; the file's first line would point at nothing.
         place = where if not path else f"{where}:{mark.line}" if mark.line else f"{where} (override)"
-        text = said[0] if own else f"{' or '.join(said)}{_got(path, faults, marks)}"
+        text = said[0] if own else f"{_either(said)}{_got(path, faults, marks)}"
         messages.append(f"{place}: {_dotted(path)}: {text}" if path else f"{place}: {text}")
     return messages
+
+
+def _either(reasons: list[str]) -> str:
+    first, *others = reasons
+    return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
 
 
 def _is_other_kind(type: str) -> bool:
@@ -449,10 +468,12 @@ def _got(path: tuple[str, ...], faults: list[tuple[ErrorDetails, tuple[str, ...]
     types, node = {fault["type"] for fault, _ in mine}, mine[0][1]
     if types & {"extra_forbidden", "missing"}:
         return ""
-    written = marks.get(path, Mark(0)).text
+    line, written = marks.get(path, Mark(0))
     got = f"; got {quoted(node) if written is None else plain(written) or 'nothing'}"
     if "string_type" in types and written and not isinstance(node, dict | list):
-        return f"{got}, which is {KINDS[_tag_of(node)]} to YAML; for the text write it in quotes: \"{plain(written)}\""
+        quotes = f'"{plain(written)}"'
+        quotes = quotes if line else f"{_dotted(path)}='{quotes}'"  # the shell takes one pair away
+        return f"{got}, which is {KINDS[_tag_of(node)]} to YAML; for the text write it in quotes: {quotes}"
     return got
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from cola.choice import Trials
 from cola.compare import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
-from cola.errors import RunFolderError
+from cola.errors import RunFolderError, listed, quoted
 from cola.plan import trials_of
 from cola.recipe import SPLITS, Recipe
 from cola.record import RunFolder
@@ -428,8 +428,8 @@ def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
         if arm not in known:
             near = difflib.get_close_matches(arm, known, 1)
             raise RunFolderError(
-                f"--contrast {','.join(pair)}: no arm is called {arm!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+                f"--contrast {','.join(pair)}: no arm is called {quoted(arm)}"
+                + (f"; did you mean {near[0]}?" if near else f"; there are {listed(known)}")
             )
     if pair[0] == pair[1]:
         raise RunFolderError(f"--contrast {','.join(pair)}: an arm is not compared with itself; name two")
