@@ -68,7 +68,7 @@ def run(
         list[str] | None, typer.Argument(help="dotted.key=value, for example arms.chain3.links=4", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights and no data, use no network.")
+        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights, use no network.")
     ] = False,
     run_folder: Annotated[
         Path | None, typer.Option(help="The run's own folder. Default: a new one under the recipe's output.")

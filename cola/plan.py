@@ -182,20 +182,14 @@ def schedule(training: Training, n_steps: int, warmup_steps: float | None = None
     step of a warm-up has learning rate 0. `warmup_steps`: default training.warmup_steps.
     """
     warmup = _warmup(training.warmup_steps if warmup_steps is None else warmup_steps, n_steps)
-    factors = []
-    for step in range(n_steps):
-        if step < warmup:
-            factors.append(step / max(1, warmup))
-            continue
-        done = (step - warmup) / max(1, n_steps - warmup)
-        match training.schedule:
-            case "constant":
-                factors.append(1.0)
-            case "linear":
-                factors.append(max(0.0, 1.0 - done))
-            case "cosine":
-                factors.append(max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))))
-    return factors
+    rising, rest = [step / warmup for step in range(min(warmup, n_steps))], n_steps - warmup
+    match training.schedule:
+        case "constant":
+            return rising + [1.0] * rest
+        case "linear":
+            return rising + [1.0 - step / rest for step in range(rest)]
+        case "cosine":
+            return rising + [0.5 * (1.0 + math.cos(math.pi * (step / rest))) for step in range(rest)]
 
 
 def evaluation_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[int]:

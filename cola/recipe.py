@@ -6,6 +6,7 @@
 import itertools
 import math
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -266,6 +267,21 @@ class Data(Section):
         # An unquoted {question}, or one whose quotes the shell took, is a mapping to YAML; here it can mean one thing.
         alone = isinstance(value, dict) and len(value) == 1 and None in value.values()
         return f"{{{next(iter(value))}}}" if alone else value
+
+    @field_validator("prompt", "answer", "text")
+    @classmethod
+    def _names_fields(cls, value: str | None) -> str | None:
+        try:
+            pieces = list(string.Formatter().parse(value or ""))
+        except ValueError as error:
+            raise ValueError(f"{quoted(value)}: {error}; a brace of the text itself is written twice") from None
+        for _, field, spec, conversion in pieces:
+            if field is not None and (spec or conversion or not field):
+                raise ValueError(
+                    f"{quoted(value)}: between braces stands a field's name, as in {{question}}, with no : or ! in it; "
+                    "rename the field in the data"
+                )
+        return value
 
     @field_validator("choices", "choice_labels", mode="before")
     @classmethod
