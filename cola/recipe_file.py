@@ -222,7 +222,11 @@ def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Mark
                 marks[(*path, name)] = Mark(key.start_mark.line + 1)
             note(value, (*path, name))
 
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{where}:{line}: not valid YAML: the character U+{error.character:04X} in it") from None
     try:
         node = loader.get_single_node()
         if node is None:
