@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom: a file imports only files of lower rows (and of its own row where that is said).
 LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
-    {"recipe"},
+    {"recipe", "shapes"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
     {"package_file", "sources", "record", "terminal", "segments"},
     {"spectra"},
@@ -49,6 +49,7 @@ WITHOUT_TORCH = {
     "recipe_file",
     "plan",
     "record",
+    "shapes",
     "spectra",
     "compare",
     "choice",
