@@ -239,7 +239,7 @@ class RunFolder:
             try:
                 result = read_json(path, shapes.Result)
                 if result is not None and path.parent != self.path / "arms" / place_of(result):
-                    raise _damaged(path, f"it is the result of {plain(place_of(result))}")
+                    raise damaged_file(path, f"it is the result of {plain(place_of(result))}")
             except RunFolderError as error:
                 if damaged is None:
                     raise
@@ -448,11 +448,11 @@ def read_json(path: Path, shape: type[shapes.Shape]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _damaged(path, error.strerror or "it cannot be read") from None
+        raise damaged_file(path, error.strerror or "it cannot be read") from None
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged_file(path, str(error)) from None
     if (fault := shapes.fault_of(value, shape)) is not None:
-        raise _damaged(path, fault)
+        raise damaged_file(path, fault)
     return value
 
 
@@ -462,7 +462,8 @@ def place_of(result: dict[str, Any]) -> Path:
     return Path(info["arm"]) / f"seed-{info['seed']}"
 
 
-def _damaged(path: Path, why: str) -> RunFolderError:
+def damaged_file(path: Path, why: str) -> RunFolderError:
+    """What is said of a file of a run that cannot be used."""
     return RunFolderError(f"{path} is damaged ({why}); delete it and go on with `cola run --resume`")
 
 
@@ -487,9 +488,9 @@ def read_jsonl(path: Path, shape: type[shapes.Shape] = shapes.Shape) -> list[dic
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged_file(path, str(error)) from None
     if (fault := shapes.fault_of(rows, list[shape])) is not None:
-        raise _damaged(path, f"row {fault}")
+        raise damaged_file(path, f"row {fault}")
     return rows
 
 

@@ -5,6 +5,7 @@ docs/results.md has every key; what is not here may be missing or be anything.
 """
 
 import math
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -198,6 +199,12 @@ class MetricRow(Shape):
     loss: Number | None = None
     learning_rate: Number | None = None
 
+    @model_validator(mode="after")
+    def _drawn(self) -> Self:
+        if (self.kind != "knot" and self.loss is None) or (self.kind == "step" and self.learning_rate is None):
+            raise ValueError("a step or a look without its loss or learning rate")
+        return self
+
 
 class Trial(Shape):
     values: dict[str, Any]
@@ -286,6 +293,11 @@ class SpectrumVersion(Shape):
     version: int
 
 
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
 def fault_of(value: Any, shape: Any) -> str | None:
     """What is wrong with a file's content, in a few words; None where it has the shape.
 
@@ -294,7 +306,7 @@ def fault_of(value: Any, shape: Any) -> str | None:
         shape: A class above, or a list of one.
     """
     try:
-        TypeAdapter(shape).validate_python(value)
+        _adapter(shape).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(plain(part) for part in first["loc"])

@@ -109,7 +109,7 @@ def _values(what: str, seeds: list[Matrices]) -> list[float]:
     each = []
     for matrices in seeds:
         values = [one["updates"][what]["values"] for one in matrices if what in one["updates"]]
-        values = [[value / row[0] for value in row] for row in values if row]
+        values = [[value / row[0] for value in row] for row in values if row and row[0]]
         if values:
             each.append(np.median(_filled(values), axis=0).tolist())
     return [float(value) for value in np.mean(_filled(each), axis=0)] if each else []

@@ -490,7 +490,8 @@ def _remove_all(paths: Iterable[Path]) -> None:
 def _state_of(path: Path) -> str | None:
     """The state that a measurement is of; None where it is damaged."""
     try:
-        return _read(path)["what"]["state"]
+        state = _read(path)["what"]["state"]
+        return state if isinstance(state, str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
