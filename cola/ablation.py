@@ -10,6 +10,7 @@ No torch.
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -27,6 +28,7 @@ from cola.record import RunFolder, make_new, write_text
 from cola.summary import METRICS
 from cola.tables import NONE, Table, cost_cells, interval, matched_text, spread
 
+MOST_POINTS = 1_000  # each of them a run
 FORMAT = 4  # of ablation.json, and raised with that of the points' runs
 
 
@@ -74,6 +76,9 @@ def points_of(recipe_path: Path, assignments: list[str], paired: bool) -> list[P
     lengths = {key: len(values) for key, values in lists.items()}
     if paired and len(set(lengths.values())) > 1:
         raise RecipeError(f"--paired: the lists must be of one length; they have {lengths}")
+    number = max(lengths.values()) if paired else math.prod(lengths.values())
+    if number > MOST_POINTS:
+        raise RecipeError(f"the lists make {number} points; {MOST_POINTS} are the most: give fewer values")
     combinations = zip(*lists.values(), strict=True) if paired else itertools.product(*lists.values())
     points: list[Point] = []
     for number, values in enumerate(combinations, 1):

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cola import bottleneck
-from cola.errors import ModelError
+from cola.errors import ModelError, listed, quoted
 from cola.recipe import OneLink
 from cola.residual import LinkWeights, Pair, weight_of
 
@@ -141,7 +141,7 @@ def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
             near = difflib.get_close_matches(target, kinds, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ModelError(
-                f"target_modules: {target!r} matches no linear layer; {hint}the model has {', '.join(kinds)}, "
+                f"target_modules: {quoted(target)} matches no linear layer; {hint}the model has {listed(kinds)}, "
                 "or write all-linear"
             )
         found += matches

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cola.errors import ColaError, RunChanged, RunFolderError
+from cola.errors import ColaError, RunChanged, RunFolderError, plain
 from cola.interrupt import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ app = typer.Typer(
 store_app = typer.Typer(no_args_is_help=True, help="What runs share: trained segments and what was measured of them.")
 app.add_typer(store_app, name="store")
 
+# What the system says of a user's disk or path.
+USERS_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP}
 INTERRUPTED = 130
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -66,7 +68,7 @@ def run(
         list[str] | None, typer.Argument(help="dotted.key=value, for example arms.chain3.links=4", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights and no data, use no network.")
+        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights, use no network.")
     ] = False,
     run_folder: Annotated[
         Path | None, typer.Option(help="The run's own folder. Default: a new one under the recipe's output.")
@@ -720,9 +722,9 @@ def _one_line_errors(unsaid: str = "") -> Iterator[None]:
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        if error.errno not in USERS_ERRORS:
             raise
-        print(f"error: {error.filename or 'a file'}: {os.strerror(error.errno)}", file=sys.stderr)
+        print(f"error: {plain(error.filename or 'a file', 300)}: {os.strerror(error.errno)}", file=sys.stderr)
         raise typer.Exit(2) from None
     except Interrupted:
         print("interrupted; the same command goes on", file=sys.stderr)

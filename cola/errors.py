@@ -1,12 +1,53 @@
 """What can go wrong in a user's words: one line, saying what, where and what would be right.
 
 The command line prints these without a traceback and exits with code 2; anything else is a defect of cola
-and keeps its traceback.
+and keeps its traceback. What of the user's is shown is cut here, so that no message is longer than can be read.
 """
+
+from collections.abc import Iterable
+
+QUOTED = 80  # characters of a value or name that a message shows
+LONGEST = 1500  # characters of a message
+MOST_LINES = 12  # of a message
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, as every message shows one: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 4]}...{text[-1]}"
+
+
+def plain(name: object, most: int = QUOTED) -> str:
+    """A name as it is, without quotes, on one line and cut where it is long."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def listed(names: Iterable[object], most: int = 40) -> str:
+    """Names with commas between them, of many the first."""
+    shown = [plain(name) for name in names]
+    more = len(shown) - most
+    return ", ".join(shown) if more <= 0 else f"{', '.join(shown[:most])} and {more} more"
 
 
 class ColaError(Exception):
     """Base of every error that is the user's to mend."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_readable(message))
+
+
+def _readable(message: str) -> str:
+    """A message in as many characters and lines as can be read: the first faults of many, and of a long line its
+    beginning, which says what is wrong, and its end, which says what would be right."""
+    lines = message.splitlines()
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more"]
+    if sum(map(len, lines)) > LONGEST:
+        room = LONGEST // len(lines)
+        lines = [line if len(line) <= room else f"{line[: room // 2]} ... {line[5 - room // 2 :]}" for line in lines]
+    return "\n".join(lines)
 
 
 class RecipeError(ColaError, ValueError):

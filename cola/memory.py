@@ -4,11 +4,15 @@ What is in memory already at that point counts. Weights that are read from a fil
 the part of it that is there.
 """
 
+import os
 import re
 from pathlib import Path
 
 import torch
 
+from cola.errors import ModelError
+
+TRAINED_BYTES = 16  # of each parameter: in float32 with its gradient and AdamW's two moments
 PROCESS = Path("/proc/self")
 
 
@@ -21,6 +25,32 @@ def restart_peaks(device: torch.device) -> bool:
     except OSError:
         return False  # another system, or a container that forbids it: the peak would be one of long ago
     return True
+
+
+def need_memory(n_trained: int, device: torch.device) -> None:
+    """Check that what a link trains has room, which is the least that its training takes.
+
+    Args:
+        n_trained: Parameters.
+        device: That computes.
+
+    Raises:
+        ModelError: it has not.
+    """
+    room, wanted = memory_of(device), TRAINED_BYTES * n_trained
+    if wanted > room:
+        raise ModelError(
+            f"{n_trained} trained parameters take {wanted / 1e9:.1f} GB with their gradients and AdamW's moments, and "
+            f"there are {room / 1e9:.1f} GB: lower rank (or bottleneck, num_virtual_tokens, encoder_hidden_size), or "
+            "name fewer target_modules"
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory in all: the GPU's, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peaks(device: torch.device, process: bool) -> dict[str, int | None]:

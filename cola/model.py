@@ -40,6 +40,8 @@ from cola.package_file import need_package, package_file
 
 HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
+# What the readers of a damaged or unknown GGUF file raise: they check little of what they read.
+GGUF_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, ImportError, RuntimeError)
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 # Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
@@ -317,13 +319,35 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
         model.save_pretrained(aside)
         AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(aside)
         aside.replace(folder)
-    except (OSError, ValueError, KeyError, NotImplementedError, ImportError) as error:
+    except GGUF_ERRORS as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         if not (folder / "config.json").is_file():  # another process may have been first
             raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def gguf_config(file: Path) -> Path:
+    """A folder with the config of a GGUF file's model, read from its metadata the first time; no weight is read.
+
+    Raises:
+        ModelError: it is no GGUF file that can be read.
+    """
+    name = f"{file.stem}-{_file_digest(file)[:16]}"
+    dequantized, folder = (cache_dir() / kind / name for kind in ("models", "configs"))
+    if (dequantized / "config.json").is_file():
+        return dequantized
+    if not (folder / "config.json").is_file():
+        try:
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except GGUF_ERRORS as error:
+            raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {_line(error)}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".config.{os.getpid()}"
+        aside.write_text(config.to_json_string(), encoding="utf-8")
+        aside.replace(folder / "config.json")
     return folder
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cola import adapters, residual
 from cola.chain import Chain, retie
-from cola.errors import ModelError, RunFolderError
+from cola.errors import ModelError, RunFolderError, listed, quoted
 from cola.model import Source, find_model
 from cola.plan import Job
 from cola.recipe import KnotRules, OneLink, Recipe, is_remote
@@ -210,7 +210,7 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
     if arm is not None and arm not in recipe.arms:
         near = difflib.get_close_matches(arm, recipe.arms, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise RunFolderError(f"{run} has no arm {arm!r}{hint} It has {', '.join(recipe.arms)}")
+        raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")
     if seed is not None and seed not in recipe.seeds:
         raise RunFolderError(f"{run} has no seed {seed}; it has {', '.join(map(str, recipe.seeds))}")
     found, missing = [], []

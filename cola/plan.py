@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from cola.errors import RecipeError
-from cola.recipe import KnotRules, OneLink, Recipe, Search, Training
+from cola.recipe import MOST_STEPS, KnotRules, OneLink, Recipe, Search, Training
 
 Choice: TypeAlias = tuple[tuple[str, Any], ...]  # searched keys and the values tried
 
@@ -83,7 +83,8 @@ def plan_arm(
         total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
 
     Raises:
-        RecipeError: the links' own lengths do not add up to the run's steps, or a link has no learning rate above 0.
+        RecipeError: the links' own lengths do not add up to the run's steps, there are more steps than a run may have,
+            or a link has no learning rate above 0.
     """
     recipe = recipe.with_choice(arm, dict(choice) or next(iter(recipe.choices_of(arm)), {}))
     training, rules = recipe.training, recipe.knot_of(arm)
@@ -91,6 +92,11 @@ def plan_arm(
     if not settings:
         return []
     lengths = _share(recipe, arm, settings, n_train, total or budget_steps(training, n_train))
+    if sum(lengths) > MOST_STEPS:  # before there is a number for each
+        raise RecipeError(
+            f"arms.{arm}: {sum(lengths)} optimizer steps; {MOST_STEPS} are the most: lower training.epochs or "
+            "training.steps, raise training.batch_size, or take fewer links"
+        )
     peak = _number(recipe.learning_rate_of(arm))
     assert peak is not None
     scopes = [sum(lengths)] if rules.schedule == "run" else lengths
@@ -176,20 +182,14 @@ def schedule(training: Training, n_steps: int, warmup_steps: float | None = None
     step of a warm-up has learning rate 0. `warmup_steps`: default training.warmup_steps.
     """
     warmup = _warmup(training.warmup_steps if warmup_steps is None else warmup_steps, n_steps)
-    factors = []
-    for step in range(n_steps):
-        if step < warmup:
-            factors.append(step / max(1, warmup))
-            continue
-        done = (step - warmup) / max(1, n_steps - warmup)
-        match training.schedule:
-            case "constant":
-                factors.append(1.0)
-            case "linear":
-                factors.append(max(0.0, 1.0 - done))
-            case "cosine":
-                factors.append(max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))))
-    return factors
+    rising, rest = [step / warmup for step in range(min(warmup, n_steps))], n_steps - warmup
+    match training.schedule:
+        case "constant":
+            return rising + [1.0] * rest
+        case "linear":
+            return rising + [1.0 - step / rest for step in range(rest)]
+        case "cosine":
+            return rising + [0.5 * (1.0 + math.cos(math.pi * (step / rest))) for step in range(rest)]
 
 
 def evaluation_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[int]:

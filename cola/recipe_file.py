@@ -6,14 +6,21 @@ Unknown keys are errors that name the file, the line and the key that was probab
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from cola.errors import RecipeError
-from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, Search, is_remote
+from cola.errors import QUOTED, RecipeError, listed, plain, quoted
+from cola.recipe import METHODS, SAMPLE, Arm, Files, LinkSettings, OneLink, Recipe, Search, is_remote, label_text
+
+MOST_BYTES = 1_000_000  # of a recipe's file
+MOST_VALUES = 40_000  # in a recipe, what its aliases stand for counted each time
+MOST_FAULTS = 100  # that are looked at
+DEEPEST = 50  # mappings and lists inside each other
 
 # Keys that people paste from other tools -> the key that is meant here.
 PASTED_KEYS = {
@@ -90,10 +97,64 @@ PASTED_KEYS = {
 }
 
 
+class Mark(NamedTuple):
+    """Where a key or value of a recipe is.
+
+    Attributes:
+        line: From 1; 0: in an override.
+        text: How a value is written that is no text to YAML, such as `1e3`.
+    """
+
+    line: int
+    text: str | None = None
+
+
+Marks = dict[tuple[str, ...], Mark]
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose scalars are read as YAML 1.2 reads them."""
+    """Safe YAML whose scalars are read as YAML 1.2 reads them, and whose aliases are copies: who changes one of them
+    later changes no other."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.open: list[str | None] = []  # anchors of the nodes that are being read, from the outermost in
+        self.size = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.open:
+                raise ComposerError(None, None, f"*{event.anchor} is inside itself", event.start_mark)
+            node = super().compose_node(parent, index)
+            return node and self._copy(node, len(self.open), event.start_mark)
+        self._count(len(self.open), event.start_mark)
+        self.open.append(getattr(event, "anchor", None))
+        node = super().compose_node(parent, index)
+        self.open.pop()
+        return node
+
+    def _copy(self, node: yaml.Node, depth: int, mark: yaml.Mark) -> yaml.Node:
+        self._count(depth, mark)
+        if isinstance(node, yaml.ScalarNode):
+            return node
+        if isinstance(node, yaml.MappingNode):
+            value = [(self._copy(key, depth + 1, mark), self._copy(one, depth + 1, mark)) for key, one in node.value]
+        else:
+            value = [self._copy(one, depth + 1, mark) for one in node.value]
+        return type(node)(node.tag, value, node.start_mark, node.end_mark)
+
+    def _count(self, depth: int, mark: yaml.Mark) -> None:
+        self.size += 1
+        if self.size > MOST_VALUES:
+            raise ComposerError(None, None, f"more than {MOST_VALUES} values, aliases counted", mark)
+        if depth > DEEPEST:
+            raise ComposerError(None, None, f"more than {DEEPEST} lists and mappings in another", mark)
+
+
+TEXT, MERGE, MAPPING, LIST = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "map", "seq"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -110,7 +171,7 @@ for _class in (_Loader, _Dumper):
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
         ("merge", r"<<", ["<"]),
         ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+        ("int", r"[-+]?[0-9]{1,300}", list("-+0123456789")),  # longer ones are no numbers to Python's int either
         (
             "float",
             r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -120,40 +181,93 @@ for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
 
 
-def _parse(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The YAML document and the line (from 1) of every key and list item."""
-    lines: dict[tuple[str, ...], int] = {}
+# Where numbers, true and false stand for their texts, as they do in data files.
+LABELS = {("data", "choices"), ("data", "choice_labels")}
+KINDS = {"int": "a number", "float": "a number", "bool": "true or false", "null": "nothing"}
+
+
+def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Marks]:
+    """The YAML document and the place of every key and list item, whose keys begin with `base`."""
+    marks: Marks = {}
 
     def note(node: yaml.Node, path: tuple[str, ...]) -> None:
-        lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            seen: set[str] = set()
-            for key, value in node.value:
-                name = str(key.value)
+        if isinstance(node, yaml.ScalarNode):
+            is_text = node.tag == TEXT
+            if not is_text and node.tag != loader.resolve(yaml.ScalarNode, node.value, (True, False)):
+                raise _wrong_tag(node)
+            if not _is_unicode(node.value):
+                raise ConstructorError(None, None, "half a character (a surrogate)", node.start_mark)
+            if not is_text and path[:-1] in LABELS and (fault := _not_as_written(node, loader)):
+                raise RecipeError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: {fault}")
+            line = marks[path].line if path in marks else node.start_mark.line + 1
+            marks[path] = Mark(line, None if is_text else node.value)
+            return
+        marks.setdefault(path, Mark(node.start_mark.line + 1))
+        if node.tag not in (MAPPING, LIST):
+            raise _wrong_tag(node)
+        seen: set[str] = set()
+        for index, one in enumerate(node.value):
+            key, value = one if isinstance(node, yaml.MappingNode) else (None, one)
+            name = str(index) if key is None else str(key.value)
+            if key is not None:
+                place = f"{where}:{key.start_mark.line + 1}"
+                if not isinstance(key, yaml.ScalarNode):
+                    raise RecipeError(f"{place}: a key is a text, not a list or a mapping")
                 if name in seen:
-                    raise RecipeError(f"{where}:{key.start_mark.line + 1}: {'.'.join((*path, name))} is given twice")
+                    raise RecipeError(f"{place}: {_dotted((*path, name))} is given twice")
+                if key.tag not in (TEXT, MERGE) and path not in LABELS:
+                    raise RecipeError(f"{place}: {_dotted((*path, name))}: {_in_quotes(name, key.tag)}")
                 seen.add(name)
-                lines[(*path, name)] = key.start_mark.line + 1
-                note(value, (*path, name))
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                note(value, (*path, str(index)))
+                note(key, (*path, name))
+                marks[(*path, name)] = Mark(key.start_mark.line + 1)
+            note(value, (*path, name))
 
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{where}:{line}: not valid YAML: the character U+{error.character:04X} in it") from None
     try:
         node = loader.get_single_node()
         if node is None:
             raise RecipeError(f"{where}: the file is empty; see recipes/quickstart.yaml for an example")
-        note(node, ())
-        return loader.construct_document(node), lines
+        note(node, base)
+        return loader.construct_document(node), marks
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise RecipeError(f"{where}{place}: not valid YAML: {error.problem or error.context}") from None
+        raise RecipeError(f"{where}{place}: not valid YAML: {plain(error.problem or error.context, 200)}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         loader.dispose()
+
+
+def _not_as_written(node: yaml.ScalarNode, loader: _Loader) -> str | None:
+    """Why a label or an answer's text that YAML takes for something else cannot stay so: its text would be another."""
+    value = loader.construct_object(node)
+    if isinstance(value, bool) or label_text(value) == node.value:
+        return None
+    return _in_quotes(node.value, node.tag)
+
+
+def _wrong_tag(node: yaml.Node) -> yaml.MarkedYAMLError:
+    what = f"could not determine a constructor for the tag {quoted(node.tag)} of this value"
+    return ConstructorError(None, None, what, node.start_mark)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _dotted(path: tuple[str, ...]) -> str:
+    return ".".join(map(plain, path))
+
+
+def _in_quotes(text: str, tag: str) -> str:
+    """What to do about a text that YAML takes for something else."""
+    kind = KINDS[tag.rpartition(":")[2]]
+    return f'{plain(text) or "a blank"} is {kind} to YAML; for the text write it in quotes: "{plain(text)}"'
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -169,20 +283,25 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe{_near_files(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
-    raw, lines = _parse(text, str(path))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: cannot be read: it is no UTF-8 text at byte {error.start}") from None
+    if len(text) > MOST_BYTES:
+        raise RecipeError(f"{path}: a recipe has {MOST_BYTES} characters at most; is this one?")
+    raw, marks = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
     for override in overrides or []:
-        _override(raw, override, lines)
+        _override(raw, override, marks)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(error, raw, str(path), lines))) from None
+        raise RecipeError("\n".join(_explain(error, raw, str(path), marks))) from None
     for override in overrides or []:
         _refuse_idle_override(recipe, override.partition("=")[0])
     return _resolved(recipe, base=path.parent)
@@ -196,7 +315,7 @@ def values_of(override: str) -> tuple[str, list[str]]:
     """
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise RecipeError(f"{override!r}: write dotted.key=value,value,..., for example arms.chain3.links=1,2,3")
+        raise RecipeError(f"{quoted(override)}: write dotted.key=value,value,..., such as arms.chain3.links=1,2,3")
     flow = f"[{text}]"
     loader = _Loader(flow)
     try:
@@ -206,7 +325,9 @@ def values_of(override: str) -> tuple[str, list[str]]:
     finally:
         loader.dispose()
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(flow):
-        raise RecipeError(f"{override!r}: its values are no YAML; write lists as [a,b] and texts with commas in quotes")
+        raise RecipeError(
+            f"{quoted(override)}: its values are no YAML; write lists as [a,b] and texts with commas in quotes"
+        )
     return dotted, [flow[item.start_mark.index : item.end_mark.index] for item in node.value]
 
 
@@ -230,7 +351,7 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
     if trained and (nearer or all(says(arm) for arm in trained.values())):
         name = next(iter(trained))
         raise RecipeError(
-            f"override {dotted!r} has no effect, since every arm says its own; write arms.{name}.{key}=..."
+            f"override {quoted(dotted)} has no effect, since every arm says its own; write arms.{name}.{key}=..."
         )
 
 
@@ -241,22 +362,28 @@ def _near_files(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
-def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> None:
+def _override(raw: dict, override: str, marks: Marks) -> None:
     dotted, equals, text = override.partition("=")
+    shown = f"override {quoted(dotted)}"
     if not equals or not dotted:
-        raise RecipeError(f"override {override!r}: write dotted.key=value, for example training.epochs=2")
+        raise RecipeError(f"override {quoted(override)}: write dotted.key=value, for example training.epochs=2")
+    keys = dotted.split(".")
+    if not _is_unicode(override) or len(keys) > DEEPEST:
+        why = f"more than {DEEPEST} keys below each other" if len(keys) > DEEPEST else "it is no UTF-8 text"
+        raise RecipeError(f"{shown}: {why}")
     try:
-        value, _ = _parse(text, f"override {dotted!r}") if text.strip() else (None, {})
+        value, told = _parse(text, shown, tuple(keys)) if text.strip() else (None, {})
     except RecipeError as error:
         # The shell takes one pair of quotes away.
-        raise RecipeError(f"{error}; text with braces or colons is quoted for YAML too: \"{dotted}='...'\"") from None
-    keys = dotted.split(".")
+        hint = f"; text with braces or colons is quoted for YAML too: \"{plain(dotted)}='...'\""
+        raise RecipeError(f"{error}{hint if 'not valid YAML' in str(error) else ''}") from None
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
+        below = f"{shown}: {_dotted(tuple(keys[: depth + 1]))} has no keys below it"
         if isinstance(node, list):
-            node = node[_index(node, key, dotted)]
+            node = node[_index(node, key, shown)]
             if not isinstance(node, dict | list):
-                raise RecipeError(f"override {dotted!r}: {'.'.join(keys[: depth + 1])} has no keys below it")
+                raise RecipeError(below)
             continue
         # A mapping's shorthand gives way to the mapping: files=a.jsonl, then files.test=b.jsonl.
         shorthand = {"hub": "name", "reasoning_gym": "name", "files": "train"}.get(key)
@@ -265,14 +392,14 @@ def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> No
         if node.get(key) is None:
             node[key] = {}
         if not isinstance(node[key], dict | list):
-            raise RecipeError(f"override {dotted!r}: {'.'.join(keys[: depth + 1])} has no keys below it")
+            raise RecipeError(below)
         node = node[key]
     last = keys[-1]
     if isinstance(node, list):
-        node[_index(node, last, dotted)] = value
+        node[_index(node, last, shown)] = value
     elif keys[:-1] == ["arms"] and value is None:
         if last not in node:
-            raise RecipeError(f"override {override!r}: there is no such arm; the arms are {', '.join(node)}")
+            raise RecipeError(f"override {quoted(override)}: there is no such arm; the arms are {listed(node)}")
         del node[last]
     else:
         node[last] = value
@@ -283,46 +410,79 @@ def _override(raw: dict, override: str, lines: dict[tuple[str, ...], int]) -> No
                 raw["data"].pop(other, None)
     if last in ("steps", "epochs") and value is not None and isinstance(node, dict):
         node.pop("epochs" if last == "steps" else "steps", None)
-    for path in [path for path in lines if path[: len(keys)] == tuple(keys)]:
-        del lines[path]  # what the file says there is no longer what counts
-    lines[tuple(keys)] = 0
+    for path in [path for path in marks if path[: len(keys)] == tuple(keys)]:
+        del marks[path]  # what the file says there is no longer what counts
+    marks |= {path: Mark(0, mark.text) for path, mark in told.items()}
+    marks.setdefault(tuple(keys), Mark(0))
 
 
-def _index(node: list, key: str, dotted: str) -> int:
-    if key.isdigit() and int(key) < len(node):
+def _index(node: list, key: str, shown: str) -> int:
+    if re.fullmatch(r"[0-9]{1,6}", key) and int(key) < len(node):
         return int(key)
-    raise RecipeError(f"override {dotted!r}: {key} is no place in a list of {len(node)}; they count from 0")
+    raise RecipeError(f"{shown}: {plain(key)} is no place in a list of {len(node)}; they count from 0")
 
 
-def _explain(error: ValidationError, raw: dict, where: str, lines: dict[tuple[str, ...], int]) -> list[str]:
+def _explain(error: ValidationError, raw: dict, where: str, marks: Marks) -> list[str]:
     """One line for each thing that is wrong, with its place and the remedy."""
     messages = []
-    seen = set()
+    reasons: dict[tuple[tuple[str, ...], str], list[str]] = {}  # a value that may be of several kinds has several
     faults = [(fault, *_locate(fault, raw)) for fault in error.errors()]
-    for fault, path, node in faults:
-        # A mapping that was tried as a number too (learning_rate: {search: ..}) is none, and that is no fault of it.
-        others = [other for _, other, _ in faults if other[: len(path)] == path]
-        other_kind = fault["type"].endswith("_type") or fault["type"] == "literal_error"
-        if other_kind and isinstance(node, dict | list) and len(others) > 1:
+    for fault, path, node in faults[:MOST_FAULTS]:
+        # What was tried as something else too (learning_rate: {search: ..} as a number) is none, and that is no fault
+        # of it where there is another: below it, or of what it says.
+        others = [(one["type"], other) for one, other, _ in faults if other[: len(path)] == path]
+        deeper = isinstance(node, dict | list) and any(other != path for _, other in others)
+        told = deeper or any(not _is_other_kind(type) for type, other in others if other == path)
+        if _is_other_kind(fault["type"]) and told:
             continue
-        key = ".".join(path)
-        line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 0)
-        # A fault of the whole recipe names its keys itself; the file's first line would point at nothing.
-        place = where if not path else f"{where}:{line}" if line else f"{where} (override)"
         if fault["type"] == "extra_forbidden":
-            text = _unknown(path, raw)
+            found = _unknown(path)
         elif fault["type"] == "missing":
-            text = f"{key}: this key is required"
+            found = "this key is required"
         else:
-            reason = fault["msg"].removeprefix("Value error, ")
-            reason = "a mapping of keys is expected here" if fault["type"] == "model_type" else reason
-            reason = reason[0].lower() + reason[1:]
-            got = "" if isinstance(node, dict | list) or fault["type"] == "value_error" else f"; got {node!r}"
-            text = f"{key}: {reason}{got}" if key else f"{reason}"
-        if key not in seen or fault["type"] == "value_error":
-            messages.append(f"{place}: {text}")
-        seen.add(key)
+            found = fault["msg"].removeprefix("Value error, ")
+            found = "a mapping of keys is expected here" if fault["type"] == "model_type" else found
+            found = found[0].lower() + found[1:]
+        own = found if fault["type"] == "value_error" else ""
+        said = reasons.setdefault((path, own), [])
+        if found not in said:
+            said.append(found)
+    for (path, own), said in reasons.items():
+        mark = next((marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in marks), Mark(0))
+        # A fault of the whole recipe names its keys itself; the file's first line would point at nothing.
+        place = where if not path else f"{where}:{mark.line}" if mark.line else f"{where} (override)"
+        text = said[0] if own else f"{_either(said)}{_got(path, faults, marks)}"
+        messages.append(f"{place}: {_dotted(path)}: {text}" if path else f"{place}: {text}")
     return messages
+
+
+def _either(reasons: list[str]) -> str:
+    first, *others = reasons
+    return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
+
+
+def _is_other_kind(type: str) -> bool:
+    """Whether a fault is that a value is not of the kind that was tried."""
+    return type.endswith("_type") or type == "literal_error"
+
+
+def _got(path: tuple[str, ...], faults: list[tuple[ErrorDetails, tuple[str, ...], Any]], marks: Marks) -> str:
+    """What the recipe says at a key that is at fault, and what to do where YAML has taken a text for something else."""
+    mine = [(fault, node) for fault, where, node in faults if where == path]
+    types, node = {fault["type"] for fault, _ in mine}, mine[0][1]
+    if types & {"extra_forbidden", "missing"}:
+        return ""
+    line, written = marks.get(path, Mark(0))
+    got = f"; got {quoted(node) if written is None else plain(written) or 'nothing'}"
+    if "string_type" in types and written and not isinstance(node, dict | list):
+        quotes = f'"{plain(written)}"'
+        quotes = quotes if line else f"{_dotted(path)}='{quotes}'"  # the shell takes one pair away
+        return f"{got}, which is {KINDS[_tag_of(node)]} to YAML; for the text write it in quotes: {quotes}"
+    return got
+
+
+def _tag_of(value: Any) -> str:
+    return {bool: "bool", int: "int", float: "float"}.get(type(value), "null")
 
 
 def _locate(fault: ErrorDetails, raw: dict) -> tuple[tuple[str, ...], Any]:
@@ -341,19 +501,18 @@ def _locate(fault: ErrorDetails, raw: dict) -> tuple[tuple[str, ...], Any]:
     return path, node
 
 
-def _unknown(path: tuple[str, ...], raw: dict) -> str:
+def _unknown(path: tuple[str, ...]) -> str:
     key = path[-1]
     known = _keys_at(path[:-1])
-    text = f"{'.'.join(path)}: unknown key"
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-        return f"{text}; did you mean {near[0]}?"
+    if near := difflib.get_close_matches(key[:QUOTED], known, n=1, cutoff=0.75):
+        return f"unknown key; did you mean {near[0]}?"
     if key in PASTED_KEYS:
-        return f"{text}; here it is {PASTED_KEYS[key]}"
+        return f"unknown key; here it is {PASTED_KEYS[key]}"
     if places := [p for p in known_keys() if p.split(".")[-1] == key]:
-        return f"{text} here; it belongs at {places[0]}"
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
-        return f"{text}; did you mean {near[0]}?"
-    return f"{text}; known here are {', '.join(known)}"
+        return f"unknown key here; it belongs at {places[0]}"
+    if near := difflib.get_close_matches(key[:QUOTED], known, n=1, cutoff=0.5):
+        return f"unknown key; did you mean {near[0]}?"
+    return f"unknown key; known here are {', '.join(known)}"
 
 
 def _keys_at(path: tuple[str, ...]) -> list[str]:

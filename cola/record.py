@@ -28,15 +28,14 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from cola.errors import FolderGone, RunFolderError
+from cola import shapes
+from cola.errors import FolderGone, RunFolderError, plain
 from cola.locks import claimed
 from cola.plan import Job, choice_text
 from cola.recipe import Recipe
 from cola.recipe_file import dump_recipe, read_recipe
 
 RESULTS = "arms/*/seed-*/result.json"
-RESULT_KEYS = ("status", "run_info")
-SCORE_KEYS = {"id", "nats", "tokens", "score", "group"}
 WANDB_NOTE = "wandb.json"
 FORMAT = 4  # of result.json and summary.json, see docs/results.md
 MADE_WITH = (
@@ -204,7 +203,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds no results; go on with it by `cola run --resume {self.path}`")
         if any(self.path.glob(RESULTS)):
             return
-        told = read_json(self.path / "summary.json", ("arms",))
+        told = self.summary()
         if told and any(arm["n_seeds"] for arm in told["arms"].values()):
             raise RunFolderError(
                 f"{self.path}/summary.json tells of results that have gone from {self.path}/arms; a report made anew "
@@ -226,7 +225,7 @@ class RunFolder:
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """The job's result, whatever its status; None where there is none yet."""
-        return read_json(self.job(job) / "result.json", RESULT_KEYS)
+        return read_json(self.job(job) / "result.json", shapes.Result)
 
     def results(self, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
         """The results of all arms and seeds (not of trials), as they were run.
@@ -239,7 +238,9 @@ class RunFolder:
         """
         for path in sorted(self.path.glob(RESULTS)):
             try:
-                result = read_json(path, RESULT_KEYS)
+                result = read_json(path, shapes.Result)
+                if result is not None and path.parent != self.path / "arms" / place_of(result):
+                    raise damaged_file(path, f"it is the result of {plain(place_of(result))}")
             except RunFolderError as error:
                 if damaged is None:
                     raise
@@ -250,7 +251,9 @@ class RunFolder:
 
     def provenance(self) -> dict[str, Any] | None:
         """What provenance.json holds; None before the first session has written it."""
-        return read_json(self.path / "provenance.json", ("recipe", "model", "data", "rows"))
+        path = self.path / "provenance.json"
+        found = read_json(path, shapes.AnyFormat)
+        return read_json(path, shapes.Provenance) if found and found.get("format") == FORMAT else found
 
     def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
         """Per-example results of one arm, seed and split.
@@ -274,7 +277,7 @@ class RunFolder:
     def references(self) -> dict[str, set[str]]:
         """Names of the segments and measurements in the store that this run rests on so far; `weights`: of the fully
         fine-tuned states whose weights it keeps."""
-        kept = read_json(self.path / "segments.json", ("segments", "measured", "weights")) or {}
+        kept = read_json(self.path / "segments.json", shapes.References) or {}
         return {kind: set(kept.get(kind, ())) for kind in ("segments", "measured", "weights")}
 
     def write_json(self, name: str | Path, value: Any) -> None:
@@ -291,7 +294,7 @@ class RunFolder:
 
     def choice(self, arm: str, seed: int | None) -> dict[str, Any] | None:
         """What an arm's search tried and chose, for all seeds (None) or for one; None where there was none."""
-        return read_json(self.path / choice_file(arm, seed), ("chosen", "seeds", "trials"))
+        return read_json(self.path / choice_file(arm, seed), shapes.Chosen)
 
     def trial_scores(self, trial: Job) -> list[dict[str, Any]]:
         """Per-example results of a trial on validation; empty where there are none.
@@ -303,7 +306,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where there is none yet."""
-        return read_json(self.path / "summary.json", ("interrupted", "arms"))
+        return read_json(self.path / "summary.json", shapes.Summary)
 
     def recipe_digest(self) -> str:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
@@ -435,8 +438,8 @@ def make_new(parent: Path, name: str) -> Path:
     raise RunFolderError(f"{parent / name}: a thousand runs of this second exist")
 
 
-def read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
-    """A JSON mapping with these keys; None where there is no such file.
+def read_json(path: Path, shape: type[shapes.Shape]) -> dict[str, Any] | None:
+    """A JSON mapping of this shape; None where there is no such file.
 
     Raises:
         RunFolderError: it is damaged.
@@ -445,14 +448,23 @@ def read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(value, dict) or any(key not in value for key in needed):
-        raise _damaged(path, f"it lacks {', '.join(needed)}")
+    except OSError as error:
+        raise damaged_file(path, error.strerror or "it cannot be read") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, str(error)) from None
+    if (fault := shapes.fault_of(value, shape)) is not None:
+        raise damaged_file(path, fault)
     return value
 
 
-def _damaged(path: Path, why: str) -> RunFolderError:
+def place_of(result: dict[str, Any]) -> Path:
+    """Where a result lies below `arms`."""
+    info = result["run_info"]
+    return Path(info["arm"]) / f"seed-{info['seed']}"
+
+
+def damaged_file(path: Path, why: str) -> RunFolderError:
+    """What is said of a file of a run that cannot be used."""
     return RunFolderError(f"{path} is damaged ({why}); delete it and go on with `cola run --resume`")
 
 
@@ -462,21 +474,25 @@ def choice_file(arm: str, seed: int | None) -> Path:
 
 
 def _read_scores(path: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(path)
-    if any(not isinstance(row, dict) or not row.keys() >= SCORE_KEYS for row in rows):
-        raise _damaged(path, f"a row lacks {', '.join(sorted(SCORE_KEYS))}")
-    return rows
+    return read_jsonl(path, shapes.ScoreRow)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; empty where there is none. A last line that was cut off is left out."""
+def read_jsonl(path: Path, shape: type[shapes.Shape] = shapes.Shape) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; empty where there is none. A last line that was cut off is left out.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, str(error)) from None
+    if (fault := shapes.fault_of(rows, list[shape])) is not None:
+        raise damaged_file(path, f"row {fault}")
+    return rows
 
 
 def provenance() -> dict[str, Any]:

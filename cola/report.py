@@ -26,7 +26,8 @@ from cola.charts import curve_of
 from cola.drawing import Figure, save, svg
 from cola.errors import RunFolderError
 from cola.figures import NAMES, ablation_figure, contrasts_figure, figures_of
-from cola.record import RunFolder, read_jsonl, write_text
+from cola.record import RunFolder, place_of, read_jsonl, write_text
+from cola.shapes import MetricRow
 from cola.tables import (
     NONE,
     OF_P,
@@ -216,7 +217,7 @@ def read_curves(folder: RunFolder, damaged: list[str]) -> dict[str, list[list[di
     for result in folder.results(damaged):
         info = result["run_info"]
         try:
-            rows = read_jsonl(folder.path / "arms" / info["arm"] / f"seed-{info['seed']}" / "metrics.jsonl")
+            rows = read_jsonl(folder.path / "arms" / place_of(result) / "metrics.jsonl", MetricRow)
         except RunFolderError as error:
             damaged.append(str(error))
             continue

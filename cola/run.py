@@ -25,6 +25,7 @@ from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
 from cola.job import JobRun
 from cola.learned import Learned
+from cola.memory import need_memory
 from cola.model import (
     Source,
     check_fit,
@@ -305,7 +306,8 @@ def _check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.de
                         raise ModelError("full fine-tuning in float16 needs a GPU; set dtype: float32")
                     if (key := what.model_dump_json()) not in tried:
                         tried.add(key)
-                        adapters.attach(source.skeleton(), what, 0)
+                        attached = adapters.attach(source.skeleton(), what, 0)
+                        need_memory(sum(p.numel() for p in adapters.trainable(attached)), device)
                 starts.check_room(skeleton, whats[:1] if recipe.knot_of(arm).pair == "keep" else whats)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None

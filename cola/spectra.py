@@ -13,10 +13,10 @@ import numpy as np
 from cola.errors import RunFolderError
 from cola.plan import Job
 from cola.record import RunFolder, read_json
+from cola.shapes import Spectrum, SpectrumVersion
 
 SPECTRUM = "spectrum.json"
 VERSION = 2  # of its content: raise it when more is measured, or otherwise
-KEYS = ("version", "left_out", "full", "matrices")
 NUMBERS = ("rank", "relative_size", "effective_rank", "rank_90", "stable_rank")
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> the content of its seeds' spectrum.json
@@ -28,10 +28,10 @@ def read_spectrum(folder: RunFolder, job: Job) -> dict[str, Any] | None:
     Raises:
         RunFolderError: the file is damaged.
     """
-    record = read_json(folder.job(job) / SPECTRUM, KEYS[:1])
+    record = read_json(folder.job(job) / SPECTRUM, SpectrumVersion)
     if record is None or record["version"] != VERSION:
         return None
-    return read_json(folder.job(job) / SPECTRUM, KEYS)
+    return read_json(folder.job(job) / SPECTRUM, Spectrum)
 
 
 def write_spectrum(folder: RunFolder, job: Job, record: Mapping[str, Any]) -> Path:
@@ -109,7 +109,7 @@ def _values(what: str, seeds: list[Matrices]) -> list[float]:
     each = []
     for matrices in seeds:
         values = [one["updates"][what]["values"] for one in matrices if what in one["updates"]]
-        values = [[value / row[0] for value in row] for row in values if row]
+        values = [[value / row[0] for value in row] for row in values if row and row[0]]
         if values:
             each.append(np.median(_filled(values), axis=0).tolist())
     return [float(value) for value in np.mean(_filled(each), axis=0)] if each else []

@@ -26,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cola.errors import StoreError
+from cola.errors import StoreError, quoted
 from cola.locks import claimed
 from cola.segments import Causes, digest, state_name
 
@@ -263,7 +263,7 @@ class Store:
         found = [folder.name for folder in self.segments() if folder.name.startswith(beginning)]
         if len(found) != 1 or not beginning:
             what = f"{len(found)} segments begin" if found else "no segment begins"
-            raise StoreError(f"{what} with {beginning!r} in {self.path}; `cola store ls` shows them all")
+            raise StoreError(f"{what} with {quoted(beginning)} in {self.path}; `cola store ls` shows them all")
         segment = self.get(found[0])
         if segment is None:
             raise StoreError(f"segment {found[0]} is damaged; it is trained again when a run needs it")
@@ -490,7 +490,8 @@ def _remove_all(paths: Iterable[Path]) -> None:
 def _state_of(path: Path) -> str | None:
     """The state that a measurement is of; None where it is damaged."""
     try:
-        return _read(path)["what"]["state"]
+        state = _read(path)["what"]["state"]
+        return state if isinstance(state, str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

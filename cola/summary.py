@@ -19,10 +19,10 @@ import numpy as np
 
 from cola.choice import Trials
 from cola.compare import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
-from cola.errors import RunFolderError
+from cola.errors import RunFolderError, listed, quoted
 from cola.plan import trials_of
 from cola.recipe import SPLITS, Recipe
-from cola.record import RunFolder
+from cola.record import RunFolder, choice_file, damaged_file
 from cola.scope import scope_of
 from cola.spectra import spectra_of
 
@@ -193,6 +193,9 @@ def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choic
     each value; None where their scores have gone."""
     jobs = trials_of(recipe, arm, recipe.seeds[0] if seed is None else seed)
     by_value = [jobs[n : n + len(choice["seeds"])] for n in range(0, len(jobs), len(choice["seeds"]))]
+    if len(by_value) != len(choice["trials"]):
+        path = folder.path / choice_file(arm, seed)
+        raise damaged_file(path, f"it has {len(choice['trials'])} trials, and the recipe {len(by_value)}")
     rows = []
     for tried, of_value in zip(choice["trials"], by_value, strict=True):
         each = []
@@ -428,8 +431,8 @@ def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
         if arm not in known:
             near = difflib.get_close_matches(arm, known, 1)
             raise RunFolderError(
-                f"--contrast {','.join(pair)}: no arm is called {arm!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+                f"--contrast {','.join(pair)}: no arm is called {quoted(arm)}"
+                + (f"; did you mean {near[0]}?" if near else f"; there are {listed(known)}")
             )
     if pair[0] == pair[1]:
         raise RunFolderError(f"--contrast {','.join(pair)}: an arm is not compared with itself; name two")

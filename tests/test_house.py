@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom: a file imports only files of lower rows (and of its own row where that is said).
 LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
-    {"recipe", "environment"},
+    {"recipe", "environment", "shapes"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
     {"package_file", "files", "record", "terminal", "segments", "chat"},
     {"spectra", "sources"},
@@ -51,6 +51,7 @@ WITHOUT_TORCH = {
     "recipe_file",
     "plan",
     "record",
+    "shapes",
     "spectra",
     "compare",
     "choice",
