@@ -37,6 +37,7 @@ from cola.cache import cache_dir
 from cola.data import Example, Splits
 from cola.errors import DataError, ModelError
 from cola.package_file import need_package, package_file
+from cola.text_part import text_config
 
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
@@ -330,7 +331,7 @@ def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtu
     """
     examples = [example for _, part in splits.items() for example in part]
     check_tokens(source, skeleton, examples)
-    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    positions = getattr(text_config(skeleton), "max_position_embeddings", None)
     longest = n_virtual + max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
     if positions is not None and longest > positions:
         raise DataError(

@@ -44,6 +44,7 @@ from cola.settle import Spectra
 from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize
 from cola.terminal import Terminal
+from cola.text_part import text_config
 from cola.tracking import Tracker, sync_command
 
 
@@ -326,7 +327,7 @@ def _general_text(
     if recipe.evaluation.general_text is None:
         return []
     skeleton = source.skeleton()
-    positions = getattr(skeleton.config, "max_position_embeddings", None) or PASSAGE_TOKENS
+    positions = getattr(text_config(skeleton), "max_position_embeddings", None) or PASSAGE_TOKENS
     room = min(PASSAGE_TOKENS, positions - _virtual_tokens(recipe))
     passages = load_passages(recipe.evaluation.general_text, tokenizer, room)
     check_tokens(source, skeleton, passages)
