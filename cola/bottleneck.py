@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers import PreTrainedModel
 
 from cola.errors import ModelError

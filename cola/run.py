@@ -78,7 +78,7 @@ def run(
     accelerator = _accelerator(recipe, terminal)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
-    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds)
+    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, source.ends())
     sizes = ", ".join(f"{n} {name}" for name, n in splits.sizes.items())
     terminal.say(f"data: {sizes} examples" + (", other training rows under each seed" if splits.redrawn else ""))
     for note in splits.notes:
@@ -87,7 +87,7 @@ def run(
     general = _general_text(recipe, source, tokenizer, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
     meta = _check_and_record(recipe, folder, source, splits, general, store, terminal)
-    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator)
+    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator, source.ends())
     skeleton = source.skeleton()
     meter = _meter(recipe, skeleton, splits)
     tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
