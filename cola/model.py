@@ -1,9 +1,7 @@
 """The pretrained base: where it lies, how it is loaded, and what identifies it."""
 
-import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -30,9 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
-from transformers.utils.quantization_config import GgufConfig
 
-from cola import recipe
+from cola import gguf_file, recipe
 from cola.cache import cache_dir
 from cola.checkpoint import end_tokens, weight_files, weight_names
 from cola.data import Example, Splits
@@ -305,22 +302,19 @@ def _from_hub(settings: recipe.Model) -> Path:
 
 def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     """A safetensors folder with the file's weights in float32, made the first time and reused."""
-    folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}"
+    folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}-{gguf_file.VERSION}"
     if (folder / "config.json").is_file():
         return folder
     say(f"dequantizing {file.name} to safetensors, once, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
     try:
-        where = {"gguf_file": file.name}
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
-        model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(aside)
+        gguf_file.convert(file, aside)
         aside.replace(folder)
-    except (OSError, ValueError, KeyError, NotImplementedError, ImportError) as error:
+    except ModelError as error:
+        raise ModelError(f"model.name_or_path: {file}: {error}") from None
+    # transformers, gguf and tokenizers raise what they like of a file, plain Exceptions among it.
+    except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         if not (folder / "config.json").is_file():  # another process may have been first

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
     {"recipe"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
-    {"checkpoint", "package_file", "text_part", "sources", "record", "terminal", "segments"},
+    {"checkpoint", "gguf_file", "package_file", "text_part", "sources", "record", "terminal", "segments"},
     {"spectra"},
     {"data", "summary", "tables", "store"},
     {"ablation", "tasks", "tracking"},
