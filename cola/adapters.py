@@ -21,6 +21,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
     every = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     linear = {name: module for name, module in every.items() if in_text(name, outside)}
     if what.target_modules == "all-linear":
-        return [name for name, module in linear.items() if module is not head]
+        return [name for name, module in linear.items() if module is not head and not _is_bypassed(model, name)]
     assert isinstance(what.target_modules, tuple | list)
     found = []
     for target in what.target_modules:
@@ -156,9 +157,23 @@ def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
         found += matches
     tied = model.get_input_embeddings()
     for name in found:
+        if _is_bypassed(model, name):
+            raise ModelError(
+                f"target_modules: {name}: PEFT puts no pair there, as the fused kernels of {model.config.model_type} read "
+                "its matrix without calling it; leave it out"
+            )
         if linear[name] is head and getattr(tied, "weight", None) is linear[name].weight:
             raise ModelError(f"target_modules: {name} shares its matrix with the input embeddings; leave it out")
     return [name for name in linear if name in set(found)]
+
+
+def _is_bypassed(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT refuses a pair on a layer, which a model's fused kernels would pass over."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def count_parameters(skeleton: PreTrainedModel, what: OneLink) -> int:
