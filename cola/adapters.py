@@ -159,8 +159,8 @@ def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
     for name in found:
         if _is_bypassed(model, name):
             raise ModelError(
-                f"target_modules: {name}: PEFT puts no pair there, as the fused kernels of {model.config.model_type} read "
-                "its matrix without calling it; leave it out"
+                f"target_modules: {name}: PEFT puts no pair there, as the fused kernels of {model.config.model_type} "
+                "read its matrix without calling it; leave it out"
             )
         if linear[name] is head and getattr(tied, "weight", None) is linear[name].weight:
             raise ModelError(f"target_modules: {name} shares its matrix with the input embeddings; leave it out")
