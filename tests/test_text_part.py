@@ -47,7 +47,7 @@ def test_what_no_text_passes_through_is_known() -> None:
     assert in_text("model.vision_tower_of_text", TOWER)
     for text in (of("Llama"), make_tiny("OPT"), make_tiny("Gemma 3n, text")):
         assert outside_text(text) == []
-    sees = hf.GitConfig({"num_hidden_layers": 1, "hidden_size": 16}, hidden_size=16, num_hidden_layers=1)
+    sees = hf.GitConfig(vision_config={"num_hidden_layers": 1, "hidden_size": 16}, hidden_size=16, num_hidden_layers=1)
     with torch.device("meta"):
         assert outside_text(hf.GitForCausalLM(sees)) == ["git.image_encoder"]
 
@@ -109,7 +109,7 @@ def test_an_update_of_nothing_spoils_no_page() -> None:
     about = summary["spectra"]["chain3"]
     for row in about["rows"]:
         row |= dict.fromkeys(("effective_rank", "rank_90", "stable_rank"))
-    about["values"] = dict.fromkeys(about["values"], [])
+    about["values"] = {what: [] for what in about["values"]}
     labels = about["overlap"]["labels"]
     about["overlap"] |= {"matrix": [[1.0 if a == b else None for a in labels] for b in labels], "random": None}
     drawn = figures_of(summary, {})
