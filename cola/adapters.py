@@ -21,6 +21,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from cola import bottleneck
 from cola.errors import ModelError, listed, quoted
 from cola.recipe import OneLink
 from cola.residual import LinkWeights, Pair, weight_of
+from cola.text_part import in_text, outside_text, text_config
 
 ADAPTER = "default"
 # transformers' generate hands positions over, and PEFT leaves them to the model, every time with a warning.
@@ -59,6 +61,8 @@ def attach(model: PreTrainedModel, what: OneLink, seed: int) -> PreTrainedModel:
         match what.method:
             case "full":
                 model.float().requires_grad_(True)
+                for name in outside_text(model):
+                    model.get_submodule(name).requires_grad_(False)
                 for part in what.freeze or ():
                     module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()
                     assert isinstance(module, nn.Module)
@@ -105,7 +109,7 @@ def _with_virtual_tokens(model: PreTrainedModel, what: OneLink) -> PreTrainedMod
     if isinstance(model, PeftModel):
         return model
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": what.num_virtual_tokens}
-    hidden = what.encoder_hidden_size or model.config.hidden_size
+    hidden = what.encoder_hidden_size or text_config(model).hidden_size
     if what.method == "p_tuning":
         settings["encoder_hidden_size"] = hidden
     elif what.method == "prefix":
@@ -123,20 +127,26 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
-    """Full names of the linear modules that target_modules means, in the model's order.
+    """Full names of the linear modules of the text part that target_modules means, in the model's order.
 
     Raises:
         ModelError: a name that matches no linear layer (the message lists what the model has), or a tied head.
     """
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    head, outside = model.get_output_embeddings(), outside_text(model)
+    every = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linear = {name: module for name, module in every.items() if in_text(name, outside)}
     if what.target_modules == "all-linear":
-        return [name for name, module in linear.items() if module is not head]
+        return [name for name, module in linear.items() if module is not head and not _is_bypassed(model, name)]
     assert isinstance(what.target_modules, tuple | list)
     found = []
     for target in what.target_modules:
         matches = [name for name in linear if name == target or name.endswith("." + target)]
         if not matches:
+            if beyond := next((name for name in every if name == target or name.endswith("." + target)), None):
+                raise ModelError(
+                    f"target_modules: {target!r} is in a part of the model that text does not pass through ({beyond}), "
+                    "so nothing would train it; leave it out"
+                )
             kinds = sorted({name.rpartition(".")[2] for name in linear if not name.rpartition(".")[2].isdigit()})
             near = difflib.get_close_matches(target, kinds, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -147,9 +157,23 @@ def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
         found += matches
     tied = model.get_input_embeddings()
     for name in found:
+        if _is_bypassed(model, name):
+            raise ModelError(
+                f"target_modules: {name}: PEFT puts no pair there, as the fused kernels of {model.config.model_type} "
+                "read its matrix without calling it; leave it out"
+            )
         if linear[name] is head and getattr(tied, "weight", None) is linear[name].weight:
             raise ModelError(f"target_modules: {name} shares its matrix with the input embeddings; leave it out")
     return [name for name in linear if name in set(found)]
+
+
+def _is_bypassed(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT refuses a pair on a layer, which a model's fused kernels would pass over."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def count_parameters(skeleton: PreTrainedModel, what: OneLink) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cola.errors import ModelError
+from cola.text_part import in_text, outside_text, text_config
 
 ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 NAME = "bottleneck"  # of the module inside the sublayer whose output it takes
@@ -41,14 +43,14 @@ class Bottleneck(nn.Module):
         return hidden_BTH + change_BTH.to(hidden_BTH.dtype)
 
 
-def attach(model: nn.Module, width: int, placement: str, activation: str) -> None:
+def attach(model: PreTrainedModel, width: int, placement: str, activation: str) -> None:
     """Put an adapter after the sublayers, in place; a model that has them already is left as it is.
 
     Raises:
         ModelError: the model's layers have no `self_attn` and `mlp`, as Llama's and Qwen2's have.
     """
     found = sublayers(model, placement)
-    hidden: int = model.config.hidden_size  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+    hidden: int = text_config(model).hidden_size
     for name in found:
         sublayer = model.get_submodule(name)
         if not hasattr(sublayer, NAME):
@@ -64,9 +66,14 @@ def _apply(sublayer: nn.Module, _args: Any, output: Any) -> Any:
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 
-def sublayers(model: nn.Module, placement: str) -> list[str]:
+def sublayers(model: PreTrainedModel, placement: str) -> list[str]:
     """Names of the modules whose output an adapter takes, in the model's order."""
-    layers = [name for name, m in model.named_modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
+    outside = outside_text(model)
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "self_attn") and hasattr(module, "mlp") and in_text(name, outside)
+    ]
     if not layers:
         raise ModelError(
             "method adapter: the model's layers have no self_attn and mlp, as Llama's and Qwen2's have; use method lora"

@@ -115,14 +115,14 @@ def alternative(name: str, summary: dict[str, Any]) -> str:
             return f"Relative size of each link: {_some(said)}.{lost}"
         case "spectra":
             said = [
-                f"{arm} {row['what']} {row['effective_rank']:.1f}"
+                f"{arm} {row['what']} {_number(row['effective_rank'], 1)}"
                 for arm, about in summary["spectra"].items()
                 for row in about["rows"]
             ]
             return f"Singular values in order of size. Effective ranks: {_some(said)}."
         case "overlap":
             said = [
-                f"{arm} {links['labels'][i]} and {links['labels'][i + 1]} {links['matrix'][i][i + 1]:.2f}"
+                f"{arm} {links['labels'][i]} and {links['labels'][i + 1]} {_number(links['matrix'][i][i + 1], 2)}"
                 for arm, about in summary["spectra"].items()
                 if (links := about.get("overlap"))
                 for i in range(len(links["labels"]) - 1)
@@ -132,6 +132,10 @@ def alternative(name: str, summary: dict[str, Any]) -> str:
             return (
                 "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
             )
+
+
+def _number(number: float | None, digits: int) -> str:
+    return "nothing learned" if number is None else f"{number:.{digits}f}"
 
 
 def _some(parts: Iterable[str]) -> str:

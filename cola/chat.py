@@ -12,6 +12,7 @@ from transformers.utils import chat_template_utils
 from cola.errors import DataError
 from cola.recipe import Data
 
+TURN = "answer-of-the-assistant"  # stands in for one
 DAY = "2024-07-26"  # what Llama's templates say where there is no clock
 
 
@@ -46,6 +47,17 @@ def chat_prompt(prompt: str, data: Data, tokenizer: PreTrainedTokenizerBase, pla
                 _rendered([user], data.today or DAY, tokenizer)
                 hint = "; it takes the user's message alone: remove data.system, and put its words into data.prompt"
         raise DataError(f"{place}: data.chat: the model's chat template says: {words}{hint}") from error
+
+
+def after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after an assistant's message; nothing where it takes none."""
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": TURN}]
+    try:
+        with _pinned(DAY, str(messages)):
+            said = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a program of the model's, which may fail in any way
+        return ""
+    return said.rpartition(TURN)[2] if TURN in said else ""
 
 
 def _rendered(messages: list[dict[str, str]], day: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,6 +17,7 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cola.answers import is_cut_short
 from cola.cache import cache_dir
-from cola.chat import DAY, asks_for_the_date, chat_prompt
+from cola.chat import DAY, after_answer, asks_for_the_date, chat_prompt
 from cola.errors import DataError
 from cola.files import Row
 from cola.recipe import SAMPLE, SPLITS, Data, Files, label_text
@@ -106,13 +107,16 @@ class Splits:
         return {"train": n_train, "validation": len(self.validation), "test": len(self.test)}
 
 
-def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[int] = ()) -> Splits:
+def load_splits(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[int] = (), ends: Sequence[int] = ()
+) -> Splits:
     """Draw, render and tokenize the recipe's rows, or read them back from the cache.
 
     Args:
         data: Where they come from.
         tokenizer: The model's.
         seeds: For which training rows are wanted, where each draws its own.
+        ends: The tokens that end an answer by the model, beside the tokenizer's own.
 
     Raises:
         DataError: a source, a field, a label, a length or a split's size does not fit.
@@ -131,12 +135,14 @@ def load_splits(data: Data, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[
         "tokenizer": tokenizer_fingerprint(tokenizer),
         **({"today": data.today or DAY} if dated else {}),
     }
+    if data.task == "answer" and any(end != tokenizer.eos_token_id for end in ends):
+        causes["ends"] = list(ends)
     redrawn = sorted(set(seeds)) if data.redraw == "per_seed" else []
     key = _digest([causes, redrawn])
     path = cache_dir() / "tokens" / f"{key[:32]}.json"
     if (cached := _read_cache(path)) is not None:
         return cached
-    splits = _draw(data, pools, tokenizer, redrawn)
+    splits = _draw(data, pools, _Encoder(data, tokenizer, ends), redrawn)
     if dated:
         said = f"the model's chat template asks for the date and is told {data.today or DAY} on every day (data.today)"
         splits = replace(splits, notes=[said, *splits.notes])
@@ -196,6 +202,37 @@ def _tokens_of(splits: Splits) -> str:
     return fingerprint_of(parts | {f"train {seed}": rows for seed, rows in splits.redrawn.items()})
 
 
+def all_ends(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int]:
+    """The tokens that end an answer: the tokenizer's own first, where it has one, and those that the model names."""
+    eos = tokenizer.eos_token_id
+    return list(dict.fromkeys([eos, *ends] if isinstance(eos, int) else ends))
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], chat: bool) -> int:
+    """The token that a right answer ends with.
+
+    Where a chat template is used, it is the first of the ends that the template writes after an assistant's message;
+    else, and where it writes none of them, the tokenizer's own, or the first that the model names.
+
+    Args:
+        tokenizer: The model's.
+        ends: From `all_ends`.
+        chat: Whether prompts go through the chat template.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not ends:
+        raise DataError(
+            "the model has no end-of-text token, which task answer needs to end an answer: neither its tokenizer nor "
+            "eos_token_id in generation_config.json or config.json names one"
+        )
+    if not chat or len(ends) == 1:
+        return ends[0]
+    after = tokenizer(after_answer(tokenizer), add_special_tokens=False).input_ids
+    return next((token for token in after if token in ends), ends[0])
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when the tokenizer could cut a text differently, or put one together differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -226,8 +263,7 @@ def fingerprint_of(splits: dict[str, list[Example]]) -> str:
 # Drawing
 
 
-def _draw(data: Data, pools: dict[str, Pool], tokenizer: PreTrainedTokenizerBase, redrawn: Sequence[int]) -> Splits:
-    encode = _Encoder(data, tokenizer)
+def _draw(data: Data, pools: dict[str, Pool], encode: "_Encoder", redrawn: Sequence[int]) -> Splits:
     orders: dict[int, Iterator[int]] = {}
     seen: dict[str, set[tuple[str, str | None]]] = {}
     drawn: dict[str, list[Example]] = {}
@@ -446,15 +482,20 @@ class _Rendered:
 class _Encoder:
     """Rows to tokens with one recipe's templates and one tokenizer."""
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
         self.data = data
         self.tokenizer = tokenizer
+        self.ends = all_ends(tokenizer, ends)
         plain = self._tokens(["a"])[0]
         special = self._tokens(["a"], special=True)[0]
         start = next((n for n in range(len(special) - len(plain) + 1) if special[n : n + len(plain)] == plain), 0)
         # A chat template writes its own special tokens; an end token has no place between prompt and answer.
         self.bos = [] if data.chat else list(special[:start])
         self.labels: dict[str, _Label] = {}  # of a multiple choice, by example; to be read once all are known
+
+    @cached_property
+    def end(self) -> int:
+        return end_of_answer(self.tokenizer, self.ends, self.data.chat)
 
     def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
         encoded = self.tokenizer(texts, add_special_tokens=special)
@@ -491,10 +532,14 @@ class _Encoder:
 
     def _pair(self, name: str, row: _Rendered, prompt: list[int], answers: list[list[int]]) -> _Encoded:
         if self.data.task == "answer":
-            eos = self.tokenizer.eos_token_id
-            if not isinstance(eos, int):
-                raise DataError("the tokenizer has no end-of-text token, which task answer needs to end an answer")
-            answers = [[*answer, eos] for answer in answers]
+            if inside := set(self.ends).intersection(*answers):
+                token = min(inside)
+                raise DataError(
+                    f"{name}: the right answer holds token {token}, {self.tokenizer.decode([token])!r:.80}, at which "
+                    "decoding ends by the model's tokenizer or eos_token_id in its configs, so it can never be given; "
+                    "take it out of the row, or out of eos_token_id"
+                )
+            answers = [[*answer, self.end] for answer in answers]
         room = self.data.max_length - len(self.bos) - max(map(len, answers))
         fits = len(prompt) <= room
         if not fits and (self.data.too_long != "truncate" or room < 1):

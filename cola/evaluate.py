@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from cola.adapters import unwrapped
 from cola.answers import normalized, up_to, usual_stops
 from cola.batches import by_tokens, collate, training_row
-from cola.data import PASSAGE_TOKENS, Example, Splits, tokenizer_fingerprint
+from cola.data import PASSAGE_TOKENS, Example, Splits, all_ends, tokenizer_fingerprint
 from cola.drift import Outputs
 from cola.forward import logits_after, logits_and_cache, logits_at
 from cola.recipe import Recipe
@@ -69,7 +69,8 @@ class Evaluator:
         batch_tokens: Tokens in one forward pass.
         autocast: Gives the context of the run's precision.
         answer_tokens: Longest right answer of the data; decoding stops a little after it.
-        stop: Strings that end a decoded answer, beside the end token.
+        stop: Strings that end a decoded answer, beside the end tokens.
+        ends: Tokens that end one, the tokenizer's own always among them.
     """
 
     task: str
@@ -79,12 +80,18 @@ class Evaluator:
     autocast: Callable[[], AbstractContextManager[None]]
     answer_tokens: int
     stop: Sequence[str] = ()
+    ends: Sequence[int] = ()
 
     @classmethod
     def of(
-        cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: Splits, accelerator: Accelerator
+        cls,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+        accelerator: Accelerator,
+        ends: Sequence[int] = (),
     ) -> "Evaluator":
-        """The one that a recipe asks for."""
+        """The one that a recipe asks for; `ends`: the tokens that end an answer by the model."""
         data, normalize = recipe.data, recipe.data.normalize or []
         examples = [example for _, examples in splits.items() for example in examples]
         stop = data.stop
@@ -98,7 +105,13 @@ class Evaluator:
             accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
             max(len(answer) for e in examples for answer in e.answers),
             stop,
+            ends,
         )
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """All tokens that end an answer."""
+        return all_ends(self.tokenizer, self.ends)
 
     def of_text(self) -> "Evaluator":
         """The one for a general text. Nothing in it is the recipe's own: what one recipe has measured serves another.
@@ -106,11 +119,12 @@ class Evaluator:
         A passage at a time, since its logits are wanted at every position: of 4096 tokens they would take 2.5 GB under
         a vocabulary of 150,000.
         """
-        return replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=())
+        return replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=(), ends=())
 
     def causes(self) -> dict[str, Any]:
         """What a score depends on besides the weights, their precision and the examples."""
-        return {
+        several = {"ends": sorted(self.end_tokens)} if self.task == "answer" and len(self.end_tokens) > 1 else {}
+        return several | {
             "version": EVALUATION_VERSION,
             "task": self.task,
             "normalize": list(self.normalize),
@@ -159,7 +173,10 @@ class Evaluator:
             yield replace(result, score=float(right), prediction=text)
 
     def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        # A token that ends an answer need not be one that the tokenizer leaves out.
+        ends = self.end_tokens
+        length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
+        return str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True))
 
     def _right(self, example: Example) -> tuple[str, str]:
         """The right answer as decoding gives it: what stands before it, such as the answer prefix, and the answer.
@@ -187,8 +204,7 @@ class Evaluator:
         """
         new_tokens = self.answer_tokens + 4
         texts = {}
-        end = self.tokenizer.eos_token_id
-        assert isinstance(end, int)  # load_splits refuses task answer without one
+        ends = self.end_tokens  # load_splits refuses task answer without one
         # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
         padded = unwrapped(model) is model
         alike: dict[int, list[Example]] = defaultdict(list)
@@ -200,7 +216,7 @@ class Evaluator:
 
         for group in (group for same in alike.values() for group in by_tokens(same, length, self.batch_tokens)):
             width, before = max(len(e.prompt) for e in group), [self._right(e)[0] for e in group]
-            input_ids_BT = torch.full((len(group), width), end)
+            input_ids_BT = torch.full((len(group), width), ends[0])
             mask_BT = torch.zeros_like(input_ids_BT)
             for b, example in enumerate(group):
                 input_ids_BT[b, width - len(example.prompt) :] = torch.tensor(example.prompt)
@@ -210,8 +226,8 @@ class Evaluator:
                 attention_mask=mask_BT.to(model.device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                pad_token_id=end,
-                eos_token_id=end,
+                pad_token_id=ends[0],
+                eos_token_id=ends,
                 stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
             )
             rows = zip(group, output[:, width:].tolist(), before, strict=True)

@@ -194,11 +194,11 @@ class _Trial:
 
     def __init__(self, outcome: Outcome) -> None:
         tokenizer = outcome.source.tokenizer()
-        splits = load_splits(outcome.recipe.data, tokenizer, outcome.recipe.drawn_seeds)
+        splits = load_splits(outcome.recipe.data, tokenizer, outcome.recipe.drawn_seeds, outcome.source.ends())
         check_fit(outcome.source, outcome.source.skeleton(), splits)
         self.rows = splits.validation
         self.accelerator = make_accelerator(outcome.dtype)
-        self.evaluator = Evaluator.of(outcome.recipe, tokenizer, splits, self.accelerator)
+        self.evaluator = Evaluator.of(outcome.recipe, tokenizer, splits, self.accelerator, outcome.source.ends())
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         return evaluation_of({"validation": self.evaluator(model, self.rows)})["validation"]

@@ -29,6 +29,7 @@ from cola.recipe import OneLink, Recipe
 from cola.record import write_text
 from cola.residual import shape_of
 from cola.segments import digest
+from cola.text_part import text_config
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
 COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
@@ -151,9 +152,9 @@ class Meter:
         virtual = what.num_virtual_tokens or 0
         body: Any = model.base_model
         head: Any = model.get_output_embeddings()
-        hidden = model.config.hidden_size
+        hidden = text_config(model).hidden_size
         # With a cache, if an empty one, transformers does not look for packed rows, in positions without values here.
-        inputs: dict[str, object] = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+        inputs: dict[str, object] = {"past_key_values": DynamicCache(config=text_config(model)), "use_cache": True}
         with torch.device("meta"):
             if what.method in ("p_tuning", "prompt_tuning"):
                 inputs["inputs_embeds"] = torch.zeros(1, virtual + length, hidden, requires_grad=True)
@@ -174,7 +175,7 @@ class Meter:
 
 def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
     """Keys and values of some positions that want a gradient, as a prefix is."""
-    config = model.config
+    config = text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)

@@ -197,7 +197,8 @@ def _overlap_map(name: str, about: dict[str, Any]) -> Heat:
     if full:
         for label, value in zip(full["labels"], full["values"], strict=True):
             cells[rows.index(label)][-1] = value
-    chance = [f"{what} {_share(part['random'])}" for what, part in (("links", links), ("full", full)) if part]
+    known = [(what, part["random"]) for what, part in (("links", links), ("full", full)) if part]
+    chance = [f"{what} {_share(random)}" for what, random in known if random is not None] or ["nothing learned"]
     heads = [label.removeprefix("link ") for label in columns]
     sides = [label.removeprefix("link ") for label in rows]
     return _heat(f"{name}\nby chance: {', '.join(chance)}", heads, sides, cells, _share, float)
@@ -225,8 +226,8 @@ def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Fi
     ):
         if not columns:
             continue
-        chance = sorted({_share(part["random"]) for part in parts.values()})
-        by = chance[0] if len(chance) == 1 else f"{chance[0]} to {chance[-1]}"
+        chance = sorted({_share(part["random"]) for part in parts.values() if part["random"] is not None})
+        by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
         maps.append(_heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share, float))
     n_columns = sum(len(heat.columns) for heat in maps)
     figure = new_figure(0.22 * len(found) + 0.9, 1.8 + 0.37 * n_columns)

@@ -1,9 +1,7 @@
 """The pretrained base: where it lies, how it is loaded, and what identifies it."""
 
-import contextlib
 import errno
 import hashlib
-import io
 import json
 import shutil
 import tempfile
@@ -30,13 +28,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
-from transformers.utils.quantization_config import GgufConfig
 
-from cola import environment, recipe
+from cola import environment, gguf_file, recipe
 from cola.cache import cache_dir
+from cola.checkpoint import end_tokens, weight_files, weight_names
 from cola.data import Example, Splits
 from cola.errors import DataError, ModelError
 from cola.package_file import need_package, package_file
+from cola.text_part import text_config
 
 HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
@@ -66,8 +65,12 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files of the weights, without another format's copy of them."""
-        return sorted(self.folder.glob("model*.safetensors"))
+        """The safetensors files of the weights, without another format's copy of them.
+
+        Raises:
+            ModelError: one of them is not there, or the folder does not say which they are.
+        """
+        return weight_files(self.folder)
 
     @property
     def codes(self) -> str | None:
@@ -106,6 +109,14 @@ class Source:
                 f"model.name_or_path: {self.name}: no tokenizer could be loaded: {_line(error)}"
             ) from error
 
+    def ends(self) -> list[int]:
+        """The tokens that end an answer by the generation config and the config, beside the tokenizer's own.
+
+        Raises:
+            ModelError: what they say is no token's number.
+        """
+        return end_tokens(self.folder)
+
     def skeleton(self) -> PreTrainedModel:
         """The model without weights (on the meta device): its modules can be looked at before anything is loaded.
 
@@ -116,9 +127,15 @@ class Source:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        except ValueError as error:
+        # Each class of transformers makes of a config what it likes, and fails on a wrong one in its own way.
+        except Exception as error:
+            if "Unrecognized configuration class" in str(error):
+                raise ModelError(
+                    f"model.name_or_path: {self.name} ({config.model_type}) is no causal language model"
+                ) from error
             raise ModelError(
-                f"model.name_or_path: {self.name} ({config.model_type}) is no causal language model"
+                f"model.name_or_path: {self.name} ({config.model_type}): transformers cannot build the model that its "
+                f"config.json describes: {type(error).__name__}: {_line(error)}"
             ) from error
         if getattr(config, "is_decoder", None) is False and config.model_type in BIDIRECTIONAL:
             raise ModelError(
@@ -262,6 +279,11 @@ def find_adapter(settings: recipe.Model) -> Path | None:
 def _source(settings: recipe.Model, folder: Path, revision: str | None = None, quantized: bool = False) -> Source:
     source = Source(settings.name_or_path, folder, settings.trust_remote_code, revision)
     if not source.files:
+        if found := sorted(path.name for path in folder.glob("*.safetensors")):
+            raise ModelError(
+                f"model.name_or_path: {source.name} has {found[0]:.80}, and neither model.safetensors nor "
+                "model.safetensors.index.json, which names the files of the weights"
+            )
         raise ModelError(
             f"model.name_or_path: {source.name} has no .safetensors weights; pickled weights (.bin, .pt) can run code "
             "and are not read: convert them with transformers' save_pretrained"
@@ -290,36 +312,41 @@ def _source(settings: recipe.Model, folder: Path, revision: str | None = None, q
 
 def _from_hub(settings: recipe.Model, files: Sequence[str] = HUB_FILES) -> Path:
     name = settings.name_or_path
-    files = [*files, "*.py"] if settings.trust_remote_code else [*files]
-    try:
-        return Path(snapshot_download(name, revision=settings.revision, allow_patterns=files))
-    # The hub client, its http library and its cache raise errors without a common base.
-    except Exception as error:
-        raise ModelError(
-            f"model.name_or_path: {name}: no such folder here, and the hub did not give it "
-            f"({type(error).__name__}: {_line(error)}); without a network, run `hf download {name} --local-dir DIR` "
-            "elsewhere and set model.name_or_path to that folder"
-        ) from error
+
+    def fetch(revision: str | None, files: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        # The hub client, its http library and its cache raise errors without a common base.
+        except Exception as error:
+            raise ModelError(
+                f"model.name_or_path: {name}: no such folder here, and the hub did not give it "
+                f"({type(error).__name__}: {_line(error)}); without a network, run `hf download {name} --local-dir "
+                "DIR` elsewhere and set model.name_or_path to that folder"
+            ) from error
+
+    folder = fetch(settings.revision, [*files, "*.py"] if settings.trust_remote_code else [*files])
+    if files is not HUB_FILES:
+        return folder
+    if others := [file for file in weight_names(folder) if not (folder / file).is_file()]:
+        fetch(folder.name, others)  # which the index, now here, is the first to name
+    return folder
 
 
 def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     """A safetensors folder with the file's weights in float32, made the first time and reused."""
-    folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}"
+    folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}-{gguf_file.VERSION}"
     if (folder / "config.json").is_file():
         return folder
     say(f"dequantizing {file.name} to safetensors, once, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
     try:
-        where = {"gguf_file": file.name}
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
-        model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(aside)
+        gguf_file.convert(file, aside)
         aside.replace(folder)
-    except GGUF_ERRORS as error:
+    except ModelError as error:
+        raise ModelError(f"model.name_or_path: {file}: {error}") from None
+    # transformers, gguf and tokenizers raise what they like of a file, plain Exceptions among it.
+    except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         if not (folder / "config.json").is_file():  # another process may have been first
@@ -382,7 +409,7 @@ def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtu
     """
     examples = [example for _, part in splits.items() for example in part]
     check_tokens(source, skeleton, examples)
-    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    positions = getattr(text_config(skeleton), "max_position_embeddings", None)
     longest = n_virtual + max(len(e.prompt) + max(map(len, e.answers)) for e in examples)
     if positions is not None and longest > positions:
         raise DataError(

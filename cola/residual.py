@@ -12,7 +12,7 @@ product for all links, and no rounding at all.
 Axes: O output features, I input features, R rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,9 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 
@@ -74,20 +77,20 @@ class Base:
     """The base's own weights, float32 and untouched, one matrix at a time.
 
     Where the model came from safetensors, a matrix is read from the file and nothing is kept in memory. A matrix
-    that is not in the files under its own name, or differs from what was loaded, is copied the first time it is
+    that the files do not have as it is, or that differs from what was loaded, is copied the first time it is
     asked for, which must be before it is changed: `remember` does that.
     """
 
     def __init__(self, model: nn.Module, files: Sequence[Path] = (), quantized: bool = False) -> None:
         self.quantized = quantized
         self._model = model
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, tuple[Path, str]] = {}  # by the model's name of a weight: where, and under which name
         self._copies: dict[str, Tensor] = {}
         self._remembered: set[str] = set()
         self._beside: dict[str, RemovableHandle] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                self._files |= dict.fromkeys(opened.keys(), file)
+                self._files |= {name: (file, key) for key, name in names_in_model(model, opened.keys()).items()}
 
     def remember(self, names: Sequence[str]) -> None:
         """Make sure the pristine weights of these modules can be had from now on."""
@@ -127,14 +130,27 @@ class Base:
         self._beside[name] = module.register_forward_hook(add)
 
     def stored(self, name: str) -> Tensor | None:
-        """The weight as the files have it; None where they do not have it under its own name."""
-        key = f"{name}.weight"
-        if key not in self._files:
-            key = key.removeprefix(f"{getattr(self._model, 'base_model_prefix', '')}.")  # as GPT-2's files have it
-        if key not in self._files:
+        """The weight as the files have it; None where they have it in no single tensor."""
+        if f"{name}.weight" not in self._files:
             return None
-        with safe_open(self._files[key], framework="pt") as opened:
+        file, key = self._files[f"{name}.weight"]
+        with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(key)
+
+
+def names_in_model(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """What the model calls each tensor of a file: many files are older than the names of today, or have no prefix.
+
+    As transformers' loading renames them. Those that it makes of several, or in several, are left out.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {key: key for key in keys}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    found = {key: rename_source_key(key, renamings, converters, prefix, own) for key in keys}
+    return {key: name for key, (name, converted) in found.items() if converted is None}
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

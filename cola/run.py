@@ -45,6 +45,7 @@ from cola.settle import Spectra
 from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize
 from cola.terminal import Terminal
+from cola.text_part import text_config
 from cola.tracking import Tracker, sync_command
 
 
@@ -78,7 +79,7 @@ def run(
     accelerator = _accelerator(recipe, terminal)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
-    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds)
+    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, source.ends())
     sizes = ", ".join(f"{n} {name}" for name, n in splits.sizes.items())
     terminal.say(f"data: {sizes} examples" + (", other training rows under each seed" if splits.redrawn else ""))
     for note in splits.notes:
@@ -87,7 +88,7 @@ def run(
     general = _general_text(recipe, source, tokenizer, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
     meta = _check_and_record(recipe, folder, source, splits, general, store, terminal)
-    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator)
+    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator, source.ends())
     skeleton = source.skeleton()
     meter = _meter(recipe, skeleton, splits)
     tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
@@ -328,7 +329,7 @@ def _general_text(
     if recipe.evaluation.general_text is None:
         return []
     skeleton = source.skeleton()
-    positions = getattr(skeleton.config, "max_position_embeddings", None) or PASSAGE_TOKENS
+    positions = getattr(text_config(skeleton), "max_position_embeddings", None) or PASSAGE_TOKENS
     room = min(PASSAGE_TOKENS, positions - _virtual_tokens(recipe))
     passages = load_passages(recipe.evaluation.general_text, tokenizer, room)
     check_tokens(source, skeleton, passages)

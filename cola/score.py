@@ -90,12 +90,12 @@ def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], termin
 def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Terminal) -> Scored:
     tokenizer = target.source.tokenizer()
     seed = data.seeds[0] if target.seed is None else target.seed
-    loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed])
+    loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed], target.source.ends())
     check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
     accelerator = make_accelerator(target.dtype)
     if warning := dtype_warning(target.dtype, accelerator.device):
         terminal.warn(warning)
-    evaluator = Evaluator.of(data, tokenizer, loaded, accelerator)
+    evaluator = Evaluator.of(data, tokenizer, loaded, accelerator, target.source.ends())
     model = target.load(accelerator.device)
     scores, written = {}, {}
     for split in splits:

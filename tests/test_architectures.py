@@ -1,8 +1,12 @@
-"""The loop on other families than Qwen2: positions, tied heads, soft-capping, fused layers.
+"""The loop on other families than Qwen2: positions, tied heads, soft-capping, fused layers, towers.
 
-Run: pytest tests/test_architectures.py
+Run: pytest tests/test_architectures.py    (python tests/architectures.py for all of the table in docs/architectures.md)
 """
 
+import json
+from pathlib import Path
+
+import architectures
 import pytest
 import torch
 import transformers as hf
@@ -115,3 +119,27 @@ def test_a_chain_on_all_linear_layers_learns_and_its_knots_hold(name: str) -> No
         knot.drift.check(1e-4)
     assert all(knot.weights for knot in knots)
     assert (logits(model) - before).abs().max() > 1e-2
+
+
+CONTRASTING = ["GPT-2", "Gemma 3, with vision", "Gemma 3n, text", "Qwen3-MoE"]
+
+
+@pytest.fixture(scope="module", params=CONTRASTING)
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """An architecture, and a folder for its base and all that its arms export."""
+    return request.param, tmp_path_factory.mktemp("architecture")
+
+
+@pytest.mark.parametrize("arm", architectures.ARMS)
+def test_an_architecture_goes_the_whole_way_as_its_row_of_the_table_says(
+    kept: tuple[str, Path], arm: str, tokenizer: hf.PreTrainedTokenizerBase
+) -> None:
+    name, folder = kept
+    said = json.loads(architectures.RESULTS.read_text())["architectures"][name][arm]
+    assert architectures.examined(name, arm, folder, tokenizer) == said
+
+
+def test_the_table_has_every_architecture_and_arm() -> None:
+    table = json.loads(architectures.RESULTS.read_text())["architectures"]
+    wanted = {name: list(architectures.ARMS) for name in architectures.MODELS}
+    assert {name: list(arms) for name, arms in table.items()} == wanted

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "cache", "interrupt", "answers", "locks"},
     {"recipe", "environment", "shapes"},
     {"recipe_file", "plan", "compare", "choice", "scope"},
-    {"package_file", "files", "record", "terminal", "segments", "chat"},
+    {"checkpoint", "gguf_file", "package_file", "text_part", "files", "record", "terminal", "segments", "chat"},
     {"spectra", "sources"},
     {"data", "summary", "tables", "store"},
     {"ablation", "tasks", "tracking"},

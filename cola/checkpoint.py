@@ -1,0 +1,97 @@
+"""What a Hugging Face folder says of itself: which files hold its weights, and which tokens end an answer. No torch."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cola.errors import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEXT_PARTS = ("text_config", "decoder", "generator")  # of a config, as transformers' get_text_config knows them
+
+
+def read_json(folder: Path, file: str) -> dict[str, Any]:
+    """A file of the folder; empty where there is none.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    if not (folder / file).is_file():
+        return {}
+    try:
+        said = json.loads((folder / file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model.name_or_path: {folder / file} is no JSON: {error}") from None
+    if not isinstance(said, dict):
+        raise ModelError(f"model.name_or_path: {folder / file} is no JSON object, {{...}}")
+    return said
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of the safetensors files that transformers reads a folder's weights from, sorted: what config.json names,
+    else `model.safetensors`, else what the index names. None where the folder has no such weights.
+
+    Raises:
+        ModelError: the index does not say which files, or others than safetensors inside the folder.
+    """
+    first = str(read_json(folder, "config.json").get("transformers_weights") or "")
+    if not first:
+        first = SINGLE if (folder / SINGLE).is_file() else INDEX
+    if not first.endswith(".index.json"):
+        names = [first]
+    elif not (folder / first).is_file():
+        return []
+    else:
+        shards = read_json(folder, first).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise ModelError(
+                f"model.name_or_path: {folder / first} has no weight_map that names a file for each weight"
+            )
+        names = sorted(set(shards.values()))
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts:
+            where = "config.json" if names == [first] else first
+            raise ModelError(
+                f"model.name_or_path: {folder / where} names {name!r:.80}; only safetensors files inside the "
+                "folder are read"
+            )
+    return names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of `weight_names`.
+
+    Raises:
+        ModelError: as `weight_names`; or one of them is not there.
+    """
+    names = weight_names(folder)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(
+            f"model.name_or_path: {folder} lacks {len(missing)} of the {len(names)} files of its weights, the first is "
+            f"{missing[0]:.80}"
+        )
+    return [folder / name for name in names]
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The tokens that end an answer by generation_config.json and config.json, in that order; the tokenizer may name
+    another one.
+
+    Raises:
+        ModelError: what they say is no token's number.
+    """
+    config = read_json(folder, "config.json")
+    parts = [config, *(part for name in TEXT_PARTS if isinstance(part := config.get(name), dict))]
+    own = next((part for part in parts if part.get("eos_token_id") is not None), {})
+    found: dict[int, None] = {}
+    for file, said in (("generation_config.json", read_json(folder, "generation_config.json")), ("config.json", own)):
+        value = said.get("eos_token_id")
+        tokens = [] if value is None else value if isinstance(value, list) else [value]
+        if wrong := [token for token in tokens if type(token) is not int]:
+            raise ModelError(
+                f"model.name_or_path: {folder / file}: eos_token_id: {wrong[0]!r:.80} is no token's number; write "
+                "a whole number or a list of them"
+            )
+        found |= dict.fromkeys(tokens)
+    return list(found)
