@@ -223,7 +223,7 @@ def save(folder: Path, model: PreTrainedModel, what: OneLink, base_name: str, sk
         save_pair(folder, read_pair(model), base_name, skeleton, bool(what.use_dora), what.dropout or 0.0)
         return
     if what.method == "full":
-        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_state(model).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(folder)
         return
@@ -236,6 +236,18 @@ def save(folder: Path, model: PreTrainedModel, what: OneLink, base_name: str, sk
     else:
         shape = what.model_dump(include={"method", "bottleneck", "placement", "activation"}) | {"base": base_name}
         (folder / "bottleneck.json").write_text(json.dumps(shape, indent=1) + "\n", encoding="utf-8")
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that a folder of the whole model must hold: its parameters, a shared one once, and the buffers that belong to
+    its state, such as the bias by which a router spreads its tokens."""
+    return dict(model.named_parameters()) | {name: model.get_buffer(name) for name in kept_buffers(model)}
+
+
+def kept_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that belong to a model's state; the others are computed from its config."""
+    state = model.state_dict()
+    return [name for name, _ in model.named_buffers() if name in state]
 
 
 def _file_of(what: OneLink) -> str:
@@ -361,9 +373,9 @@ def put_back(folder: Path, model: PreTrainedModel, what: OneLink) -> None:
         return
     full = what.method == "full"
     weights = load_file(folder / ("model.safetensors" if full else _file_of(what)))
-    for name, parameter in model.named_parameters():
+    for name, tensor in whole_state(model).items() if full else model.named_parameters():
         if full or _is_trained(name):
-            parameter.copy_(weights[name])
+            tensor.copy_(weights[name])
 
 
 @torch.no_grad()

@@ -162,6 +162,7 @@ def _tree(
     """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
     fingerprint, skeleton = source.fingerprint(), meter.skeleton
     modules: dict[str, list[str]] = {}
+    buffers = adapters.kept_buffers(skeleton)
 
     def modules_of(link: Link) -> list[str] | None:
         if link.method != "lora":
@@ -193,7 +194,7 @@ def _tree(
             return root_causes(fingerprint, dtype, device, quantization)
 
         budget = Budget(one, replace(meter, checkpointing=one.training.gradient_checkpointing), order_of)
-        return Tree(one, splits.sizes["train"], root_of, modules_of, digests_of, budget.steps)
+        return Tree(one, splits.sizes["train"], root_of, modules_of, digests_of, budget.steps, buffers)
 
     tree = tree_of(recipe)
     alike = [tree_of(other) for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
