@@ -214,7 +214,12 @@ def left_out(model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     with_pair = {f"{name}.weight" for name in names}
-    usual = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    usual = {
+        id(weight)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        if part is not None
+        for weight in part.parameters()
+    }
     found: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and name not in with_pair and id(parameter) not in usual:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -58,6 +58,9 @@ class ExampleScore:
     group: str | None
 
 
+Decoding: TypeAlias = Literal["padded", "alike", "plain"]
+
+
 @dataclass(frozen=True)
 class Ways:
     """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model.
@@ -72,7 +75,7 @@ class Ways:
 
     rows: Literal["together", "alone"] = "together"
     choices: Literal["cached", "plain"] = "cached"
-    decoding: Literal["padded", "alike", "plain"] = "padded"
+    decoding: Decoding = "padded"
     positions: int | None = None
 
 
@@ -261,8 +264,7 @@ class Evaluator:
         """The greedy answer, each of its tokens by a plain pass over all before it."""
         tokens: list[int] = []
         while len(tokens) < new_tokens and not self._said(tokens, before)[1]:
-            batch = collate([("", example.prompt + tokens, [0])]).to(model.device)
-            token = int(logits_at(model, batch.input_ids_BT[:, :-1], batch.predicts_BT[:, :-1]).argmax())
+            token = int(last_logits(model, example.prompt + tokens).argmax())
             if token == self.tokenizer.eos_token_id:
                 break
             tokens.append(token)
@@ -305,6 +307,12 @@ class _Stopped(StoppingCriteria):
         rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
         ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
         return torch.tensor(ended, device=input_ids.device)
+
+
+def last_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """Logits (1, V) of what follows a row, by a plain pass over it."""
+    batch = collate([("", tokens, [0])]).to(model.device)
+    return logits_at(model, batch.input_ids_BT[:, :-1], batch.predicts_BT[:, :-1])
 
 
 def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -85,8 +85,8 @@ def _check_file(key: str, path: str) -> None:
 
 
 def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
-    """Trainable parameters of each arm, from the config of a local model, None for another model; and what is to be said
-    of what they leave out."""
+    """Trainable parameters of each arm, from the config of a local model, None for another model; and what is to be
+    said of what they leave out."""
     name = recipe.model.name_or_path
     path = Path(name).expanduser()
     if name.startswith("package://"):

@@ -40,9 +40,9 @@ from cola.plan import Job, Link, candidates_of, choice_of, evaluation_steps, job
 from cola.recipe import SPLITS, Prune, Recipe
 from cola.record import FORMAT, RunFolder, choice_file, need_room, provenance
 from cola.scope import overlap_note
+from cola.segments import Causes, Tree, digest, merge_of, root_causes
 from cola.selfcheck import VERSION as SELFCHECK_VERSION
 from cola.selfcheck import Subject, self_check, slowest
-from cola.segments import Causes, Tree, digest, merge_of, root_causes
 from cola.settle import Spectra
 from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize

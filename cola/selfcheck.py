@@ -1,7 +1,7 @@
 """What cola relies on, tried on the loaded model before anything is trained or scored.
 
     later token   what comes later moves no earlier logit, neither what it is nor whether it is there
-    batch         a row among others, padded on the right, has the logits that it has alone; and so have single positions
+    batch         a row among others, padded on the right, has its own logits, and so have positions that are picked
     choices       choices that go on from the prompt's cache are as likely as in plain passes
     decoding      each step of `generate`, on prompts that are padded on the left, has the logits of a plain pass
     positions     the longest row, and what may be decoded after it, are within the model's positions
@@ -20,7 +20,7 @@ in every row or at every position, a tie now and then, so that the median counts
 Axes: B rows, T tokens, N positions, P prompts, S steps, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from time import perf_counter
@@ -34,7 +34,7 @@ from cola.adapters import kept_buffers, unwrapped, virtual_tokens, whole_state
 from cola.batches import collate
 from cola.data import Example
 from cola.errors import ModelError
-from cola.evaluate import Evaluator, Ways, choice_nats, left_padded, plain_choice_nats
+from cola.evaluate import Decoding, Evaluator, Ways, choice_nats, last_logits, left_padded, plain_choice_nats
 from cola.forward import logits_at
 
 VERSION = 1  # part of the name of a remembered result: raise it when other things are tried, or otherwise
@@ -88,9 +88,11 @@ def self_check(subject: Subject) -> dict[str, Any]:
     model, evaluator = subject.model.eval(), subject.evaluator
     dtype = next(p.dtype for p in model.parameters() if p.dtype in ACROSS)
     with torch.no_grad(), evaluator.autocast():
-        found = _Trial(subject, dtype, _rows(subject)).found()
+        reach, positions = _positions(subject)
+        rows = _rows(subject, positions - virtual_tokens(model))
+        found = _Trial(subject, dtype, rows).found(None if positions >= reach else positions)
     if subject.trains:
-        _check_training(subject, dtype)
+        _check_training(subject, rows)
     return {**found, "tensors": len(whole_state(unwrapped(model))), "seconds": perf_counter() - started}
 
 
@@ -108,11 +110,10 @@ def difference(got_NV: Tensor, want_NV: Tensor) -> Tensor:
     return (got - want).square().mean(-1).sqrt() / want.std(-1).clamp(min=1e-12)
 
 
-def _rows(subject: Subject) -> list[list[int]]:
+def _rows(subject: Subject, positions: int) -> list[list[int]]:
     """Rows of `LENGTHS`, of the examples' own tokens, each from its beginning and repeated where it is shorter."""
     streams = [example.prompt + example.answers[example.gold] for example in subject.examples[:ROWS]]
-    most = _positions_said(subject)
-    room = min(LENGTHS[0], most - STEPS - subject.n_virtual) if most else LENGTHS[0]
+    room = min(LENGTHS[0], positions - STEPS)
     lengths = [max(TARGETS + 1, length * room // LENGTHS[0]) for length in LENGTHS]
     return [_cycled(streams[i % len(streams)], length) for i, length in enumerate(lengths)]
 
@@ -121,9 +122,30 @@ def _cycled(tokens: list[int], length: int) -> list[int]:
     return (tokens * (length // len(tokens) + 1))[:length]
 
 
-def _positions_said(subject: Subject) -> int | None:
-    config = unwrapped(subject.model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+def _positions(subject: Subject) -> tuple[int, int]:
+    """How many positions the longest row and decoding come to, and how many of them the model has, tried."""
+    model, examples, new = subject.model, subject.examples, subject.evaluator.new_tokens
+    virtual = virtual_tokens(model)
+    before = max(virtual, subject.n_virtual)
+    row = max((e.prompt + max(e.answers, key=len) for e in examples), key=len)
+    needed = reach = before + len(row)
+    if subject.evaluator.task == "answer":
+        reach = max(needed, before + max(len(e.prompt) for e in examples) + new - 1)
+    said = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    most = max(reach, LENGTHS[0] + STEPS + virtual)
+    why = f"its config says {said}"
+    for length in range(min(most, said or most), needed - 1, -1):
+        try:
+            last_logits(model, _cycled(row, length - virtual))
+        except Exception as error:  # of the model's own code, beyond its last position
+            why = _line(error)
+            continue
+        return reach, length
+    try:
+        last_logits(model, row[:2])
+    except Exception as error:  # of the model's own code
+        subject.refuse(f"a plain pass fails: {_line(error)}")
+    subject.refuse(f"rows of {needed} tokens are drawn and it takes fewer ({why}); lower data.max_length")
 
 
 class _Trial:
@@ -132,13 +154,10 @@ class _Trial:
     def __init__(self, subject: Subject, dtype: torch.dtype, rows: list[list[int]]) -> None:
         self.subject, self.model, self.rows = subject, subject.model, rows
         self.dtype, self.tolerance, self.notes = dtype, ACROSS[dtype], []
-        try:
-            self.whole = [self._whole([row])[0] for row in rows]
-        except Exception as error:  # of the model's own code
-            subject.refuse(f"a pass over {len(rows[0])} tokens fails: {_line(error)}")
+        self.whole = [self._whole([row])[0] for row in rows]
 
-    def found(self) -> dict[str, Any]:
-        """What came out."""
+    def found(self, positions: int | None) -> dict[str, Any]:
+        """What came out; `positions`: of the model, where decoding could go beyond them."""
         if not all(logits.isfinite().any(-1).all() and not logits.isnan().any() for logits in self.whole):
             self.subject.refuse(f"its logits are no finite numbers in {str(self.dtype).removeprefix('torch.')}")
         later, rounding = self._later_token(), self._longer_row()
@@ -148,17 +167,11 @@ class _Trial:
             self._refuse_if_random()
             self._check_single_positions()
             self.notes.append(f"each row is read alone: in a batch the model gives it other logits ({batch:.2g})")
-        task, evaluator = self.subject.evaluator.task, self.subject.evaluator
+        task = self.subject.evaluator.task
         choices = self._cached_choices() if task == "multiple_choice" and together else None
         cached = task != "multiple_choice" or (choices is not None and choices <= self.tolerance)
         decoding, how = self._decoding(together) if task == "answer" else (None, "padded")
-        positions = self._positions(evaluator)
-        ways = Ways(
-            "together" if together else "alone",
-            "cached" if cached else "plain",
-            how,
-            positions,  # pyright: ignore
-        )
+        ways = Ways("together" if together else "alone", "cached" if cached else "plain", how, positions)
         return {
             "ways": asdict(ways),
             "tolerance": self.tolerance,
@@ -207,7 +220,9 @@ class _Trial:
             self._refuse_if_random()
             self._refuse_later(self._apart(apart_N))
         # Of one token too, as decoding has it: other kernels compute that.
-        firsts = [difference(self._whole([row[:1]])[0], logits[:1]) for row, logits in zip(self.rows, self.whole)]
+        firsts = [
+            difference(self._whole([row[:1]])[0], logits[:1]) for row, logits in zip(self.rows, self.whole, strict=True)
+        ]
         rounding = torch.cat([apart_N, *firsts]).max().item()
         self.tolerance = max(self.tolerance, 4 * min(rounding, 4 * ACROSS[self.dtype]))
         return rounding
@@ -225,7 +240,7 @@ class _Trial:
 
     def _at_last(self, rows: Sequence[list[int]]) -> Tensor:
         """Logits (B, TARGETS, V) at the last positions of rows, as training and scoring ask for them."""
-        batch = collate([("", row[: 1 - TARGETS], row[1 - TARGETS :] + [0]) for row in rows]).to(self.model.device)
+        batch = collate([("", row[: 1 - TARGETS], [*row[1 - TARGETS :], 0]) for row in rows]).to(self.model.device)
         ids_BT, where_BT = batch.input_ids_BT[:, :-1], batch.predicts_BT[:, :-1]
         return logits_at(self.model, ids_BT, where_BT).unflatten(0, (len(rows), TARGETS))
 
@@ -237,12 +252,12 @@ class _Trial:
         apart = self._apart(difference(self._at_last(self.rows[:1]), self.whole[0][None, -TARGETS:]))
         if apart > self.tolerance:
             self.subject.refuse(
-                f"the logits that its output head gives for single positions are not those of its whole pass ({apart:.2g} "
-                "apart): its head does not read one position at a time"
+                f"its head gives other logits for single positions than for a whole pass ({apart:.2g} apart): it "
+                "does not read one position at a time"
             )
 
     def _cached_choices(self) -> float | None:
-        """How far the likelihoods of choices from the cache are from those of plain passes; None where there is none."""
+        """How far choices from the cache are from plain passes, per token; None where there is no such cache."""
         answers = [self.rows[3][:n] for n in (1, 2, 4)]
         short = len(self.rows[2])
         prompts = [self.rows[1], self.rows[2], self.rows[0][:short]]  # one alone, and two of one length together
@@ -259,11 +274,13 @@ class _Trial:
             self.notes.append(f"choices are scored one by one: from the cache the model gives others ({apart:.2g})")
         return apart
 
-    def _decoding(self, together: bool) -> tuple[float | None, str]:
+    def _decoding(self, together: bool) -> tuple[float | None, Decoding]:
         """How far the steps of the quickest right way to decode are from plain passes, and which way that is."""
         short = len(self.rows[2])
         alike = [[row[:short] for row in self.rows[: 2 if together else 1]], self.rows[1:2]]
-        tried = [("padded", [self.rows])] if together and unwrapped(self.model) is self.model else []
+        tried: list[tuple[Decoding, list[list[list[int]]]]] = (
+            [("padded", [self.rows])] if together and unwrapped(self.model) is self.model else []
+        )
         why = ""
         for how, groups in [*tried, ("alike", alike)]:
             try:
@@ -280,7 +297,8 @@ class _Trial:
         return None, "plain"
 
     def _decoded(self, prompts: Sequence[list[int]]) -> float:
-        ids_BT, mask_BT = left_padded(prompts, self.subject.evaluator.tokenizer.eos_token_id or 0)
+        end = self.subject.evaluator.tokenizer.eos_token_id  # what decoding pads with
+        ids_BT, mask_BT = left_padded(prompts, fill=end if isinstance(end, int) else 0)
         settings = GenerationConfig(
             max_new_tokens=STEPS,
             min_new_tokens=STEPS,
@@ -299,28 +317,8 @@ class _Trial:
         want = [self._whole([row + tokens])[0, len(row) - 1 : -1] for row, tokens in zip(prompts, new, strict=True)]
         return self._apart(difference(got, torch.stack(want)))
 
-    def _positions(self, evaluator: Evaluator) -> int | None:
-        """Positions that the model has, tried, where decoding could go beyond them; None where it cannot."""
-        virtual = virtual_tokens(self.model)
-        before = max(virtual, self.subject.n_virtual)
-        examples = self.subject.examples
-        row = max((e.prompt + max(e.answers, key=len) for e in examples), key=len)
-        needed = reach = before + len(row)
-        if evaluator.task == "answer":
-            reach = max(needed, before + max(len(e.prompt) for e in examples) + evaluator.new_tokens - 1)
-        said = _positions_said(self.subject) or reach
-        why = f"its config says {said} positions"
-        for length in range(min(reach, said), needed - 1, -1):
-            try:
-                self._at_last([_cycled(row, length - virtual)])
-            except Exception as error:  # of the model's own code, beyond its last position
-                why = _line(error)
-                continue
-            return None if length == reach else length
-        self.subject.refuse(f"rows of {needed} tokens are drawn and it takes fewer ({why}); lower data.max_length")
 
-
-def _check_training(subject: Subject, dtype: torch.dtype) -> None:
+def _check_training(subject: Subject, rows: list[list[int]]) -> None:
     """A pass in training mode goes through and moves no buffer that what is kept of an arm would not hold."""
     model, evaluator = subject.model, subject.evaluator
     if subject.full and (lost := [name for name in model.state_dict() if not _is_kept(model, name)]):
@@ -328,7 +326,7 @@ def _check_training(subject: Subject, dtype: torch.dtype) -> None:
             f"full fine-tuning cannot keep all of it: its state dict has {lost[0]}, neither parameter nor buffer"
         )
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    batch = collate([("", row[:-1], row[-1:]) for row in _rows(subject)]).to(model.device)
+    batch = collate([("", row[:-1], row[-1:]) for row in rows]).to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluator.autocast():
@@ -342,16 +340,14 @@ def _check_training(subject: Subject, dtype: torch.dtype) -> None:
         model.get_buffer(name).copy_(before[name])
     if moved:
         subject.refuse(
-            f"training moves its buffer {moved[0]}, which is no weight: no pair holds it and a checkpoint does not give "
-            "it back"
+            f"training moves its buffer {moved[0]}, which is no weight: nothing that is kept of a link gives it back"
         )
 
 
 def _is_kept(model: PreTrainedModel, name: str) -> bool:
-    """Whether an entry of the state dict is in `whole_state`, under a name of its own or a shared matrix's other one."""
+    """Whether an entry of the state dict is in `whole_state`, maybe under another name of a shared matrix."""
     entry = model.state_dict(keep_vars=True)[name]
-    kept: Callable[[Tensor], bool] = lambda tensor: tensor is entry
-    return name in kept_buffers(model) or any(map(kept, model.parameters()))
+    return name in kept_buffers(model) or any(parameter is entry for parameter in model.parameters())
 
 
 def _line(error: Exception) -> str:
