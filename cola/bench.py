@@ -36,6 +36,7 @@ class Bench:
         meta: What a result says of how it was made.
         tracked: Arms, seeds and final states that W&B has been sent.
         used: Names of the segments and measurements that the run's results rest on.
+        ready: A base that was loaded to be tried, by dtype and quantization, for the first job that needs it.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Bench:
     learned: Learned
     meta: dict[str, Any]
     used: dict[str, set[str]]
+    ready: dict[tuple[str, str | None], PreTrainedModel]
     _counts: dict[str, int] = field(default_factory=dict)
     _rows: dict[int, dict[str, str]] = field(default_factory=dict)
 

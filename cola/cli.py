@@ -625,7 +625,8 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
     for table in [*result_tables(summary), knots_table(summary, short=True)]:
         if table.rows:
             terminal.table(table.title, table.columns, table.rows)
-    told = summary["meta"]["data"]["notes"] if summary["meta"] else []  # when the data was read
+    meta = summary["meta"] or {}
+    told = [note for part in ("data", "selfcheck") for note in meta.get(part, {}).get("notes", ())]  # before the run
     for line in [*verdict(summary), *(note for note in summary["notes"] if note not in told)]:
         terminal.say(line)
     terminal.say(f"report   {page}")

@@ -35,8 +35,8 @@ def show(recipe: Recipe, terminal: Terminal, split: str, n_rows: int) -> None:
     Raises:
         ColaError: the data or the tokenizer cannot be used.
     """
-    tokenizer = find_tokenizer(recipe.model)
-    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds)
+    tokenizer, ends = find_tokenizer(recipe.model)
+    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, ends)
     seed = recipe.seeds[0]
     drawn = splits.of(seed)
     whose = f", train as seed {seed} draws it" if splits.redrawn else ""

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from cola.adapters import unwrapped
+from cola.adapters import unwrapped, virtual_tokens
 from cola.answers import normalized, up_to, usual_stops
 from cola.batches import by_tokens, collate, training_row
 from cola.data import PASSAGE_TOKENS, Example, Splits, all_ends, tokenizer_fingerprint
@@ -58,6 +58,27 @@ class ExampleScore:
     group: str | None
 
 
+Decoding: TypeAlias = Literal["padded", "alike", "plain"]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model.
+
+    Attributes:
+        rows: Several in one pass, or each alone.
+        choices: Continued from the prompt's cache, or each read as a row of its own.
+        decoding: By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time
+            by plain passes over one prompt.
+        positions: Those that the model has, where decoding could go beyond them.
+    """
+
+    rows: Literal["together", "alone"] = "together"
+    choices: Literal["cached", "plain"] = "cached"
+    decoding: Decoding = "padded"
+    positions: int | None = None
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Scores examples of one task.
@@ -71,6 +92,7 @@ class Evaluator:
         answer_tokens: Longest right answer of the data; decoding stops a little after it.
         stop: Strings that end a decoded answer, beside the end tokens.
         ends: Tokens that end one, the tokenizer's own always among them.
+        ways: How the model is asked, as `cola.selfcheck` found it.
     """
 
     task: str
@@ -81,6 +103,7 @@ class Evaluator:
     answer_tokens: int
     stop: Sequence[str] = ()
     ends: Sequence[int] = ()
+    ways: Ways = Ways()
 
     @classmethod
     def of(
@@ -119,11 +142,23 @@ class Evaluator:
         A passage at a time, since its logits are wanted at every position: of 4096 tokens they would take 2.5 GB under
         a vocabulary of 150,000.
         """
-        return replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=(), ends=())
+        ways = Ways(rows=self.ways.rows)
+        text = replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=(), ends=())
+        return text.asking(ways)
+
+    def asking(self, ways: Ways) -> "Evaluator":
+        """The one that asks a model in these ways."""
+        return replace(self, ways=ways, batch_tokens=self.batch_tokens if ways.rows == "together" else 1)
+
+    @property
+    def new_tokens(self) -> int:
+        """The most that are decoded of an answer."""
+        return self.answer_tokens + 4
 
     def causes(self) -> dict[str, Any]:
         """What a score depends on besides the weights, their precision and the examples."""
         several = {"ends": sorted(self.end_tokens)} if self.task == "answer" and len(self.end_tokens) > 1 else {}
+        slower = {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}
         return several | {
             "version": EVALUATION_VERSION,
             "task": self.task,
@@ -132,6 +167,7 @@ class Evaluator:
             "answer_tokens": self.answer_tokens,
             "stop": list(self.stop),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **({"ways": slower} if slower else {}),
         }
 
     @torch.no_grad()
@@ -202,25 +238,25 @@ class Evaluator:
 
         What stands before a right answer (the answer prefix) is taken off where the model says it too.
         """
-        new_tokens = self.answer_tokens + 4
         texts = {}
         ends = self.end_tokens  # load_splits refuses task answer without one
         # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
-        padded = unwrapped(model) is model
-        alike: dict[int, list[Example]] = defaultdict(list)
+        padded = unwrapped(model) is model and self.ways.decoding == "padded"
+        alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
         for example in examples:
-            alike[0 if padded else len(example.prompt)].append(example)
-
-        def length(example: Example) -> int:
-            return len(example.prompt) + new_tokens
-
-        for group in (group for same in alike.values() for group in by_tokens(same, length, self.batch_tokens)):
-            width, before = max(len(e.prompt) for e in group), [self._right(e)[0] for e in group]
-            input_ids_BT = torch.full((len(group), width), ends[0])
-            mask_BT = torch.zeros_like(input_ids_BT)
-            for b, example in enumerate(group):
-                input_ids_BT[b, width - len(example.prompt) :] = torch.tensor(example.prompt)
-                mask_BT[b, width - len(example.prompt) :] = 1
+            alike[0 if padded else len(example.prompt), self._room(model, example)].append(example)
+        groups = [
+            (group, new_tokens)
+            for (_, new_tokens), same in alike.items()
+            for group in by_tokens(same, lambda e, new_tokens=new_tokens: len(e.prompt) + new_tokens, self.batch_tokens)
+        ]
+        for group, new_tokens in groups:
+            before = [self._right(e)[0] for e in group]
+            if self.ways.decoding == "plain":
+                texts |= {e.id: self._plainly(model, e, b, new_tokens) for e, b in zip(group, before, strict=True)}
+                continue
+            input_ids_BT, mask_BT = left_padded([e.prompt for e in group], ends[0])
+            width = input_ids_BT.shape[1]
             output = model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=input_ids_BT.to(model.device),
                 attention_mask=mask_BT.to(model.device),
@@ -234,27 +270,44 @@ class Evaluator:
             texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
         return [texts[example.id] for example in examples]
 
+    def _room(self, model: PreTrainedModel, example: Example) -> int:
+        """New tokens that decoding may come to: the last one that follows from the model's last position at most."""
+        if self.ways.positions is None:
+            return self.new_tokens
+        return min(self.new_tokens, self.ways.positions - virtual_tokens(model) - len(example.prompt) + 1)
+
+    def _plainly(self, model: PreTrainedModel, example: Example, before: str, new_tokens: int) -> str:
+        """The greedy answer, each of its tokens by a plain pass over all before it."""
+        tokens: list[int] = []
+        while len(tokens) < new_tokens and not self._said(tokens, before)[1]:
+            token = int(last_logits(model, example.prompt + tokens).argmax())
+            if token in self.end_tokens:
+                break
+            tokens.append(token)
+        return self._said(tokens, before)[0]
+
     def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
         # Choices of one token are read off the prompt's last position, prompts of any length together. Longer ones
         # continue from the cached prompt: prompts of one length share a pass, nothing is padded, and so it does not
-        # matter what kind of positions the model has.
+        # matter what kind of positions the model has. Where it has no such cache, each choice is a row of its own.
         alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
         for example in examples:
             long = max(map(len, example.answers)) > 1
+            if long and self.ways.choices == "plain":
+                yield _chosen(example, plain_choice_nats(model, example, self.batch_tokens))
+                continue
             alike[len(example.prompt) if long else 0, len(example.answers)].append(example)
         for (_, n_choices), same in alike.items():
             rest = n_choices * (max(len(a) for e in same for a in e.answers) - 1)
             for group in by_tokens(same, lambda e, rest=rest: len(e.prompt) + rest, self.batch_tokens):
                 for example, scores in zip(group, choice_nats(model, group), strict=True):
-                    best = min(range(len(scores)), key=scores.__getitem__)
-                    yield ExampleScore(
-                        example.id,
-                        scores[example.gold],
-                        len(example.answers[example.gold]),
-                        float(best == example.gold),
-                        best,
-                        example.group,
-                    )
+                    yield _chosen(example, scores)
+
+
+def _chosen(example: Example, scores: Sequence[float]) -> ExampleScore:
+    """The result of an example, from -log p of each of its choices."""
+    best, right = min(range(len(scores)), key=scores.__getitem__), example.answers[example.gold]
+    return ExampleScore(example.id, scores[example.gold], len(right), float(best == example.gold), best, example.group)
 
 
 class _Stopped(StoppingCriteria):
@@ -270,6 +323,35 @@ class _Stopped(StoppingCriteria):
         rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
         ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
         return torch.tensor(ended, device=input_ids.device)
+
+
+def last_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """Logits (1, V) of what follows a row, by a plain pass over it."""
+    batch = collate([("", tokens, [0])]).to(model.device)
+    return logits_at(model, batch.input_ids_BT[:, :-1], batch.predicts_BT[:, :-1])
+
+
+def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Prompts (B, T) for decoding, which goes on at their common end, and their attention mask."""
+    width = max(map(len, prompts))
+    input_ids_BT = torch.full((len(prompts), width), fill)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for b, prompt in enumerate(prompts):
+        input_ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[b, width - len(prompt) :] = 1
+    return input_ids_BT, mask_BT
+
+
+def plain_choice_nats(model: PreTrainedModel, example: Example, batch_tokens: int) -> list[float]:
+    """-log p of every choice, summed over its tokens, each choice read after the prompt as a row of its own."""
+    nats = [0.0] * len(example.answers)
+    rows = [(str(c), example.prompt, answer) for c, answer in enumerate(example.answers)]
+    for group in by_tokens(rows, lambda row: len(row[1]) + len(row[2]), batch_tokens):
+        batch = collate(group).to(model.device)
+        nats_N = _nats(logits_at(model, batch.input_ids_BT, batch.predicts_BT), batch.targets_N)
+        for (choice, _, _), own_N in zip(group, nats_N.split([len(row[2]) for row in group]), strict=True):
+            nats[int(choice)] = own_N.sum().item()
+    return nats
 
 
 def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[float]]:

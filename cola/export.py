@@ -7,9 +7,11 @@
 Every export has a model card and a cola.json with the base's fingerprint and the run's own numbers.
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from cola import adapters
 from cola.card import model_card
 from cola.chain import Chain, retie
-from cola.data import load_splits
+from cola.data import PASSAGE_TOKENS, Example, load_splits
 from cola.drift import Drift
 from cola.errors import ModelError, RunFolderError
 from cola.evaluate import PROBE_ROWS, Evaluator, evaluation_of
@@ -32,9 +34,11 @@ from cola.package_file import need_package
 from cola.recipe import KnotRules
 from cola.residual import Base, Residual, compressed, stacked
 from cola.score import NOTE
+from cola.selfcheck import Subject, self_check
 from cola.terminal import Terminal
 
 FORMAT = 1  # of cola.json
+WORDS = "The quick brown fox jumps over the lazy dog, again and again, until the evening comes."
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Findings:
 
     notes: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)  # of a dense checkpoint: a digest of each tensor
 
     def say(self, terminal: Terminal, text: str, **numbers: Any) -> None:
         """Tell the user, the card and cola.json."""
@@ -164,6 +169,7 @@ def _write(outcome: Outcome, request: Request, folder: Path, terminal: Terminal)
         for file in [source.folder / "generation_config.json", *source.folder.glob("*.py")]:
             if file.is_file() and (file.suffix != ".py" or source.trust_remote_code):
                 shutil.copy(file, folder)
+        _try_written(outcome, request, folder, findings, terminal)
     elif request.form == "knots":
         for number, (link, pair) in enumerate(zip(outcome.link_folders(), learned, strict=True), 1):
             if pair:  # the chain holds nothing of a link whose pair went on into the next
@@ -241,7 +247,9 @@ def _write_merged(
     device = torch.device("cpu")
     if request.quantization is None:
         terminal.say(f"merging in float32, to be kept as {request.dtype or outcome.dtype}")
-        _merged(outcome, learned, request.dtype or outcome.dtype, outcome.quantization).save_pretrained(folder)
+        model = _merged(outcome, learned, request.dtype or outcome.dtype, outcome.quantization)
+        model.save_pretrained(folder)
+        findings.state = _state_digests(model)
         return
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dense-") as dense:
         # Codes are made of the dense base with the update. Codes made of codes with the update round most of it
@@ -278,6 +286,35 @@ def _write_merged(
     )
 
 
+def _state_digests(model: PreTrainedModel) -> dict[str, str]:
+    """A digest of each tensor of the state dict, for two models of which only one is in memory at a time. Some loaders
+    keep a few tensors in float32 whatever the model's format, so it is of the numbers and not of their format."""
+    return {
+        name: hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _try_written(outcome: Outcome, request: Request, folder: Path, findings: Findings, terminal: Terminal) -> None:
+    """Load a merged checkpoint as it was written: it must hold every tensor, and be what others rely on."""
+    written = Source(str(folder), folder, outcome.source.trust_remote_code)
+    model = written.load(request.dtype or outcome.dtype, torch.device("cpu"))
+    loaded = _state_digests(model) if findings.state else {}
+    if lost := [name for name, digest in findings.state.items() if loaded.get(name) != digest]:
+        raise ModelError(
+            f"arm {outcome.job.arm}: it does not give back {len(lost)} of its {len(findings.state)} tensors, the "
+            f"first is {lost[0]}; export it --as adapter"
+        )
+    tokenizer = written.tokenizer()
+    words = tokenizer(WORDS)["input_ids"]
+    examples = [Example("words", words[: len(words) // 2], [words[len(words) // 2 :]], 0, [WORDS], None)]
+    evaluator = Evaluator("answer", tokenizer, [], PASSAGE_TOKENS, nullcontext, 1)
+    checked = self_check(Subject(f"arm {outcome.job.arm}, as exported", model, evaluator, examples))
+    for note in checked["notes"]:
+        terminal.say(f"the checkpoint: {note}")
+    findings.numbers["selfcheck"] = checked
+
+
 def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str | None) -> PreTrainedModel:
     """The dense model in a number format; with a quantization, on the weights that its codes stand for."""
     device, source = torch.device("cpu"), outcome.source
@@ -290,7 +327,8 @@ def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str |
         model = source.load("float32", device, quantization).dequantize()
         base = Base(model)
     retie(Chain(model, base, KnotRules(merge="exact")), learned)
-    return model.to(getattr(torch, dtype))
+    # A dense one has been loaded in it, but for the few tensors that its class keeps finer.
+    return model if quantization is None else model.to(getattr(torch, dtype))
 
 
 def _note(outcome: Outcome, request: Request, findings: Findings) -> dict[str, Any]:
@@ -318,6 +356,8 @@ def _note(outcome: Outcome, request: Request, findings: Findings) -> dict[str, A
             "evaluation": outcome.result["evaluation"],
             "knots": outcome.info["knots"],
         },
+        # Of the base, as the run found it; a merged checkpoint is tried itself.
+        "selfcheck": provenance.get("selfcheck"),
         **findings.numbers,
     }
 

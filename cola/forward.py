@@ -1,8 +1,9 @@
 """Logits only where they are needed.
 
 The output head is the widest matrix of a small model (151,936 rows in Qwen1.5), and a loss on the answer alone
-looks at few positions of it. A hook hands the head just those positions, which works for every causal language
-model and keeps whatever the model does to logits afterwards (scaling, soft-capping).
+looks at few positions of it. A hook hands the head just those positions, and keeps whatever the model does to logits
+afterwards (scaling, soft-capping). A model that takes its head's weight without calling the head has them picked from
+the whole pass.
 
 Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from cola.adapters import unwrapped
+from cola.errors import ModelError
 
 
 def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
@@ -32,8 +34,15 @@ def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) ->
 
 
 def logits_and_cache(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> tuple[Tensor, Cache]:
-    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on."""
-    return _logits(model, input_ids_BT, where_BT, use_cache=True)
+    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on.
+
+    Raises:
+        ModelError: the model gives none.
+    """
+    logits_NV, cache = _logits(model, input_ids_BT, where_BT, use_cache=True)
+    if cache is None:
+        raise ModelError(f"{type(model).__name__} gives no cache of keys and values")
+    return logits_NV, cache
 
 
 def logits_after(cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
@@ -45,7 +54,11 @@ def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **in
     head = model.get_output_embeddings()
     assert head is not None  # Source.load refuses a model without one
 
+    selected = False
+
     def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal selected
+        selected = True
         (hidden_BTH,) = args
         # Virtual tokens stand before the row's own; nothing is asked about them.
         own_BTH = hidden_BTH[:, hidden_BTH.shape[1] - where_BT.shape[1] :]
@@ -65,4 +78,6 @@ def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **in
     finally:
         for hook in hooks:
             hook.remove()
-    return output.logits[0].float(), output.get("past_key_values")
+    logits = output.logits
+    logits_NV = logits[0] if selected else logits[:, logits.shape[1] - where_BT.shape[1] :][where_BT]
+    return logits_NV.float(), output.get("past_key_values")

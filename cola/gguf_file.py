@@ -16,7 +16,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.quantization_config import GgufConfig
 
@@ -68,16 +68,9 @@ def convert(file: Path, folder: Path) -> None:
         ModelError: something that the file says cannot be carried over.
         OSError, ValueError, KeyError, NotImplementedError, ImportError: transformers does not read the file.
     """
-    where = {"gguf_file": file.name}
-    reader = GGUFReader(file)
-    said = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.tok")}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = AutoConfig.from_pretrained(file.parent, **where)
-    factors = {name: dequantize(t.data, t.tensor_type) for name in FACTORS if (t := tensors.get(name)) is not None}
-    carry_over(config, said, list(tensors), {name: values.flatten().tolist() for name, values in factors.items()})
-    _check_places(config, said["general.architecture"], tensors.keys() - set(FACTORS))
+    where, config = {"gguf_file": file.name}, read_config(file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             file.parent,
             **where,
             config=config,
@@ -90,12 +83,42 @@ def convert(file: Path, folder: Path) -> None:
             raise ModelError(f"{len(faulty)} {what.replace('_', ' ')} in its tensors, the first is {faulty[0]:.80}")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
-    kinds = ("eos", "eot", "eom")  # end of text, of a turn, of a message
-    ends = [said[key] for kind in kinds if (key := f"tokenizer.ggml.{kind}_token_id") in said]
-    if len(set(ends)) > 1:
+    ends = end_tokens(file)
+    if len(ends) > 1:
         note = folder / "generation_config.json"
         generation = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        note.write_text(json.dumps(generation | {"eos_token_id": list(dict.fromkeys(ends))}, indent=2) + "\n")
+        note.write_text(json.dumps(generation | {"eos_token_id": ends}, indent=2) + "\n")
+
+
+def read_config(file: Path) -> PreTrainedConfig:
+    """The config of the file's model, from its header; no weight is read.
+
+    Raises:
+        As `convert`.
+    """
+    reader = GGUFReader(file)
+    said, tensors = _header(reader), {tensor.name: tensor for tensor in reader.tensors}
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    factors = {name: dequantize(t.data, t.tensor_type) for name in FACTORS if (t := tensors.get(name)) is not None}
+    carry_over(config, said, list(tensors), {name: values.flatten().tolist() for name, values in factors.items()})
+    _check_places(config, said["general.architecture"], tensors.keys() - set(FACTORS))
+    return config
+
+
+def _header(reader: GGUFReader) -> dict[str, Any]:
+    """What a file says, without its vocabulary."""
+    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.tok")}
+
+
+def end_tokens(file: Path) -> list[int]:
+    """The tokens that end an answer by the file's header.
+
+    Raises:
+        OSError, ValueError: it is no GGUF file.
+    """
+    said = _header(GGUFReader(file))
+    kinds = ("eos", "eot", "eom")  # end of text, of a turn, of a message
+    return list(dict.fromkeys(said[key] for kind in kinds if (key := f"tokenizer.ggml.{kind}_token_id") in said))
 
 
 def carry_over(

@@ -226,6 +226,10 @@ class JobRun:
                 f"model.name_or_path: {self.bench.source.name} has changed since this run began; put it back and go on "
                 "with the same command, or start a new run"
             )
+        ready = self.bench.ready.pop((self.dtype, self.quantization), None)
+        self.bench.ready.clear()  # nor is a second one kept in memory
+        if ready is not None:
+            return ready
         return self.bench.source.load(self.dtype, self.accelerator.device, self.quantization)
 
     def _train(self) -> None:

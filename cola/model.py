@@ -1,11 +1,12 @@
 """The pretrained base: where it lies, how it is loaded, and what identifies it."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +40,6 @@ from cola.text_part import text_config
 
 HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
-# What the readers of a damaged or unknown GGUF file raise: they check little of what they read.
-GGUF_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, ImportError, RuntimeError)
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 # Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
@@ -246,8 +245,9 @@ def find_model(
     return _source(settings, snapshot, revision=snapshot.name, quantized=quantized)
 
 
-def find_tokenizer(settings: recipe.Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer alone: no weights are fetched from the hub, and a GGUF file is not dequantized.
+def find_tokenizer(settings: recipe.Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The base's tokenizer, and the tokens that end an answer by the model. No weights are fetched from the hub, and a
+    GGUF file is not dequantized.
 
     Raises:
         ModelError: it is not there, or cannot be reached.
@@ -255,12 +255,15 @@ def find_tokenizer(settings: recipe.Model) -> PreTrainedTokenizerBase:
     name = settings.name_or_path
     path = package_file(name) if name.startswith("package://") else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
+        tokenizer = Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
+        with _reading(path):
+            return tokenizer, gguf_file.end_tokens(path)
     if not path.exists() and recipe.is_remote(name):
         path = _from_hub(settings, HUB_TEXTS)
     elif not path.is_dir():
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix == '.gguf' else 'folder'}")
-    return Source(name, path, settings.trust_remote_code).tokenizer()
+    source = Source(name, path, settings.trust_remote_code)
+    return source.tokenizer(), source.ends()
 
 
 def find_adapter(settings: recipe.Model) -> Path | None:
@@ -334,48 +337,62 @@ def _from_hub(settings: recipe.Model, files: Sequence[str] = HUB_FILES) -> Path:
 
 def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     """A safetensors folder with the file's weights in float32, made the first time and reused."""
-    folder = cache_dir() / "models" / f"{file.stem}-{_file_digest(file)[:16]}-{gguf_file.VERSION}"
+    folder = _gguf_folder(file, "models")
     if (folder / "config.json").is_file():
         return folder
     say(f"dequantizing {file.name} to safetensors, once, into {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
-    try:
+    with _aside(folder) as aside, _reading(file):
         gguf_file.convert(file, aside)
-        aside.replace(folder)
-    except ModelError as error:
-        raise ModelError(f"model.name_or_path: {file}: {error}") from None
-    # transformers, gguf and tokenizers raise what they like of a file, plain Exceptions among it.
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        if not (folder / "config.json").is_file():  # another process may have been first
-            raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {_line(error)}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
 def gguf_config(file: Path) -> Path:
-    """A folder with the config of a GGUF file's model, read from its metadata the first time; no weight is read.
+    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read.
 
     Raises:
         ModelError: it is no GGUF file that can be read.
     """
-    name = f"{file.stem}-{_file_digest(file)[:16]}"
-    dequantized, folder = (cache_dir() / kind / name for kind in ("models", "configs"))
+    dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, "configs")
     if (dequantized / "config.json").is_file():
         return dequantized
     if not (folder / "config.json").is_file():
-        try:
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        except GGUF_ERRORS as error:
-            raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {_line(error)}") from error
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".config.{os.getpid()}"
-        aside.write_text(config.to_json_string(), encoding="utf-8")
-        aside.replace(folder / "config.json")
+        with _aside(folder) as aside, _reading(file):
+            gguf_file.read_config(file).save_pretrained(aside)
     return folder
+
+
+def _gguf_folder(file: Path, kind: str) -> Path:
+    return cache_dir() / kind / f"{file.stem}-{_file_digest(file)[:16]}-{gguf_file.VERSION}"
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Where to make a folder that holds a config.json, unless another process makes it first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
+    try:
+        yield aside
+        try:
+            aside.replace(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """One clear line for a GGUF file that cannot be read."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"model.name_or_path: {file}: {error}") from None
+    # transformers, gguf and tokenizers check little of what they read and raise what they like, plain Exceptions too.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {_line(error)}") from error
 
 
 def _file_digest(file: Path) -> str:

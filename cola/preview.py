@@ -38,7 +38,7 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     for arm in recipe.arms:
         if (quantization := recipe.base_of(arm)[1]) is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
-    parameters = _parameters(recipe)
+    parameters, notes = _parameters(recipe)
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
     free = _free_bytes(Path(recipe.output).expanduser())
@@ -52,7 +52,7 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     terminal.say(
         f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search{on}"
     )
-    if note := overlap_note(recipe):
+    for note in [*notes, *filter(None, [overlap_note(recipe)])]:
         terminal.say(note)
     if all(lengths is not None for lengths in steps.values()):
         total = sum(sum(steps[job.arm] or []) for job in jobs)
@@ -115,15 +115,15 @@ def _check_file(key: str, path: str) -> None:
         raise DataError(f"{key}: {path} {why}")
 
 
-def _parameters(recipe: Recipe) -> dict[str, int] | None:
-    """Trainable parameters of each arm, from the config of a local model or a GGUF file's metadata; None for another
-    model."""
+def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
+    """Trainable parameters of each arm, from the config of a local model or a GGUF file's metadata, None for another
+    model; and what is to be said of what they leave out."""
     name = recipe.model.name_or_path
     path = Path(name).expanduser()
     if name.startswith("package://"):
         path = package_file(name)
     elif is_remote(name):
-        return None
+        return None, []
     if not path.exists():
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
     import torch
@@ -148,7 +148,7 @@ def _parameters(recipe: Recipe) -> dict[str, int] | None:
             need_memory(counts[arm], device)
         except (ModelError, ValueError) as error:
             raise ModelError(f"arms.{arm}: {error}") from None
-    return counts
+    return counts, adapters.all_linear_notes(skeleton, recipe)
 
 
 def _free_bytes(output: Path) -> str:

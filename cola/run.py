@@ -5,6 +5,7 @@ import errno
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from time import perf_counter, sleep
 from typing import Any
 
@@ -20,7 +21,7 @@ from cola.cache import store_path
 from cola.choice import choose
 from cola.data import PASSAGE_TOKENS, Example, Splits, fingerprint_of, load_passages, load_splits
 from cola.errors import ColaError, ModelError, RunChanged, RunFolderError, StoreError
-from cola.evaluate import Evaluator
+from cola.evaluate import Evaluator, Ways
 from cola.flops import Budget, Meter
 from cola.interrupt import Interrupted, Signals
 from cola.job import JobRun
@@ -41,6 +42,8 @@ from cola.recipe import SPLITS, Prune, Recipe
 from cola.record import FORMAT, RunFolder, choice_file, need_room, provenance
 from cola.scope import overlap_note
 from cola.segments import Causes, Tree, digest, merge_of, root_causes
+from cola.selfcheck import VERSION as SELFCHECK_VERSION
+from cola.selfcheck import Subject, self_check, slowest
 from cola.settle import Spectra
 from cola.store import WAIT_SECONDS, Store, size_of
 from cola.summary import summarize
@@ -87,9 +90,15 @@ def run(
     _check_arms(recipe, source, splits, accelerator.device)
     general = _general_text(recipe, source, tokenizer, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
-    meta = _check_and_record(recipe, folder, source, splits, general, store, terminal)
+    meta = _check_folder(recipe, folder, source, splits, general, store, terminal)
     evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator, source.ends())
-    skeleton = source.skeleton()
+    skeleton, used = source.skeleton(), folder.references()
+    meta["selfcheck"], ready = _self_check(recipe, source, skeleton, evaluator, splits, general, store, used, terminal)
+    folder.write_json("provenance.json", (folder.provenance() or meta) | {"selfcheck": meta["selfcheck"]})
+    ways = Ways(**meta["selfcheck"]["ways"])
+    evaluator = evaluator.asking(ways)
+    if ways.rows == "alone":
+        recipe, siblings = _one_row_a_pass(recipe), [_one_row_a_pass(sibling) for sibling in siblings]
     meter = _meter(recipe, skeleton, splits)
     tree = _tree(recipe, siblings, source, meter, splits, accelerator.device.type)
     jobs = jobs_of(recipe)
@@ -122,7 +131,8 @@ def run(
             meter=meter,
             learned=Learned(source, skeleton, recipe, accelerator.device),
             meta=meta,
-            used=folder.references(),
+            used=used,
+            ready=ready,
         )
         store.register(folder.path)
         try:
@@ -164,6 +174,7 @@ def _tree(
     """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
     fingerprint, skeleton = source.fingerprint(), meter.skeleton
     modules: dict[str, list[str]] = {}
+    buffers = adapters.kept_buffers(skeleton)
 
     def modules_of(link: Link) -> list[str] | None:
         if link.method != "lora":
@@ -195,7 +206,7 @@ def _tree(
             return root_causes(fingerprint, dtype, device, quantization)
 
         budget = Budget(one, replace(meter, checkpointing=one.training.gradient_checkpointing), order_of)
-        return Tree(one, splits.sizes["train"], root_of, modules_of, digests_of, budget.steps)
+        return Tree(one, splits.sizes["train"], root_of, modules_of, digests_of, budget.steps, buffers)
 
     tree = tree_of(recipe)
     alike = [tree_of(other) for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
@@ -339,7 +350,7 @@ def _general_text(
     return passages
 
 
-def _check_and_record(
+def _check_folder(
     recipe: Recipe,
     folder: RunFolder,
     source: Source,
@@ -348,7 +359,7 @@ def _check_and_record(
     store: Store,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """provenance.json; a resumed run must have the recipe, the data and the base that it began with."""
+    """What provenance.json will hold; a resumed run must have the recipe, the data and the base that it began with."""
     meta = {
         "format": FORMAT,
         **provenance(),
@@ -386,8 +397,72 @@ def _check_and_record(
     each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
     room += weights * (kept + tried if each_seed else max(kept, tried))
     need_room(store.path, room, "this run")
-    folder.write_json("provenance.json", meta)
     return meta
+
+
+def _self_check(
+    recipe: Recipe,
+    source: Source,
+    skeleton: PreTrainedModel,
+    evaluator: Evaluator,
+    splits: Splits,
+    general: list[Example],
+    store: Store,
+    used: dict[str, set[str]],
+    terminal: Terminal,
+) -> tuple[dict[str, Any], dict[tuple[str, str | None], PreTrainedModel]]:
+    """Try every base that an arm has, unless it was tried before on these rows, with these versions.
+
+    Returns:
+        The record; and the base of the first arm, where it was loaded, for who needs it next.
+
+    Raises:
+        ModelError: one of them is not what training and scoring rely on.
+    """
+    bases: dict[tuple[str, str | None], list[str]] = {}
+    for job in jobs_of(recipe):
+        bases.setdefault(recipe.base_of(job.arm), []).append(job.arm)
+    examples = [example for _, part in splits.items() for example in part] + general
+    virtual, packages = _virtual_tokens(recipe), {name: version(name) for name in ("torch", "transformers")}
+    records, ready = [], {}
+    for base in reversed(bases):  # the first one last: it is what the first job needs
+        dtype, quantization = base
+        methods = {link.method for arm in bases[base] for link in recipe.links_of(arm)}
+        accelerator = make_accelerator(dtype)
+        what = {
+            "measured": "selfcheck",
+            "version": SELFCHECK_VERSION,
+            "state": digest(root_causes(source.fingerprint(), dtype, accelerator.device.type, quantization)),
+            "rows": digest([splits.fingerprint, fingerprint_of({"general": general})]),
+            "scoring": evaluator.causes(),
+            "asked": [virtual, bool(methods), "full" in methods],
+            "packages": packages,
+        }
+        used["measured"].add(digest(what))
+        if (record := store.recall(what)) is None:
+            terminal.say(f"self-check: trying what training and scoring rely on, on {source.name}")
+            ready.clear()
+            ready[base] = model = source.load(dtype, accelerator.device, quantization)
+            mine = replace(evaluator, autocast=accelerator.autocast)
+            subject = Subject(source.name, model, mine, examples, virtual, bool(methods), "full" in methods)
+            record = {"dtype": dtype, "quantization": quantization, **self_check(subject)}
+            store.remember(what, record)
+        records.insert(0, record)
+    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
+    notes += adapters.all_linear_notes(skeleton, recipe)
+    for note in notes:
+        terminal.warn(note)
+    return {
+        "bases": records,
+        "ways": asdict(slowest([Ways(**record["ways"]) for record in records])),
+        "shared": adapters.shared_matrices(skeleton),
+        "notes": notes,
+    }, ready
+
+
+def _one_row_a_pass(recipe: Recipe) -> Recipe:
+    """The recipe for a model whose rows must not share a pass."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_tokens": 1})})
 
 
 def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:

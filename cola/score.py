@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from cola import adapters, environment, recipe
 from cola.data import load_splits
 from cola.errors import ModelError, RunFolderError
-from cola.evaluate import Evaluator, evaluation_of, score_rows
+from cola.evaluate import Evaluator, Ways, evaluation_of, score_rows
 from cola.model import Source, check_fit, dtype_warning, find_adapter, find_model, make_accelerator, quiet_libraries
 from cola.outcome import Outcome, outcomes
 from cola.recipe import SPLITS, Recipe
+from cola.selfcheck import Subject, self_check
 from cola.terminal import Terminal
 
 NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how it was made, what the run measured
@@ -50,7 +51,7 @@ class Scored:
 
     Attributes:
         label: The target's.
-        evaluation: Loss, score and number of rows of each split, as in result.json.
+        evaluation: Loss, score and number of rows of each split, as in result.json; and what the self-check found.
         rows: Of each split, for a file: every example's score and right answer.
         reported: The same numbers as the run reported them, on the same data; None where it was other data.
     """
@@ -97,6 +98,11 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
         terminal.warn(warning)
     evaluator = Evaluator.of(data, tokenizer, loaded, accelerator, target.source.ends())
     model = target.load(accelerator.device)
+    examples = [example for _, part in loaded.items() for example in part]
+    checked = self_check(Subject(target.label, model, evaluator, examples, target.n_virtual))
+    for note in checked["notes"]:
+        terminal.warn(f"{target.label}: {note}")
+    evaluator = evaluator.asking(Ways(**checked["ways"]))
     scores, written = {}, {}
     for split in splits:
         rows = loaded.of(seed)[split]
@@ -107,7 +113,7 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
     reported = None
     if target.reported is not None and target.reported[0] == loaded.fingerprint:
         reported = target.reported[1]
-    return Scored(target.label, evaluation_of(scores), written, reported)
+    return Scored(target.label, evaluation_of(scores) | {"selfcheck": checked}, written, reported)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def lineage(
     training: Training,
     modules_of: Callable[[Link], Sequence[str] | None],
     digests: Sequence[str],
+    buffers: Sequence[str] = (),
 ) -> Lineage:
     """Name every state of a path.
 
@@ -120,6 +121,7 @@ def lineage(
         training: Gives the optimizer's constants.
         modules_of: Full names of the modules that a link adapts, however the recipe spells them; None for all weights.
         digests: Of the micro-batches of each step.
+        buffers: Of the model's state, which are kept where all weights are.
     """
     names, headers, steps = [digest(root)], [], []
     for number, link in enumerate(links):
@@ -141,6 +143,8 @@ def lineage(
                 "ratio": link.what.loraplus_lr_ratio or 1.0,
             },
         }
+        if link.method == "full" and buffers:
+            header["buffers"] = list(buffers)  # what was kept before they were is no whole model
         mine = list(zip(link.learning_rates, theirs, strict=True))
         names += _names(header, mine)
         headers.append(header)
@@ -195,6 +199,7 @@ class Tree:
         modules_of: As in `lineage`.
         digests_of: Digests of the first n steps' micro-batches under a seed.
         total_of: A job's optimizer steps, where they are matched to another arm's cost.
+        buffers: As in `lineage`.
     """
 
     recipe: Recipe
@@ -203,6 +208,7 @@ class Tree:
     modules_of: Callable[[Link], Sequence[str] | None]
     digests_of: Callable[[int, int], Sequence[str]]
     total_of: Callable[[Job], int | None] = lambda job: None
+    buffers: Sequence[str] = ()
     _lineages: dict[Job, Lineage] = field(default_factory=dict)
     _cuts: set[str] = field(default_factory=set)
     _inner: set[str] = field(default_factory=set)
@@ -212,7 +218,8 @@ class Tree:
         if job not in self._lineages:
             links = plan_arm(self.recipe, job.arm, job.seed, self.n_train, job.choice, self.total_of(job))
             digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
-            self._lineages[job] = lineage(self.root_of(job.arm), links, self.recipe.training, self.modules_of, digests)
+            root, training = self.root_of(job.arm), self.recipe.training
+            self._lineages[job] = lineage(root, links, training, self.modules_of, digests, self.buffers)
         return self._lineages[job]
 
     def plan(self, lineages: Iterable[Lineage]) -> None:

@@ -76,6 +76,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         "unpaired": comparer.unpaired,
         "notes": [
             *(meta["data"]["notes"] if meta else []),
+            *(meta.get("selfcheck", {}).get("notes", []) if meta else []),
             *made_differently(results),
             *dict.fromkeys([*damaged, *unread]),
         ],

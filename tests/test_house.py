@@ -26,7 +26,7 @@ LAYERS = [
     {"adapters"},
     {"forward", "starts", "flops", "spectrum"},
     {"chain", "evaluate", "train", "preview", "data_view"},
-    {"states", "measure", "outcome", "learned"},
+    {"states", "measure", "outcome", "learned", "selfcheck"},
     {"bench", "score", "card"},
     {"job", "settle", "export", "run_view"},
     {"run"},
