@@ -185,7 +185,7 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(recipe_file: Path
     failed = result(folder, "lora")
     assert failed["status"] == "failed"
     assert "step 2" in failed["run_info"]["error"]
-    assert "rows of the batch: train-" in failed["run_info"]["error"]
+    assert "rows of the batch: colours.jsonl:" in failed["run_info"]["error"]
     assert "NonFiniteLoss" in (folder.path / "arms/lora/seed-0/traceback.txt").read_text()
     assert "lora seed 0 failed" in write_report(folder).read_text()
 
