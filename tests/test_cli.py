@@ -166,7 +166,7 @@ def test_a_label_outside_the_choices_names_the_row(recipe_file: Path) -> None:
         recipe_file, "data.task=multiple_choice", "data.answer=null", "data.choices=[pink, grey]", "data.label=answer"
     )
     assert "is none of the choices: pink, grey" in line
-    assert "colours.jsonl row" in line
+    assert "colours.jsonl:" in line
 
 
 def test_a_folder_without_safetensors_is_not_unpickled(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
