@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,17 @@ from cola.package_file import need_package, package_file
 
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 # What the readers of a damaged or unknown GGUF file raise: they check little of what they read.
-GGUF_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, ImportError, RuntimeError)
+GGUF_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    struct.error,
+)
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 # Encoders that AutoModelForCausalLM takes too, with attention in both directions unless is_decoder is set.
