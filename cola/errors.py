@@ -5,6 +5,7 @@ and keeps its traceback. What of the user's is shown is cut here, so that no mes
 """
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 QUOTED = 80  # characters of a value or name that a message shows
 LONGEST = 1500  # characters of a message
@@ -39,15 +40,17 @@ class ColaError(Exception):
 
 
 def _readable(message: str) -> str:
-    """A message in as many characters and lines as can be read: the first faults of many, and of a long line its
+    """A message in as many characters and lines as can be read: of many faults the first, and of a long line its
     beginning, which says what is wrong, and its end, which says what would be right."""
-    lines = message.splitlines()
-    if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more"]
-    if sum(map(len, lines)) > LONGEST:
-        room = LONGEST // len(lines)
-        lines = [line if len(line) <= room else f"{line[: room // 2]} ... {line[5 - room // 2 :]}" for line in lines]
-    return "\n".join(lines)
+    room = LONGEST - 20  # beside the number of those that are left out
+    whole = message.splitlines()
+    lines = [line if len(line) < room else f"{line[: room // 2]} ... {line[6 - room // 2 :]}" for line in whole]
+    ends = accumulate(len(line) + 1 for line in lines)
+    fitting = sum(end <= room for end in ends)
+    if fitting == len(lines) <= MOST_LINES:
+        return "\n".join(lines)
+    kept = min(fitting, MOST_LINES - 1)
+    return "\n".join([*lines[:kept], f"and {len(lines) - kept} more"])
 
 
 class RecipeError(ColaError, ValueError):

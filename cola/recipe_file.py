@@ -192,7 +192,7 @@ def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Mark
 
     def note(node: yaml.Node, path: tuple[str, ...]) -> None:
         if isinstance(node, yaml.ScalarNode):
-            is_text = node.tag == TEXT
+            is_text = node.tag in (TEXT, MERGE)
             if not is_text and node.tag != loader.resolve(yaml.ScalarNode, node.value, (True, False)):
                 raise _wrong_tag(node)
             if not _is_unicode(node.value):
@@ -215,10 +215,10 @@ def _parse(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Mark
                     raise RecipeError(f"{place}: a key is a text, not a list or a mapping")
                 if name in seen:
                     raise RecipeError(f"{place}: {_dotted((*path, name))} is given twice")
+                note(key, (*path, name))
                 if key.tag not in (TEXT, MERGE) and path not in LABELS:
                     raise RecipeError(f"{place}: {_dotted((*path, name))}: {_in_quotes(name, key.tag)}")
                 seen.add(name)
-                note(key, (*path, name))
                 marks[(*path, name)] = Mark(key.start_mark.line + 1)
             note(value, (*path, name))
 
@@ -317,13 +317,10 @@ def values_of(override: str) -> tuple[str, list[str]]:
     if not equals or not dotted:
         raise RecipeError(f"{quoted(override)}: write dotted.key=value,value,..., such as arms.chain3.links=1,2,3")
     flow = f"[{text}]"
-    loader = _Loader(flow)
     try:
-        node = loader.get_single_node()
+        node = _Loader(flow).get_single_node()
     except yaml.YAMLError:
         node = None
-    finally:
-        loader.dispose()
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(flow):
         raise RecipeError(
             f"{quoted(override)}: its values are no YAML; write lists as [a,b] and texts with commas in quotes"

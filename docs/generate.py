@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 from study import STUDY, headline
 from study import page as study_page
 
-from cola import recipe
+from cola import ablation, recipe, recipe_file
 from cola.tables import result_tables, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,36 @@ An arm takes every key of `link` as well (`arms.lora.rank: 24`), and so does an 
 (`alpha: 0.5r`) holds for every rank. The rules of `knot` can be set under an arm as well (`arms.NAME.knot.merge:
 no`). Under an arm, `links` or a key of `link` is searched by `{search: [...]}` in place of its value; the learning
 rate also under `training` or `link`. [methods.md](methods.md) says what methods, inits and knots do.
+
+YAML is read as version 1.2 reads it: `on`, `off`, `yes`, `no`, dates, `0x10` and `1_000` are texts; `1e3`, `007`,
+`true` and `null` are not, and where a name or text is wanted they are written in quotes: `"1e3"` (on the command line
+`model.revision='"0123456"'`). A template names fields between braces, `{question}`, `{meta.title}`; a name with `:` or
+`!` in it cannot be named so. Aliases (`&a`, `*a`, `<<: *a`) are copies: an override changes the place that it names and
+no other. Every count has a bound, and so has what counts make together; each is checked before anything of that size
+is made:
+
+BOUNDS
+
+Trained parameters have to fit: 16 bytes each, with their gradient and AdamW's moments, in the GPU's memory or else the
+machine's. `cola run --dry-run` checks all of this, the fields that are named in the first rows of local files, how many
+rows they have, and what each arm trains of a local model, of a GGUF file by its metadata.
 """
+
+BOUNDS = [
+    ("characters of a recipe's file", recipe_file.MOST_BYTES),
+    ("values in it, those that aliases stand for counted each time", recipe_file.MOST_VALUES),
+    ("optimizer steps of an arm, of a warm-up", recipe.MOST_STEPS),
+    ("epochs", recipe.MOST_EPOCHS),
+    ("links", recipe.MOST_LINKS),
+    ("arms", recipe.MOST_ARMS),
+    ("combinations of an arm's search", recipe.MOST_TRIED),
+    ("trainings: arms times seeds, and trials", recipe.MOST_TRAININGS),
+    ("points of an ablation", ablation.MOST_POINTS),
+    ("rows of a split, of a batch", recipe.MOST_ROWS),
+    ("rows of a generator", recipe.MOST_GENERATED),
+    ("tokens of a row, of a forward pass", recipe.MOST_TOKENS),
+    ("rank, inner width, virtual tokens", recipe.WIDEST),
+]
 
 
 def kind(annotation: Any) -> str:
@@ -97,7 +126,8 @@ def default(field: FieldInfo) -> str:
 
 def reference() -> str:
     """docs/recipe.md."""
-    parts = [HEAD]
+    bounds = "\n".join(f"| {what} | {most:,} |" for what, most in BOUNDS)
+    parts = [HEAD.replace("BOUNDS", f"| of | at most |\n| :-- | --: |\n{bounds}")]
     for name, section in SECTIONS:
         parts.append(f"\n## {f'`{name}`' if name else 'Top level'}\n")
         if section.__doc__:

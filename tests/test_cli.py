@@ -9,12 +9,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from test_run import go
 from typer.testing import CliRunner, Result
 
+from cola import memory
 from cola.cli import app
 
 RUNNER = CliRunner()
@@ -351,3 +354,56 @@ def test_the_flagship_runs_end_to_end_by_overrides_alone(
     )
     assert len(list(folder.glob("trials/*/learning_rate=*/seed-1000/result.json"))) == 3 * 5
     assert "± is the standard deviation over 2 seeds" in result.output
+
+
+def test_a_dry_run_reads_the_first_rows_of_local_files(recipe_file: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "own.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"q {n}", "a:b": "x"}) + "\n" for n in range(60)))
+    said = {
+        "data.answer={anwser}": "data.answer: own.jsonl row 1 has no field 'anwser'",
+        "data.answer={question}": "and 20 for validation and 1 for test are wanted and own.jsonl has 60 rows",
+        'data.answer="{a:b}"': "data.answer: '{a:b}': between braces stands a field's name, as in",
+        f"data.files={tmp_path / 'nowhere.csv'}": "nowhere.csv does not exist",
+        "evaluation.general_text=own.jsonl": "own.jsonl row 1 has no field 'text'",
+    }
+    more = ["data.rows={train: 40, validation: 20, test: 1}", f"output={tmp_path}"]
+    for override, says in said.items():
+        files = [f"data.files={rows}"] if "general" not in override else ["data.answer={question}"]
+        override = override.replace("own.jsonl", str(rows))
+        assert says in refused("--dry-run", recipe_file, *files, *more, override)
+
+
+def test_a_dry_run_counts_the_parameters_of_a_gguf_file_and_loads_no_weight(recipe_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(100)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tensor("token_embd.weight", np.zeros((100, 32), np.float32))  # the metadata is enough
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = cola("run", "--dry-run", recipe_file, f"model.name_or_path={file}")
+    assert result.exit_code == 0, result.output
+    # rank 8 on q, k, v, o, gate, up, down of two layers: 8 * sum(in + out)
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    assert f"{8 * 2 * sum(a + b for a, b in shapes) / 1e3:.2f} k" in result.output
+    file.write_bytes(file.read_bytes()[:40])
+    assert "not a GGUF file that can be read" in refused("--dry-run", recipe_file, f"model.name_or_path={file}")
+
+
+def test_what_a_link_trains_has_to_fit_into_memory(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_of", lambda device: 16 * 70_000)
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    trained = 80 * 2 * sum(a + b for a, b in shapes)
+    assert trained > 70_000
+    only = ["arms.full=null", "arms.base=null"]
+    for command in ([], ["--dry-run"]):
+        line = refused(*command, recipe_file, "link.rank=80", *only)
+        assert f"arms.lora: {trained} trained parameters take 0.0 GB with their gradients and AdamW's moments" in line

@@ -1,12 +1,16 @@
 """What a recipe says, refuses and means, and that it survives being written down. Run: pytest tests/test_recipe.py"""
 
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cola.errors import RecipeError
+from cola.ablation import points_of
+from cola.errors import LONGEST, MOST_LINES, ColaError, RecipeError, quoted
+from cola.plan import plan_arm
 from cola.recipe import Recipe, Search
 from cola.recipe_file import PASTED_KEYS, dump_recipe, known_keys, read_recipe
 
@@ -782,7 +786,7 @@ def test_a_recipe_that_is_written_down_reads_back_as_the_same_recipe(
     [
         "{yes: Yes, no: No}",
         "{true: Yes, false: No}",
-        "[0, 1.0, 2.5]",
+        "[0, 1, 2.5]",
         "['1e-4', '1e-5']",
         "['null', '~', '0x1']",
         "field",
@@ -847,3 +851,158 @@ def test_arms_cannot_be_matched_to_one_whose_cost_is_searched(read: Read) -> Non
 def test_a_pair_that_is_kept_keeps_its_scale(read: Read, links: str) -> None:
     with pytest.raises(RecipeError, match=r"knot\.pair: link 2 has .* so the pair before does not fit it"):
         read(PLAIN, f"arms.chain3={{links: {links}, knot: {{pair: keep}}}}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Aliases, bounds, and what YAML takes for no text
+
+SHARED = swap(
+    "  lora: {links: 1}\n  chain3: {links: 3}\n",
+    "  chain3: {links: [&link {rank: 8}, *link, *link]}\n  one: &arm {rank: 4}\n  other: *arm\n"
+    "  merged: {<<: *arm, dropout: 0.5}\n",
+)
+
+
+def test_an_override_changes_the_place_that_it_names_and_no_other_alias(read: Read) -> None:
+    recipe = read(SHARED, "arms.chain3.links.2.rank=2", "arms.one.rank=16", "arms.merged.rank=3")
+    assert [link.rank for link in recipe.links_of("chain3")] == [8, 8, 2]
+    assert {name: recipe.arms[name].rank for name in ("one", "other", "merged")} == {"one": 16, "other": 4, "merged": 3}
+    assert recipe.arms["merged"].dropout == 0.5
+
+
+def test_aliases_that_stand_for_too_much_end_in_one_line_at_once(read: Read) -> None:
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    began = time.process_time()
+    assert "values, aliases counted" in fault(read, PLAIN + bomb)
+    assert "*loop is inside itself" in fault(read, PLAIN + "more: &loop [*loop]\n")
+    assert "lists and mappings in another" in fault(read, PLAIN + f"more: {'[' * 2000}\n")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("override", ["evaluation.every=[epoch, epoch]", "seeds={}", "model=[]", "arms.lora=[[]]"])
+def test_no_fault_is_told_in_no_words(read: Read, override: str) -> None:
+    assert "plain.yaml (override): " + override.split("=")[0] in fault(read, PLAIN, override)
+
+
+def test_a_value_of_several_kinds_names_each_that_it_could_be(read: Read) -> None:
+    said = fault(read, PLAIN, "evaluation.every=[epoch, epoch]")
+    assert "input should be 'epoch', 'link' or 'never' or a valid integer; got ['epoch', 'epoch']" in said
+    assert "\n" not in said
+
+
+HUGE = "1" + "0" * 30
+BOUNDED = [key for key in known_keys() if re.search(r"rows\.|steps|epochs|seed|batch_|max_length|rank|_tokens$", key)]
+
+
+@pytest.mark.parametrize("key", sorted({*BOUNDED, "arms.NAME.links", "link.bottleneck", "link.init_batches"}))
+def test_every_count_has_a_bound(read: Read, key: str) -> None:
+    key = key.replace("NAME", "chain3")
+    value = f"[{HUGE}]" if key.endswith("seeds") else f"{{search: [{HUGE}, 1]}}" if key.endswith("search") else HUGE
+    if key in ("arms.chain3.search.seeds", "training.learning_rate.seeds"):
+        value = f"[{HUGE}]"
+    said = fault(read, PLAIN, f"{key}={value}")
+    assert key in said
+    assert len(said) < 600
+
+
+def test_what_is_many_only_together_is_counted_before_it_is_made(read: Read, tmp_path: Path) -> None:
+    began = time.process_time()
+    assert "less than or equal to" in fault(read, PLAIN, "arms.base.links=20000000")
+    grid = f"{{search: {list(range(1, 101))}}}"
+    said = fault(read, PLAIN, f"arms.lora.rank={grid}", f"arms.lora.init_batches={grid}")
+    assert "arms.lora: its search has 10000 combinations; 1000 are the most" in said
+    assert "make 12000 trainings; 10000 are the most" in fault(read, PLAIN, f"seeds={list(range(6000))}")
+    (tmp_path / "grid.yaml").write_text(PLAIN)
+    values = ",".join(map(str, range(1, 41)))
+    with pytest.raises(RecipeError, match="the lists make 1600 points; 1000 are the most"):
+        points_of(tmp_path / "grid.yaml", [f"link.rank={values}", f"training.batch_size={values}"], paired=False)
+    grow = read(PLAIN, "training.protocol=grow", "training.steps=1000000")
+    with pytest.raises(RecipeError, match=r"arms\.chain3: 3000000 optimizer steps; 1000000 are the most"):
+        plan_arm(grow, "chain3", 0, 24)
+    assert time.process_time() - began < 5
+
+
+def test_a_value_in_a_message_is_cut_at_80_characters(read: Read) -> None:
+    for override in ("training.batch_size=" + "x" * 5000, "x" * 5000 + "=1", "comparison.full=" + "x" * 5000):
+        assert "x" * 70 in fault(read, PLAIN, override)
+        assert "x" * 81 not in fault(read, PLAIN, override)
+    assert len(quoted("x" * 5000)) == len(quoted(["x"] * 5000)) == 80
+
+
+def test_a_message_has_few_lines_and_characters_however_many_faults_there_are(read: Read) -> None:
+    said = fault(read, PLAIN + "".join(f"key{n}: {n}\n" for n in range(500)))
+    assert 2 < len(said.splitlines()) <= MOST_LINES
+    assert len(said) <= LONGEST
+    assert "plain.yaml:16: key0: unknown key" in said
+    assert re.search(r"\nand \d+ more$", said)
+    assert str(ColaError("a" * 3000 + " end")).endswith(" end")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("lora: {links: 1}", "1e3: {links: 1}", '13: arms.1e3: 1e3 is a number to YAML; .* in quotes: "1e3"'),
+        ("lora: {links: 1}", "007: {links: 1}", '13: arms.007: 007 is a number to YAML; .* in quotes: "007"'),
+        ("lora: {links: 1}", "true: {links: 1}", '13: arms.true: true is true or false to YAML; .* in quotes: "true"'),
+        ("lora: {links: 1}", "null: {links: 1}", '13: arms.null: null is nothing to YAML; .* in quotes: "null"'),
+        ("name: plain", "name: 1e3", '1: name: .* got 1e3, which is a number to YAML; .* in quotes: "1e3"'),
+        ("name: plain", "name: null", '1: name: .* got null, which is nothing to YAML; .* in quotes: "null"'),
+        ('answer: "{answer}"', "answer: 12", '8: data.answer: .* got 12, which is a number .* in quotes: "12"'),
+        ("seeds:", "comparison: {full: 1e3}\nseeds:", '15: comparison.full: .* got 1e3, .* in quotes: "1e3"'),
+        ("{links: 3}", "{rank: true}", "14: arms.chain3.rank: a whole number is expected, not true"),
+        ("{links: 3}", "{links: yes}", "14: arms.chain3.links: .*got 'yes'"),
+        ("epochs: 2", "steps: 0x10", "10: training.steps: .*got '0x10'"),
+    ],
+)  # fmt: skip
+def test_a_name_that_yaml_takes_for_something_else_is_to_be_written_in_quotes(
+    read: Read, old: str, new: str, says: str
+) -> None:
+    said = fault(read, swap(old, new))
+    assert re.search(says, said), said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["on", "off", "yes", "no", "2024-01-01", "1_000", "0x10", "'1e3'", "'null'"])
+def test_other_yaml_versions_types_and_what_is_in_quotes_are_names(read: Read, name: str) -> None:
+    assert read(swap("lora:", f"{name}:")).arms.keys() == {name.strip("'"), "chain3"}
+
+
+def test_the_remedy_for_an_override_has_the_shells_quotes_too(read: Read) -> None:
+    assert """write it in quotes: model.revision='"0123456"'""" in fault(read, PLAIN, "model.revision=0123456")
+    assert read(PLAIN, 'model.revision="0123456"').model.revision == "0123456"
+
+
+@pytest.mark.parametrize("text", ["1.0", "010", "1e3", "+5", "null", "~"])
+def test_an_answers_text_that_would_be_another_text_is_to_be_written_in_quotes(read: Read, text: str) -> None:
+    old = 'task: answer\n  prompt: "{question}?"\n  answer: "{answer}"'
+    for choices in (f"[{text}, b]", f"{{a: {text}, b: b}}", f"{{{text}: a, b: b}}"):
+        assert f'in quotes: "{text}"' in fault(read, swap(old, CHOICE + choices))
+    assert read(swap(old, f"{CHOICE}['{text}', b]")).data.choices == [text, "b"]
+
+
+@pytest.mark.parametrize("template", ["{a:b}", "{a!r}", "{}", "{a", "a}"])
+def test_a_template_that_names_no_field_is_refused_as_the_recipe_is_read(read: Read, template: str) -> None:
+    said = fault(read, swap("{question}?", template))
+    assert said.partition("plain.yaml:")[2].startswith(f"7: data.prompt: {template!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("output=~no-such-user/x", "there is no user of that name"),
+        ("data.files=" + "x" * 300, "File name too long"),
+        ('store="a\\0b"', "a path has no NUL"),
+        ("model.name_or_path=" + "x/" * 3000, "1000 characters at most"),
+        ('name="\\ud800"', "half a character"),
+        ("seeds.²=1", "² is no place in a list of 2"),
+        ("arms.lora={search: x, rank: {search: [1, 2]}}", "arms.lora.search: input should be a valid dictionary"),
+        ("seeds=[" + "9" * 5000 + "]", "seeds.0: "),
+        ("name=!!int x", "could not determine a constructor"),
+        ("a." * 100 + "b=1", "more than 50 keys"),
+        ("name=\x07", "not valid YAML: the character U+0007"),
+    ],
+)
+def test_what_the_fuzzer_has_found_is_told_in_one_line(read: Read, override: str, says: str) -> None:
+    said = fault(read, PLAIN, override)
+    assert says in said.splitlines()[-1]
