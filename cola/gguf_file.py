@@ -16,7 +16,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.quantization_config import GgufConfig
 
@@ -77,7 +77,7 @@ def convert(file: Path, folder: Path) -> None:
     carry_over(config, said, list(tensors), {name: values.flatten().tolist() for name, values in factors.items()})
     _check_places(config, said["general.architecture"], tensors.keys() - set(FACTORS))
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             file.parent,
             **where,
             config=config,
