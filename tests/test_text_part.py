@@ -47,7 +47,7 @@ def test_what_no_text_passes_through_is_known() -> None:
     assert in_text("model.vision_tower_of_text", TOWER)
     for text in (of("Llama"), make_tiny("OPT"), make_tiny("Gemma 3n, text")):
         assert outside_text(text) == []
-    sees = hf.GitConfig(vision_config={"num_hidden_layers": 1, "hidden_size": 16}, hidden_size=16, num_hidden_layers=1)
+    sees = hf.GitConfig(vision_config={"num_hidden_layers": 1}, num_hidden_layers=1)
     with torch.device("meta"):
         assert outside_text(hf.GitForCausalLM(sees)) == ["git.image_encoder"]
 
