@@ -51,15 +51,17 @@ class Scored:
 
     Attributes:
         label: The target's.
-        evaluation: Loss, score and number of rows of each split, as in result.json; and what the self-check found.
+        evaluation: Loss, score and number of rows of each split, as in result.json.
         rows: Of each split, for a file: every example's score and right answer.
         reported: The same numbers as the run reported them, on the same data; None where it was other data.
+        selfcheck: What was found when the model was tried.
     """
 
     label: str
     evaluation: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
     reported: dict[str, Any] | None
+    selfcheck: dict[str, Any]
 
 
 def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
@@ -113,7 +115,7 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
     reported = None
     if target.reported is not None and target.reported[0] == loaded.fingerprint:
         reported = target.reported[1]
-    return Scored(target.label, evaluation_of(scores) | {"selfcheck": checked}, written, reported)
+    return Scored(target.label, evaluation_of(scores), written, reported, checked)
 
 
 @dataclass(frozen=True)
@@ -276,11 +278,12 @@ def check_new(out: Path | None) -> None:
 
 
 def write_scores(scored: Sequence[Scored], folder: Path) -> None:
-    """eval.json and every example's score, into a new folder."""
+    """eval.json, what the self-check found, and every example's score, into a new folder."""
     folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(
-        json.dumps({one.label: one.evaluation for one in scored}, indent=1) + "\n", encoding="utf-8"
-    )
+    found = {"eval.json": "evaluation", "selfcheck.json": "selfcheck"}
+    for name, what in found.items():
+        values = {one.label: getattr(one, what) for one in scored}
+        (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for one in scored:
         for split, rows in one.rows.items():
             where = folder / "scores" / one.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
