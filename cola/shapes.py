@@ -69,7 +69,7 @@ class Data(Digest):
 
 
 class Provenance(Made):
-    """provenance.json, and `meta_info` of a result."""
+    """provenance.json."""
 
     format: int
     started: Text
@@ -78,6 +78,12 @@ class Provenance(Made):
     data: Data
     rows: dict[str, Count]
     general_text: NamedDigest
+
+
+class Meta(Shape):
+    """`meta_info` of a result, of which no more is read: the rest is in provenance.json."""
+
+    rows: dict[str, Count]
 
 
 class RunInfo(Shape):
@@ -169,7 +175,7 @@ class Result(Shape):
     run_info: RunInfo
     train_info: TrainInfo | None = None
     evaluation: Evaluation | None = None
-    meta_info: Provenance | None = None
+    meta_info: Meta | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

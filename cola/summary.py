@@ -433,7 +433,7 @@ def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
             near = difflib.get_close_matches(arm, known, 1)
             raise RunFolderError(
                 f"--contrast {','.join(pair)}: no arm is called {quoted(arm)}"
-                + (f"; did you mean {near[0]}?" if near else f"; there are {listed(known)}")
+                + (f"; did you mean {quoted(near[0])}?" if near else f"; there are {listed(known)}")
             )
     if pair[0] == pair[1]:
         raise RunFolderError(f"--contrast {','.join(pair)}: an arm is not compared with itself; name two")

@@ -128,7 +128,7 @@ def test_rows_of_a_file_are_passages_of_their_own(tmp_path: Path, suffix: str) -
         ("own.doc", "x", "evaluation.general_text: own.doc: unknown kind '.doc'; known are .jsonl"),
         ("own.txt", " \n", "evaluation.general_text: own.txt holds no rows"),
         ("own.txt", "a", "evaluation.general_text: own.txt holds no text of two tokens or more"),
-        ("own.txt", b"\xff\xfe", "evaluation.general_text: own.txt: not UTF-8 text at byte 0"),
+        ("own.txt", b"\xffa", "evaluation.general_text: own.txt:1: not UTF-8 text at byte 0"),
         ("own.jsonl", '{"text": "a b"}\n{', "evaluation.general_text: own.jsonl:2: not valid JSON"),
         ("own.jsonl", '{"body": "a b"}', "evaluation.general_text: own.jsonl:1 has no field 'text'; it has body"),
         ("own.jsonl", '{"text": null}', "evaluation.general_text: own.jsonl:1: field 'text' is empty"),

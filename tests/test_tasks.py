@@ -37,6 +37,8 @@ def task(
     )
     made = {"recipe": {"sha256": "r"}, "model": {"sha256": "m", "name": "m"}, "rows": {"test": n}}
     made |= {"format": FORMAT, "data": {"sha256": data or name, "notes": []}, "packages": {"torch": "2.13.0"}}
+    made |= {"started": "2026-11-28", "cola": "0.1.0", "python": "3.11", "device": "cpu", "machine": {"cpu": "any"}}
+    made |= {"commit": {"hash": None, "dirty": None}, "general_text": {"name": None, "sha256": "g"}}
     run.folder.write_json("provenance.json", made)
     for arm, numbers in right.items():
         for seed, hits in zip(seeds, numbers, strict=False):
