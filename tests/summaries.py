@@ -248,12 +248,16 @@ def curves_of(summary: dict[str, Any], steps: int = 90) -> dict[str, list[list[d
             floor = arm["validation_loss"]["mean"]
             rows: list[dict[str, Any]] = []
             for step in range(1, steps + 1):
+                link = 1 + (step - 1) * arm["links"] // steps
                 loss = floor + 2 * np.exp(-step / (8 + number % 5))
-                rows.append({"kind": "step", "step": step, "loss": float(0.9 * loss * rng.uniform(0.7, 1.3))})
+                about = {"step": step, "link": link, "learning_rate": 1e-3}
+                rows.append({"kind": "step", **about, "loss": float(0.9 * loss * rng.uniform(0.7, 1.3))})
                 if step % (steps // 10) == 0:
-                    rows.append({"kind": "validation", "step": step, "loss": float(loss + rng.normal(0, 0.004))})
+                    rows.append(
+                        {"kind": "validation", "step": step, "link": link, "loss": float(loss + rng.normal(0, 0.004))}
+                    )
                 if step % (steps // arm["links"]) == 0:
-                    rows.append({"kind": "knot", "step": step})
+                    rows.append({"kind": "knot", "step": step, "link": link})
             curves[name].append(rows)
     return curves
 
@@ -266,6 +270,6 @@ def write_run(path: Path, summary: dict[str, Any]) -> RunFolder:
     for arm, seeds in curves_of(summary).items():
         for seed, rows in enumerate(seeds):
             where = Path("arms") / arm / f"seed-{seed}"
-            folder.write_json(where / "result.json", {"status": "ok", "run_info": {"arm": arm, "seed": seed}})
+            folder.write_json(where / "result.json", {"status": "interrupted", "run_info": {"arm": arm, "seed": seed}})
             folder.write_jsonl(where / "metrics.jsonl", rows)
     return folder
