@@ -34,6 +34,9 @@ from cola.store import Store, fault_of
 from cola.summary import summarize
 from cola.tables import verdict
 
+# The run is of a tiny model, which more threads make slower.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIELDS = ["question", "answer", "text", "id", "meta", "a:b", "é", ""]
 SNIPPETS = [
     *(text.encode("utf-8") for text in ODD_TEXTS if len(text) < 500),
