@@ -282,7 +282,7 @@ def _read_csv(raw: bytes, name: str) -> Iterator[Numbered]:
     else:  # spreadsheets of half the world write .csv with semicolons
         delimiter = next((mark for mark in (",", ";", "\t") if mark in header), ",")
     # "question, answer": the blanks belong to the commas, and a quote may stand behind them.
-    behind = next(csv.reader([header], delimiter=delimiter), [])[1:]
+    behind = next(csv.reader([header.replace("\r", " ")], delimiter=delimiter), [])[1:]
     spaced = bool(behind) and all(cell.startswith(" ") for cell in behind)
     reader = csv.reader(io.StringIO(text, newline=end), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     names: list[str] | None = None

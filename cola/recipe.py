@@ -256,7 +256,7 @@ class Data(Section):
         default=None,
         description="Strings that end an answer (task `answer`): what is decoded counts up to the first of them. "
         "Default: a newline; where that would cut a right answer of the data short, an empty line; where that would "
-        "too, nothing. `[]`: only the end token ends an answer.",
+        "too, nothing. `[]`: only an end token ends an answer.",
     )
     max_length: Tokens = Field(default=512, description="Longest prompt and answer together, in tokens.")
     too_long: Literal["drop", "truncate", "error", "split"] | None = Field(

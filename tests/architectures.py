@@ -24,12 +24,13 @@ from cola.chain import Chain, retie, run_chain
 from cola.data import Example
 from cola.drift import Outputs
 from cola.errors import ColaError
-from cola.evaluate import Evaluator
+from cola.evaluate import Evaluator, Ways
 from cola.forward import logits_at
 from cola.model import Source, find_model
 from cola.plan import Link
 from cola.recipe import KnotRules, OneLink
 from cola.residual import Base, stacked
+from cola.selfcheck import Subject, self_check
 from cola.train import tune
 
 RESULTS = Path(__file__).parent.parent / "docs/architectures.json"
@@ -175,7 +176,9 @@ def check_scores(model: hf.PreTrainedModel, plain: hf.PreTrainedModel, tokenizer
     """cola's scores of a model are those of plain passes of the same model as transformers loads it."""
     for task in ("answer", "multiple_choice", "text"):
         rows = rows_of(task, tokenizer)
-        scores = Evaluator(task, tokenizer, [], 4096, nullcontext, 4)(model, rows)
+        evaluator = Evaluator(task, tokenizer, [], 4096, nullcontext, 4)
+        ways = Ways(**self_check(Subject("tiny", model, evaluator, rows))["ways"])
+        scores = evaluator.asking(ways)(model, rows)
         for row, score in zip(rows, scores, strict=True):
             nats = []
             for answer in row.answers:

@@ -121,7 +121,7 @@ def test_a_chain_on_all_linear_layers_learns_and_its_knots_hold(name: str) -> No
     assert (logits(model) - before).abs().max() > 1e-2
 
 
-CONTRASTING = ["GPT-2", "Gemma 3, with vision", "Gemma 3n, text", "Qwen3-MoE"]
+CONTRASTING = ["GPT-2", "Gemma 3, with vision", "Gemma 3n, text", "Qwen3-MoE", "LFM2"]
 
 
 @pytest.fixture(scope="module", params=CONTRASTING)

@@ -188,6 +188,7 @@ def test_a_header_may_have_blanks_and_columns_without_a_name(tmp_path: Path) -> 
         ("t.csv", "q,a\n1,2,3\n", "t.csv:2: not as many fields as the header has: 3, not 2"),
         ("t.csv", "q,a\n1,2\nq,a\n3,4\n", "t.csv:3: the header again, as where two files are put together"),
         ("t.csv", "q,a\n1,x\ry\n", "t.csv:2: not valid CSV: a carriage return in a cell without quotes"),
+        ("t.csv", "q\ra,b\n1,2\n", "t.csv:1: not valid CSV: a carriage return in a cell without quotes"),
         ("t.csv", 'q,a\n1,2\n"a"b,c\n', "t.csv:3: not valid CSV"),
         ("t.csv", "q,a\n1,\0\n", "t.csv:2: holds a NUL character"),
         ("t.jsonl", JSONL.encode("utf-16-le"), "t.jsonl:1: not UTF-8 text"),
