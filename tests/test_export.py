@@ -94,7 +94,7 @@ def losses(model: Any, folder: Path, run: Path, arm: str) -> list[float]:
     tokenizer, rows = AutoTokenizer.from_pretrained(folder), rows_of(run)
     found = []
     for score in reported(run, arm):
-        row = rows[int(score["id"].removeprefix("test-"))]
+        row = rows[int(score["id"].rpartition(":")[2]) - 1]
         prompt = f"{row['question']}?"
         n_prompt = len(tokenizer(prompt).input_ids)
         ids = [*tokenizer(f"{prompt} {row['answer']}").input_ids, tokenizer.eos_token_id]
