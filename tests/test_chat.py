@@ -106,7 +106,7 @@ def test_a_template_that_refuses_the_system_message_is_quoted_with_the_row(
     picky = with_template(tokenizer, NO_SYSTEM)
     said = refusal(load_splits, chats(tmp_path, system="Be brief."), picky)
     place, key, words = said.split(": ", 2)
-    assert place.startswith("t.jsonl row ")
+    assert place.startswith("t.jsonl:")
     assert key == "data.chat"
     assert words.startswith("the model's chat template says: System role not supported; ")
     assert "remove data.system" in words
@@ -129,7 +129,7 @@ def test_a_template_that_fails_is_one_line_whatever_it_does(
 ) -> None:
     for system in (None, "Be brief."):
         said = refusal(load_splits, chats(tmp_path, system=system), with_template(tokenizer, template))
-        assert said.startswith("t.jsonl row ")
+        assert said.startswith("t.jsonl:")
         assert "data.chat: the model's chat template says: " in said
         assert words in said
         assert "data.system" not in said

@@ -167,7 +167,7 @@ def test_an_answer_that_holds_an_end_token_is_refused_by_row(tmp_path: Path) -> 
     data = data_of(path, rows=COUNTS, answer="{a}", prompt="{q}")
     assert load_splits(data, tiny_tokenizer())  # no end token of this model
     said = refusal(load_splits, data, tiny_tokenizer(), (), ENDS)
-    assert "row 24: the right answer holds token 2, '<|im_end|>'" in said
+    assert "rows.jsonl:24: the right answer holds token 2, '<|im_end|>'" in said
 
 
 def test_decoding_ends_at_every_end_token() -> None:
