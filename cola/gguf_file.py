@@ -66,7 +66,7 @@ def convert(file: Path, folder: Path) -> None:
 
     Raises:
         ModelError: something that the file says cannot be carried over.
-        OSError, ValueError, KeyError, NotImplementedError, ImportError: transformers does not read the file.
+        Exception: transformers, gguf or tokenizers cannot read the file; they raise what they like.
     """
     where, config = {"gguf_file": file.name}, read_config(file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on

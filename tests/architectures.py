@@ -17,6 +17,7 @@ import peft
 import torch
 import transformers as hf
 from accelerate import Accelerator
+from conftest import SIZES, tiny_tokenizer
 
 from cola import adapters, recipe
 from cola.batches import collate, training_row
@@ -34,19 +35,6 @@ from cola.selfcheck import Subject, self_check
 from cola.train import tune
 
 RESULTS = Path(__file__).parent.parent / "docs/architectures.json"
-SIZES: dict[str, Any] = {
-    "vocab_size": 403,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -234,7 +222,6 @@ def examined(name: str, arm: str, folder: Path, tokenizer: hf.PreTrainedTokenize
 
 
 def main() -> int:
-    from conftest import tiny_tokenizer
 
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()

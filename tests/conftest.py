@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,23 +48,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SIZES: dict[str, Any] = {  # of a tiny model of any architecture that has Llama's keys
+    "vocab_size": 403,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large enough that what a weight does shows in the logits
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+
+
 def tiny_config(**settings: object) -> Qwen2Config:
-    return Qwen2Config(
-        **{
-            "vocab_size": 403,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,  # large enough that what a weight does shows in the logits
-            "eos_token_id": 0,
-            "bos_token_id": None,
-            "pad_token_id": 0,
-            **settings,
-        }
-    )
+    return Qwen2Config(**{**SIZES, "max_position_embeddings": 256, "bos_token_id": None, **settings})
 
 
 def tiny_model(seed: int = 0, **settings: object) -> Qwen2ForCausalLM:

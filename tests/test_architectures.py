@@ -10,26 +10,13 @@ import architectures
 import pytest
 import torch
 import transformers as hf
+from conftest import SIZES
 from test_chain import batches, chain_of, link, logits, no_gradients, outputs, tune_with
 
 from cola.chain import run_chain
 from cola.data import Example
 from cola.evaluate import choice_nats
 from cola.forward import logits_at
-
-SIZES = {
-    "vocab_size": 403,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 def without(*names: str) -> dict:

@@ -12,26 +12,13 @@ import gguf
 import pytest
 import torch
 import transformers as hf
-from conftest import tiny_tokenizer
+from conftest import SIZES, tiny_tokenizer
 
 from cola import recipe
 from cola.errors import ModelError
 from cola.model import find_model
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 403,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-    "tie_word_embeddings": True,
-}
+TIED = {**SIZES, "tie_word_embeddings": True}
 IDS = torch.randint(3, 400, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -83,7 +70,7 @@ def make(kind: str, **settings: Any) -> hf.PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config, model = getattr(hf, f"{kind}Config"), getattr(hf, f"{kind}ForCausalLM")
-        return model(config(**{**SIZES, **settings})).eval()
+        return model(config(**{**TIED, **settings})).eval()
 
 
 def linear(writer: gguf.GGUFWriter) -> None:

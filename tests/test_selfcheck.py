@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import tiny_tokenizer
+from conftest import SIZES, tiny_tokenizer
 from safetensors.torch import load_file
-from test_architectures import SIZES, without
+from test_architectures import without
 from test_run import go
 from torch import Tensor, nn
 
