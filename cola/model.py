@@ -254,7 +254,9 @@ def find_tokenizer(settings: recipe.Model) -> tuple[PreTrainedTokenizerBase, lis
     """
     name = settings.name_or_path
     path = package_file(name) if name.startswith("package://") else Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and path.is_file() and (_gguf_folder(path, "models") / "config.json").is_file():
+        path = _gguf_folder(path, "models")  # a run has read it before, which takes a while
+    elif path.suffix == ".gguf" and path.is_file():
         tokenizer = Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
         with _reading(path):
             return tokenizer, gguf_file.end_tokens(path)
