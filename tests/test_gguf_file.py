@@ -15,8 +15,9 @@ import transformers as hf
 from conftest import SIZES, tiny_tokenizer
 
 from cola import recipe
+from cola.data import tokenizer_fingerprint
 from cola.errors import ModelError
-from cola.model import find_model
+from cola.model import find_model, find_tokenizer
 
 TIED = {**SIZES, "tie_word_embeddings": True}
 IDS = torch.randint(3, 400, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -197,8 +198,13 @@ def test_every_end_token_of_a_header_ends_an_answer(tmp_path: Path) -> None:
         writer.add_eot_token_id(2)
 
     file = write(tmp_path / "tiny.gguf", "llama", make("Llama"), turn)
-    source = find_model(recipe.Model(name_or_path=str(file)))
-    assert source.ends() == [0, 2]
+    settings = recipe.Model(name_or_path=str(file))
+    from_file, ends = find_tokenizer(settings)
+    assert ends == find_model(settings).ends() == [0, 2]
+    again, ends = find_tokenizer(settings)  # by what the file has become in between
+    assert ends == [0, 2]
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(from_file)
+    assert again.name_or_path != from_file.name_or_path
     # The class's default, token 2 in Llama, is no word of a file that names another one alone.
     one = write(tmp_path / "one.gguf", "llama", make("Llama"), lambda writer: None)
     assert find_model(recipe.Model(name_or_path=str(one))).ends() == [0]
