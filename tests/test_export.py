@@ -642,6 +642,7 @@ def test_a_run_that_is_none_or_not_finished_is_named(many_arms: Path, tmp_path: 
     line = refused("export", run, "--arm", "lora")
     assert f"no result of lora seed 0 (not run); go on with it by `cola run --resume {run}`" in line
     failed = json.loads((run / "arms/chain3/seed-0/result.json").read_text()) | {"status": "failed"}
+    failed["run_info"]["error"] = "step 2: the loss is nan"
     (run / "arms/chain3/seed-0/result.json").write_text(json.dumps(failed))
     assert "no result of chain3 seed 0 (failed)" in refused("export", run, "--arm", "chain3")
     shutil.rmtree(run / "arms/stepdown/seed-0/knots/link-2")
