@@ -162,6 +162,23 @@ def test_a_leak_from_the_next_token_alone_and_within_blocks_is_found() -> None:
             check(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_leak_that_is_fainter_than_a_half_formats_rounding_is_found(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = hf.BertLMHeadModel(hf.BertConfig(**(SIZES | {"initializer_range": 0.02}))).to(dtype).eval()
+    with pytest.raises(ModelError, match=r"a later token moves an earlier logit, by 0\.00"):
+        check(model)
+
+
+def test_a_last_digit_that_the_place_in_the_batch_moves_is_no_leak() -> None:
+    def placed(_module: nn.Module, _args: object, x_BTH: Tensor) -> Tensor:
+        return x_BTH * (1 + 0.001 * torch.arange(len(x_BTH))[:, None, None])
+
+    model = make("llama", torch.bfloat16)
+    model.lm_head.register_forward_hook(placed)
+    assert 3e-4 < check(model)["later_token"] < 0.03
+
+
 def test_a_model_that_depends_on_how_many_tokens_follow_is_refused() -> None:
     model = make("llama")
     model.model.embed_tokens.register_forward_hook(lambda _m, _a, x_BTH: x_BTH * x_BTH.shape[1] ** 0.1)
