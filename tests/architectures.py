@@ -19,20 +19,22 @@ import transformers as hf
 from accelerate import Accelerator
 from conftest import SIZES, tiny_tokenizer
 
-from cola import adapters, recipe
-from cola.batches import collate, training_row
 from cola.chain import Chain, retie, run_chain
-from cola.data import Example
-from cola.drift import Outputs
+from cola.data.batches import collate, training_row
+from cola.data.encode import Example
 from cola.errors import ColaError
-from cola.evaluate import Evaluator, Ways
-from cola.forward import logits_at
-from cola.model import Source, find_model
-from cola.plan import Link
-from cola.recipe import KnotRules, OneLink
-from cola.residual import Base, stacked
-from cola.selfcheck import Subject, self_check
-from cola.train import tune
+from cola.link import adapters
+from cola.link.base import Base
+from cola.link.drift import Outputs
+from cola.link.forward import logits_at
+from cola.link.model import Source, find_model
+from cola.link.residual import stacked
+from cola.link.train import tune
+from cola.measure.evaluate import Evaluator, Ways
+from cola.measure.selfcheck import Subject, self_check
+from cola.recipe import recipe
+from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.plan import Link
 
 RESULTS = Path(__file__).parent.parent / "docs/architectures.json"
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}

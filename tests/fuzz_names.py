@@ -140,10 +140,10 @@ def train(folder: Path, cache: Path, store: Path) -> States:
     os.environ["COLA_CACHE"] = str(cache)
     from rich.console import Console
 
-    from cola.recipe_file import read_recipe
-    from cola.record import RunFolder
-    from cola.run import run
-    from cola.terminal import Terminal
+    from cola.recipe.read import read_recipe
+    from cola.report.terminal import Terminal
+    from cola.run.run import run
+    from cola.tree.run_folder import RunFolder
 
     recipe = read_recipe(folder / "recipe.yaml", [f"store={store}"])
     made = RunFolder.create(recipe, None)
@@ -394,7 +394,7 @@ def outcome(change: Change, case: Path, cache: Path, before: States, aside: Path
 
 def imported_by_cola() -> list[str]:
     """The modules of other people's that a run imports."""
-    __import__("cola.run"), __import__("conftest"), __import__("peft.tuners.lora"), __import__("jinja2.ext")
+    __import__("cola.run.run"), __import__("conftest"), __import__("peft.tuners.lora"), __import__("jinja2.ext")
     __import__("transformers.models.qwen2.modeling_qwen2")
     ours = {path.stem for path in Path(__file__).parent.glob("*.py")} | {"cola", "__main__"}
     return [name for name in sys.modules if name.split(".")[0] not in ours]

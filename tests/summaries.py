@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cola.record import RunFolder
+from cola.tree.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "experiments/000-quickstart"

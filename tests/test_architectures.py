@@ -14,9 +14,9 @@ from conftest import SIZES
 from test_chain import batches, chain_of, link, logits, no_gradients, outputs, tune_with
 
 from cola.chain import run_chain
-from cola.data import Example
-from cola.evaluate import choice_nats
-from cola.forward import logits_at
+from cola.data.encode import Example
+from cola.link.forward import logits_at
+from cola.measure.likelihood import choice_nats
 
 
 def without(*names: str) -> dict:

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2ForCausalLM
 
-from cola import adapters, residual
-from cola.batches import MicroBatch, collate
 from cola.chain import Chain, extend, run_chain, tie_knot
-from cola.drift import Drift, Outputs
+from cola.data.batches import MicroBatch, collate
 from cola.errors import KnotDrift, ModelError
-from cola.plan import Link
-from cola.recipe import KnotRules, OneLink
-from cola.residual import Base
-from cola.train import tune
+from cola.link import adapters, residual
+from cola.link.base import Base
+from cola.link.drift import Drift, Outputs
+from cola.link.train import tune
+from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.plan import Link
 
 INPUTS = torch.randint(1, 400, (4, 12), generator=torch.Generator().manual_seed(1))
 ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}

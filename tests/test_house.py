@@ -3,122 +3,90 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Who may import whom: a file imports only files of lower rows (and of its own row where that is said).
-LAYERS = [
-    {"errors", "cache", "interrupt", "answers", "locks"},
-    {"recipe", "environment", "shapes"},
-    {"recipe_file", "plan", "compare", "choice", "scope"},
-    {"checkpoint", "gguf_file", "package_file", "text_part", "files", "record", "terminal", "segments", "chat"},
-    {"spectra", "sources"},
-    {"data", "summary", "tables", "store"},
-    {"ablation", "tasks", "tracking"},
-    {"drawing", "differences"},
-    {"charts", "heatmaps"},
-    {"figures"},
-    {"captions"},
-    {"batches", "bottleneck", "drift", "memory", "residual", "model", "moments", "report", "store_view"},
-    {"adapters"},
-    {"forward", "starts", "flops", "spectrum"},
-    {"chain", "evaluate", "train", "preview", "data_view"},
-    {"states", "measure", "outcome", "learned", "selfcheck"},
-    {"bench", "score", "card"},
-    {"job", "settle", "export", "run_view"},
-    {"run"},
-    {"ablate"},
-    {"cli"},
-    {"__main__"},
-]
-ALLOWED_PACKAGES = {
-    "peft": {"adapters"},
-    "wandb": {"tracking"},
-    "wandb_workspaces": {"tracking"},
-    "reasoning_gym": {"sources"},
-    "matplotlib": {"drawing", "charts", "heatmaps", "figures"},
+# From the ground up: a room imports those before it, and nothing of those after it.
+GROUND = {"errors", "files", "environment"}
+ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "report", "run", "export", "cli"]
+
+# Foreign libraries that are imported in one place only.
+SEAMS = {
+    "peft": {"link/adapters.py", "link/targets.py"},
+    "wandb": {"report/tracking.py"},
+    "wandb_workspaces": {"report/group_report.py"},
+    "reasoning_gym": {"data/sources.py"},
+    "typer": {"cli/app.py"},
 }
-WITHOUT_TORCH = {
-    "errors",
-    "environment",
-    "files",
-    "answers",
-    "locks",
-    "recipe",
-    "recipe_file",
-    "plan",
-    "record",
-    "shapes",
-    "spectra",
-    "compare",
-    "choice",
-    "scope",
-    "summary",
-    "tables",
-    "report",
-    "drawing",
-    "charts",
-    "heatmaps",
-    "figures",
-    "captions",
-    "ablation",
-    "tasks",
-    "differences",
-    "terminal",
-    "tracking",
-    "segments",
-    "store",
-    "store_view",
-}
+WITHOUT_TORCH = ["recipe", "compare", "report"]
+FILES = {path.relative_to(ROOT / "cola").as_posix(): path for path in sorted((ROOT / "cola").rglob("*.py"))}
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function."""
+def imports(path: Path, top: bool = False) -> set[str]:
+    """Every module that a file imports, at its top or inside a function; `top`: at its top only."""
+    tree = ast.parse(path.read_text())
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in tree.body if top else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "cola" else {node.module}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return found
 
 
-FILES = {path.stem: path for path in (ROOT / "cola").glob("*.py") if path.stem != "__init__"}
+def module_of(name: str) -> str:
+    return "cola." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def test_every_file_has_its_place_in_the_layers() -> None:
-    assert set().union(*LAYERS) == set(FILES)
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+def test_every_file_is_in_a_room_and_every_room_says_what_it_is() -> None:
+    flat = {name.removesuffix(".py") for name in FILES if "/" not in name}
+    assert flat == GROUND | {"chain", "__init__", "__main__"}
+    assert {name.split("/")[0] for name in FILES if "/" in name} == set(ROOMS) - {"chain"}
+    for name, path in FILES.items():
+        assert ast.get_docstring(ast.parse(path.read_text())), name
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("__init__.py", "__main__.py")])
 def test_imports_point_down_only(name: str) -> None:
-    height = next(i for i, layer in enumerate(LAYERS) if name in layer)
-    below = set().union(*LAYERS[:height])
-    mine = {module.split(".")[1] for module in imports(FILES[name]) if module.startswith("cola.")}
+    room = room_of(module_of(name))
+    below = GROUND | ({room} if room in GROUND else {room, *ROOMS[: ROOMS.index(room)]})
+    mine = {room_of(module) for module in imports(FILES[name]) if module.startswith("cola.")}
     assert mine <= below, f"{name} imports {mine - below}"
 
 
-@pytest.mark.parametrize("package", sorted(ALLOWED_PACKAGES))
+@pytest.mark.parametrize("room", [*ROOMS, "files"])
+def test_no_file_of_a_room_imports_what_imports_it(room: str) -> None:
+    modules = {module_of(name): path for name, path in FILES.items() if room_of(module_of(name) + ".") == room}
+    TopologicalSorter({name: imports(path) & set(modules) for name, path in modules.items()}).prepare()
+
+
+@pytest.mark.parametrize("package", sorted(SEAMS))
 def test_a_foreign_library_has_one_seam(package: str) -> None:
     users = {name for name, path in FILES.items() if any(m.split(".")[0] == package for m in imports(path))}
-    assert users == ALLOWED_PACKAGES[package]
+    assert users == SEAMS[package]
 
 
 def test_results_are_read_without_torch() -> None:
-    code = "import sys\n" + "".join(f"import cola.{name}\n" for name in sorted(WITHOUT_TORCH))
-    code += "assert not {'torch', 'transformers', 'wandb', 'wandb_workspaces'} & set(sys.modules)"
+    names = [name for name in FILES if name.split("/")[0] in WITHOUT_TORCH]
+    names += [name for name in FILES if name.startswith("tree/") and name not in ("tree/states.py", "tree/measured.py")]
+    code = "import sys\n" + "".join(f"import {module_of(name)}\n" for name in names)
+    code += "import cola.cli.app\nassert not {'torch', 'transformers', 'wandb', 'wandb_workspaces'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_chain_knows_no_file_logger_or_data_set() -> None:
-    foreign = {f"cola.{name}" for name in ("data", "record", "tracking", "terminal", "store", "segments", "job")}
-    foreign |= {"json", "pathlib", "logging"}
-    assert not imports(FILES["chain"]) & foreign
-    assert FILES["chain"].read_text().count("\n") <= 100
+    assert {room_of(m) for m in imports(FILES["chain.py"]) if m.startswith("cola.")} <= {"link", "recipe"}
+    assert not imports(FILES["chain.py"]) & {"json", "pathlib", "logging"}
+    assert FILES["chain.py"].read_text().count("\n") <= 100
 
 
 def test_generated_docs_are_up_to_date() -> None:
@@ -129,6 +97,11 @@ def test_generated_docs_are_up_to_date() -> None:
 
 
 def test_every_test_file_holds_a_test() -> None:
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         tree = ast.parse(path.read_text())
         assert any(isinstance(node, ast.FunctionDef) and node.name.startswith("test_") for node in tree.body), path.name
+
+
+def test_every_folder_of_tests_is_a_room() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    assert folders - {"fuzz"} <= set(ROOMS)

@@ -21,9 +21,9 @@ from statsmodels.stats.anova import anova_lm
 from test_cli import cola
 from test_store import one_line
 
-from cola.recipe_file import read_recipe
-from cola.record import RunFolder
-from cola.summary import summarize
+from cola.compare.summary import summarize
+from cola.recipe.read import read_recipe
+from cola.tree.run_folder import RunFolder
 
 STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 TASKS = sorted(path.stem for path in STUDY.glob("*.yaml"))

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from scipy.stats import linregress, ttest_1samp
 from scipy.stats import t as student
 
-from cola.drawing import GREY, INK, STYLE, Look, arm_legend, looks, new_figure, save, settle
+from cola.report.drawing import GREY, INK, STYLE, Look, arm_legend, looks, new_figure, save, settle
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -22,15 +22,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from rich.console import Console
 
-from cola.ablate import ablate
-from cola.ablation import AblationFolder, points_of
-from cola.evaluate import Evaluator
-from cola.recipe_file import read_recipe
-from cola.record import RunFolder, machine
-from cola.run import run
-from cola.states import States
-from cola.store import Store
-from cola.terminal import Terminal
+from cola.compare.ablation import AblationFolder, points_of
+from cola.measure.evaluate import Evaluator
+from cola.recipe.read import read_recipe
+from cola.report.terminal import Terminal
+from cola.run.ablate import ablate
+from cola.run.run import run
+from cola.tree.provenance import machine
+from cola.tree.run_folder import RunFolder
+from cola.tree.states import States
+from cola.tree.store import Store
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent.parent / "recipes/quickstart.yaml"

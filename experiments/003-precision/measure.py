@@ -36,18 +36,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import cola.job
-from cola import adapters
+import cola.run.job
 from cola.chain import Chain, run_chain
-from cola.drift import Outputs
-from cola.model import Source, find_model, quiet_libraries
-from cola.plan import plan_arm
-from cola.recipe import Model
-from cola.recipe_file import read_recipe
-from cola.record import RunFolder, provenance
-from cola.residual import Base
-from cola.run import run
-from cola.terminal import Terminal
+from cola.link import adapters
+from cola.link.accelerator import quiet_libraries
+from cola.link.base import Base
+from cola.link.drift import Outputs
+from cola.link.model import Source, find_model
+from cola.recipe.plan import plan_arm
+from cola.recipe.read import read_recipe
+from cola.recipe.schema import Model
+from cola.report.terminal import Terminal
+from cola.run.run import run
+from cola.tree.provenance import provenance
+from cola.tree.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 LINKS, SHORT = HERE / "links.yaml", HERE.parent.parent / "recipes/quickstart.yaml"

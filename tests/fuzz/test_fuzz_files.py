@@ -23,16 +23,17 @@ from hypothesis import strategies as st
 from mutate import ODD_NUMBERS, ODD_TEXTS, change_bytes, change_tree, counted, odd_value, one_clear_line
 from test_store import keep
 
-from cola.data import fill, lookup
-from cola.differences import compare_runs
-from cola.recipe import Data, Recipe
-from cola.recipe_file import read_recipe
-from cola.record import RunFolder
-from cola.report import page_tables, read_curves
-from cola.sources import open_pools, open_texts
-from cola.store import Store, fault_of
-from cola.summary import summarize
-from cola.tables import verdict
+from cola.compare.summary import summarize
+from cola.data.fields import fill, lookup
+from cola.data.sources import open_pools, open_texts
+from cola.recipe.data_section import Data
+from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.report.differences import compare_runs
+from cola.report.page import page_tables, read_curves
+from cola.report.verdict import verdict
+from cola.tree.run_folder import RunFolder
+from cola.tree.store import Store, fault_of
 
 # The run is of a tiny model, which more threads make slower.
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from mutate import ODD_TEXTS, change_bytes, change_tree, counted, odd_value, one_clear_line
 from typer.testing import CliRunner
 
-from cola.ablation import points_of
-from cola.cli import app
+from cola.cli.app import app
+from cola.compare.ablation import points_of
 from cola.errors import LONGEST, MOST_LINES
-from cola.plan import evaluation_steps, jobs_of, plan_arm
-from cola.recipe_file import dump_recipe, known_keys, read_recipe
+from cola.recipe.faults import known_keys
+from cola.recipe.plan import evaluation_steps, jobs_of, plan_arm
+from cola.recipe.read import read_recipe
+from cola.recipe.write import dump_recipe
 
 # Every kind of section and value; the recipes of the repository are tried too.
 RICH = """\

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from cola.compare import Estimate, Parts
-from cola.tasks import open_runs, tasks_of
+from cola.compare.statistics import Estimate, Parts
+from cola.compare.tasks import open_runs, tasks_of
 
 HERE = Path(__file__).parent
 SEEDS, ROWS, TASKS = 6, 500, 3  # the study's

@@ -1,0 +1,1 @@
+"""The doors: the commands, what they print and how they end."""

@@ -1,0 +1,130 @@
+"""What `cola inspect RUN` prints: the spectra of what its arms learned, from the run's folder and the base alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from cola.compare.spectra import summarized
+from cola.errors import ModelError
+from cola.export.outcome import Outcome, outcomes
+from cola.link.accelerator import make_accelerator, quiet_libraries
+from cola.measure.learned import Learned
+from cola.recipe.plan import Job
+from cola.report.numbers import duration
+from cola.report.tables import matrices_table, overlap_table, spectra_table
+from cola.report.terminal import Terminal
+from cola.tree.run_folder import SPECTRUM, read_spectrum, write_spectrum
+
+FEW = 60  # rows of a table of matrices that a terminal is given
+
+
+def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None, intruders: bool) -> None:
+    """Print the spectra of a run's arms and seeds; what its folder lacks of them is computed and kept there.
+
+    Args:
+        run: The run's folder.
+        terminal: To print to.
+        arm: Only this one.
+        seed: Only this one.
+        intruders: Whether to count intruder dimensions.
+
+    Raises:
+        RunFolderError: it is no run folder, or has no such arm or seed that came to its end.
+        ModelError: none of them changes the base's matrices, or their weights or the base are not there.
+    """
+    quiet_libraries()
+    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.method in ("lora", "full")]
+    if not found:
+        raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
+    view = _View(found, terminal)
+    records: dict[str, list[dict[str, Any]]] = {}
+    for number, outcome in enumerate(found, 1):
+        try:
+            record = view.record(outcome, intruders)
+        except ModelError as error:
+            if not records and number == len(found):
+                raise
+            terminal.warn(f"{outcome.job.label}: {error}")
+            continue
+        if record["left_out"]:
+            terminal.warn(f"{outcome.job.label} is left out: {record['left_out']}")
+        records.setdefault(outcome.job.arm, []).append(record)
+    spectra = {"spectra": summarized(records)}
+    tables = [spectra_table(spectra), overlap_table(spectra)]
+    if len(found) == 1:
+        detail = matrices_table(records[found[0].job.arm][0])
+        tables += [detail] if len(detail.rows) <= FEW else []
+    for table in tables:
+        if table.rows:
+            terminal.table(table.title, table.columns, table.rows)
+    where = found[0].path if len(found) == 1 else run / "arms" / "ARM" / "seed-S"
+    terminal.say(f"matrix by matrix: {where / SPECTRUM}")
+
+
+@dataclass
+class _View:
+    """Reads or takes spectra of the outcomes of one run."""
+
+    found: Sequence[Outcome]
+    terminal: Terminal
+
+    @cached_property
+    def learned(self) -> Learned:
+        """Made where something has to be computed: it needs the base."""
+        source, recipe = self.found[0].source, self.found[0].recipe
+        return Learned(source, source.skeleton(), recipe, make_accelerator("float32").device)
+
+    def record(self, outcome: Outcome, intruders: bool) -> dict[str, Any]:
+        record, started = read_spectrum(outcome.folder, outcome.job), perf_counter()
+        new = record is None
+        if record is None:
+            self.terminal.say(f"{outcome.job.label}: taking the spectra")
+            record = self._taken(outcome)
+        if intruders and not _counted(record):
+            if outcome.quantization is not None:
+                self.terminal.warn(
+                    f"{outcome.job.label}: no intruders are counted: its base is the matrices that the "
+                    f"{outcome.quantization} codes stand for, which no file has"
+                )
+            elif record["matrices"]:
+                self.terminal.say(f"{outcome.job.label}: counting intruders in {len(record['matrices'])} matrices")
+                weights = outcome.added() if outcome.method == "lora" else outcome.tuned.folder
+                self.learned.count_intruders(record, outcome.dtype, weights)
+                new = True
+        if new:
+            self.terminal.say(f"{outcome.job.label}: {duration(perf_counter() - started)}")
+            try:
+                write_spectrum(outcome.folder, outcome.job, record)
+            except OSError as error:  # another's folder, a full disk: what was computed can be shown all the same
+                self.terminal.warn(f"{outcome.path}: {error.strerror}; the next look computes it again")
+        return record
+
+    def _taken(self, outcome: Outcome) -> dict[str, Any]:
+        if outcome.method == "full":
+            return self.learned.of_full(str(outcome.path), outcome.tuned.folder, outcome.dtype)
+        return self.learned.of_links(outcome.added(), *self._full(outcome))
+
+    def _full(self, outcome: Outcome) -> tuple[Any, str | None]:
+        """Full fine-tuning's update under the same seed and its state, where its weights are in the run's folder."""
+        job = Job(arm=outcome.recipe.full_arm, seed=outcome.job.seed)
+        result = outcome.folder.result(job)
+        if job.arm not in outcome.recipe.arms or result is None or result["status"] != "ok":
+            return None, None
+        full = Outcome(outcome.folder, outcome.recipe, job, result)
+        if full.method != "full":
+            return None, None
+
+        def folder() -> Path | None:
+            return full.tuned.folder if (full.path / "model" / "config.json").is_file() else None
+
+        update = self.learned.full(str(full.path), folder, full.dtype)
+        return update, full.info["scored_state"] if update is not None else None
+
+
+def _counted(record: dict[str, Any]) -> bool:
+    """Whether a record has the number of intruders already."""
+    numbers = [one for matrix in record["matrices"].values() for one in matrix["updates"].values()]
+    return any(one["intruders"] is not None for one in numbers)

@@ -1,0 +1,164 @@
+"""What `cola inspect` and `cola store` print. No torch."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cola.errors import StoreError
+from cola.files import digest
+from cola.recipe.arms import LinkSettings
+from cola.report.numbers import NONE, duration, size
+from cola.report.terminal import Terminal
+from cola.tree.store import Segment, Store, size_of
+
+
+def inspect(store: Store, beginning: str, terminal: Terminal) -> None:
+    """Print the chain of causes from the base to a segment, every name recomputed and every checksum verified.
+
+    Raises:
+        StoreError: there is no such segment, or one of its ancestors has gone.
+    """
+    path = [store.find(beginning)]
+    root = path[0].record["root"]
+    while (parent := path[0].record["causes"]["link"]["parent"]) != digest(root):
+        before = store.get(parent)
+        if before is None:
+            raise StoreError(f"segment {path[0].name} goes on from {parent}, which is not in {store.path} any more")
+        path.insert(0, before)
+    terminal.say(f"base {digest(root)}")
+    terminal.say(f"  SHA-256 of config and weights {root['base']}")
+    base = ", ".join([root["dtype"], *([root["quantization"]] if "quantization" in root else [])])
+    terminal.say(f"  {base} on {root['device']}, training version {root['training_version']}")
+    for segment in path:
+        _show(segment, terminal)
+    terminal.say(f"all names recomputed, all checksums verified; files in {path[-1].folder}")
+
+
+def _show(segment: Segment, terminal: Terminal) -> None:
+    record, link = segment.record, segment.record["causes"]["link"]
+    rates = [rate for rate, _ in record["causes"]["steps"]]
+    adam = link["optimizer"]
+    clip = "no clipping" if adam["max_grad_norm"] is None else f"clipped at {adam['max_grad_norm']:g}"
+    rows = segment.steps()
+    made = record["made"]
+    commit = made["commit"]["hash"]
+    dirty = " and uncommitted changes" if made["commit"]["dirty"] else ""
+    lines = [
+        f"{segment.kind} {segment.name}, steps {record['first_step'] + 1} to {record['last_step']}, "
+        f"link {record['link_number']}",
+        f"from {link['parent']}" + (f"; knot: {_settings(link['knot'])}" if link["knot"] else ""),
+        f"trains {_trained(link)}, {link['method']}, seed {link['seed']}",
+        f"{adam['name']} betas {adam['betas'][0]:g} {adam['betas'][1]:g}, epsilon {adam['epsilon']:g}, weight decay "
+        f"{adam['weight_decay']:g}, {clip}; learning rate {rates[0]:g} → {rates[-1]:g}",
+        f"rows {', '.join(rows[0]['rows'])} (batch {record['causes']['steps'][0][1][:8]}) and {len(rows) - 1} more "
+        f"batches; loss {rows[0]['loss']:.4f} → {rows[-1]['loss']:.4f}; {duration(record['seconds'])} of training",
+        f"made by recipe {made['recipe']}, arm {made['arm']}, seed {made['seed']}, on {made['device']}, torch "
+        f"{made['packages']['torch']}, cola {made['cola']}" + (f" at {commit[:10]}{dirty}" if commit else ""),
+        f"{size(segment.n_bytes)} in " + ", ".join(record["files"]),
+    ]
+    for number, line in enumerate(lines):
+        terminal.say(("  " if number else "") + line)
+
+
+def _trained(link: dict[str, Any]) -> str:
+    """What a link trains and how it was drawn, from its causes; what is off is left out."""
+    parts = ["all weights"] if link["method"] == "full" else []
+    parts.append(_settings({key: link["settings"].get(key) for key in LinkSettings.model_fields}))
+    if link["modules"]:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in link["modules"]}))
+        parts.append(f"on {len(link['modules'])} modules ({kinds})")
+    if (init := link["start"]["init"]) != "default":
+        parts.append(f"init {init}")
+    if (ratio := link["optimizer"]["ratio"]) != 1:
+        parts.append(f"B at {ratio:g} times the rate of A")
+    return ("a pair of " if link["method"] == "lora" else "") + ", ".join(part for part in parts if part)
+
+
+def _settings(values: dict[str, Any]) -> str:
+    """Keys and values in words; what is off is left out."""
+    told = []
+    for key, value in values.items():
+        match value:
+            case None | False | 0 | []:
+                pass
+            case True:
+                told.append(key)
+            case dict():
+                told.append(f"{key} ({_settings(value)})")
+            case list():
+                told.append(f"{key} {', '.join(value)}")
+            case int() | float():
+                told.append(f"{key} {value:g}")
+            case _:
+                told.append(f"{key} {value}")
+    return ", ".join(told)
+
+
+def show_all(store: Store, terminal: Terminal) -> None:
+    """A table of all segments, newest last, and what the store takes on disk."""
+    rows, total = [], 0
+    used = store.references()
+    for folder, made_at in sorted(_with_times(store.segments()), key=lambda pair: pair[1]):
+        total += size_of(folder)
+        rows.append(_row(store, folder, made_at, used))
+    if rows:
+        columns = ["segment", "kind", "steps", "recipe, arm, seed", "made", "size", "runs"]
+        terminal.table(f"{store.path}", columns, rows)
+    measured = list((store.path / "measured").glob("*/*.json"))
+    damaged = list((store.path / "damaged").iterdir())
+    terminal.say(
+        f"{store.path}: {len(rows)} segments, {size(total)}; {len(measured)} measurements, "
+        f"{size(sum(map(size_of, measured)))}; {len(damaged)} set aside as damaged, "
+        f"{size(sum(map(size_of, damaged)))}"
+    )
+    gone = [str(run) for run in used if not run.is_dir()]
+    if gone:
+        terminal.say(f"run folders that are gone: {', '.join(gone)}")
+
+
+def _with_times(folders: Iterable[Path]) -> Iterator[tuple[Path, float]]:
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):  # a run that is at work has dropped a checkpoint
+            yield folder, folder.stat().st_mtime
+
+
+def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]]) -> list[str]:
+    record: dict[str, Any] = store.record(folder)
+    made = record.get("made") or {}
+    n_runs = sum(folder.name in names for names in used.values())
+    return [
+        folder.name[:12],
+        record.get("kind", "damaged"),
+        f"{record['first_step'] + 1}–{record['last_step']}" if record else NONE,
+        f"{made['recipe']}, {made['arm']}, {made['seed']}" if made else NONE,
+        f"{datetime.fromtimestamp(made_at):%Y-%m-%d %H:%M}",
+        size(size_of(folder)),
+        str(n_runs),
+    ]
+
+
+def verify(store: Store, terminal: Terminal) -> bool:
+    """Check every name and checksum; says what was damaged, which is set aside. Returns whether all was whole."""
+    looked, faults = store.verify()
+    terminal.say(f"{store.path}: {looked} segments and measurements checked, {len(faults)} damaged")
+    return not faults
+
+
+def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
+    """Say what pruning would free and why; returns it."""
+    used = store.references()
+    garbage = store.garbage()
+    for run in used:
+        if not run.is_dir():
+            terminal.say(f"run folder {run} is gone; what it alone referred to is let go")
+    loose = [path for path in garbage if path.parent.parent.name == "segments"]
+    for folder, made_at in _with_times(loose):
+        terminal.say("  ".join(_row(store, folder, made_at, used)))
+    kept = sum(1 for run in used if run.is_dir())
+    terminal.say(
+        f"{store.path}: {len(loose)} segments and {len(garbage) - len(loose)} measurements and left-overs that no "
+        f"kept run refers to, {size(sum(map(size_of, garbage)))}; {kept} run folders are kept"
+    )
+    return garbage

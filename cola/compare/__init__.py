@@ -1,0 +1,1 @@
+"""What was measured, compared: estimates, intervals, tests, summaries. numpy and scipy, never torch."""

@@ -1,0 +1,95 @@
+"""Values out of the fields of a row, and templates filled with them."""
+
+import difflib
+import math
+import string
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from cola.data.rows import Row
+from cola.errors import DataError
+from cola.recipe.data_section import label_text
+
+
+def lookup(row: Row, field: str, place: str, key: str) -> Any:
+    """A field of a row; dots go into nested mappings and lists (`answers.text.0`).
+
+    Raises:
+        DataError: names the row, the recipe's key and the fields that there are.
+    """
+    value: Any = row
+    for part in [field] if field in row else field.split("."):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+            continue
+        if not isinstance(value, dict) or part not in value:
+            names = list(row)
+            near = difflib.get_close_matches(field, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise DataError(f"{key}: {place} has no field {field!r}; it has {', '.join(names)}{hint}")
+        value = value[part]
+    return _known(value, f"{key}: {place}: field {field!r}")
+
+
+def _known(value: Any, what: str) -> Any:
+    # What no value was known of is null, or NaN in a column of numbers and in the JSON that is made of one.
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
+        raise DataError(f"{what} is empty")
+    return value
+
+
+def text_of(row: Row, field: str, place: str, key: str) -> str:
+    return _as_text(lookup(row, field, place, key), field, f"{key}: {place}: field {field!r}")
+
+
+def texts_of(values: Sequence[Any], field: str, place: str, key: str) -> list[str]:
+    """The items of a field that is a list."""
+    names = [f"{field}.{number}" for number in range(len(values))]
+    whats = [f"{key}: {place}: field {name!r}" for name in names]
+    items = zip(values, names, whats, strict=True)
+    return [_as_text(_known(value, what), name, what) for value, name, what in items]
+
+
+def _as_text(value: Any, field: str, what: str) -> str:
+    """A value as the text that it is trained on.
+
+    Raises:
+        DataError: it has none.
+    """
+    if isinstance(value, dict | list | tuple):
+        kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
+        entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"
+        raise DataError(f"{what} is a {kind}; name one of its entries: {entries}")
+    if isinstance(value, float | Decimal) and math.isinf(value):
+        raise DataError(f"{what} is infinite, or a number too large to be read")
+    try:
+        # 0.0000001 as a file of decimals has it, and not Python's 1E-7.
+        decimal = f"{value:f}" if isinstance(value, Decimal) else None
+        text = value.decode() if isinstance(value, bytes) else decimal or label_text(value)
+        text.encode()
+    except UnicodeDecodeError:
+        raise DataError(f"{what} holds bytes that are no UTF-8 text") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{what} holds half of a character, {half} alone") from None
+    return text
+
+
+def fill(template: str, row: Row, place: str, key: str) -> str:
+    """The template with `{field}` and `{nested.field}` filled in; `{{` and `}}` are braces.
+
+    Only fields are looked up: no format specification, index or attribute of Python's own str.format.
+    """
+    parts = []
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(f"{key}: {template!r}: {error}; a brace of the text itself is written twice") from None
+    for literal, field, spec, conversion in pieces:
+        parts.append(literal)
+        if field is not None:
+            if spec or conversion or not field:
+                raise DataError(f"{key}: {template!r}: between braces stands a field's name, as in {{question}}")
+            parts.append(text_of(row, field, place, key))
+    return "".join(parts)

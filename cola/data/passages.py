@@ -1,0 +1,40 @@
+"""General text, on which forgetting is measured: passages of one length."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from cola.data.encode import Encoder, Example, Rendered
+from cola.data.fields import fill
+from cola.data.sources import open_texts
+from cola.errors import DataError
+from cola.recipe.bounds import SAMPLE
+from cola.recipe.data_section import Data, Files
+
+GENERAL = "evaluation.general_text"  # the recipe's key
+PASSAGE_TOKENS = 256  # of a general text, that are read at a time
+
+
+def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Example]:
+    """A general text in passages, in its own order, none of it left out.
+
+    Args:
+        text: A file, or the name of the sample that comes with cola.
+        tokenizer: The model's.
+        longest: Tokens of a passage at most, its special ones included; what is longer is cut into several.
+
+    Raises:
+        DataError: the file is not there, cannot be read, or has no text in it.
+    """
+    path = Path(__file__).with_name("general.jsonl") if text == SAMPLE else Path(text)
+    pool = open_texts(path, GENERAL)
+    places = [pool.place(n) for n in range(pool.size or 0)]
+    texts = [fill("{text}", pool.row(n), place, GENERAL) for n, place in enumerate(places)]
+    data = Data(files=Files(train=str(path)), task="text", text="{text}", max_length=longest, too_long="split")
+    encode = Encoder(data, tokenizer)
+    passages = []
+    for place, whole, tokens in zip(places, texts, encode._tokens(texts), strict=True):
+        passages += encode._text(place, Rendered(whole, [], [], None, None), tokens).examples
+    if not passages:
+        raise DataError(f"{GENERAL}: {path.name} holds no text of two tokens or more")
+    return passages

@@ -1,0 +1,387 @@
+"""cola export: what an arm has learned, as files that other tools load.
+
+    adapter  one standard PEFT LoRA of rank Σ r_i: exact, a few MB; or virtual tokens as PEFT keeps them
+    merged   a Hugging Face checkpoint: base + Σ s B A in float32, rounded once; on request as bitsandbytes' codes
+    knots    the links one by one
+
+Every export has a model card and a cola.json with the base's fingerprint and the run's own numbers.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from cola.chain import Chain, retie
+from cola.data.encode import Example
+from cola.data.passages import PASSAGE_TOKENS
+from cola.data.splits import load_splits
+from cola.errors import ModelError, RunFolderError
+from cola.export.card import model_card
+from cola.export.outcome import Outcome
+from cola.export.score import NOTE
+from cola.files import need_package
+from cola.link import adapters
+from cola.link.accelerator import make_accelerator, quiet_libraries
+from cola.link.base import Base
+from cola.link.drift import Drift
+from cola.link.model import Source, check_fit
+from cola.link.residual import Residual, compressed, stacked
+from cola.measure.evaluate import PROBE_ROWS, Evaluator
+from cola.measure.scores import evaluation_of
+from cola.measure.selfcheck import Subject, self_check
+from cola.recipe.arms import KnotRules
+from cola.report.terminal import Terminal
+
+FORMAT = 1  # of cola.json
+WORDS = "The quick brown fox jumps over the lazy dog, again and again, until the evening comes."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write.
+
+    Attributes:
+        form: `adapter`, `merged` or `knots`.
+        dtype: Of a merged checkpoint. Default: the arm's.
+        rank: Compress the chain to one pair of at most this rank per module.
+        quantization: Of a merged checkpoint's linear layers: `nf4` or `int8`.
+    """
+
+    form: str
+    dtype: str | None = None
+    rank: int | None = None
+    quantization: str | None = None
+
+
+@dataclass
+class Findings:
+    """What making an export has measured, for the card and cola.json."""
+
+    notes: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)  # of a dense checkpoint: a digest of each tensor
+
+    def say(self, terminal: Terminal, text: str, **numbers: Any) -> None:
+        """Tell the user, the card and cola.json."""
+        terminal.say(text)
+        self.notes.append(text)
+        self.numbers |= numbers
+
+
+def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None = None) -> None:
+    """Write an arm and seed into a new folder, which is there as a whole or not at all.
+
+    Args:
+        outcome: The arm and seed.
+        request: What to write.
+        to: The folder.
+        terminal: Told what is found.
+        name: What the card tells others to load. Default: the folder's.
+
+    Raises:
+        ModelError: the arm has no such form, or a part of it or a package is not there.
+        RunFolderError: the folder exists.
+    """
+    quiet_libraries()
+    _check(outcome, request)
+    if to.exists():
+        raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
+    try:
+        findings = _write(outcome, request, aside, terminal)
+        note = _note(outcome, request, findings)
+        (aside / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        parts = sorted(path.name for path in aside.glob("link-*"))
+        card = model_card(outcome, request.form, note["dtype"], findings.notes, parts, name or to.name)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        _open_up(aside)
+        aside.rename(to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """mkdtemp and safetensors make what they write for its user alone; give it the rights of any other file."""
+    readers = (folder / NOTE).stat().st_mode & 0o444
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(path.stat().st_mode | (readers | readers >> 2 if path.is_dir() else readers))
+
+
+def _check(outcome: Outcome, request: Request) -> None:
+    arm, method = outcome.job.arm, outcome.method
+    if method is None:
+        raise ModelError(f"arm {arm} trains nothing, so there is nothing to export; it is the base as it comes")
+    if request.form != "merged":
+        for option, value in (("--dtype", request.dtype), ("--quantization", request.quantization)):
+            if value is not None:
+                raise ModelError(f"{option} belongs to --as merged; an adapter and its knots stay in float32")
+    if method == "adapter":
+        where = outcome.path / "adapter"
+        raise ModelError(
+            f"arm {arm}: no other tool loads bottleneck adapters; cola eval scores the run, weights: {where}"
+        )
+    if request.form == "merged" and method not in ("lora", "full"):
+        raise ModelError(
+            f"arm {arm}: {method} cannot be merged into the weights, nor quantized; export it --as adapter"
+        )
+    loads = request.form == "merged" or request.rank is not None
+    if loads and (codes := request.quantization or outcome.quantization) is not None:
+        need_package("bitsandbytes", f"quantization: {codes}", "quantized")
+    if request.form == "adapter" and method == "full":
+        raise ModelError(f"arm {arm}: full fine-tuning is no adapter; export it --as merged")
+    if request.form == "knots" or request.rank is not None:
+        outcome.link_folders()  # says what is missing
+    if request.rank is not None and request.form == "knots":
+        raise ModelError("--rank compresses the chain as a whole; export it --as adapter or --as merged")
+    dora = [link for link in outcome.residual() if link] if any(link.use_dora for link in outcome.links) else []
+    if dora and (request.rank is not None or (request.form == "adapter" and len(dora) > 1)):
+        raise ModelError(
+            f"arm {arm}: DoRA scales whole rows of the weight, which a chain of it leaves no low-rank pair for; export "
+            "it --as merged or --as knots"
+        )
+
+
+def _write(outcome: Outcome, request: Request, folder: Path, terminal: Terminal) -> Findings:
+    findings = Findings()
+    source, name = outcome.source, outcome.base_name
+    if outcome.method not in ("lora", "full"):
+        shutil.copytree(outcome.path / "adapter", folder, dirs_exist_ok=True)
+        _name_base(folder, name)
+        return findings
+    learned = outcome.residual() if outcome.method == "lora" else []
+    if request.rank is not None:
+        learned = _compress(outcome, learned, request.rank, findings, terminal)
+    if request.form == "merged":
+        if outcome.rules.merge == "naive":
+            findings.say(
+                terminal, "The run merged each link in place, which rounds each time; this checkpoint is rounded once."
+            )
+        _write_merged(outcome, learned, request, folder, findings, terminal)
+        source.tokenizer().save_pretrained(folder)
+        # transformers writes one that knows no end token; where the base has none, the config's is used.
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        for file in [source.folder / "generation_config.json", *source.folder.glob("*.py")]:
+            if file.is_file() and (file.suffix != ".py" or source.trust_remote_code):
+                shutil.copy(file, folder)
+        _try_written(outcome, request, folder, findings, terminal)
+    elif request.form == "knots":
+        for number, (link, pair) in enumerate(zip(outcome.link_folders(), learned, strict=True), 1):
+            if pair:  # the chain holds nothing of a link whose pair went on into the next
+                _write_link(outcome, link, [pair], folder / f"link-{number}", name)
+    elif any(link.use_dora for link in outcome.links):
+        _write_link(outcome, outcome.link_folders()[-1], learned[-1:], folder, name)
+    else:
+        adapters.save_pair(folder, stacked(learned), name, source.skeleton())
+    return findings
+
+
+def _write_link(outcome: Outcome, link: Path, learned: Residual, folder: Path, base_name: str) -> None:
+    if any(pair.rows_O is not None for pair in learned[0].values()):
+        shutil.copytree(link, folder, dirs_exist_ok=True)
+        _name_base(folder, base_name)
+    else:
+        adapters.save_pair(folder, stacked(learned), base_name, outcome.source.skeleton())
+
+
+def _name_base(folder: Path, name: str) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8")
+
+
+class _Trial:
+    """The run's validation rows, and what a model makes of them."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        tokenizer = outcome.source.tokenizer()
+        splits = load_splits(outcome.recipe.data, tokenizer, outcome.recipe.drawn_seeds, outcome.source.ends())
+        check_fit(outcome.source, outcome.source.skeleton(), splits)
+        self.rows = splits.validation
+        self.accelerator = make_accelerator(outcome.dtype)
+        self.evaluator = Evaluator.of(outcome.recipe, tokenizer, splits, self.accelerator, outcome.source.ends())
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        return evaluation_of({"validation": self.evaluator(model, self.rows)})["validation"]
+
+    def outputs(self, model: PreTrainedModel) -> Any:
+        return self.evaluator.outputs(model, self.rows[:PROBE_ROWS])
+
+
+def _compress(outcome: Outcome, learned: Residual, rank: int, findings: Findings, terminal: Terminal) -> Residual:
+    """The chain as one pair of a lower rank; says what that keeps and how it scores."""
+    pairs, energy = compressed(learned, rank)
+    kept, whole = (sum(values) for values in zip(*energy.values(), strict=True))
+    shares = {name: part / all_of_it if all_of_it else 1.0 for name, (part, all_of_it) in energy.items()}
+    least = min(shares, key=shares.__getitem__)
+    terminal.say("scoring validation before and after the compression")
+    trial = _Trial(outcome)
+    chain = outcome.chain(trial.accelerator.device)
+    before = trial.score(chain.model)
+    retie(chain, [pairs])
+    after = trial.score(chain.model)
+    findings.say(
+        terminal,
+        f"Compressed to rank {rank}: {kept / whole if whole else 1.0:.2%} of the update's energy is kept (least: "
+        f"{shares[least]:.2%}, {least}); validation {_change(before, after)}.",
+        compression={"rank": rank, "energy": shares, "validation_before": before, "validation_after": after},
+    )
+    return [pairs]
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What happened to loss and score."""
+    text = f"loss {before['loss']:.4f} → {after['loss']:.4f}"
+    return text if before["score"] is None else f"{text}, score {before['score']:.4f} → {after['score']:.4f}"
+
+
+def _write_merged(
+    outcome: Outcome, learned: Residual, request: Request, folder: Path, findings: Findings, terminal: Terminal
+) -> None:
+    """Base + Σ s B A, rounded once. What was trained beside codes is added to the weights that the codes stand for."""
+    device = torch.device("cpu")
+    if request.quantization is None:
+        terminal.say(f"merging in float32, to be kept as {request.dtype or outcome.dtype}")
+        model = _merged(outcome, learned, request.dtype or outcome.dtype, outcome.quantization)
+        model.save_pretrained(folder)
+        findings.state = _state_digests(model)
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dense-") as dense:
+        # Codes are made of the dense base with the update. Codes made of codes with the update round most of it
+        # straight back: each weight stands on the middle of its code already.
+        _merged(outcome, learned, "float32", None).save_pretrained(dense)
+        merged = Source(str(folder), Path(dense), outcome.source.trust_remote_code)
+        model = merged.load(request.dtype or outcome.dtype, device, request.quantization)
+        model.save_pretrained(folder)
+    terminal.say("scoring validation before and after the quantization")
+    trial = _Trial(outcome)
+    after, coded = trial.score(model), trial.outputs(model)
+    del model
+    base = outcome.source.load(outcome.dtype, trial.accelerator.device, outcome.quantization)
+    start = trial.outputs(base)
+    del base
+    scored = outcome.load(trial.accelerator.device)
+    before, uncoded = trial.score(scored), trial.outputs(scored)
+    drift = Drift.between(start, uncoded, coded)
+    moved = (
+        "as it was not moved by training"
+        if drift.of_learned is None
+        else f"{drift.of_learned:.1%} of what training did"
+    )
+    findings.say(
+        terminal,
+        f"Quantized to {request.quantization}: this moved the outputs by {moved} (KL {drift.kl:.2g} nats per token); "
+        f"validation {_change(before, after)}.",
+        quantized={
+            "of_learned": drift.of_learned,
+            "kl": drift.kl,
+            "validation_before": before,
+            "validation_after": after,
+        },
+    )
+
+
+def _state_digests(model: PreTrainedModel) -> dict[str, str]:
+    """A digest of each tensor of the state dict, for two models of which only one is in memory at a time. Some loaders
+    keep a few tensors in float32 whatever the model's format, so it is of the numbers and not of their format."""
+    return {
+        name: hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _try_written(outcome: Outcome, request: Request, folder: Path, findings: Findings, terminal: Terminal) -> None:
+    """Load a merged checkpoint as it was written: it must hold every tensor, and be what others rely on."""
+    written = Source(str(folder), folder, outcome.source.trust_remote_code)
+    model = written.load(request.dtype or outcome.dtype, torch.device("cpu"))
+    loaded = _state_digests(model) if findings.state else {}
+    if lost := [name for name, digest in findings.state.items() if loaded.get(name) != digest]:
+        raise ModelError(
+            f"arm {outcome.job.arm}: it does not give back {len(lost)} of its {len(findings.state)} tensors, the "
+            f"first is {lost[0]}; export it --as adapter"
+        )
+    tokenizer = written.tokenizer()
+    words = tokenizer(WORDS)["input_ids"]
+    examples = [Example("words", words[: len(words) // 2], [words[len(words) // 2 :]], 0, [WORDS], None)]
+    evaluator = Evaluator("answer", tokenizer, [], PASSAGE_TOKENS, nullcontext, 1)
+    checked = self_check(Subject(f"arm {outcome.job.arm}, as exported", model, evaluator, examples))
+    for note in checked["notes"]:
+        terminal.say(f"the checkpoint: {note}")
+    findings.numbers["selfcheck"] = checked
+
+
+def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str | None) -> PreTrainedModel:
+    """The dense model in a number format; with a quantization, on the weights that its codes stand for."""
+    device, source = torch.device("cpu"), outcome.source
+    if outcome.method == "full":
+        return outcome.tuned.load(dtype, device)
+    if quantization is None:
+        model = source.load(dtype, device)
+        base = Base(model, source.files)
+    else:
+        model = source.load("float32", device, quantization).dequantize()
+        base = Base(model)
+    retie(Chain(model, base, KnotRules(merge="exact")), learned)
+    # A dense one has been loaded in it, but for the few tensors that its class keeps finer.
+    return model if quantization is None else model.to(getattr(torch, dtype))
+
+
+def _note(outcome: Outcome, request: Request, findings: Findings) -> dict[str, Any]:
+    """cola.json: what the files are, what they belong to, and what the run measured."""
+    provenance = outcome.folder.provenance()
+    assert provenance is not None  # a result was written after it
+    merged = request.form == "merged"
+    return {
+        "format": FORMAT,
+        "cola": version("chain-of-lora"),
+        "form": request.form,
+        "dtype": request.dtype or outcome.dtype,
+        "base": {
+            **provenance["model"],
+            "name": outcome.base_name,
+            "quantization": None if merged else outcome.quantization,
+        },
+        "run": {
+            "name": outcome.folder.path.name,
+            "arm": outcome.job.arm,
+            "seed": outcome.job.seed,
+            "recipe": provenance["recipe"]["sha256"],
+            "data": provenance["data"]["sha256"],
+            "scored_step": outcome.info["scored_step"],
+            "evaluation": outcome.result["evaluation"],
+            "knots": outcome.info["knots"],
+        },
+        # Of the base, as the run found it; a merged checkpoint is tried itself.
+        "selfcheck": provenance.get("selfcheck"),
+        **findings.numbers,
+    }
+
+
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
+    """Upload an export to the Hugging Face hub; returns its address.
+
+    Raises:
+        ModelError: the hub does not take it.
+    """
+    try:
+        hub = HfApi()
+        url = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Exported by cola")
+    # The hub client, its http library and its cache raise errors without a common base.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(
+            f"--push {repository}: the hub did not take it ({reason}); the export is in {folder}: log in by `hf auth "
+            f"login`, then `hf upload {repository} {folder}`"
+        ) from error
+    return str(url)

@@ -1,0 +1,230 @@
+"""What one arm and seed of a run came to: its links and the model that was scored, from the run's folder alone.
+
+The store may be gone and the folder may have been copied from another machine; only the base has to be there.
+"""
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from cola.chain import Chain, retie
+from cola.errors import ModelError, RunFolderError, listed, quoted
+from cola.link import adapters, residual
+from cola.link.base import Base
+from cola.link.model import Source, find_model
+from cola.link.residual import Residual
+from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.bounds import is_remote
+from cola.recipe.plan import Job
+from cola.recipe.recipe import Recipe
+from cola.tree.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm and seed of a run, at the checkpoint that was scored.
+
+    Attributes:
+        folder: The run's.
+        recipe: As it was resolved.
+        job: The arm and seed.
+        result: What result.json holds.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    job: Job
+    result: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Where the arm's and seed's files lie."""
+        return self.folder.job(self.job)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """How it was trained."""
+        return self.result["train_info"]
+
+    @cached_property
+    def links(self) -> list[OneLink]:
+        """What each link trained; empty for the base."""
+        return [
+            OneLink(**{key: link[key] for key in OneLink.model_fields if key in link}) for link in self.info["links"]
+        ]
+
+    @property
+    def method(self) -> str | None:
+        """The links' method; None for the base."""
+        return self.links[0].method if self.links else None
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the frozen weights and the computation."""
+        return self.info["base"]["dtype"]
+
+    @property
+    def quantization(self) -> str | None:
+        """Of the frozen weights."""
+        return self.info["base"]["quantization"]
+
+    def link_folders(self) -> list[Path]:
+        """The pairs of the links up to the scored step, in order; the last one may be a link at its best step.
+
+        Raises:
+            ModelError: the arm has none, or they are not in the run's folder.
+        """
+        if self.method != "lora":
+            what = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
+            raise ModelError(f"arm {self.job.arm} has no knots: {what}")
+        ends = [link["last_step"] for link in self.info["links"]]
+        step = self.info["scored_step"]
+        folders = [self.path / "knots" / f"link-{number}" for number, end in enumerate(ends, 1) if end <= step]
+        if step not in ends:
+            folders.append(self.path / "knots" / f"best-link-{len(folders) + 1}")
+        for folder in folders:
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
+        return folders
+
+    def residual(self) -> Residual:
+        """What the chain had learned where it was scored, float32 on the CPU.
+
+        Raises:
+            ModelError: as `link_folders`, or one is damaged.
+        """
+        pairs, rules = self._pairs(), self.rules
+        return [*residual.left_behind(pairs[:-1], rules.merge_fraction or 1.0, rules.pair == "keep"), pairs[-1]]
+
+    def added(self) -> Residual:
+        """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link.
+
+        Raises:
+            ModelError: as `link_folders`, or one is damaged.
+        """
+        return residual.added(self._pairs(), self.rules.merge_fraction or 1.0, self.rules.pair == "keep")
+
+    def _pairs(self) -> Residual:
+        pairs = []
+        for folder in self.link_folders():
+            try:
+                pairs.append(adapters.load_pair(folder))
+            except (SafetensorError, ValueError, KeyError, OSError) as error:
+                raise ModelError(f"the link in {folder} is damaged ({error}); run the recipe anew") from error
+        return pairs
+
+    @property
+    def rules(self) -> KnotRules:
+        """What happened at its knots."""
+        return KnotRules(**self.info["rules"])
+
+    @cached_property
+    def source(self) -> Source:
+        """The base it was trained on.
+
+        Raises:
+            ModelError: it is not there, or is another one now.
+        """
+        source = find_model(self.recipe.model)
+        provenance = self.folder.provenance()
+        assert provenance is not None  # a result was written after it
+        trained_on = provenance["model"]["sha256"]
+        if source.fingerprint() != trained_on:
+            raise ModelError(
+                f"{self.recipe.model.name_or_path} is not the base of {self.folder.path}: its fingerprint is "
+                f"{source.fingerprint()[:12]} and the run's is {trained_on[:12]}"
+            )
+        return source
+
+    @property
+    def base_name(self) -> str:
+        """What other tools find the base by: its id on the hub, else its folder on this disk."""
+        name = self.recipe.model.name_or_path
+        return name if is_remote(name) and not name.startswith("package://") else str(self.source.folder)
+
+    @property
+    def tuned(self) -> Source:
+        """All weights, of full fine-tuning.
+
+        Raises:
+            ModelError: they were not kept.
+        """
+        if not (self.path / "model" / "config.json").is_file():
+            raise ModelError(
+                f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
+                "keep_full_weights: true"
+            )
+        return Source(str(self.path / "model"), self.path / "model", self.recipe.model.trust_remote_code)
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """The model that was scored.
+
+        Raises:
+            ModelError: a part of it is not there.
+        """
+        if self.method == "full":
+            return self.tuned.load("float32", device)  # as they were trained, whatever the base's dtype
+        if self.method == "lora":
+            return self.chain(device).model
+        model = self.source.load(self.dtype, device, self.quantization)
+        if self.method is None:
+            return model
+        folder = self.path / "adapter"
+        if not folder.is_dir():
+            raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
+        if self.method != "adapter":
+            return adapters.load_adapter(model, folder)
+        model = adapters.attach(model, self.links[0], seed=0)
+        adapters.put_back(folder, model, self.links[0])
+        adapters.detach(model)
+        return model
+
+    def chain(self, device: torch.device) -> Chain:
+        """The base with the scored links tied.
+
+        Raises:
+            ModelError: as `link_folders`.
+        """
+        learned = self.residual()
+        model = self.source.load(self.dtype, device, self.quantization)
+        chain = Chain(model, Base(model, self.source.files, self.quantization is not None), self.rules)
+        retie(chain, learned)
+        return chain
+
+
+def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list[Outcome]:
+    """The arms and seeds of a run that came to their end.
+
+    Args:
+        run: The run's folder.
+        arm: Only this one.
+        seed: Only this one.
+
+    Raises:
+        RunFolderError: it is no run folder, has no such arm or seed, or nothing of it came to its end.
+    """
+    folder, recipe = RunFolder.open(run)
+    if arm is not None and arm not in recipe.arms:
+        near = difflib.get_close_matches(arm, recipe.arms, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")
+    if seed is not None and seed not in recipe.seeds:
+        raise RunFolderError(f"{run} has no seed {seed}; it has {', '.join(map(str, recipe.seeds))}")
+    found, missing = [], []
+    for name in [arm] if arm is not None else recipe.arms:
+        for number in [seed] if seed is not None else recipe.seeds:
+            job = Job(arm=name, seed=number)
+            result = folder.result(job)
+            if result is not None and result["status"] == "ok":
+                found.append(Outcome(folder, recipe, job, result))
+            else:
+                missing.append(f"{name} seed {number} ({'not run' if result is None else result['status']})")
+    if not found:
+        raise RunFolderError(f"{run}: no result of {', '.join(missing)}; go on with it by `cola run --resume {run}`")
+    return found

@@ -1,0 +1,297 @@
+"""cola eval: a run, an adapter or a model on a recipe's data, by the evaluator that scores arms."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cola import environment
+from cola.data.splits import load_splits
+from cola.errors import ModelError, RunFolderError
+from cola.export.outcome import Outcome, outcomes
+from cola.link import adapters
+from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
+from cola.link.model import Source, check_fit, find_adapter, find_model
+from cola.measure.evaluate import Evaluator, Ways
+from cola.measure.scores import evaluation_of, score_rows
+from cola.measure.selfcheck import Subject, self_check
+from cola.recipe.bounds import SPLITS
+from cola.recipe.recipe import Recipe
+from cola.recipe.schema import Model
+from cola.report.terminal import Terminal
+
+NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how it was made, what the run measured
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that can be scored.
+
+    Attributes:
+        label: What it is called.
+        source: Its base, which has its tokenizer.
+        dtype: Number format of the computation.
+        load: Puts it on a device.
+        n_virtual: Virtual tokens that stand before each row.
+        reported: Digest of the data that a run scored it on, and what came out.
+        seed: Under which a run trained it: its training rows are that seed's, where each draws its own.
+    """
+
+    label: str
+    source: Source
+    dtype: str
+    load: Callable[[torch.device], PreTrainedModel]
+    n_virtual: int = 0
+    reported: tuple[str, dict[str, Any]] | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of scoring one target.
+
+    Attributes:
+        label: The target's.
+        evaluation: Loss, score and number of rows of each split, as in result.json.
+        rows: Of each split, for a file: every example's score and right answer.
+        reported: The same numbers as the run reported them, on the same data; None where it was other data.
+        selfcheck: What was found when the model was tried.
+    """
+
+    label: str
+    evaluation: dict[str, Any]
+    rows: dict[str, list[dict[str, Any]]]
+    reported: dict[str, Any] | None
+    selfcheck: dict[str, Any]
+
+
+def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
+    """Score targets one after the other. Among several, one that does not load is told of and passed over.
+
+    Args:
+        targets: What to score.
+        data: The recipe whose data, prompts and evaluation are taken.
+        splits: Of `train`, `validation` and `test`.
+        terminal: Told what is going on.
+
+    Raises:
+        ColaError: no target loads, or the data does not fit them.
+    """
+    quiet_libraries()
+    if said := environment.note():
+        terminal.warn(said)
+    done = []
+    for number, target in enumerate(targets, 1):
+        try:
+            done.append(_score(target, data, splits, terminal))
+        except ModelError as error:
+            if not done and number == len(targets):
+                raise
+            terminal.warn(f"{target.label} is not scored: {error}")
+    return done
+
+
+def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Terminal) -> Scored:
+    tokenizer = target.source.tokenizer()
+    seed = data.seeds[0] if target.seed is None else target.seed
+    loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed], target.source.ends())
+    check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
+    accelerator = make_accelerator(target.dtype)
+    if warning := dtype_warning(target.dtype, accelerator.device):
+        terminal.warn(warning)
+    evaluator = Evaluator.of(data, tokenizer, loaded, accelerator, target.source.ends())
+    model = target.load(accelerator.device)
+    examples = [example for _, part in loaded.items() for example in part]
+    checked = self_check(Subject(target.label, model, evaluator, examples, target.n_virtual))
+    for note in checked["notes"]:
+        terminal.warn(f"{target.label}: {note}")
+    evaluator = evaluator.asking(Ways(**checked["ways"]))
+    scores, written = {}, {}
+    for split in splits:
+        rows = loaded.of(seed)[split]
+        whose = f" that seed {seed} draws" if split == "train" and loaded.redrawn else ""
+        terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows{whose})")
+        scores[split] = evaluator(model, rows)
+        written[split] = score_rows(rows, scores[split], tokenizer, data.evaluation.keep_prompts)
+    reported = None
+    if target.reported is not None and target.reported[0] == loaded.fingerprint:
+        reported = target.reported[1]
+    return Scored(target.label, evaluation_of(scores), written, reported, checked)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model or an adapter is loaded, where that is not to be as it says itself.
+
+    Attributes:
+        base: What an adapter is put on. Default: what its cola.json or its config names.
+        dtype: Number format. Default: that of what `cola export` wrote, else that of the recipe.
+        quantization: Of the frozen weights, likewise.
+        trust_remote_code: Whether Python code that comes with a model may run.
+    """
+
+    base: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    trust_remote_code: bool = False
+
+    def model(self, name: str, revision: str | None = None) -> Model:
+        """A model of that name, as a recipe would say it."""
+        return Model(name_or_path=name, revision=revision, trust_remote_code=self.trust_remote_code)
+
+
+def targets_of(
+    name: str, data: Recipe, loading: Loading, arm: str | None = None, seed: int | None = None
+) -> list[Target]:
+    """What a command line names.
+
+    Args:
+        name: Folder of a run, of a PEFT adapter or of a model; a hub id; a GGUF file; `package://PACKAGE/FILE`.
+        data: The recipe it is to be scored on.
+        loading: For an adapter or a model; a run says all of it itself.
+        arm: Of a run; None: all.
+        seed: Of a run; None: all.
+
+    Raises:
+        ColaError: there is no such thing, or the options do not fit it.
+    """
+    if (Path(name) / "recipe.yaml").is_file():
+        if loading != Loading():
+            raise ModelError(
+                f"{name} is a run, which says itself what its base is; leave out --base, --dtype, --quantization and "
+                "--trust-remote-code"
+            )
+        return [_of_run(outcome) for outcome in outcomes(Path(name), arm, seed)]
+    if arm is not None or seed is not None:
+        raise ModelError(f"{name} is no run folder; --arm and --seed belong to a run")
+    if (folder := find_adapter(loading.model(name))) is not None:
+        return [_of_adapter(folder, name, data, loading)]
+    if read_note(Path(name)).get("form") == "knots":
+        raise ModelError(
+            f"{name} holds a chain's links one by one, each for the base with those before it merged; score the run, "
+            "or an export --as adapter or --as merged"
+        )
+    if loading.base is not None:
+        raise ModelError(f"{name} is no PEFT adapter: it has no adapter_config.json, so --base says nothing")
+    source = find_model(loading.model(name), quantized=True)
+    note = read_note(source.folder)
+    dtype, quantization = loading.dtype or note.get("dtype") or data.model.dtype, loading.quantization
+    if quantization is not None and source.codes is not None:
+        raise ModelError(f"{name} is quantized already; leave out --quantization")
+
+    def load(device: torch.device) -> PreTrainedModel:
+        return source.load(dtype, device, quantization)
+
+    return [Target(_label(name), source, dtype, load, 0, _reported(note), _seed(note))]
+
+
+def _label(name: str) -> str:
+    """The last part of a path or of a hub id."""
+    return Path(name).name or Path(name).resolve().name  # of `.`
+
+
+def _of_run(outcome: Outcome) -> Target:
+    provenance = outcome.folder.provenance()
+    assert provenance is not None  # a result was written after it
+    virtual = (outcome.links[0].num_virtual_tokens or 0) if outcome.links else 0
+    reported = provenance["data"]["sha256"], outcome.result["evaluation"]
+    label = f"{outcome.job.arm} seed {outcome.job.seed}"
+    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, reported, outcome.job.seed)
+
+
+def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Target:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        virtual = int(config.get("num_virtual_tokens") or 0)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} is damaged ({error})") from None
+    note = read_note(folder)
+    trained_on = note.get("base", {})
+    named = loading.base or trained_on.get("name") or config.get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{name} does not say which base it is for; name it by --base")
+    try:
+        # At the commit that it was trained on; a branch may have moved on.
+        source = find_model(loading.model(named, None if loading.base else trained_on.get("revision")))
+    except ModelError as error:
+        raise ModelError(f"the base of {name} cannot be had; name it by --base ({error})") from error
+    if note and source.fingerprint() != trained_on["sha256"]:
+        raise ModelError(
+            f"{name} is for another base: it was trained on the fingerprint {trained_on['sha256'][:12]}, and {named} "
+            f"has {source.fingerprint()[:12]}"
+        )
+    dtype = loading.dtype or note.get("dtype") or data.model.dtype
+    quantization = loading.quantization or trained_on.get("quantization")
+
+    def load(device: torch.device) -> PreTrainedModel:
+        return adapters.load_adapter(source.load(dtype, device, quantization), folder)
+
+    return Target(_label(name), source, dtype, load, virtual, _reported(note), _seed(note))
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What `cola export` wrote beside the weights; empty for what is not from cola.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    file = folder / NOTE
+    if not file.is_file():
+        return {}
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        evaluation = note["run"]["evaluation"]
+        return {
+            "form": str(note["form"]),
+            "dtype": str(note["dtype"]),
+            "base": {key: note["base"][key] for key in ("name", "revision", "sha256", "quantization")},
+            "run": {
+                "data": note["run"]["data"],
+                "seed": int(note["run"]["seed"]),
+                "evaluation": {split: _numbers(evaluation[split]) for split in SPLITS},
+            },
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is damaged ({type(error).__name__}: {error}); export it again") from None
+
+
+def _numbers(numbers: dict[str, Any]) -> dict[str, Any]:
+    score = numbers["score"]
+    return {"loss": float(numbers["loss"]), "score": None if score is None else float(score)}
+
+
+def _reported(note: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    return (note["run"]["data"], note["run"]["evaluation"]) if note else None
+
+
+def _seed(note: dict[str, Any]) -> int | None:
+    return note["run"]["seed"] if note else None
+
+
+def check_new(out: Path | None) -> None:
+    """Check before anything is scored that what comes out can be kept.
+
+    Raises:
+        RunFolderError: the folder exists.
+    """
+    if out is not None and out.exists():
+        raise RunFolderError(f"{out} exists and is kept as it is; name another folder by --out")
+
+
+def write_scores(scored: Sequence[Scored], folder: Path) -> None:
+    """eval.json, what the self-check found, and every example's score, into a new folder."""
+    folder.mkdir(parents=True)
+    found = {"eval.json": "evaluation", "selfcheck.json": "selfcheck"}
+    for name, what in found.items():
+        values = {one.label: getattr(one, what) for one in scored}
+        (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for one in scored:
+        for split, rows in one.rows.items():
+            where = folder / "scores" / one.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
+            where.mkdir(parents=True, exist_ok=True)
+            file = where / f"{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

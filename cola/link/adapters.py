@@ -1,0 +1,389 @@
+"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft."""
+
+import copy
+import json
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cola.errors import ModelError
+from cola.link import bottleneck
+from cola.link.base import weight_of
+from cola.link.residual import LinkWeights, Pair
+from cola.link.targets import target_names
+from cola.link.text_part import outside_text, text_config
+from cola.recipe.arms import OneLink
+
+ADAPTER = "default"
+# transformers' generate hands positions over, and PEFT leaves them to the model, every time with a warning.
+warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+
+PROMPTS = {"prefix": PrefixTuningConfig, "p_tuning": PromptEncoderConfig, "prompt_tuning": PromptTuningConfig}
+
+
+def attach(model: PreTrainedModel, what: OneLink, seed: int) -> PreTrainedModel:
+    """Give the model the weights that a link trains; everything else is frozen.
+
+    They are drawn from the link's own seed, whatever state the global generator is in, and kept in float32. A low-rank
+    pair, DoRA's row lengths and bottleneck adapters leave the function as it is; virtual tokens do not.
+
+    Returns:
+        The model to go on with: changed in place, or inside PEFT's wrapper where virtual tokens come before its rows.
+
+    Raises:
+        ModelError: target_modules match nothing, or a matrix that is shared with another module, or the model has no
+            place for what the method adds.
+    """
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # which PEFT 0.21 asks for
+        match what.method:
+            case "full":
+                model.float().requires_grad_(True)
+                for name in outside_text(model):
+                    model.get_submodule(name).requires_grad_(False)
+                for part in what.freeze or ():
+                    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()
+                    assert isinstance(module, nn.Module)
+                    module.requires_grad_(False)
+                return model
+            case "lora":
+                # PEFT sets fan_in_fan_out by itself for Conv1D and warns that it did.
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+                inject_adapter_in_model(_lora_config(what, target_names(model, what)), model, ADAPTER)
+            case "adapter":
+                assert what.bottleneck is not None
+                bottleneck.attach(model, what.bottleneck, what.placement or "", what.activation or "")
+            case _:
+                model = _with_virtual_tokens(model, what)
+    for name, parameter in model.named_parameters():
+        mine = _is_trained(name)
+        parameter.requires_grad_(mine)
+        if mine:
+            # PEFT makes its weights in the base's dtype; in bfloat16 an AdamW update is mostly rounded away.
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _is_trained(name: str) -> bool:
+    return any(part in name for part in ("lora_", f".{bottleneck.NAME}.", "prompt_encoder."))
+
+
+def _lora_config(what: OneLink, names: list[str]) -> LoraConfig:
+    assert what.rank is not None
+    return LoraConfig(
+        r=what.rank,
+        lora_alpha=what.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
+        lora_dropout=what.dropout or 0.0,
+        target_modules=names,
+        init_lora_weights="gaussian" if what.init == "gaussian" else True,
+        use_rslora=bool(what.use_rslora),
+        use_dora=bool(what.use_dora),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _with_virtual_tokens(model: PreTrainedModel, what: OneLink) -> PreTrainedModel:
+    if isinstance(model, PeftModel):
+        return model
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": what.num_virtual_tokens}
+    hidden = what.encoder_hidden_size or text_config(model).hidden_size
+    if what.method == "p_tuning":
+        settings["encoder_hidden_size"] = hidden
+    elif what.method == "prefix":
+        settings |= {"prefix_projection": what.prefix_projection, "encoder_hidden_size": hidden}
+    try:
+        wrapped = get_peft_model(model, PROMPTS[what.method or ""](**settings), ADAPTER)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ModelError(f"method {what.method}: PEFT cannot add virtual tokens to this model: {error}") from error
+    return wrapped  # pyright: ignore[reportReturnType] - it stands for the model wherever one is called
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without PEFT's wrapper, which would put its virtual tokens before what is read next."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore[reportReturnType]
+
+
+def virtual_tokens(model: PreTrainedModel) -> int:
+    """Virtual tokens that PEFT's wrapper puts before a row."""
+    return getattr(model.active_peft_config, "num_virtual_tokens", None) or 0 if isinstance(model, PeftModel) else 0
+
+
+def count_parameters(skeleton: PreTrainedModel, what: OneLink) -> int:
+    """Parameters that a link trains, a shared one once, from the model on the meta device."""
+    attached = attach(copy.deepcopy(skeleton), what, 0)
+    return sum(parameter.numel() for parameter in trainable(attached))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a link trains, in the model's order, a shared one once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def pair_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The modules that carry the attached pair, by the name of the linear module they stand for."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def read_pair(model: nn.Module) -> LinkWeights:
+    """A float32 CPU copy of the attached pair; empty where nothing low-rank is attached."""
+    return {name: _read(layer) for name, layer in pair_layers(model).items()}
+
+
+@torch.no_grad()
+def _read(layer: LoraLayer) -> Pair:
+    A_RI, B_OR = factors_of(layer)
+    scale = float(layer.scaling[ADAPTER])
+    pair = Pair(A_RI.to("cpu", torch.float32, copy=True), B_OR.to("cpu", torch.float32, copy=True), scale)
+    if ADAPTER in layer.lora_magnitude_vector:
+        weight_OI = _base_weight(layer)
+        length_O = (weight_OI + (scale * B_OR @ A_RI).to(weight_OI.dtype)).norm(dim=1)  # as PEFT's DoRA takes it
+        magnitude_O = weight_of(layer.lora_magnitude_vector, ADAPTER)
+        pair = replace(
+            pair, rows_O=(magnitude_O / length_O).float().cpu(), magnitude_O=magnitude_O.float().cpu().clone()
+        )
+    taken = getattr(layer, "taken_out", None)
+    return pair if taken is None else pair.without(taken)
+
+
+def factors_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A and B of an attached pair, to be read or written."""
+    return weight_of(layer.lora_A, ADAPTER), weight_of(layer.lora_B, ADAPTER)
+
+
+def _base_weight(layer: LoraLayer) -> Tensor:
+    """(O, I), as DoRA's row lengths are taken of it."""
+    base = layer.get_base_layer()
+    weight: Any = base.weight
+    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+
+
+def detach(model: PreTrainedModel) -> LinkWeights:
+    """Freeze what was trained. A low-rank pair is taken off, in place, and returned: without it the model is as it was
+    before `attach`. What no pair stands for stays where it is, and nothing is returned."""
+    pair = read_pair(model)
+    for name, layer in pair_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if pair and hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(False)
+    return pair
+
+
+def save(folder: Path, model: PreTrainedModel, what: OneLink, base_name: str, skeleton: PreTrainedModel) -> None:
+    """Write what a link trains; `put_back` reads it. A pair is a standard PEFT adapter, for the model as it was when
+    the link began; all weights are a Hugging Face folder; virtual tokens have PEFT's folder beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if what.method == "lora":
+        # With what was taken out of the weight beside it (PiSSA) the pair is a plain one of twice the rank.
+        save_pair(folder, read_pair(model), base_name, skeleton, bool(what.use_dora), what.dropout or 0.0)
+        return
+    if what.method == "full":
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_state(model).items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(folder)
+        return
+    save_file(_own_weights(model), folder / _file_of(what), metadata={"format": "pt"})
+    if isinstance(model, PeftModel):
+        model.peft_config[ADAPTER].base_model_name_or_path = base_name
+        # "auto" would look on the hub for whether the embeddings were resized.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
+    else:
+        shape = what.model_dump(include={"method", "bottleneck", "placement", "activation"}) | {"base": base_name}
+        (folder / "bottleneck.json").write_text(json.dumps(shape, indent=1) + "\n", encoding="utf-8")
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that a folder of the whole model must hold: its parameters, a shared one once, and the buffers that belong to
+    its state, such as the bias by which a router spreads its tokens."""
+    return dict(model.named_parameters()) | {name: model.get_buffer(name) for name in kept_buffers(model)}
+
+
+def kept_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that belong to a model's state; the others are computed from its config."""
+    state = model.state_dict()
+    return [name for name, _ in model.named_buffers() if name in state]
+
+
+def _file_of(what: OneLink) -> str:
+    """PEFT's own file of virtual tokens has what an encoder makes of them; training goes on with the encoder."""
+    return "bottleneck.safetensors" if what.method == "adapter" else "encoder.safetensors"
+
+
+def _own_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if _is_trained(name)}
+
+
+def save_pair(
+    folder: Path,
+    pair: LinkWeights,
+    base_name: str,
+    skeleton: PreTrainedModel,
+    use_dora: bool = False,
+    dropout: float = 0.0,
+) -> None:
+    """Write a standard PEFT LoRA that adds these pairs, whatever rank and scale each of them has.
+
+    Args:
+        folder: Made where it is missing.
+        pair: One of each module.
+        base_name: What the adapter's config calls the base.
+        skeleton: Knows the modules.
+        use_dora: With the trained lengths of rows; `rows.safetensors` then holds the factors they came to.
+        dropout: What the pair was trained with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, rows = {}, {}
+    for name, factors in pair.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A_RI.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.B_OR.contiguous()
+        if factors.rows_O is not None and factors.magnitude_O is not None:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = factors.magnitude_O.contiguous()
+            rows[name] = factors.rows_O.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if rows:
+        save_file(rows, folder / "rows.safetensors", metadata={"format": "pt"})
+    ranks = {name: len(factors.A_RI) for name, factors in pair.items()}
+    alphas = {name: factors.scale * ranks[name] for name, factors in pair.items()}  # alpha / rank, from whichever rule
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+        lora_dropout=dropout,
+        target_modules=_target_modules(skeleton, list(pair)),
+        use_dora=use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base_name,
+        fan_in_fan_out=any(isinstance(skeleton.get_submodule(name), Conv1D) for name in pair),
+    )
+    config.save_pretrained(str(folder))
+
+
+def is_export(file: str) -> bool:
+    """Whether a file that `save` wrote is of use outside the store."""
+    return file.startswith(("adapter_", "rows", "model", "config", "bottleneck"))
+
+
+def load_pair(folder: Path) -> LinkWeights:
+    """Read back a low-rank pair that `save` wrote."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    rows = load_file(folder / "rows.safetensors") if config["use_dora"] else {}
+    prefix = "base_model.model."
+    names = [key.removeprefix(prefix).removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    return {
+        name: Pair(
+            A_RI=tensors[f"{prefix}{name}.lora_A.weight"],
+            B_OR=tensors[f"{prefix}{name}.lora_B.weight"],
+            scale=config["alpha_pattern"].get(name, config["lora_alpha"])
+            / len(tensors[f"{prefix}{name}.lora_A.weight"]),
+            rows_O=rows.get(name),
+            magnitude_O=tensors.get(f"{prefix}{name}.lora_magnitude_vector"),
+        )
+        for name in names
+    }
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one.
+
+    Raises:
+        ModelError: the adapter has no safetensors weights, or does not fit the model.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} has no adapter_model.safetensors; pickled weights (.bin) can run code and are not read"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing weights, which are looked for below
+            loaded = PeftModel.from_pretrained(model, str(folder))
+        with safe_open(file, framework="pt") as opened:
+            stored = set(opened.keys())
+    except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: the adapter does not fit this base: {' '.join(str(error).split())[:300]}"
+        ) from error
+    own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    with_embeddings = get_peft_model_state_dict(loaded, save_embedding_layers=True)  # which PEFT may have stored too
+    if wrong := (stored - with_embeddings.keys()) | (own.keys() - stored):
+        raise ModelError(
+            f"{folder}: the adapter is for another base: {len(wrong)} of its weights and the base's modules do not "
+            f"match, the first is {min(wrong)}"
+        )
+    return loaded.eval()  # pyright: ignore[reportReturnType] - it stands for the model wherever one is called
+
+
+@torch.no_grad()
+def put_back(folder: Path, model: PreTrainedModel, what: OneLink) -> None:
+    """Give the attached weights the values that `save` wrote."""
+    if what.method == "lora":
+        set_pair(model, load_pair(folder))
+        return
+    full = what.method == "full"
+    weights = load_file(folder / ("model.safetensors" if full else _file_of(what)))
+    for name, tensor in whole_state(model).items() if full else model.named_parameters():
+        if full or _is_trained(name):
+            tensor.copy_(weights[name])
+
+
+@torch.no_grad()
+def set_pair(model: nn.Module, pair: LinkWeights) -> None:
+    """Give the attached pair these weights."""
+    for name, layer in pair_layers(model).items():
+        A_RI, B_OR = factors_of(layer)
+        own, taken = pair[name].split(len(A_RI))
+        A_RI.copy_(own.A_RI)
+        B_OR.copy_(own.B_OR)
+        if own.magnitude_O is not None:
+            weight_of(layer.lora_magnitude_vector, ADAPTER).copy_(own.magnitude_O)
+        if taken is not None:
+            take_out(layer, taken)
+
+
+def take_out(layer: LoraLayer, pair: Pair) -> None:
+    """Note a pair that was taken out of the frozen weight of a layer when its own was drawn (PiSSA)."""
+    layer.taken_out = pair  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def taken_out(model: nn.Module) -> LinkWeights:
+    """What was taken out of the frozen weights, as a residual to be added to them."""
+    taken = {name: getattr(layer, "taken_out", None) for name, layer in pair_layers(model).items()}
+    return {name: pair.negated() for name, pair in taken.items() if pair is not None}
+
+
+def _target_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Last parts (`q_proj`) as other tools write them, where they mean these modules and no others; else the names."""
+    short = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short) if meant == set(names) else sorted(names)

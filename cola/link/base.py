@@ -1,0 +1,119 @@
+"""The base's weights as they were loaded: read where they lie, never changed."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+
+class Base:
+    """The base's own weights, float32 and untouched, one matrix at a time.
+
+    Where the model came from safetensors, a matrix is read from the file and nothing is kept in memory. A matrix
+    that the files do not have as it is, or that differs from what was loaded, is copied the first time it is
+    asked for, which must be before it is changed: `remember` does that.
+    """
+
+    def __init__(self, model: nn.Module, files: Sequence[Path] = (), quantized: bool = False) -> None:
+        self.quantized = quantized
+        self._model = model
+        self._files: dict[str, tuple[Path, str]] = {}  # by the model's name of a weight: where, and under which name
+        self._copies: dict[str, Tensor] = {}
+        self._remembered: set[str] = set()
+        self._beside: dict[str, RemovableHandle] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                self._files |= {name: (file, key) for key, name in names_in_model(model, opened.keys()).items()}
+
+    def remember(self, names: Sequence[str]) -> None:
+        """Make sure the pristine weights of these modules can be had from now on."""
+        for name in names:
+            if name in self._remembered:
+                continue
+            weight = weight_of(self._model, name)
+            stored = self.stored(name)
+            # Codes are never written, so the files' own weights are all that can be asked for.
+            if self.quantized:
+                assert stored is not None
+            elif stored is None or not torch.equal(stored.to(weight.dtype), weight.cpu()):
+                self._copies[name] = weight.to("cpu", copy=True)
+            self._remembered.add(name)
+
+    def weight(self, name: str) -> Tensor:
+        """Weight of a remembered module on the CPU, in the file's dtype and the module's own layout; not to be
+        changed. Where it comes from a file, only what is read of it is ever in memory."""
+        stored = self._copies.get(name)
+        stored = self.stored(name) if stored is None else stored
+        assert name in self._remembered, f"{name} was never remembered"
+        assert stored is not None
+        return stored
+
+    def put_beside(self, name: str, module: nn.Module, factors: "tuple[Tensor, Tensor] | None") -> None:
+        """Let a module add B A x to its output, in float32, from now on; None: nothing. One product for all links."""
+        if (handle := self._beside.pop(name, None)) is not None:
+            handle.remove()
+        if factors is None:
+            return
+        B_OK, A_KI = (factor.to(weight_of(module, "").device) for factor in factors)
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            with torch.autocast(output.device.type, enabled=False):
+                return output + (args[0].float() @ A_KI.T @ B_OK.T).to(output.dtype)
+
+        self._beside[name] = module.register_forward_hook(add)
+
+    def stored(self, name: str) -> Tensor | None:
+        """The weight as the files have it; None where they have it in no single tensor."""
+        if f"{name}.weight" not in self._files:
+            return None
+        file, key = self._files[f"{name}.weight"]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)
+
+
+def names_in_model(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """What the model calls each tensor of a file: many files are older than the names of today, or have no prefix.
+
+    As transformers' loading renames them. Those that it makes of several, or in several, are left out.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {key: key for key in keys}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    found = {key: rename_source_key(key, renamings, converters, prefix, own) for key in keys}
+    return {key: name for key, (name, converted) in found.items() if converted is None}
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight of a linear module, without its history."""
+    weight = model.get_submodule(name).weight  # of the module itself where the name is empty
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """Output and input features of a linear module."""
+    n_out, n_in = weight_of(model, name).shape
+    return (n_in, n_out) if isinstance(model.get_submodule(name), Conv1D) else (n_out, n_in)
+
+
+def linear(model: nn.Module, name: str) -> nn.Module:
+    """The linear module of that name, under the pair that may be attached to it."""
+    module = model.get_submodule(name)
+    return getattr(module, "base_layer", module)
+
+
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """A view from (O, I) to the layout of the module's file, or back: GPT-2's Conv1D keeps its weight as (I, O)."""
+    kind = getattr(module, "source_cls", type(module))  # what codes stand in for, whose file is all that is read of it
+    return rearrange(weight, "a b -> b a") if issubclass(kind, Conv1D) else weight

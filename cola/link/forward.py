@@ -1,0 +1,83 @@
+"""Logits only where they are needed.
+
+The output head is the widest matrix of a small model (151,936 rows in Qwen1.5), and a loss on the answer alone
+looks at few positions of it. A hook hands the head just those positions, and keeps whatever the model does to logits
+afterwards (scaling, soft-capping). A model that takes its head's weight without calling the head has them picked from
+the whole pass.
+
+Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from cola.errors import ModelError
+from cola.link.adapters import unwrapped
+
+
+def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
+    """float32 logits of the selected positions.
+
+    Args:
+        model: A causal language model, whatever is attached to it.
+        input_ids_BT: Token ids, padded on the right; causal attention needs no mask for that.
+        where_BT: True at the positions whose logits are wanted.
+
+    Returns:
+        (N, V), in the order of `where_BT`'s true entries, row by row. While no gradient is taken the head itself
+        computes in float32, whatever the model's dtype.
+    """
+    return _logits(model, input_ids_BT, where_BT, use_cache=False)[0]
+
+
+def logits_and_cache(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> tuple[Tensor, Cache]:
+    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on.
+
+    Raises:
+        ModelError: the model gives none.
+    """
+    logits_NV, cache = _logits(model, input_ids_BT, where_BT, use_cache=True)
+    if cache is None:
+        raise ModelError(f"{type(model).__name__} gives no cache of keys and values")
+    return logits_NV, cache
+
+
+def logits_after(cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
+    """Logits of rows that continue what was read into the cache."""
+    return _logits(unwrapped(model), input_ids_BT, where_BT, use_cache=True, past_key_values=cache)[0]
+
+
+def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object) -> tuple[Tensor, Any]:
+    head = model.get_output_embeddings()
+    assert head is not None  # Source.load refuses a model without one
+
+    selected = False
+
+    def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal selected
+        selected = True
+        (hidden_BTH,) = args
+        # Virtual tokens stand before the row's own; nothing is asked about them.
+        own_BTH = hidden_BTH[:, hidden_BTH.shape[1] - where_BT.shape[1] :]
+        return (own_BTH[where_BT].unsqueeze(0),)
+
+    def in_float32(module: nn.Module, args: tuple[Tensor], logits_1NV: Tensor) -> Tensor:
+        # bfloat16 logits lie 1/8 apart at 16 and more, so that two answers often tie and their order decides.
+        if logits_1NV.dtype == torch.float32 or torch.is_grad_enabled() or type(module) is not nn.Linear:
+            return logits_1NV
+        bias = None if module.bias is None else module.bias.float()
+        with torch.autocast(logits_1NV.device.type, enabled=False):
+            return nn.functional.linear(args[0].float(), module.weight.float(), bias)
+
+    hooks = [head.register_forward_pre_hook(select), head.register_forward_hook(in_float32)]
+    try:
+        output = model(input_ids=input_ids_BT, **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = output.logits
+    logits_NV = logits[0] if selected else logits[:, logits.shape[1] - where_BT.shape[1] :][where_BT]
+    return logits_NV.float(), output.get("past_key_values")

@@ -1,0 +1,243 @@
+"""tune(): the optimizer steps of one link, or of a part of it."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from cola.data.batches import MicroBatch
+from cola.errors import NoGradient, NonFiniteLoss
+from cola.link.adapters import trainable
+from cola.link.forward import logits_at
+from cola.link.moments import Moments, check_cleared, set_moments, share_cleared
+from cola.recipe.plan import Link, derived_seed
+
+GRADIENT_SCALE = 2.0**12  # of the summed loss of a pass, under float16; training's begins at 2**16 for a mean
+MAX_SKIPPED = 20  # steps in a row that fp16 gradient scaling may skip before the arm has diverged
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as it is logged.
+
+    Attributes:
+        step: Steps of the run so far, this one included.
+        loss: Nats per target token over the step's rows, before the update.
+        grad_norm: L2 norm of the gradient before clipping.
+        learning_rate: Of this step.
+        tokens: Tokens read, prompts included, padding not.
+        target_tokens: Tokens that the loss is taken on.
+        seconds: Wall time of the step.
+        without_gradient: Trained tensors whose gradient was zero (A of a pair at its first step).
+        cleared: Share of the optimizer's moments that were zero as a link began; None at its other steps.
+        rows: Ids of the rows, in the order of the micro-batches.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    target_tokens: int
+    seconds: float
+    without_gradient: int
+    cleared: float | None
+    rows: list[str]
+
+
+def tune(
+    model: PreTrainedModel,
+    link: Link,
+    batches: Iterable[list[MicroBatch]],
+    accelerator: Accelerator,
+    on_step: Callable[[Step, AcceleratedOptimizer], None],
+    *,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    done: int = 0,
+    moments: Moments | None = None,
+) -> AcceleratedOptimizer:
+    """Train what is trainable, one optimizer step per batch.
+
+    The loss of a step is the sum over all its target tokens divided by their number, however the rows are split
+    into micro-batches. The optimizer is built here, so a link begins without moments and with Adam's step count
+    at zero (COLA, Figure 1), unless it is given some. Dropout is
+    seeded anew at each step, so that a link which is stopped and goes on draws what it would have drawn.
+
+    Args:
+        model: Carries the trainable weights; left in eval mode.
+        link: Gives the learning rate of each step and the seed of the dropout.
+        batches: One list of micro-batches per step to be made now.
+        accelerator: Carries device, precision and gradient scaling.
+        on_step: Called after each step; may evaluate the model and leave it in eval mode.
+        done: Steps of the link that were made before.
+        moments: The optimizer's state after those, from `read_moments`, or what a knot carries over, from `carried`.
+
+    Returns:
+        The optimizer, as it is after the last step.
+
+    Raises:
+        NonFiniteLoss: names the step and the rows of its batch; the weights are those of the step before.
+        NoGradient: nothing that is trained depends on the loss.
+        MomentsNotCleared: the knot before cleared less than it was to.
+    """
+    parameters = trainable(model)
+    skipped = 0
+    # What an earlier part of the job prepared must not be unscaled and stepped along, nor its moments kept alive.
+    accelerator.free_memory()
+    if accelerator.scaler is not None:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
+    groups = _groups(model, link)
+    # Fused: one pass over each tensor. For all weights of a small model the plain one takes as long as a short batch.
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True)
+    optimizer = accelerator.prepare_optimizer(adamw)
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    if moments is not None:
+        set_moments(model, optimizer, accelerator, moments)
+    cleared = None
+    if not done:
+        cleared = share_cleared(parameters, optimizer)
+        check_cleared(cleared, link.knot)
+    for place, micro_batches in enumerate(batches, start=done):
+        started = perf_counter()
+        step, learning_rate = link.first_step + place + 1, link.learning_rates[place]
+        torch.manual_seed(derived_seed("dropout", link.seed, place))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["ratio"]
+        model.train()
+        n_targets = sum(batch.n_targets for batch in micro_batches)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for batch in micro_batches:
+            batch = batch.to(accelerator.device)
+            with accelerator.autocast():
+                logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+                loss = cross_entropy(logits_NV, batch.targets_N, reduction="sum")
+            accelerator.backward(loss / n_targets)
+            loss_sum += loss.detach()
+        mean = loss_sum.item() / n_targets
+        norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        norm = float(norm) if norm is not None else math.nan
+        # Under fp16 gradient scaling an overflowed gradient is skipped and the scale lowered, by design; not for ever.
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        may_skip = accelerator.scaler is not None and skipped < MAX_SKIPPED
+        if not math.isfinite(mean) or not (math.isfinite(norm) or may_skip):
+            rows = ", ".join(row for batch in micro_batches for row in batch.ids)
+            what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
+            raise NonFiniteLoss(f"step {step}: {what}; rows of the batch: {rows}; try a lower learning_rate")
+        silent = sum(p.grad is None or _is_zero(p.grad) for p in parameters)
+        if silent == len(parameters):
+            raise NoGradient(
+                f"step {step}: none of the {len(parameters)} trained tensors got a gradient: nothing would be learned"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens, rows = sum(batch.n_tokens for batch in micro_batches), [row for b in micro_batches for row in b.ids]
+        seconds = perf_counter() - started
+        made = Step(step, mean, norm, learning_rate, tokens, n_targets, seconds, silent, cleared, rows)
+        cleared = None
+        on_step(made, optimizer)
+    model.eval()
+    return optimizer
+
+
+def _is_zero(grad: Tensor) -> bool:
+    """Whether all entries are 0. A column tells nearly always, of an embedding too, whose gradient has few rows; to
+    look at all weights would take a fifth of a step of full fine-tuning."""
+    return not grad.select(-1, 0).any() and not grad.any()
+
+
+def _groups(model: PreTrainedModel, link: Link) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: all alike, or LoRA+'s, in which B and whatever is a vector learn faster than A."""
+    ratio = link.what.loraplus_lr_ratio or 1.0
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in named if ratio != 1 and ("lora_B" in name or p.ndim == 1)]
+    known = set(map(id, fast))
+    slow = [p for _, p in named if id(p) not in known]
+    return [{"params": params, "ratio": r} for params, r in ((slow, 1.0), (fast, ratio)) if params]
+
+
+def full_gradients(
+    model: PreTrainedModel, names: Sequence[str], batches: Iterable[list[MicroBatch]], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss per target token with respect to the whole weight of some modules, frozen or not.
+
+    It is taken from what goes into a module and the gradient of what comes out of it, so it can be had of quantized
+    codes as well, and of the weight as it is with everything that is attached to it.
+
+    float16 holds nothing below 6e-8: what passes through it is scaled by a power of two, which is lowered where
+    something overflows, and divided out again in float32. Training has accelerate's GradScaler for that, on a GPU; this
+    serves a CPU as well.
+
+    Args:
+        model: In eval mode afterwards; its parameters and their gradients are left as they were.
+        names: Modules that map features to features, the last axis.
+        batches: One list of micro-batches per step.
+        accelerator: Carries device and precision.
+
+    Returns:
+        float32 (O, I) for each name, on the CPU.
+
+    Raises:
+        NonFiniteLoss: the gradient is not finite at any scale.
+    """
+    batches = list(batches)
+    scale = GRADIENT_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+    while (found := _scaled_gradients(model, names, batches, accelerator, scale)) is None:
+        scale /= 8
+        if scale < 1:
+            raise NonFiniteLoss("init: gradient: the full gradient of the link's first batches is not finite")
+    return found
+
+
+def _scaled_gradients(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    batches: list[list[MicroBatch]],
+    accelerator: Accelerator,
+    scale: float,
+) -> dict[str, Tensor] | None:
+    """The gradients, from a loss that is multiplied by the scale; None where they are not finite under it."""
+    sums: dict[str, Tensor] = {}
+    finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
+
+    def watch(name: str, _module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x_NI = args[0].detach().flatten(0, -2)
+
+        def add(grad: Tensor) -> None:
+            finite.logical_and_(grad.isfinite().all())
+            product = grad.flatten(0, -2).float().T @ x_NI.float()
+            sums[name] = sums[name] + product if name in sums else product
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    model.eval()
+    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    n_targets = 0
+    try:
+        for micro_batches in batches:
+            for batch in micro_batches:
+                batch = batch.to(accelerator.device)
+                with accelerator.autocast():
+                    logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+                    loss = cross_entropy(logits_NV, batch.targets_N, reduction="sum")
+                n_targets += batch.n_targets
+                torch.autograd.backward(loss * scale, inputs=trainable(model))
+                if not finite:
+                    return None
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    return {name: (total / (n_targets * scale)).cpu() for name, total in sums.items()}

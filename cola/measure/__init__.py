@@ -1,0 +1,1 @@
+"""Scores of examples, what training costs, and spectra of what was learned."""

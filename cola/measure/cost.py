@@ -1,0 +1,259 @@
+"""What training costs, counted before it runs: FLOPs and positions of every optimizer step.
+
+PyTorch's own counter (torch.utils.flop_counter: matrix products and attention, two FLOPs for a multiply and add) sees
+one row go forward and backward through the model on the meta device, with the link's weights attached, so whatever
+needs no gradient is not counted. A row's cost is a polynomial of degree two in its length, so three lengths give it.
+The output head, which is computed where there is a target, is added, and the products that make a full gradient where
+a pair begins along one. Padding, the optimizer, the decomposition of that gradient, the encoder of virtual tokens
+and the frozen pairs beside an unmerged base are left out; codes count as the matrices they stand for.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from cola.errors import RecipeError
+from cola.files import cache_dir, digest, write_text
+from cola.link import adapters
+from cola.link.base import shape_of
+from cola.link.text_part import text_config
+from cola.recipe.arms import OneLink
+from cola.recipe.plan import Choice, Job, Link, budget_steps, own_lengths, plan_arm
+from cola.recipe.recipe import Recipe
+
+LENGTHS = (8, 24, 40)  # of the rows that are counted
+COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
+SHAPELESS = {"init", "init_batches", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"}
+
+
+Lengths: TypeAlias = Sequence[tuple[int, int]]  # of rows: tokens, and target tokens among them
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of some training.
+
+    Attributes:
+        flops: Floating-point operations, forward and backward.
+        positions: Positions that passed through the model, virtual ones too, padding not.
+    """
+
+    flops: float
+    positions: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.positions + other.positions)
+
+    def of(self, match: str) -> float:
+        """The number that `training.match` names."""
+        return self.flops if match == "flops" else self.positions
+
+
+@dataclass
+class Meter:
+    """Counts what links cost on the training rows.
+
+    Attributes:
+        skeleton: The model without weights.
+        rows: Tokens and target tokens of each training row; empty where each seed draws its own.
+        redrawn: The same of each seed's own rows.
+        checkpointing: Whether activations are computed twice.
+        trouble: Why a link could not be counted; its FLOPs are nan then.
+    """
+
+    skeleton: PreTrainedModel
+    rows: Lengths
+    checkpointing: bool
+    redrawn: Mapping[int, Lengths] = field(default_factory=dict)
+    trouble: str | None = None
+    # Not shared by `replace`, which may change what is counted.
+    _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict, init=False)
+
+    @property
+    def n_train(self) -> int:
+        """Training rows of each seed."""
+        return len(next(iter(self.redrawn.values()), self.rows))
+
+    def steps(self, link: Link, order: Sequence[Sequence[int]], seed: int) -> list[Cost]:
+        """The cost of each optimizer step of a link, given the rows of each under a seed."""
+        known = self.redrawn[seed] if self.redrawn else self.rows
+        costs = self._steps(link.what, order, known, self.checkpointing)
+        drawn = link.knot is None or link.knot.pair != "keep"
+        if costs and drawn and link.what.init_batches:
+            costs[0] += self._start(link.what, order[: link.what.init_batches], known)
+        return costs
+
+    def _steps(self, what: OneLink, order: Sequence[Sequence[int]], known: Lengths, checkpointing: bool) -> list[Cost]:
+        polynomial, per_target = self._shape(what, checkpointing)
+        virtual = what.num_virtual_tokens or 0
+        costs = []
+        for rows in order:
+            tokens, targets = zip(*(known[row] for row in rows), strict=True)
+            flops = float(np.polyval(polynomial, tokens).sum()) + per_target * sum(targets)
+            costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
+        return costs
+
+    def _start(self, what: OneLink, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
+        """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
+        activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
+        head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
+        for name in adapters.target_names(self.skeleton, what):
+            product = 2 * math.prod(shape_of(self.skeleton, name))
+            if self.skeleton.get_submodule(name) is head:
+                at_target += product
+            else:
+                at_row += product
+        tokens, targets = (sum(n) for n in zip(*(known[row] for rows in order for row in rows), strict=True))
+        return sum(self._steps(what, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
+
+    def _shape(self, what: OneLink, checkpointing: bool) -> tuple[list[float], float]:
+        """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
+        # What changes no shape is left out; counting takes seconds, so it is remembered.
+        key = what.model_dump(mode="json", exclude=SHAPELESS)
+        model = [
+            repr(self.skeleton.config.to_dict()),
+            type(self.skeleton).__module__,
+        ]  # its own code's holds its digest
+        name = digest([*model, key, checkpointing, torch.__version__, COUNT_VERSION])
+        if name not in self._shapes:
+            note = cache_dir() / "flops" / name
+            if note.is_file():
+                self._shapes[name] = tuple(json.loads(note.read_text(encoding="utf-8")))
+                return self._shapes[name]
+            try:
+                model = copy.deepcopy(self.skeleton).requires_grad_(False)
+                if what.method not in adapters.PROMPTS:  # whose tokens are stood in for
+                    model = adapters.attach(model, what, 0)
+                counts, per_target = zip(
+                    *(self._count(model, what, length, checkpointing) for length in LENGTHS), strict=True
+                )
+            # A model's own code may ask the meta device for values, and fail in any way: no reason to lose an arm.
+            except Exception as error:
+                self.trouble = self.trouble or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self._shapes[name] = [math.nan], math.nan
+            else:
+                polynomial = [float(factor) for factor in np.polyfit(LENGTHS, counts, 2).round(3)]
+                self._shapes[name] = polynomial, per_target[0]
+                write_text(note, json.dumps(self._shapes[name]))
+        return self._shapes[name]
+
+    def _count(self, model: PreTrainedModel, what: OneLink, length: int, checkpointing: bool) -> tuple[float, float]:
+        """FLOPs of a row without the head, and of the head at one target."""
+        virtual = what.num_virtual_tokens or 0
+        body: Any = model.base_model
+        head: Any = model.get_output_embeddings()
+        hidden = text_config(model).hidden_size
+        # With a cache, if an empty one, transformers does not look for packed rows, in positions without values here.
+        inputs: dict[str, object] = {"past_key_values": DynamicCache(config=text_config(model)), "use_cache": True}
+        with torch.device("meta"):
+            if what.method in ("p_tuning", "prompt_tuning"):
+                inputs["inputs_embeds"] = torch.zeros(1, virtual + length, hidden, requires_grad=True)
+            else:
+                inputs["input_ids"] = torch.zeros(1, length, dtype=torch.long)
+            if what.method == "prefix":
+                inputs["past_key_values"] = _cache(model, virtual)
+        with FlopCounterMode(display=False) as counter:
+            output = body(**inputs).last_hidden_state
+            forward = counter.get_total_flops()
+            if output.requires_grad:  # not where nothing but the head is trained
+                output.sum().backward()
+        selected = output[:, :1].detach().requires_grad_(output.requires_grad)
+        with FlopCounterMode(display=False) as at_target:
+            head(selected).sum().backward()
+        return counter.get_total_flops() + checkpointing * forward, float(at_target.get_total_flops())
+
+
+def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
+    """Keys and values of some positions that want a gradient, as a prefix is."""
+    config = text_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        keys, values = (torch.zeros(1, heads, length, size, requires_grad=True) for _ in range(2))
+        cache.update(keys, values, layer)
+    return cache
+
+
+@dataclass
+class Budget:
+    """How many optimizer steps each arm gets, where arms are matched by tokens or FLOPs instead of steps.
+
+    Attributes:
+        recipe: The resolved recipe.
+        meter: Counts what links cost.
+        order_of: The rows of the first n steps under a seed.
+    """
+
+    recipe: Recipe
+    meter: Meter
+    order_of: Callable[[int, int], Sequence[Sequence[int]]]
+    _known: dict[tuple[str, int, Choice], int] = field(default_factory=dict)
+
+    @cached_property
+    def _without_warmup(self) -> Recipe:
+        """Warm-ups cost nothing, and may be longer than the few steps that a search for the right number tries."""
+        none = {"warmup_steps": 0}
+        recipe = self.recipe
+        arms = {
+            name: arm.model_copy(update={"knot": arm.knot.model_copy(update=none)}) for name, arm in recipe.arms.items()
+        }
+        training, knot = recipe.training.model_copy(update=none), recipe.knot.model_copy(update=none)
+        return recipe.model_copy(update={"training": training, "knot": knot, "arms": arms})
+
+    def steps(self, job: Job) -> int | None:
+        """A job's optimizer steps: as many as cost no more than the reference arm's; None where steps are the budget.
+
+        Raises:
+            RecipeError: not even its links' first steps fit.
+        """
+        training, reference = self.recipe.training, self.recipe.reference_arm
+        if training.match == "steps" or reference is None or not self.recipe.arms[job.arm].n_links:
+            return None
+        n_train = self.meter.n_train
+        budget = budget_steps(training, n_train)
+        if job.arm == reference:
+            return budget
+        key = (job.arm, job.seed, job.choice)
+        if key not in self._known:
+            allowed = self.cost(Job(arm=reference, seed=job.seed), budget).of(training.match)
+            # Links that say their own lengths leave nothing to be found, or the rest of them.
+            recipe = self.recipe.with_choice(job.arm, dict(job.choice))
+            own = own_lengths(recipe, job.arm, n_train)
+            low = sum(steps or 1 for steps in own)
+            least = self.cost(job, low).of(training.match)
+            if not math.isfinite(allowed + least):
+                raise RecipeError(
+                    f"training.match: the FLOPs of this model cannot be counted ({self.meter.trouble}); match steps or "
+                    "tokens"
+                )
+            if least > allowed:
+                raise RecipeError(
+                    f"arms.{job.arm}: {low} steps of it cost more than training.match: {training.match} allows, "
+                    f"which is what {budget} steps of {reference} cost"
+                )
+            high = low + 1 if None not in own else 2 * max(low, budget)
+            while None in own and self.cost(job, high).of(training.match) <= allowed:
+                low, high = high, 2 * high
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = self.cost(job, middle).of(training.match) <= allowed
+                low, high = (middle, high) if fits else (low, middle)
+            self._known[key] = low
+        return self._known[key]
+
+    def cost(self, job: Job, n_steps: int) -> Cost:
+        """What a job costs if it is trained for so many steps."""
+        links = plan_arm(self._without_warmup, job.arm, job.seed, self.meter.n_train, job.choice, n_steps)
+        order = self.order_of(job.seed, n_steps)
+        steps = [self.meter.steps(link, order[link.first_step : link.last_step], job.seed) for link in links]
+        return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))

@@ -1,0 +1,306 @@
+"""Loss and score of every example, in eval mode, with the prompts that were trained on.
+
+    loss    nats per target token: the tokens of the right answer (of the text)
+    score   multiple_choice: the right choice has the highest summed log-likelihood, 0 or 1
+            answer: greedy decoding, up to the first stop string, gives the right answer after the stated
+            normalization, 0 or 1
+            text: none; perplexity is exp(loss)
+
+Per-example results are kept, since arms are compared example by example.
+
+Axes: B rows, C choices, T tokens, N positions, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from cola.data.answers import normalized, up_to, usual_stops
+from cola.data.batches import by_tokens, collate, training_row
+from cola.data.encode import Example, all_ends, tokenizer_fingerprint
+from cola.data.passages import PASSAGE_TOKENS
+from cola.data.splits import Splits
+from cola.link.adapters import unwrapped, virtual_tokens
+from cola.link.drift import Outputs
+from cola.link.forward import logits_at
+from cola.measure.likelihood import choice_nats, last_logits, left_padded, nats_of, plain_choice_nats
+from cola.measure.scores import ExampleScore
+from cola.recipe.recipe import Recipe
+
+EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when the same weights would score otherwise
+
+PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
+
+
+Decoding: TypeAlias = Literal["padded", "alike", "plain"]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model.
+
+    Attributes:
+        rows: Several in one pass, or each alone.
+        choices: Continued from the prompt's cache, or each read as a row of its own.
+        decoding: By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time
+            by plain passes over one prompt.
+        positions: Those that the model has, where decoding could go beyond them.
+    """
+
+    rows: Literal["together", "alone"] = "together"
+    choices: Literal["cached", "plain"] = "cached"
+    decoding: Decoding = "padded"
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores examples of one task.
+
+    Attributes:
+        task: `multiple_choice`, `answer` or `text`.
+        tokenizer: Decodes generated answers.
+        normalize: What exact match ignores.
+        batch_tokens: Tokens in one forward pass.
+        autocast: Gives the context of the run's precision.
+        answer_tokens: Longest right answer of the data; decoding stops a little after it.
+        stop: Strings that end a decoded answer, beside the end tokens.
+        ends: Tokens that end one, the tokenizer's own always among them.
+        ways: How the model is asked, as `cola.selfcheck` found it.
+    """
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    normalize: Sequence[str]
+    batch_tokens: int
+    autocast: Callable[[], AbstractContextManager[None]]
+    answer_tokens: int
+    stop: Sequence[str] = ()
+    ends: Sequence[int] = ()
+    ways: Ways = Ways()
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+        accelerator: Accelerator,
+        ends: Sequence[int] = (),
+    ) -> "Evaluator":
+        """The one that a recipe asks for; `ends`: the tokens that end an answer by the model."""
+        data, normalize = recipe.data, recipe.data.normalize or []
+        examples = [example for _, examples in splits.items() for example in examples]
+        stop = data.stop
+        if stop is None:
+            stop = usual_stops((e.texts[0] for e in examples), normalize) if data.task == "answer" else []
+        return cls(
+            data.task,
+            tokenizer,
+            normalize,
+            recipe.evaluation.batch_tokens,
+            accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
+            max(len(answer) for e in examples for answer in e.answers),
+            stop,
+            ends,
+        )
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """All tokens that end an answer."""
+        return all_ends(self.tokenizer, self.ends)
+
+    def of_text(self) -> "Evaluator":
+        """The one for a general text. Nothing in it is the recipe's own: what one recipe has measured serves another.
+
+        A passage at a time, since its logits are wanted at every position: of 4096 tokens they would take 2.5 GB under
+        a vocabulary of 150,000.
+        """
+        ways = Ways(rows=self.ways.rows)
+        text = replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=(), ends=())
+        return text.asking(ways)
+
+    def asking(self, ways: Ways) -> "Evaluator":
+        """The one that asks a model in these ways."""
+        return replace(self, ways=ways, batch_tokens=self.batch_tokens if ways.rows == "together" else 1)
+
+    @property
+    def new_tokens(self) -> int:
+        """The most that are decoded of an answer."""
+        return self.answer_tokens + 4
+
+    def causes(self) -> dict[str, Any]:
+        """What a score depends on besides the weights, their precision and the examples."""
+        several = {"ends": sorted(self.end_tokens)} if self.task == "answer" and len(self.end_tokens) > 1 else {}
+        slower = {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}
+        return several | {
+            "version": EVALUATION_VERSION,
+            "task": self.task,
+            "normalize": list(self.normalize),
+            "batch_tokens": self.batch_tokens,
+            "answer_tokens": self.answer_tokens,
+            "stop": list(self.stop),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **({"ways": slower} if slower else {}),
+        }
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[ExampleScore]:
+        """Results in the order of the examples; the model is left in eval mode."""
+        model.eval()
+        with self.autocast():
+            score = self._choices if self.task == "multiple_choice" else self._sequences
+            results = {result.id: result for result in score(model, examples)}
+        return [results[example.id] for example in examples]
+
+    @torch.no_grad()
+    def outputs(self, model: PreTrainedModel, examples: Sequence[Example]) -> Outputs:
+        """What the model says at the last few targets of some examples, in eval mode."""
+        batch = collate([training_row(example) for example in examples]).last_targets(PROBE_TARGETS).to(model.device)
+        with self.autocast():
+            return Outputs(logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT), batch.targets_N)
+
+    def _sequences(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
+        missed = []
+        for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
+            batch = collate([training_row(e) for e in group]).to(model.device)
+            logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+            nats_N = nats_of(logits_NV, batch.targets_N)
+            hits = logits_NV.argmax(-1) == batch.targets_N
+            lengths = [len(e.answers[e.gold]) for e in group]
+            for example, nats, hit in zip(group, nats_N.split(lengths), hits.split(lengths), strict=True):
+                result = ExampleScore(example.id, nats.sum().item(), len(example.answers[0]), None, None, example.group)
+                if self.task == "text":
+                    yield result
+                elif hit.all():
+                    # Greedy decoding would walk through exactly these tokens, so it need not be run; no stop string
+                    # lies in them.
+                    yield replace(result, score=1.0, prediction=example.texts[0])
+                else:
+                    missed.append((example, result))
+        for (example, result), text in zip(missed, self._decode(model, [e for e, _ in missed]), strict=True):
+            right = normalized(text, self.normalize) == normalized(self._right(example)[1], self.normalize)
+            yield replace(result, score=float(right), prediction=text)
+
+    def _text(self, tokens: list[int]) -> str:
+        # A token that ends an answer need not be one that the tokenizer leaves out.
+        ends = self.end_tokens
+        length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
+        return str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True))
+
+    def _right(self, example: Example) -> tuple[str, str]:
+        """The right answer as decoding gives it: what stands before it, such as the answer prefix, and the answer.
+
+        A tokenizer need not give back the text that was put in (a first space is lost, an accent composed), so both
+        sides of a comparison are decoded from tokens.
+        """
+        text = self._text(example.answers[0])
+        before = text.removesuffix(example.texts[0]) if text.endswith(example.texts[0]) else ""
+        return before, text.removeprefix(before)
+
+    def _said(self, tokens: list[int], before: str) -> tuple[str, bool]:
+        """The answer in generated tokens, and whether a stop string has ended it; `before`: from `_right`."""
+        text = self._text(tokens)
+        if len(text) < len(before) and before.startswith(text):
+            return text, False  # on its way to the answer, through a prefix that may hold a stop string itself
+        text = text.removeprefix(before)
+        answer = up_to(text, self.stop)
+        return answer, len(answer) < len(text)
+
+    def _decode(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
+        """Greedy answers to the prompts, up to an end token, a stop string or a little over the longest right answer.
+
+        What stands before a right answer (the answer prefix) is taken off where the model says it too.
+        """
+        texts = {}
+        ends = self.end_tokens  # load_splits refuses task answer without one
+        # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
+        padded = unwrapped(model) is model and self.ways.decoding == "padded"
+        alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
+        for example in examples:
+            alike[0 if padded else len(example.prompt), self._room(model, example)].append(example)
+        groups = [
+            (group, new_tokens)
+            for (_, new_tokens), same in alike.items()
+            for group in by_tokens(same, lambda e, new_tokens=new_tokens: len(e.prompt) + new_tokens, self.batch_tokens)
+        ]
+        for group, new_tokens in groups:
+            before = [self._right(e)[0] for e in group]
+            if self.ways.decoding == "plain":
+                texts |= {e.id: self._plainly(model, e, b, new_tokens) for e, b in zip(group, before, strict=True)}
+                continue
+            input_ids_BT, mask_BT = left_padded([e.prompt for e in group], ends[0])
+            width = input_ids_BT.shape[1]
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=input_ids_BT.to(model.device),
+                attention_mask=mask_BT.to(model.device),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=ends[0],
+                eos_token_id=ends,
+                stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
+            )
+            rows = zip(group, output[:, width:].tolist(), before, strict=True)
+            texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
+        return [texts[example.id] for example in examples]
+
+    def _room(self, model: PreTrainedModel, example: Example) -> int:
+        """New tokens that decoding may come to: the last one that follows from the model's last position at most."""
+        if self.ways.positions is None:
+            return self.new_tokens
+        return min(self.new_tokens, self.ways.positions - virtual_tokens(model) - len(example.prompt) + 1)
+
+    def _plainly(self, model: PreTrainedModel, example: Example, before: str, new_tokens: int) -> str:
+        """The greedy answer, each of its tokens by a plain pass over all before it."""
+        tokens: list[int] = []
+        while len(tokens) < new_tokens and not self._said(tokens, before)[1]:
+            token = int(last_logits(model, example.prompt + tokens).argmax())
+            if token in self.end_tokens:
+                break
+            tokens.append(token)
+        return self._said(tokens, before)[0]
+
+    def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
+        # Choices of one token are read off the prompt's last position, prompts of any length together. Longer ones
+        # continue from the cached prompt: prompts of one length share a pass, nothing is padded, and so it does not
+        # matter what kind of positions the model has. Where it has no such cache, each choice is a row of its own.
+        alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
+        for example in examples:
+            long = max(map(len, example.answers)) > 1
+            if long and self.ways.choices == "plain":
+                yield _chosen(example, plain_choice_nats(model, example, self.batch_tokens))
+                continue
+            alike[len(example.prompt) if long else 0, len(example.answers)].append(example)
+        for (_, n_choices), same in alike.items():
+            rest = n_choices * (max(len(a) for e in same for a in e.answers) - 1)
+            for group in by_tokens(same, lambda e, rest=rest: len(e.prompt) + rest, self.batch_tokens):
+                for example, scores in zip(group, choice_nats(model, group), strict=True):
+                    yield _chosen(example, scores)
+
+
+def _chosen(example: Example, scores: Sequence[float]) -> ExampleScore:
+    """The result of an example, from -log p of each of its choices."""
+    best, right = min(range(len(scores)), key=scores.__getitem__), example.answers[example.gold]
+    return ExampleScore(example.id, scores[example.gold], len(right), float(best == example.gold), best, example.group)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends each row of a batch once a stop string has ended its answer.
+
+    transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
+    """
+
+    def __init__(self, evaluator: Evaluator, before: Sequence[str], width: int) -> None:
+        self.evaluator, self.before, self.width = evaluator, before, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
+        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
+        ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
+        return torch.tensor(ended, device=input_ids.device)

@@ -1,0 +1,1 @@
+"""What is asked: sections, arms, checks, YAML, faults, and the plan of links, steps and rates. No torch."""

@@ -1,0 +1,305 @@
+"""Arms: the links of each, and the rules at the knots between them. No torch."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cola.errors import quoted
+from cola.recipe.bounds import (
+    MOST_LINKS,
+    Dtype,
+    Epochs,
+    LinkCount,
+    Positive,
+    Quantization,
+    Section,
+    Steps,
+    WarmUp,
+    Width,
+)
+from cola.recipe.schema import Rate, Search
+
+MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
+
+# Each method, the keys it takes and their defaults; a None is worked out from other keys or the model.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "rank": 8,
+        "alpha": None,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "init": "default",
+        "init_batches": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "loraplus_lr_ratio": 1.0,
+    },
+    "full": {"freeze": []},
+    "adapter": {"bottleneck": 64, "placement": "pfeiffer", "activation": "relu"},
+    "prefix": {"num_virtual_tokens": 20, "prefix_projection": False, "encoder_hidden_size": None},
+    "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": None},
+    "prompt_tuning": {"num_virtual_tokens": 20},
+}
+METHODS["qlora"] = METHODS["lora"]  # LoRA on an NF4 base: `method: lora` and `quantization: nf4` in two words
+
+
+class LinkSettings(Section):
+    """What one link trains. Set under `link` for all arms, under an arm for it, or under `links` for one link."""
+
+    method: Literal["lora", "qlora", "full", "adapter", "prefix", "p_tuning", "prompt_tuning"] | None = Field(
+        default=None,
+        description="`lora`: a low-rank pair beside frozen weights; `qlora`: the same on an NF4 base; `full`: all "
+        "weights; `adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first "
+        "token; `p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`.",
+    )
+    rank: Width | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
+    alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = Field(
+        default=None,
+        description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
+        "Default: `2r`.",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="lora: dropout on the pair's input. Default: 0."
+    )
+    target_modules: list[str] | str | None = Field(
+        default=None,
+        description="lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every "
+        "linear layer but the output head. Default: `all-linear`.",
+    )
+    init: Literal["default", "gaussian", "pissa", "orthogonal", "gradient"] | None = Field(
+        default=None,
+        description="lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with "
+        "standard deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; "
+        "`orthogonal`: rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right "
+        "singular vectors of the full gradient. None changes the function.",
+    )
+    init_batches: Steps | None = Field(
+        default=None, description="lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
+    )
+    use_rslora: bool | None = Field(
+        default=None, description="lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`."
+    )
+    use_dora: bool | None = Field(
+        default=None, description="lora: train the length of each row of the weight too (DoRA). Default: `false`."
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
+    )
+    freeze: list[Literal["embeddings", "head"]] | None = Field(
+        default=None,
+        description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
+        "Default: nothing.",
+    )
+    bottleneck: Width | None = Field(default=None, description="adapter: inner width. Default: 64.")
+    placement: Literal["pfeiffer", "houlsby"] | None = Field(
+        default=None,
+        description="adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`.",
+    )
+    activation: Literal["relu", "gelu", "silu"] | None = Field(
+        default=None, description="adapter: the nonlinearity. Default: `relu`."
+    )
+    num_virtual_tokens: Width | None = Field(
+        default=None, description="prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
+    )
+    prefix_projection: bool | None = Field(
+        default=None, description="prefix: learn it through a two-layer network. Default: `false`."
+    )
+    encoder_hidden_size: Width | None = Field(
+        default=None, description="prefix with projection, p_tuning: width of the encoder. Default: the model's."
+    )
+    learning_rate: Rate | None = Field(default=None, description="Peak learning rate. Default: training.learning_rate.")
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _number_or_multiple(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(MULTIPLE, value) is None:
+            raise ValueError(f"alpha is a number, or a multiple of the rank such as 2r; got {quoted(value)}")
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("name at least one module, or all-linear")
+        if value == ["all-linear"]:
+            return "all-linear"
+        return [value] if isinstance(value, str) and value != "all-linear" else value
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_part(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class OneLink(LinkSettings):
+    """One link of a list of links."""
+
+    steps: Steps | None = Field(default=None, description="Optimizer steps of this link. Default: an even share.")
+    epochs: Epochs | None = Field(default=None, description="The same in epochs.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give a link's length as epochs or as steps, one of them")
+        if isinstance(self.learning_rate, Search):
+            raise ValueError("search a learning rate for the whole arm, not for one link")
+        return self
+
+
+class Prune(Section):
+    """Part of AdamW's moments is cleared at a knot, the same entries of both; its step count goes on (ReLoRA)."""
+
+    prune_magnitude: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Share of each tensor's entries that is cleared, those of the smallest first moment."
+    )
+    prune_random: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Share of each tensor's entries that is cleared, drawn from the link's seed."
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.prune_magnitude is None) == (self.prune_random is None):
+            raise ValueError("give prune_magnitude or prune_random, one of them")
+        return self
+
+
+class KnotRules(Section):
+    """The joint after each link. Set under `knot` for all arms, or under an arm for it."""
+
+    merge: Literal["exact", "naive", "no"] | None = Field(
+        default=None,
+        description="`exact`: added in float32 to the untouched base and rounded once; `naive`: added in place, in the "
+        "weights' own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. "
+        "A quantized base keeps every pair beside its codes. Default: `exact`.",
+    )
+    pair: Literal["fresh", "keep"] | None = Field(
+        default=None,
+        description="`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot "
+        "is a reset of the optimizer or the schedule and nothing else. Default: `fresh`.",
+    )
+    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move "
+        "(PLoRA, LoRASC). The last link is kept whole. Default: 1.",
+    )
+    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = Field(
+        default=None,
+        description="AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set "
+        "to zero, which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part "
+        "of the moments cleared. Default: `fresh`.",
+    )
+    schedule: Literal["run", "link"] | None = Field(
+        default=None,
+        description="`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at "
+        "every knot. Default: `run` with protocol `fixed`, `link` with `grow`.",
+    )
+    warmup_steps: WarmUp | None = Field(
+        default=None,
+        description="Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the "
+        "schedule's rate is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`.",
+    )
+    max_drift: Positive | None = Field(
+        default=None,
+        description="Largest change of a logit across a knot, relative to the largest logit, before it is an error. "
+        "Default: 1e-4 in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`.",
+    )
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: "exact", False: "no"}[value] if isinstance(value, bool) else value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _whole_or_fraction(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
+        return value
+
+
+class Arm(LinkSettings):
+    """One thing that is compared: a number of links, each trained, then tied into the weights."""
+
+    links: LinkCount | Annotated[list[OneLink], Field(max_length=MOST_LINKS)] = Field(
+        default=1,
+        description="Number of equal links (0: the untrained base, 1: plain LoRA, 3: a chain), or a list of links.",
+    )
+    knot: KnotRules = Field(default_factory=KnotRules, description="This arm's own rules at its knots.")
+    dtype: Dtype | None = Field(default=None, description="Number format of this arm's base. Default: model.dtype.")
+    quantization: Quantization | Literal["none"] | None = Field(
+        default=None, description="Quantization of this arm's base. Default: model.quantization."
+    )
+    search: dict[str, Search] | None = Field(
+        default=None,
+        description="Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are "
+        "tried. `rank: {search: [4, 8]}` says the same.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_searches(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inline = {k: v for k, v in value.items() if k in SEARCHABLE and isinstance(v, dict) and "search" in v}
+        if not inline and not isinstance(value.get("search"), dict):
+            return value
+        found = value.get("search") or {}
+        if not isinstance(found, dict):
+            return value
+        as_searches = {k: {"search": v} if isinstance(v, list) else v for k, v in found.items()}
+        return {k: v for k, v in value.items() if k not in inline} | {"search": as_searches | inline}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for key, search in (self.search or {}).items():
+            if key not in SEARCHABLE:
+                raise ValueError(f"search: {quoted(key)} cannot be searched; these can: {', '.join(SEARCHABLE)}")
+            if getattr(self, key) is not None and key in self.model_fields_set:
+                raise ValueError(f"search: {key} has a value of its own too; leave one of the two out")
+            for value in search.search:
+                try:
+                    tried = Arm.model_validate({key: value})
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"search: {key} cannot be {quoted(value)}: {reason}") from None
+                if tried.links in (0, []):
+                    raise ValueError("search: links counts from 1, since without links nothing is trained")
+        if len({tuple(search.seeds or ()) for search in (self.search or {}).values()}) > 1:
+            raise ValueError("search: all keys of an arm are searched over the same seeds")
+        if self.links == 0 or self.links == []:
+            given = {k for k in self.model_fields_set if getattr(self, k) not in (None, KnotRules())}
+            if extra := sorted(given - {"links", "dtype", "quantization"}):
+                raise ValueError(f"an arm without links trains nothing, so {extra[0]!r} has no effect: remove it")
+        return self
+
+    @property
+    def n_links(self) -> int:
+        return self.links if isinstance(self.links, int) else len(self.links)
+
+
+SEARCHABLE = ("links", *(key for key in LinkSettings.model_fields if key != "method"))
+
+
+def resolve(default: LinkSettings, arm: Arm, link: OneLink) -> OneLink:
+    def first(key: str, fallback: Any) -> Any:
+        return next((v for s in (link, arm, default) if (v := getattr(s, key)) is not None), fallback)
+
+    method = first("method", "lora")
+    settings = {key: first(key, fallback) for key, fallback in METHODS[method].items()}
+    if "rank" in settings:
+        # An alpha belongs to the rank beside which it stands: a link with a rank of its own does not take over an
+        # alpha from further out, or a step-down in rank would silently be a step-up in scale. A multiple is safe.
+        near = [s.alpha for s in (link, arm, default)]
+        own = next((s.alpha for s in (link, arm, default) if s.alpha or s.rank), None)
+        alpha = own or next((alpha for alpha in near if isinstance(alpha, str)), "2r")
+        settings["alpha"] = float(alpha[:-1]) * settings["rank"] if isinstance(alpha, str) else alpha
+    if settings.get("init") == "gradient":
+        settings["init_batches"] = settings["init_batches"] or 8
+    lengths = {"steps": link.steps, "epochs": link.epochs, "learning_rate": link.learning_rate}
+    return OneLink(method="lora" if method == "qlora" else method, **settings, **lengths)

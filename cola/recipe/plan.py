@@ -1,0 +1,272 @@
+"""From a recipe to what will be done: each arm's links, their steps and the exact learning rate of each step.
+
+Pure arithmetic: no torch, no files, no network. Steps are optimizer steps.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from cola.errors import RecipeError
+from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.bounds import MOST_STEPS
+from cola.recipe.recipe import Recipe
+from cola.recipe.schema import Search, Training
+
+Choice: TypeAlias = tuple[tuple[str, Any], ...]  # searched keys and the values tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One link of an arm, ready to be trained.
+
+    Attributes:
+        what: What is trained, every setting explicit.
+        knot: The rules at the joint before it; None for the first link.
+        first_step: Steps of the run before this link.
+        learning_rates: The learning rate of each of the link's optimizer steps.
+        seed: Seed of its weights' first draw and of its dropout.
+    """
+
+    what: OneLink
+    knot: KnotRules | None
+    first_step: int
+    learning_rates: tuple[float, ...]
+    seed: int
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the run once this link is tuned."""
+        return self.first_step + len(self.learning_rates)
+
+    @property
+    def method(self) -> str:
+        """`lora`, `full`, `adapter`, `prefix`, `p_tuning` or `prompt_tuning`."""
+        assert self.what.method is not None
+        return self.what.method
+
+
+def derived_seed(*causes: object) -> int:
+    """A seed below 2**48 (exact in JSON everywhere) that depends on all causes and nothing else."""
+    digest = hashlib.sha256(repr(causes).encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def budget_steps(training: Training, n_train: int) -> int:
+    """Optimizer steps of the budget; an epoch's last batch may be smaller and is a step of its own."""
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
+    return max(1, round(training.epochs * steps_per_epoch(training, n_train)))
+
+
+def steps_per_epoch(training: Training, n_train: int) -> int:
+    """Optimizer steps that one pass over the training rows takes."""
+    return math.ceil(n_train / training.batch_size)
+
+
+def plan_arm(
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    n_train: int,
+    choice: Choice = (),
+    total: int | None = None,
+) -> list[Link]:
+    """The links of one arm and seed.
+
+    Args:
+        recipe: The resolved recipe.
+        arm: Name of the arm.
+        seed: One of the recipe's seeds.
+        n_train: Training examples.
+        choice: Values chosen by a search; without any, the first that it tries.
+        total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
+
+    Raises:
+        RecipeError: the links' own lengths do not add up to the run's steps, there are more steps than a run may have,
+            or a link has no learning rate above 0.
+    """
+    recipe = recipe.with_choice(arm, dict(choice) or next(iter(recipe.choices_of(arm)), {}))
+    training, rules = recipe.training, recipe.knot_of(arm)
+    settings = recipe.links_of(arm)
+    if not settings:
+        return []
+    lengths = _share(recipe, arm, settings, n_train, total or budget_steps(training, n_train))
+    if sum(lengths) > MOST_STEPS:  # before there is a number for each
+        raise RecipeError(
+            f"arms.{arm}: {sum(lengths)} optimizer steps; {MOST_STEPS} are the most: lower training.epochs or "
+            "training.steps, raise training.batch_size, or take fewer links"
+        )
+    peak = _number(recipe.learning_rate_of(arm))
+    assert peak is not None
+    scopes = [sum(lengths)] if rules.schedule == "run" else lengths
+    warmups = [(scopes[0], training.warmup_steps, "training")]
+    warmups += [(length, rules.warmup_steps or 0, f"arms.{arm}.knot") for length in lengths[1:]]
+    for scope, warmup, section in warmups:
+        if warmup >= scope:
+            raise RecipeError(
+                f"{section}.warmup_steps: {warmup:g} of {scope} steps leave none for the rest of the schedule"
+            )
+    whole = schedule(training, sum(lengths))
+    links, first = [], 0
+    for number, (link, length) in enumerate(zip(settings, lengths, strict=True)):
+        if rules.schedule == "link":
+            shape = schedule(training, length, rules.warmup_steps if number else None)
+        else:
+            shape = whole[first : first + length]
+            rewarm = _warmup(rules.warmup_steps or 0, length) if number else 0
+            if rewarm:
+                shape = [factor * min(1.0, step / rewarm) for step, factor in enumerate(shape)]
+        links.append(
+            Link(
+                what=link.model_copy(update={"steps": None, "epochs": None, "learning_rate": None}),
+                knot=rules if number else None,
+                first_step=first,
+                learning_rates=tuple((_number(link.learning_rate) or peak) * factor for factor in shape),
+                # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
+                seed=derived_seed("link", seed, number),
+            )
+        )
+        first += length
+    for number, link in enumerate(links, 1):
+        if not any(link.learning_rates):  # the first step of a warm-up has none
+            raise RecipeError(
+                f"arms.{arm}.links: link {number} has one step, the first of a warm-up, whose learning rate is 0, so "
+                "it would learn nothing; give it more steps, or leave out the warm-up"
+            )
+    return links
+
+
+def _number(rate: float | Search | None) -> float | None:
+    assert not isinstance(rate, Search), "the search was replaced by one of its values"
+    return rate
+
+
+def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int, total: int) -> list[int]:
+    own = own_lengths(recipe, arm, n_train)
+    if recipe.training.protocol == "grow":
+        return [steps or total for steps in own]
+    free = [i for i, steps in enumerate(own) if steps is None]
+    left = total - sum(steps or 0 for steps in own)
+    if len(free) == len(links) and total < len(links):
+        raise RecipeError(
+            f"arms.{arm}.links: {len(links)} links need {len(links)} steps or more and the run has {total}; raise "
+            "training.epochs or training.steps, or lower training.batch_size"
+        )
+    if left < len(free) or (not free and left != 0):
+        raise RecipeError(
+            f"arms.{arm}.links: the links' own lengths take {total - left} of the run's {total} steps"
+            + (f", which leaves too few for the other {len(free)}" if free else "; they must add up")
+        )
+    for place, i in enumerate(free):
+        own[i] = (place + 1) * left // len(free) - place * left // len(free)
+    return [steps for steps in own if steps is not None]
+
+
+def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
+    """Optimizer steps of an arm's links, as far as they say them themselves."""
+    per_epoch = steps_per_epoch(recipe.training, n_train)
+    links = recipe.links_of(arm)
+    return [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
+
+
+def _warmup(warmup_steps: float, scope: int) -> int:
+    """Steps of a warm-up; a fraction leaves one step at least for what comes after it."""
+    return min(round(warmup_steps * scope), scope - 1) if warmup_steps < 1 else int(warmup_steps)
+
+
+def schedule(training: Training, n_steps: int, warmup_steps: float | None = None) -> list[float]:
+    """Factors of the peak learning rate for the steps of a scope.
+
+    The formulas are those of transformers' `get_linear_schedule_with_warmup` and its siblings, so the first
+    step of a warm-up has learning rate 0. `warmup_steps`: default training.warmup_steps.
+    """
+    warmup = _warmup(training.warmup_steps if warmup_steps is None else warmup_steps, n_steps)
+    rising, rest = [step / warmup for step in range(min(warmup, n_steps))], n_steps - warmup
+    match training.schedule:
+        case "constant":
+            return rising + [1.0] * rest
+        case "linear":
+            return rising + [1.0 - step / rest for step in range(rest)]
+        case "cosine":
+            return rising + [0.5 * (1.0 + math.cos(math.pi * (step / rest))) for step in range(rest)]
+
+
+def evaluation_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[int]:
+    """Steps after which validation is looked at, the last step always among them."""
+    if not links:
+        return [0]
+    total = links[-1].last_step
+    match recipe.evaluation.every:
+        case "never":
+            points = []
+        case "link":
+            points = [link.last_step for link in links]
+        case "epoch":
+            points = list(range(0, total, steps_per_epoch(recipe.training, n_train)))[1:]
+        case steps:
+            points = list(range(steps, total, steps))
+    return sorted({*points, total})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training from the base weights: an arm, a seed, and the values of what is searched."""
+
+    arm: str
+    seed: int
+    choice: Choice = ()
+    trial: bool = False
+
+    @property
+    def label(self) -> str:
+        """The job in words."""
+        return f"{self.arm} seed {self.seed}" + (f" {choice_text(self.choice)}" if self.trial else "")
+
+
+def choice_of(values: Mapping[str, Any]) -> Choice:
+    """Searched values in a form that can be a key."""
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in values.items())
+
+
+def choice_text(choice: Choice) -> str:
+    """Searched values in words: `learning_rate=0.0006 rank=8`."""
+    return " ".join(f"{k}={'+'.join(v) if isinstance(v, tuple) else repr(v).strip(chr(39))}" for k, v in choice)
+
+
+def trials_of(recipe: Recipe, arm: str, seed: int) -> list[Job]:
+    """The trainings that choose the searched values of an arm under a scored seed; none where nothing is searched.
+
+    All seeds have the same trials, unless each chooses for itself: by trials under it, whose steps it then shares.
+    """
+    if (search := recipe.search_of(arm)) is None:
+        return []
+    seeds = [seed] if search.per == "seed" else recipe.search_seeds(arm)
+    choices = map(choice_of, recipe.choices_of(arm))
+    return [Job(arm=arm, seed=one, choice=choice, trial=True) for choice in choices for one in seeds]
+
+
+def candidates_of(recipe: Recipe) -> list[Job]:
+    """Everything that may be trained: the trials, and each arm and seed at every choice of its search."""
+    found = []
+    for job in jobs_of(recipe):
+        choices = [] if job.trial else recipe.choices_of(job.arm)
+        found += [replace(job, choice=choice_of(choice)) for choice in choices] or [job]
+    return found
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """Everything to be trained, in order: the trials that all seeds share, then one seed of all arms at a time, each
+    after the trials of its own if it has any, so that the weights of no more trials than one seed's are kept.
+
+    The arm that `ft_gap` measures against comes first in each seed, so that the others' distance is known at once.
+    """
+    arms = sorted(recipe.arms, key=lambda arm: arm != recipe.full_arm)
+    jobs: dict[Job, None] = {}
+    for seed in recipe.seeds:
+        jobs |= dict.fromkeys(job for arm in arms for job in trials_of(recipe, arm, seed))
+        jobs |= dict.fromkeys(Job(arm=arm, seed=seed) for arm in arms)
+    return list(jobs)

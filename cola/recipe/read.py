@@ -1,0 +1,165 @@
+"""One YAML file, plus dotted overrides, read once into a frozen, fully resolved `Recipe`.
+
+Unknown keys are errors that name the file, the line and the key that was probably meant.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cola.errors import RecipeError, listed, plain, quoted
+from cola.recipe.arms import METHODS, Arm
+from cola.recipe.faults import explain, near_files
+from cola.recipe.recipe import Recipe
+from cola.recipe.write import resolved_values
+from cola.recipe.yaml12 import (
+    DEEPEST,
+    MOST_BYTES,
+    Mark,
+    Marks,
+    RecipeDumper,
+    RecipeLoader,
+    is_dotted,
+    is_unicode,
+    parse_yaml,
+)
+
+# YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (`wandb: off`, `choices: {yes: .., no: ..}`),
+# 12:30 for a number in base 60, a date for a date, and 1e-4, as every learning rate is written, for text. These are
+# the scalars of YAML 1.2's core schema.
+for _class in (RecipeLoader, RecipeDumper):
+    for _tag, _pattern, _first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("merge", r"<<", ["<"]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?[0-9]{1,300}", list("-+0123456789")),  # longer ones are no numbers to Python's int either
+        (
+            "float",
+            r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+            list("-+0123456789."),
+        ),
+    ):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override, validate and resolve a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings, the value in YAML; `arms.NAME=null` removes an arm, and naming
+            a data source replaces the recipe's.
+
+    Raises:
+        RecipeError: names file, line and key, one line for each fault.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe{near_files(path)}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: cannot be read: it is no UTF-8 text at byte {error.start}") from None
+    if len(text) > MOST_BYTES:
+        raise RecipeError(f"{path}: a recipe has {MOST_BYTES} characters at most; is this one?")
+    raw, marks = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
+    for override in overrides or []:
+        _override(raw, override, marks)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(explain(error, raw, str(path), marks))) from None
+    for override in overrides or []:
+        _refuse_idle_override(recipe, override.partition("=")[0])
+    return resolved_values(recipe, base=path.parent)
+
+
+def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
+    """An override for all arms that every arm says otherwise (as in a resolved recipe) would be passed over."""
+    section, _, key = dotted.partition(".")
+    if section != "link" and dotted != "training.learning_rate":
+        return
+    trained = {name: arm for name, arm in recipe.arms.items() if arm.n_links}
+    if key not in ("method", "learning_rate"):
+        takes = {name: METHODS[recipe.links_of(name)[0].method or "lora"] for name in trained}
+        trained = {name: arm for name, arm in trained.items() if key in takes[name]}
+
+    def says(arm: Arm) -> bool:
+        own = arm.links if isinstance(arm.links, list) else []
+        if getattr(arm, key) is not None or key in (arm.search or {}):
+            return True
+        return bool(own) and all(getattr(link, key) is not None for link in own)
+
+    nearer = section == "training" and recipe.link.learning_rate is not None
+    if trained and (nearer or all(says(arm) for arm in trained.values())):
+        name = next(iter(trained))
+        raise RecipeError(
+            f"override {quoted(dotted)} has no effect, since every arm says its own; write arms.{name}.{key}=..."
+        )
+
+
+def _override(raw: dict, override: str, marks: Marks) -> None:
+    dotted, equals, text = override.partition("=")
+    shown = f"override {quoted(dotted)}"
+    if not equals or not dotted:
+        raise RecipeError(f"override {quoted(override)}: write dotted.key=value, for example training.epochs=2")
+    keys = dotted.split(".")
+    if not is_unicode(override) or len(keys) > DEEPEST:
+        why = f"more than {DEEPEST} keys below each other" if len(keys) > DEEPEST else "it is no UTF-8 text"
+        raise RecipeError(f"{shown}: {why}")
+    try:
+        value, told = parse_yaml(text, shown, tuple(keys)) if text.strip() else (None, {})
+    except RecipeError as error:
+        # The shell takes one pair of quotes away.
+        hint = f"; text with braces or colons is quoted for YAML too: \"{plain(dotted)}='...'\""
+        raise RecipeError(f"{error}{hint if 'not valid YAML' in str(error) else ''}") from None
+    node: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        below = f"{shown}: {is_dotted(tuple(keys[: depth + 1]))} has no keys below it"
+        if isinstance(node, list):
+            node = node[_index(node, key, shown)]
+            if not isinstance(node, dict | list):
+                raise RecipeError(below)
+            continue
+        # A mapping's shorthand gives way to the mapping: files=a.jsonl, then files.test=b.jsonl.
+        shorthand = {"hub": "name", "reasoning_gym": "name", "files": "train"}.get(key)
+        if isinstance(node.get(key), str) and shorthand:
+            node[key] = {shorthand: node[key]}
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict | list):
+            raise RecipeError(below)
+        node = node[key]
+    last = keys[-1]
+    if isinstance(node, list):
+        node[_index(node, last, shown)] = value
+    elif keys[:-1] == ["arms"] and value is None:
+        if last not in node:
+            raise RecipeError(f"override {quoted(override)}: there is no such arm; the arms are {listed(node)}")
+        del node[last]
+    else:
+        node[last] = value
+    sources = ("hub", "files", "reasoning_gym")
+    if len(keys) > 1 and keys[0] == "data" and keys[1] in sources and value is not None:
+        for other in sources:
+            if other != keys[1]:
+                raw["data"].pop(other, None)
+    if last in ("steps", "epochs") and value is not None and isinstance(node, dict):
+        node.pop("epochs" if last == "steps" else "steps", None)
+    for path in [path for path in marks if path[: len(keys)] == tuple(keys)]:
+        del marks[path]  # what the file says there is no longer what counts
+    marks |= {path: Mark(0, mark.text) for path, mark in told.items()}
+    marks.setdefault(tuple(keys), Mark(0))
+
+
+def _index(node: list, key: str, shown: str) -> int:
+    if re.fullmatch(r"[0-9]{1,6}", key) and int(key) < len(node):
+        return int(key)
+    raise RecipeError(f"{shown}: {plain(key)} is no place in a list of {len(node)}; they count from 0")

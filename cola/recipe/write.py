@@ -1,0 +1,125 @@
+"""A recipe written out: resolved, with every value that a run goes by."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from cola.recipe.arms import Arm, LinkSettings
+from cola.recipe.bounds import SAMPLE, is_remote
+from cola.recipe.data_section import Files
+from cola.recipe.recipe import Recipe
+from cola.recipe.schema import Search
+from cola.recipe.yaml12 import RecipeDumper
+
+
+def resolved_values(recipe: Recipe, base: Path) -> Recipe:
+    """Every default that depends on another key made explicit, and relative paths made absolute."""
+    data = recipe.data
+    update: dict[str, Any] = {}
+    if data.answer_prefix is None and data.task != "text":
+        update["answer_prefix"] = "" if data.chat or (data.prompt or "")[-1:].isspace() else " "
+    if data.label_is is None and (isinstance(data.choices, dict) or data.choice_labels is not None):
+        update["label_is"] = "name"
+    if data.normalize is None and data.task == "answer":
+        update["normalize"] = ["whitespace"]
+    if data.too_long is None:
+        update["too_long"] = "split" if data.task == "text" else "drop"
+    if data.files is not None:
+        train = find_path(data.files.train, base)
+        update["files"] = Files(
+            train=train,
+            validation=find_path(data.files.validation, base) if data.files.validation else train,
+            test=find_path(data.files.test, base) if data.files.test else train,
+        )
+    evaluation, general = recipe.evaluation, recipe.evaluation.general_text
+    if general not in (None, SAMPLE):
+        evaluation = evaluation.model_copy(update={"general_text": find_path(general, base)})
+    name = recipe.model.name_or_path
+    model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
+    # Without an arm's own rules, what holds at every knot.
+    rules = recipe.model_copy(update={"arms": {"all": Arm()}}).knot_of("all")
+    knot = recipe.knot.model_copy(update=rules.model_dump(include={"merge", "pair", "merge_fraction", "schedule"}))
+    knot = knot.model_copy(update={"optimizer": rules.optimizer})
+    training = recipe.training
+    if isinstance(rate := training.learning_rate, Search):
+        training = training.model_copy(update={"learning_rate": _with_seeds(rate, [recipe.unscored_seed])})
+    arms = {}
+    for arm, settings in recipe.arms.items():
+        links = recipe.links_of(arm)
+        seeds, searches = recipe.search_seeds(arm), recipe.searches_of(arm)
+        searched = {key: _with_seeds(search, seeds) for key, search in searches.items()}
+        explicit: dict[str, Any] = {}
+        # What is searched has no value yet, nor has what follows from it.
+        open_keys = {*searched} | ({"alpha"} if "rank" in searched else set())
+        open_keys |= {"init_batches"} if "init" in searched else set()
+        if links and isinstance(settings.links, int):
+            said = links[0].model_dump(exclude={"steps", "epochs", "learning_rate", *open_keys})
+            explicit = {key: value for key, value in said.items() if key in LinkSettings.model_fields}
+        elif isinstance(settings.links, list):
+            own = zip(links, settings.links, strict=True)
+            links = [one.model_copy(update={key: getattr(mine, key, None) for key in open_keys}) for one, mine in own]
+        if "rank" in searched and "alpha" not in searched:
+            # Written beside the rank that is still to be chosen, or as a multiple of any.
+            common = recipe.link.alpha
+            explicit["alpha"] = settings.alpha or (common if isinstance(common, str) else None)
+        if links:
+            explicit["search"] = searched or None
+            explicit["learning_rate"] = None if "learning_rate" in searched else recipe.learning_rate_of(arm)
+            explicit["quantization"] = recipe.base_of(arm)[1] or settings.quantization
+        n_links = settings.links if isinstance(settings.links, int) else links
+        arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
+    # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
+    parts = {"data": data.model_copy(update=update), "model": model, "knot": knot, "training": training}
+    parts |= {"arms": arms, "link": LinkSettings(), "evaluation": evaluation}
+    return recipe.model_copy(update=parts)
+
+
+def _with_seeds(search: Search, seeds: list[int]) -> Search:
+    """A search whose trials' seeds are explicit, unless each scored seed is its own trials'."""
+    return search if search.per == "seed" or search.seeds else search.model_copy(update={"seeds": seeds})
+
+
+def find_path(name: str, base: Path) -> str:
+    """An existing path as absolute, looked for from the working directory, then beside the recipe.
+
+    A link keeps its own name: what it leads to, in a hub's cache, may have no suffix that says how to read it.
+    """
+    path = Path(name).expanduser()
+    for candidate in (path, base / path):
+        if candidate.exists():
+            return str(candidate.parent.resolve() / candidate.name)
+    return str(path.absolute())
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
+    # A null that has no other default says nothing; one that overrides a default (max_grad_norm) must stay.
+    tree = _without_idle_nulls(recipe.model_dump(mode="json"), recipe)
+    for arm in tree["arms"].values():
+        arm |= arm.pop("search", {})  # each in the place of the value, where an override replaces it
+    return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _without_idle_nulls(tree: dict[str, Any], section: BaseModel) -> dict[str, Any]:
+    kept = {}
+    for key, value in tree.items():
+        own = getattr(section, key, None)
+        field = type(section).model_fields.get(key)
+        if isinstance(own, BaseModel):
+            value = _without_idle_nulls(value, own)
+            if not value:
+                continue  # a section that holds defaults only, such as `link` once it is written out into the arms
+        elif isinstance(own, dict):
+            value = {
+                k: _without_idle_nulls(v, own[k]) if isinstance(own[k], BaseModel) else v for k, v in value.items()
+            }
+        elif isinstance(own, list):
+            value = [
+                _without_idle_nulls(v, o) if isinstance(o, BaseModel) else v for v, o in zip(value, own, strict=True)
+            ]
+        elif value is None and field is not None and field.default is None:
+            continue
+        kept[key] = value
+    return kept

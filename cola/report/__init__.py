@@ -1,0 +1,1 @@
+"""Numbers shown: tables, figures, pages, trackers. Computes no statistics, and never imports torch."""

@@ -1,0 +1,288 @@
+"""The charts of a run: curves, gaps, train against test, contrasts and cost; None where there is nothing to draw."""
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cola.report.drawing import (
+    GREY,
+    INK,
+    MANY,
+    Look,
+    arm_legend,
+    clipped,
+    gap_of,
+    label_points,
+    log_scale,
+    looks,
+    metric_of,
+    new_figure,
+    panels_of,
+    scored_arms,
+    seed_values,
+    settle,
+    spread_out,
+)
+
+Curves = dict[str, list[list[dict[str, Any]]]]  # the metric rows of each arm's seeds
+ROLES = {
+    "primary": "primary, named beforehand",
+    "secondary": "secondary",
+    "later": "not named before: no claim",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of an arm against the optimizer step: means over seeds, and the validation loss of each seed."""
+
+    train: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    seeds: list[list[tuple[int, float]]]
+    knots: list[int]
+
+
+def curve_of(seeds: list[list[dict[str, Any]]]) -> Curve:
+    """What the metric rows of an arm's seeds say of its losses."""
+    # The last knot ends the run; the marks show where a chain was tied and went on.
+    knots = sorted({row["step"] for rows in seeds for row in rows if row["kind"] == "knot"})[:-1]
+    each = [_mean_by_step([rows], "validation") for rows in seeds]
+    return Curve(_mean_by_step(seeds, "step"), _mean_by_step(seeds, "validation"), each, knots)
+
+
+def _mean_by_step(seeds: list[list[dict[str, Any]]], kind: str) -> list[tuple[int, float]]:
+    at: dict[int, list[float]] = defaultdict(list)
+    for rows in seeds:
+        for row in rows:
+            if row["kind"] == kind:
+                at[row["step"]].append(row["loss"])
+    return [(step, sum(losses) / len(losses)) for step, losses in sorted(at.items())]
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Mean over the tenth of the curve before each point: batches of few rows, alike in length, are noisy. Of a long
+    curve some 200 points are kept."""
+    width = max(1, len(points) // 10)
+    sums = np.concatenate([[0.0], np.cumsum([loss for _, loss in points])])
+    kept = sorted({*range(0, len(points), max(1, len(points) // 200)), len(points) - 1})
+    return [(points[i][0], float(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width)) for i in kept]
+
+
+def _draw_curve(axes: Axes, curve: Curve, look: Look) -> None:
+    if curve.train:
+        axes.plot(*zip(*_smooth(curve.train), strict=True), color=look.colour, alpha=0.5, linewidth=0.9)
+    if len(curve.seeds) > 1:
+        for points in filter(None, curve.seeds):
+            axes.plot(*zip(*points, strict=True), color=look.colour, alpha=0.35, linewidth=0.6)
+    if curve.validation:  # an arm may have ended before its first evaluation point
+        steps, losses = zip(*curve.validation, strict=True)
+        every = max(1, len(steps) // 12)
+        axes.plot(
+            steps,
+            losses,
+            color=look.colour,
+            linewidth=1.8,
+            linestyle=look.dash,
+            marker=look.marker,
+            ms=4,
+            markevery=every,
+        )
+        heights = np.interp(curve.knots, steps, losses)
+        axes.plot(curve.knots, heights, linestyle="", marker="o", ms=7.5, mfc="none", mec=INK, mew=1.1, zorder=4)
+
+
+def curves_figure(summary: dict[str, Any], curves: Curves) -> Figure | None:
+    """Train and validation loss against the optimizer step: one chart of few arms, a panel each of many."""
+    found = {name: curve_of(seeds) for name, seeds in curves.items() if name in summary["arms"]}
+    found = {name: curve for name, curve in found.items() if curve.train or curve.validation}
+    if not found:
+        return None
+    look = looks(summary["arms"])
+    kinds = [
+        {"color": INK, "linewidth": 1.8, "marker": "o", "ms": 4, "label": "validation"},
+        {"color": INK, "linewidth": 0.9, "alpha": 0.5, "label": "train, smoothed"},
+    ]
+    if any(curve.knots for curve in found.values()):
+        kinds.append({"linestyle": "", "marker": "o", "ms": 7.5, "mfc": "none", "mec": INK, "label": "knot"})
+    if len(found) <= MANY:
+        figure = new_figure(4.2)
+        axes = figure.subplots()
+        for name, curve in found.items():
+            _draw_curve(axes, curve, look[name])
+        log_scale(axes)
+        axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
+        axes.grid(alpha=0.15)
+        ends = {name: (curve.validation or _smooth(curve.train))[-1] for name, curve in found.items()}
+        last = max(step for step, _ in ends.values())
+        shown = clipped(ends)
+        texts = {
+            name: axes.annotate(
+                shown[name],
+                (last, loss),
+                (9, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+                annotation_clip=False,
+            )
+            for name, (_, loss) in ends.items()
+        }
+        figure.legend(handles=[axes.plot([], [], **kind)[0] for kind in kinds], loc="outside lower center", ncols=3)
+        settle(figure)
+        scale = figure.dpi / 72
+        heights = [axes.transData.transform(end)[1] for end in ends.values()]
+        for (name, text), height, place in zip(texts.items(), heights, spread_out(heights, 12 * scale), strict=True):
+            text.set_position((16, (place - height) / scale))
+            step, loss = ends[name]
+            x = axes.transData.transform((last, loss))[0]
+            tip = axes.transData.inverted().transform((x + 14 * scale, place))
+            axes.plot([step, tip[0]], [loss, tip[1]], color=look[name].colour, linewidth=0.8, clip_on=False)
+        return figure
+    figure, panels = panels_of(len(found), (1.8, 1.5), 4, sharex=True, sharey=True)
+    shown = clipped(found, 22)
+    beside = [(name, dash) for name, dash in (("lora", (0, (4, 1.5))), ("full", (0, (1, 1)))) if name in found]
+    for axes, (name, curve) in zip(panels, found.items(), strict=True):
+        for other, dash in beside:
+            if found[other].validation:
+                axes.plot(*zip(*found[other].validation, strict=True), color=GREY, linewidth=1.2, linestyle=dash)
+        _draw_curve(axes, curve, Look(look[name].colour, "o", "-"))
+        axes.set_title(shown[name], fontsize=8)
+        axes.grid(alpha=0.15)
+    log_scale(panels[0])
+    panels[0].xaxis.set_major_locator(MaxNLocator(3))
+    for axes in panels[-4:]:
+        axes.set_xlabel("optimizer step")
+    figure.supylabel("loss, nats per target token", fontsize=9)
+    kinds += [
+        {"color": GREY, "linewidth": 1.2, "linestyle": dash, "label": f"validation of {other}"}
+        for other, dash in beside
+    ]
+    handles = [panels[0].plot([], [], **kind)[0] for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return settle(figure)
+
+
+def gaps_figure(summary: dict[str, Any]) -> Figure | None:
+    """Gap and test number against the number of links of the arms that train low-rank pairs."""
+    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.get("knots")}
+    lengths = sorted({arm["links"] for arm in arms.values()})
+    if len(lengths) < 2:
+        return None
+    look = {name: look for name, look in looks(summary["arms"]).items() if name in arms}
+    (gap, formula), (key, metric) = gap_of(summary), metric_of(summary)
+    # Arms of one length stand side by side, no farther apart than half way to the next length.
+    step = min(later - earlier for earlier, later in itertools.pairwise(lengths))
+    most = max(sum(arm["links"] == length for arm in arms.values()) for length in lengths)
+    at = {}
+    for length in lengths:
+        mine = [name for name, arm in arms.items() if arm["links"] == length]
+        for number, name in enumerate(mine):
+            at[name] = length + (number - (len(mine) - 1) / 2) * min(0.16, 0.8 / most) * step
+    figure = new_figure(3.4)
+    panels = figure.subplots(1, 2)
+    for axes, (what, label) in zip(panels, ((gap, formula), (f"test_{key}", f"test {metric}")), strict=True):
+        for name, arm in arms.items():
+            seeds = seed_values(arm, what)
+            axes.plot(
+                [at[name]] * len(seeds), seeds, look[name].marker, color=look[name].colour, ms=3, alpha=0.45, mew=0
+            )
+            axes.plot(at[name], arm[what]["mean"], look[name].marker, color=look[name].colour, ms=7, mec=INK, mew=0.6)
+        axes.set(xlabel="links", ylabel=label)
+        axes.set_xticks(lengths)
+        axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
+        axes.margins(y=0.12)
+        axes.grid(alpha=0.15)
+    panels[0].axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+    if len(arms) > MANY:
+        arm_legend(figure, look)
+        return settle(figure)
+    settle(figure)
+    for axes, what in zip(panels, (gap, f"test_{key}"), strict=True):
+        dots = [(at[name], value) for name, arm in arms.items() for value in seed_values(arm, what)]
+        label_points(axes, {name: (at[name], arm[what]["mean"]) for name, arm in arms.items()}, dots)
+    return figure
+
+
+def train_test_figure(summary: dict[str, Any]) -> Figure | None:
+    """Train against test: few arms on two axes, where the diagonal is no gap; many in rows, joined by their gap."""
+    arms = scored_arms(summary)
+    if not arms:
+        return None
+    key, metric = metric_of(summary)
+    look = looks(summary["arms"])
+    train, test = f"train_{key}", f"test_{key}"
+    if len(arms) > MANY:
+        return _train_test_rows(arms, look, key, metric)
+    figure = new_figure(4.4, 4.8)
+    axes = figure.subplots()
+    dots = []
+    for name, arm in arms.items():
+        pairs = list(zip(seed_values(arm, train), seed_values(arm, test), strict=True))
+        dots += pairs
+        axes.plot(
+            [x for x, _ in pairs],
+            [y for _, y in pairs],
+            look[name].marker,
+            color=look[name].colour,
+            ms=3,
+            alpha=0.45,
+            mew=0,
+        )
+        axes.plot(
+            arm[train]["mean"], arm[test]["mean"], look[name].marker, color=look[name].colour, ms=8, mec=INK, mew=0.6
+        )
+    means = {name: (arm[train]["mean"], arm[test]["mean"]) for name, arm in arms.items()}
+    values = [value for pair in [*means.values(), *dots] for value in pair]
+    room = 0.07 * (max(values) - min(values) or 0.1)
+    limits = (min(values) - room, max(values) + room)
+    axes.plot(limits, limits, color=INK, alpha=0.5, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.set(xlabel=f"train {metric}", ylabel=f"test {metric}", xlim=limits, ylim=limits)
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.15)
+    settle(figure)
+    corner = limits[0] + 0.95 * (limits[1] - limits[0])
+    axes.annotate(
+        "no gap",
+        (corner, corner),
+        (-3, 3),
+        textcoords="offset points",
+        rotation=45,
+        rotation_mode="anchor",
+        ha="right",
+        fontsize=8,
+    )
+    along = [(value, value) for value in np.linspace(*limits, 60)]
+    label_points(axes, means, [*dots, *along])
+    return figure
+
+
+def _train_test_rows(arms: dict[str, dict[str, Any]], look: dict[str, Look], key: str, metric: str) -> Figure:
+    figure = new_figure(0.23 * len(arms) + 1.1)
+    axes = figure.subplots()
+    ordered = sorted(arms, key=lambda name: arms[name][f"test_{key}"]["mean"], reverse=key == "loss")
+    for row, name in enumerate(ordered):
+        arm, colour = arms[name], look[name].colour
+        means = [arm[f"{split}_{key}"]["mean"] for split in ("train", "test")]
+        axes.plot(means, [row, row], color=colour, linewidth=2, alpha=0.5, zorder=2)
+        for split, mean, face, marker in zip(("train", "test"), means, ("none", colour), ("o", "s"), strict=True):
+            seeds = seed_values(arm, f"{split}_{key}")
+            axes.plot(seeds, [row] * len(seeds), marker, ms=2.5, color=colour, mfc=face, alpha=0.6, mew=0.6, zorder=1)
+            axes.plot(mean, row, marker, ms=6, mec=colour, mfc=face, mew=1.4, zorder=3)
+    axes.set_yticks(range(len(ordered)), list(clipped(ordered).values()))
+    axes.set_ylim(-0.7, len(ordered) - 0.3)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(metric)
+    axes.grid(alpha=0.15)
+    kinds = [("o", "none", "train"), ("s", INK, "test"), ("", INK, "between them: the gap")]
+    handles = [
+        axes.plot([], [], linestyle="" if marker else "-", marker=marker, mec=INK, mfc=face, color=INK, label=label)[0]
+        for marker, face, label in kinds
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return settle(figure)

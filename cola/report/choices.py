@@ -1,0 +1,129 @@
+"""The figure of what a search tried and chose."""
+
+import math
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from cola.report.drawing import INK, WIDE, Look, clipped, looks, new_figure, settle
+from cola.report.numbers import choice_share, value_text
+
+
+def choices_figure(summary: dict[str, Any]) -> Figure | None:
+    """Validation loss and score against what each arm's search tried: a line through the means, a dot for each seed."""
+    searches = {arm: search for arm, search in summary["trials"].items() if arm in summary["arms"]}
+    if not searches:
+        return None
+    look = looks(summary["arms"])
+    kinds = [("loss", "loss")]
+    kinds += [] if summary["metric"] == "perplexity" else [("score", summary["metric"])]
+    columns = min(4, len(searches))
+    blocks = math.ceil(len(searches) / columns)
+    figure = new_figure(blocks * (1.5 * len(kinds) + 0.8) + 0.6, {1: 4.4, 2: 5.6}.get(columns, WIDE))
+    grid = figure.subplots(blocks * len(kinds), columns, squeeze=False)
+    shown = clipped(searches, 20)
+    for number, (arm, search) in enumerate(searches.items()):
+        row, column = divmod(number, columns)
+        panels = grid[row * len(kinds) : (row + 1) * len(kinds), column]
+        panels[0].set_title(f"{shown[arm]}\n{_share_text(search)}", fontsize=8)
+        for axes, (key, label) in zip(panels, kinds, strict=True):
+            _draw_choices(axes, search, key, look[arm])
+            if column == 0:
+                axes.set_ylabel(f"{label} (decides)" if key == search["select_by"] else label, fontsize=8)
+            axes.tick_params(labelsize=7.5)
+        panels[-1].set_xlabel(", ".join(searched_keys(search)).replace("_", " "), fontsize=8)
+        for axes in panels[:-1]:
+            axes.tick_params(labelbottom=False)
+    for number in range(len(searches), blocks * columns):
+        row, column = divmod(number, columns)
+        for axes in grid[row * len(kinds) : (row + 1) * len(kinds), column]:
+            axes.set_visible(False)
+    marks = [
+        {"marker": "o", "ms": 5, "label": "mean over the trials' seeds"},
+        {"linestyle": "", "marker": "o", "ms": 3, "alpha": 0.45, "mew": 0, "label": "a seed"},
+        {"linestyle": "", "marker": "o", "ms": 10, "mfc": "none", "mew": 1.2, "label": "chosen"},
+    ]
+    if any(_left_out(search, key) for search in searches.values() for key, _ in kinds):
+        marks.append({"linestyle": "", "marker": "x", "ms": 5, "label": "far worse, or failed"})
+    handles = [grid[0, 0].plot([], [], color=INK, **mark)[0] for mark in marks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if columns < 3 else len(handles))
+    return settle(figure)
+
+
+def searched_keys(search: dict[str, Any]) -> list[str]:
+    """The keys that a search of summary.json is over."""
+    return list(search["choices"][0]["trials"][0]["values"])
+
+
+def _share_text(search: dict[str, Any]) -> str:
+    """In how many resampled trials the choice is the same."""
+    share = choice_share(search)
+    return "not resampled" if share is None else f"{share:.0%} of resamples"
+
+
+def _tried(search: dict[str, Any], key: str) -> tuple[list[float | None], list[list[tuple[int, float]]]]:
+    """Of each value that was tried, the mean over all seeds, None where it failed or diverged; and the seeds' own."""
+    means: list[float | None] = []
+    dots: list[list[tuple[int, float]]] = []
+    for number in range(len(search["choices"][0]["trials"])):
+        rows = [choice["trials"][number] for choice in search["choices"]]
+        each = [(one["seed"], one[key]) for row in rows for one in row["each"] if one[key] is not None]
+        finite = all(math.isfinite(one["loss"]) for row in rows for one in row["each"])
+        whole = bool(each) and finite and not any(row["failed"] for row in rows)
+        means.append(sum(value for _, value in each) / len(each) if whole else None)
+        dots.append(each if whole else [])
+    return means, dots
+
+
+def _left_out(search: dict[str, Any], key: str) -> list[int]:
+    """The values without a mean, or with one so far off that the others could not be told apart beside it."""
+    means, _ = _tried(search, key)
+    known = sorted((mean for mean in means if mean is not None), reverse=key == "score")
+    if not known:
+        return list(range(len(means)))
+    room = 8 * abs(known[len(known) // 2] - known[0])
+    far = [mean is None or (len(known) > 2 and 0 < room < abs(mean - known[0])) for mean in means]
+    return [number for number, out in enumerate(far) if out]
+
+
+def _draw_choices(axes: Axes, search: dict[str, Any], key: str, look: Look) -> None:
+    means, dots = _tried(search, key)
+    axes.margins(x=0.1, y=0.12)
+    at, ticks, by_number = _places(search)
+    out = _left_out(search, key)
+    if by_number and min(at) > 0 and max(at) > 4 * min(at):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    points = sorted((at[n], mean) for n, mean in enumerate(means) if mean is not None and n not in out)
+    line = "-" if by_number else ""
+    axes.plot([x for x, _ in points], [y for _, y in points], look.marker, ls=line, lw=1.5, ms=5, color=look.colour)
+    if any(len(each) > 1 for each in dots):
+        pairs = [(at[n], value) for n, each in enumerate(dots) if n not in out for _, value in each]
+        axes.plot([x for x, _ in pairs], [y for _, y in pairs], "o", color=look.colour, ms=3, alpha=0.45, mew=0)
+    for choice in search["choices"]:
+        n = choice["chosen"]
+        own = dict(dots[n]).get(choice["seed"], means[n])
+        if n not in out and own is not None:
+            axes.plot(at[n], own, "o", ms=10 if choice["seed"] is None else 7, mfc="none", mec=INK, mew=1.2, zorder=4)
+    axes.set_xticks(at, ticks)
+    if out:
+        worst = axes.get_ylim()[key == "loss"]
+        axes.plot([at[n] for n in out], [worst] * len(out), "x", color=INK, ms=5, clip_on=False, zorder=5)
+    if sum(map(len, ticks)) > 16:
+        axes.tick_params(axis="x", rotation=55)
+        for text in axes.get_xticklabels():
+            text.set(ha="right", rotation_mode="anchor")
+    axes.grid(alpha=0.15)
+
+
+def _places(search: dict[str, Any]) -> tuple[list[float], list[str], bool]:
+    """Where each value stands, what is written below it, and whether that is at its number: where one key has numbers.
+    Any other values stand side by side."""
+    tried = [list(trial["values"].values()) for trial in search["choices"][0]["trials"]]
+    if all(len(values) == 1 and type(values[0]) in (int, float) for values in tried):
+        numbers = [float(values[0]) for values in tried]
+        return numbers, [f"{number:g}" for number in numbers], True
+    texts = [", ".join(value_text(value) for value in values) for values in tried]
+    return [float(n) for n in range(len(tried))], list(clipped(texts, 16).values()), False

@@ -1,0 +1,286 @@
+"""What the figures share: their style, the look of an arm, labels that cover nothing, and their files.
+
+Arms differ in colour, marker and dash, so that a print in grey and any colour vision can tell them apart.
+"""
+
+import hashlib
+import io
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from fontTools import subset
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from cola.files import write_bytes
+
+# Okabe & Ito without black and yellow: told apart with any colour vision, and readable on white and on black.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "p"]  # 7 × 8: the first 56 arms differ in the pair of both
+DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1))]
+GREY = "#7F868E"  # of what is there for comparison; readable on white and on black
+INK = "#010203"  # drawn with, then replaced by the page's own text colour
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cola",  # the same results give the same file
+    "pdf.fonttype": 42,  # whole fonts inside, which journals ask for
+    "text.parse_math": False,  # a name with dollar signs is a name
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+}
+MANY = 8  # arms; with more of them names stand in panels, rows or a legend, not at the points
+# Latin, Greek, signs, arrows and operators.
+LETTERS = frozenset([ord("\n"), *range(0x20, 0x250), *range(0x370, 0x400), *range(0x2000, 0x2300)])
+WIDE = 7.2  # inches: a page of two columns
+
+
+def svg(figure: Figure, prefix: str) -> str:
+    """A figure as an SVG element for a page: lines and text in the page's colour, ids that begin with the prefix.
+
+    It is as wide as it was drawn, or as narrow as its place is; the page's styles join and end its lines.
+    """
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", _svg(figure), count=1, flags=re.DOTALL)  # for all `*`
+    text = re.sub(r'<g id="[^"]+">', "<g>", text)  # named for an editor
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)  # two figures may hold the same marker
+    width = 72 * figure.get_figwidth()
+    root = f'<svg aria-hidden="true" focusable="false" style="max-width: {width:g}pt"'
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    return text.replace("<svg", root, 1).replace(INK, "currentColor")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure for a paper: .svg, .pdf (fonts inside) or .png, dark on a transparent ground, the same bytes each
+    time."""
+    if path.suffix == ".svg":
+        write_bytes(path, _svg(figure).replace(INK, "#000000").encode())
+        return
+    buffer = io.BytesIO()
+    style, metadata = STYLE, {}
+    if path.suffix == ".pdf":
+        if LETTERS.issuperset(ord(letter) for text in figure.findobj(Text) for letter in text.get_text()):
+            style = {**STYLE, "font.sans-serif": [*_lean_fonts(), *mpl.rcParams["font.sans-serif"]]}
+        metadata = {"CreationDate": None, "Producer": None, "Creator": None}
+    with mpl.rc_context(style):
+        figure.savefig(buffer, format=path.suffix[1:], transparent=True, metadata=metadata, dpi=200)
+    write_bytes(path, buffer.getvalue())
+
+
+@lru_cache(maxsize=1)
+def _lean_fonts() -> list[str]:
+    """The family, if any, of the fonts in use with no more than the letters above and without tables of typesetting;
+    they are made once, and kept in matplotlib's cache.
+
+    For each PDF matplotlib reads whole fonts and cuts them down to the letters in use, which was half of the time of a
+    page.
+    """
+    for weight in ("normal", "bold"):
+        whole = Path(findfont(FontProperties(family="sans-serif", weight=weight)))
+        if whole.suffix != ".ttf":
+            return []
+        lean = Path(mpl.get_cachedir()) / "cola" / f"{hashlib.sha256(whole.read_bytes()).hexdigest()}.ttf"
+        if not lean.exists():
+            options = subset.Options(legacy_kern=True, recommended_glyphs=True)
+            options.drop_tables += ["FFTM", "GDEF", "GPOS", "GSUB", "MATH"]
+            cut, buffer = subset.Subsetter(options), io.BytesIO()
+            cut.populate(unicodes=LETTERS)
+            with subset.load_font(whole, options) as font:
+                cut.subset(font)
+                font.save(buffer)
+            write_bytes(lean, buffer.getvalue())
+        fontManager.ttflist.append(FontEntry(str(lean), name="cola", weight=weight, size="scalable"))
+    return ["cola"]
+
+
+@lru_cache(maxsize=16)  # the page and the file of a figure are one drawing
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # names a drawing program and three web sites
+    return text[text.index("<svg") :]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn, in every figure of a run alike."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """A look of its own for each arm."""
+    cycles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(DASHES), strict=False)
+    return {name: Look(*look) for name, look in zip(names, cycles, strict=False)}
+
+
+def clipped(names: Iterable[str], most: int = 24) -> dict[str, str]:
+    """Names that fit a label: long ones without their middle, but no two alike."""
+    names = list(dict.fromkeys(names))
+    while True:
+        short = {n: n if len(n) <= most else f"{n[: most // 2]}…{n[-(most - most // 2 - 1) :]}" for n in names}
+        if len(set(short.values())) == len(names):
+            return short
+        most += 2
+
+
+def scored_arms(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arms that have numbers."""
+    return {name: arm for name, arm in summary["arms"].items() if arm["n_seeds"]}
+
+
+def metric_of(summary: dict[str, Any]) -> tuple[str, str]:
+    """Key and name of what the arms are judged by: plain text has a loss and no score."""
+    return ("loss", "loss, nats per token") if summary["metric"] == "perplexity" else ("score", summary["metric"])
+
+
+def gap_of(summary: dict[str, Any]) -> tuple[str, str]:
+    """Key and formula of the gap that belongs to it."""
+    if summary["metric"] == "perplexity":
+        return "gap_loss", "gap_loss = test − train"
+    return "gap_acc", "gap_acc = train − test"
+
+
+def new_figure(height: float, width: float = WIDE) -> Figure:
+    """An empty figure, in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def settle(figure: Figure) -> Figure:
+    """Fix the layout, which else each of several files would compute again, and the ground on which labels are laid."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # "none" would leave a stand-in, for which each file draws once more
+    return figure
+
+
+def panels_of(n: int, panel: tuple[float, float], columns: int, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels in rows of at most `columns`."""
+    columns = min(n, columns)
+    rows = math.ceil(n / columns)
+    figure = new_figure(rows * panel[1] + 0.5, max(columns * panel[0], 3.4))
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
+    for left_over in axes[n:]:
+        left_over.set_visible(False)
+    for number in range(max(0, n - columns), n):  # the lowest panel of each column, which may have none below it
+        axes[number].tick_params(labelbottom=True)
+    return figure, axes[:n]
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic scale whose ticks are plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def seed_values(arm: dict[str, Any], key: str) -> list[float]:
+    """One number for each seed, where there are several."""
+    found = [seed[key] for seed in arm.get("seeds", ()) if seed.get(key) is not None]
+    return found if len(found) > 1 else []
+
+
+def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Sequence[tuple[float, float]]) -> None:
+    """Write each name beside its point, over no other name or point; a thin line leads to one that had to move away.
+
+    Args:
+        axes: Of a figure whose layout is fixed.
+        points: Where each name belongs, in data coordinates.
+        dots: Other places to be left free.
+    """
+    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
+    inside = axes.bbox
+    where = {name: axes.transData.transform(point) for name, point in points.items()}
+    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in where.values()]
+    taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in map(axes.transData.transform, dots)]
+    angles = [0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240]
+    shown = clipped(points)
+    for name, (x, y) in where.items():
+        text = axes.annotate(shown[name], points[name], (0, 0), textcoords="offset points", fontsize=8.5, zorder=6)
+        size = text.get_window_extent()
+        best, least = (7.0, 0), math.inf
+        for radius, angle in itertools.product((7, 13, 22, 34, 48, 64, 84), angles):
+            box = _beside(x, y, size.width, size.height, radius * scale, angle)
+            out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+            # Far is bad, covering is worse, and out of the axes a name may be cut off.
+            cost = 1e6 * out + sum(_covered(box, other) for other in taken) + radius / 1000
+            if cost < least:
+                best, least = (radius, angle), cost
+            if cost < 1:
+                break
+        box = _beside(x, y, size.width, size.height, best[0] * scale, best[1])
+        taken.append(box)
+        # The box of a text begins below its own place by the depth of its font.
+        text.set_position(((box.x0 - x) / scale, (box.y0 - y - (size.y0 - y)) / scale))
+        if best[0] > 13:
+            near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+            to = axes.transData.inverted().transform(near)
+            axes.plot([points[name][0], to[0]], [points[name][1], to[1]], color=GREY, linewidth=0.6, zorder=1)
+
+
+def _beside(x: float, y: float, width: float, height: float, radius: float, angle: float) -> Bbox:
+    """A box of this size whose nearest edge is a radius away from a point, in a direction of so many degrees."""
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    middle = x + cos * (radius + width / 2), y + sin * (radius + height / 2)
+    return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+
+
+def _covered(one: Bbox, other: Bbox) -> float:
+    """Area that two boxes share."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def spread_out(wanted: Sequence[float], distance: float) -> list[float]:
+    """Places as near to the wanted ones as they can be when no two are nearer to each other than the distance."""
+    groups: list[list[int]] = []  # of neighbours that touch, lowest first
+    centres: list[float] = []
+    for index in sorted(range(len(wanted)), key=wanted.__getitem__):
+        groups.append([index])
+        centres.append(wanted[index])
+        while len(groups) > 1 and centres[-1] - centres[-2] < distance * (len(groups[-1]) + len(groups[-2])) / 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
+            centres[-2:] = [sum(wanted[i] for i in groups[-1]) / len(groups[-1])]
+    places = [0.0] * len(wanted)
+    for group, centre in zip(groups, centres, strict=True):
+        for number, index in enumerate(group):
+            places[index] = centre + (number - (len(group) - 1) / 2) * distance
+    return places
+
+
+def arm_legend(figure: Figure, shown: Mapping[str, Look]) -> None:
+    """Marker, colour and name of every arm, below the panels, for which the figure grows."""
+    names = clipped(shown)
+    axes = figure.axes[0]
+    handles = [axes.plot([], [], look.marker, color=look.colour, label=names[n])[0] for n, look in shown.items()]
+    columns = max(1, int(figure.get_figwidth() / (0.45 + 0.075 * max(map(len, names.values())))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(handles) / columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), handletextpad=0.2)

@@ -1,0 +1,119 @@
+"""Figures of a run and of an ablation, drawn from numbers that are ready.
+
+Drawn by charts.py, choices.py, forest.py, costs.py and heatmaps.py; `svg` and `save` of drawing.py make parts of a page
+and files for a paper of them.
+"""
+
+import itertools
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cola.compare.ablation import mean_of, short
+from cola.report.charts import Curves, curves_figure, gaps_figure, train_test_figure
+from cola.report.choices import choices_figure
+from cola.report.costs import cost_figure
+from cola.report.drawing import STYLE, Look, clipped, gap_of, looks, new_figure, settle
+from cola.report.forest import contrasts_forest
+from cola.report.heatmaps import knots_figure, overlap_figure, spectra_figure
+
+NAMES = ["train-test", "contrasts", "curves", "choices", "gaps", "cost", "knots", "spectra", "overlap"]
+
+
+def figures_of(summary: dict[str, Any], curves: Curves) -> dict[str, Figure]:
+    """Every figure that a run has data for, by name, in the order in which a page shows them.
+
+    Args:
+        summary: What summary.json holds.
+        curves: The rows of metrics.jsonl of every arm that trained, one list per seed.
+    """
+    with mpl.rc_context(STYLE):
+        drawn = {
+            "train-test": train_test_figure(summary),
+            "contrasts": contrasts_forest(summary),
+            "curves": curves_figure(summary, curves),
+            "choices": choices_figure(summary),
+            "gaps": gaps_figure(summary),
+            "cost": cost_figure(summary),
+            "knots": knots_figure(summary),
+            "spectra": spectra_figure(summary),
+            "overlap": overlap_figure(summary),
+        }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def contrasts_figure(summary: dict[str, Any]) -> Figure | None:
+    """The forest plot alone, of several runs; None where there is no contrast."""
+    with mpl.rc_context(STYLE):
+        return contrasts_forest(summary)
+
+
+def ablation_figure(summary: dict[str, Any]) -> Figure:
+    """Score, gap and cost against the ablated value: a line through the means, a dot for each seed.
+
+    An arm that the keys are not about is a level line.
+    """
+    scored = summary["metric"] != "perplexity"
+    panels = [
+        ("test_score", f"test {summary['metric']}") if scored else ("test_loss", "test loss, nats per token"),
+        gap_of(summary),
+        ("total_seconds", "cost, seconds"),
+    ]
+    points = [point["values"] for point in summary["points"]]
+    at = _positions(points)
+    names = list(dict.fromkeys(row["arm"] for row in summary["rows"]))
+    settings = [", ".join(values.values()) for values in points]
+    ticks = [clipped(settings, 16)[setting] for setting in settings]
+    with mpl.rc_context(STYLE):
+        figure = new_figure(3.3, 9)
+        for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+            for name, look in looks(names).items():
+                _panel(
+                    axes, [row for row in summary["rows"] if row["arm"] == name and row["seeds"]], points, at, key, look
+                )
+            axes.set(xlabel=", ".join(map(short, summary["keys"])), ylabel=label)
+            axes.set_xticks(at, ticks)
+            if sum(map(len, ticks)) > 22:
+                axes.tick_params(axis="x", rotation=40)
+                for text in axes.get_xticklabels():
+                    text.set(ha="right", rotation_mode="anchor")
+            axes.grid(alpha=0.15)
+            axes.margins(x=0.08)
+            if key == "total_seconds":
+                axes.set_ylim(bottom=0)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        ncols = min(len(labels), max(1, int(9 / (0.6 + 0.075 * max(map(len, labels))))))
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
+        return settle(figure)
+
+
+def _panel(
+    axes: Axes, rows: list[dict[str, Any]], points: list[dict[str, str]], at: list[float], key: str, look: Look
+) -> None:
+    """One arm in one panel; its rows are of one name."""
+    name = clipped(row["arm"] for row in rows).get(rows[0]["arm"]) if rows else None
+    for row in rows:
+        if row["values"] is None:
+            level = mean_of(row["seeds"], key)
+            axes.axhline(level, color=look.colour, linestyle=look.dash, linewidth=1.4, label=name)
+    moving = [(at[points.index(row["values"])], row["seeds"]) for row in rows if row["values"] is not None]
+    if moving:
+        means = [mean_of(seeds, key) for _, seeds in moving]
+        axes.plot([x for x, _ in moving], means, color=look.colour, lw=1.8, marker=look.marker, ms=6, label=name)
+    dots = [(x, seed[key]) for x, seeds in moving for seed in seeds if len(seeds) > 1]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], look.marker, color=look.colour, ms=3, alpha=0.5, mew=0)
+
+
+def _positions(points: list[dict[str, str]]) -> list[float]:
+    """Where each point stands: at its number, where one key has numbers that do not crowd, else side by side."""
+    if len(points[0]) == 1:
+        try:
+            at = [float(value) for values in points for value in values.values()]
+        except ValueError:
+            at = []
+        apart = [later - earlier for earlier, later in itertools.pairwise(sorted(at))]
+        if apart and min(apart) > 0.05 * sum(apart):
+            return at
+    return [float(number) for number in range(len(points))]

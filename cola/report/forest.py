@@ -1,0 +1,106 @@
+"""The figure of contrasts: every interval beside its zero."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from cola.report.charts import ROLES
+from cola.report.drawing import COLOURS, INK, clipped, new_figure, settle
+
+
+def contrasts_forest(summary: dict[str, Any]) -> Figure | None:
+    """A forest plot: each difference with its interval, what could have been found, and whether it carries a claim."""
+    contrasts = [contrast for contrast in summary.get("contrasts") or () if contrast["value"] is not None]
+    if not contrasts:
+        return None
+    metrics = list(dict.fromkeys(contrast["metric"] for contrast in contrasts))
+    lines = len(contrasts) + 2 * len({(c["metric"], c["role"]) for c in contrasts})
+    figure = new_figure(0.24 * lines + 1.2 * len(metrics))
+    heights = [sum(c["metric"] == metric for c in contrasts) + 2 for metric in metrics]
+    panels = figure.subplots(len(metrics), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _forest(axes, [contrast for contrast in contrasts if contrast["metric"] == metric])
+        name = summary["metric"] if metric == "score" else "−loss, nats per token"
+        axes.set_xlabel(f"difference in test {name}; right of the line the first is the better one")
+    axes = panels[0]
+    handles = [
+        axes.plot([], [], "o-", color=INK, ms=6, label="claim")[0],
+        axes.plot([], [], "o-", color=INK, ms=6, mfc="none", label="no claim")[0],
+    ]
+    if any(contrast.get("minimum_detectable") is not None for contrast in contrasts):
+        handles.append(axes.fill_between([], [], [], color=INK, alpha=0.09, linewidth=0, label="too small to be found"))  # type: ignore[arg-type]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return settle(figure)
+
+
+def _forest(axes: Axes, contrasts: list[dict[str, Any]]) -> None:
+    place, ticks, headings = 0.0, [], []
+    shown = clipped([contrast[key] for contrast in contrasts for key in ("first", "second")], 20)
+    for role, heading in ROLES.items():
+        mine = [contrast for contrast in contrasts if contrast["role"] == role]
+        if not mine:
+            continue
+        ticks.append((place, heading))
+        headings.append(heading)
+        for contrast in mine:
+            place -= 1
+            ticks.append((place, f"{shown[contrast['first']]} − {shown[contrast['second']]}"))
+            _forest_row(axes, contrast, place)
+        place -= 1.4
+    ends = [c[key] for c in contrasts for key in ("value", "low", "high") if c[key] is not None] + [0.0]
+    room = 0.08 * (max(ends) - min(ends)) or 0.1
+    axes.set_xlim(min(ends) - room, max(ends) + room)
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks])
+    axes.set_ylim(place + 0.8, 0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", alpha=0.15)
+    for text in axes.get_yticklabels():
+        if text.get_text() in headings:
+            text.set_fontweight("bold")
+
+
+def _forest_row(axes: Axes, contrast: dict[str, Any], y: float) -> None:
+    value, low, high, claim = contrast["value"], contrast["low"], contrast["high"], contrast["claim"]
+    colour = COLOURS[0 if value > 0 else 1] if claim else INK
+    marker, size = ("D", 8) if contrast["role"] == "primary" else ("o", 6)
+    detectable = contrast.get("minimum_detectable")
+    if detectable is not None:
+        axes.add_patch(Rectangle((-detectable, y - 0.42), 2 * detectable, 0.84, color=INK, alpha=0.09, linewidth=0))
+    if low is not None:
+        axes.plot([low, high], [y, y], color=colour, linewidth=2.2 if claim else 1.3, solid_capstyle="butt")
+    axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
+    interval = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
+    axes.annotate(
+        interval.replace("-", "−"),
+        (1, y),
+        (8, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        weight="bold" if claim else "normal",
+    )
+    axes.annotate(
+        p_text(contrast),
+        (1, y),
+        (140, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        weight="bold" if claim else "normal",
+    )
+
+
+def p_text(contrast: dict[str, Any]) -> str:
+    """The p that a contrast is judged by: the primary one's own, of the others Holm's."""
+    holm = contrast.get("p_holm") if contrast["role"] != "primary" else None
+    number = contrast.get("p") if holm is None else holm
+    if number is None:
+        return "no p"
+    text = "p < .001" if number < 0.001 else f"p = {number:.3f}".replace("0.", ".", 1)
+    return text + (" (Holm)" if holm is not None else "")

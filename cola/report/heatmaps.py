@@ -1,0 +1,237 @@
+"""What each link added and what is in common, as heat maps whose cells have their numbers in them, and the spectra."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from cola.report.drawing import COLOURS, GREY, INK, MANY, WIDE, clipped, log_scale, looks, new_figure, panels_of, settle
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat map whose cells have their numbers in them.
+
+    Attributes:
+        title: Of the panel.
+        columns, rows: Names.
+        texts: What stands in each cell, by row and column; None leaves it empty.
+        shades: How dark each cell is, 0 to 1.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[str]
+    texts: list[list[str | None]]
+    shades: list[list[float]]
+
+
+def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
+    # Rectangles of the colour in front of whatever ground there is: readable on white and on black, and not an image.
+    for (row, line), column in itertools.product(enumerate(heat.texts), range(len(heat.columns))):
+        text = line[column]
+        if text is None:
+            continue
+        alpha = 0.06 + 0.54 * min(1.0, max(0.0, heat.shades[row][column]))
+        axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=alpha, linewidth=0))
+        axes.text(column, row, text, ha="center", va="center_baseline", fontsize=7)
+    axes.set_xlim(-0.55, len(heat.columns) - 0.45)
+    axes.set_ylim(len(heat.rows) - 0.45, -0.55)
+    axes.set_xticks(range(len(heat.columns)), heat.columns)
+    axes.set_yticks(range(len(heat.rows)), heat.rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(heat.title)
+
+
+def knots_figure(summary: dict[str, Any]) -> Figure | None:
+    """The knot ledger as heat maps: what each link of each arm added, and how much of it the weights then held."""
+    arms = {name: arm["knots"] for name, arm in summary["arms"].items() if arm.get("knots")}
+    if not arms:
+        return None
+    n_links = max(knot["link"] for knots in arms.values() for knot in knots)
+    columns = [str(link) for link in range(1, n_links + 1)]
+    kinds = [
+        ("relative_size_median", "size ‖ΔW‖/‖W‖", _percent, False),
+        ("error_max", "error of what is applied", _scientific, True),
+        ("cosine_min", "1 − cosine", _scientific, True),
+    ]
+    shown = list(clipped(arms).values())
+    panels = []
+    for key, title, written, logarithmic in kinds:
+        numbers: dict[tuple[str, int], float] = {}
+        for name, knots in arms.items():
+            for knot in knots:
+                if knot.get(key) is not None:
+                    value = max(0.0, 1 - knot[key]) if key == "cosine_min" else knot[key]
+                    numbers[name, knot["link"]] = value
+        cells = [[numbers.get((name, link)) for link in range(1, n_links + 1)] for name in arms]
+        panels.append(_heat(title, columns, shown, cells, written, _shade(numbers.values(), logarithmic)))
+    beside = n_links <= 8  # else one below the other: the numbers need room
+    height = 0.22 * len(arms) + 0.75
+    figure = new_figure(
+        height if beside else 3 * height, max(WIDE if beside else 4.0, 1.7 + (3 if beside else 1) * 0.36 * n_links)
+    )
+    axes = figure.subplots(*((1, 3) if beside else (3, 1)), sharey=beside).tolist()
+    for panel, heat in zip(axes, panels, strict=True):
+        _draw_heat(panel, heat)
+        panel.set_xlabel("link")
+    return settle(figure)
+
+
+def _percent(number: float) -> str:
+    return f"{float(f'{100 * number:.2g}'):g}%"  # 120%, where .2g alone writes 1.2e+02
+
+
+def _scientific(number: float) -> str:
+    return "0" if number == 0 else f"{number:.0e}".replace("e-0", "e-").replace("-", "−")
+
+
+def _shade(numbers: Iterable[float], logarithmic: bool) -> Callable[[float], float]:
+    """From a number to how dark its cell is, 0 to 1."""
+    if logarithmic:
+        # From float32's own rounding to all: the same error is as dark in every run.
+        return lambda number: (math.log10(max(number, 1e-8)) + 8) / 8
+    most = max(numbers, default=0.0) or 1.0
+    return lambda number: number / most
+
+
+def _heat(
+    title: str,
+    columns: list[str],
+    rows: list[str],
+    cells: list[list[float | None]],
+    written: Callable[[float], str],
+    shade: Callable[[float], float],
+) -> Heat:
+    texts = [[None if number is None else written(number) for number in row] for row in cells]
+    shades = [[0.0 if number is None else shade(number) for number in row] for row in cells]
+    return Heat(title, columns, rows, texts, shades)
+
+
+def spectra_figure(summary: dict[str, Any]) -> Figure | None:
+    """Singular values by the largest: of each link, of the chain, and of full fine-tuning beside them."""
+    found = {name: about["values"] for name, about in (summary.get("spectra") or {}).items() if about.get("values")}
+    full = next((values["all weights"] for values in found.values() if "all weights" in values), None)
+    own = {name: values for name, values in found.items() if "all weights" not in values} or found
+    if not own:
+        return None
+    size = (1.8, 1.7) if len(own) > 3 else (2.4, 2.2)
+    figure, panels = panels_of(len(own), size, 4, sharex=True, sharey=True)
+    links = list(dict.fromkeys(label for values in own.values() for label in values if label.startswith("link ")))
+    look = looks(links)
+    lines = {name: {"color": look[name].colour, "linestyle": look[name].dash, "linewidth": 1.5} for name in links}
+    lines["chain"] = {"color": INK, "linewidth": 1.8}
+    lines["all weights"] = {"color": GREY, "linewidth": 1.5, "linestyle": (0, (4, 1.5))}
+    names, shown = clipped(own, 22), {}
+    for axes, (name, values) in zip(panels, own.items(), strict=True):
+        if full is not None:
+            values = {**values, "all weights": full}
+        for label, numbers in values.items():
+            if label == "chain" and "link 2" not in values:
+                continue  # a chain of one link is that link
+            positive = [number if number > 0 else math.nan for number in numbers]
+            [line] = axes.plot(range(1, len(positive) + 1), positive, **lines[label])
+            if len(positive) < 10:
+                line.set(marker=".", markersize=4)
+            shown.setdefault({"all weights": "full fine-tuning"}.get(label, label), line)
+        axes.set_title(names[name], fontsize=8)
+        axes.grid(alpha=0.15)
+    log_scale(panels[0])
+    panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-6))
+    panels[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axes in panels[-4:]:
+        axes.set_xlabel("singular value, by size")
+    figure.supylabel("share of the largest", fontsize=9)
+    width = figure.get_figwidth()
+    figure.legend(
+        handles=list(shown.values()), labels=list(shown), loc="outside lower center", ncols=max(1, int(width / 1.3))
+    )
+    return settle(figure)
+
+
+def overlap_figure(summary: dict[str, Any]) -> Figure | None:
+    """How far the links' subspaces are the same, and lie in full fine-tuning's, against what chance would give."""
+    found = {
+        name: about
+        for name, about in (summary.get("spectra") or {}).items()
+        if about.get("overlap") or about.get("with_full")
+    }
+    if not found:
+        return None
+    names = clipped(found)
+    maps = [_overlap_map(names[name], about) for name, about in found.items()]
+    if len(maps) > MANY:
+        return _overlap_rows(names, found)
+    columns = max(len(heat.columns) for heat in maps)
+    width = max(2.2, 0.34 * columns + 0.5)
+    figure, panels = panels_of(
+        len(maps), (width, 0.24 * max(len(heat.rows) for heat in maps) + 0.75), int(WIDE / width) or 1
+    )
+    for axes, heat in zip(panels, maps, strict=True):
+        _draw_heat(axes, heat, COLOURS[2])
+        axes.title.set_fontsize(8)
+        axes.set_aspect(0.7)
+    return settle(figure)
+
+
+def _share(number: float) -> str:
+    return f"{number:.2f}".replace("0.", ".", 1)
+
+
+def _overlap_map(name: str, about: dict[str, Any]) -> Heat:
+    """One arm's links against each other, and each against full fine-tuning in the last column."""
+    links, full = about["overlap"], about["with_full"]
+    rows: list[str] = list(dict.fromkeys([*(links["labels"] if links else []), *(full["labels"] if full else [])]))
+    columns: list[str] = [*(links["labels"] if links else []), *(["full"] if full else [])]
+    cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+    if links:
+        for i, line in enumerate(links["matrix"]):
+            cells[i][: len(line)] = line
+    if full:
+        for label, value in zip(full["labels"], full["values"], strict=True):
+            cells[rows.index(label)][-1] = value
+    known = [(what, part["random"]) for what, part in (("links", links), ("full", full)) if part]
+    chance = [f"{what} {_share(random)}" for what, random in known if random is not None] or ["nothing learned"]
+    heads = [label.removeprefix("link ") for label in columns]
+    sides = [label.removeprefix("link ") for label in rows]
+    return _heat(f"{name}\nby chance: {', '.join(chance)}", heads, sides, cells, _share, float)
+
+
+def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Figure:
+    """Many arms, one row each: every link against the one before it, and against full fine-tuning."""
+    before = {name: about["overlap"] for name, about in found.items() if about["overlap"]}
+    full = {name: about["with_full"] for name, about in found.items() if about["with_full"]}
+    most = max(len(part["labels"]) for part in before.values()) if before else 0
+    labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part["labels"]))
+    labels.sort(key=lambda label: label == "chain")
+    steps: list[list[float | None]] = []
+    shares: list[list[float | None]] = []
+    for name in found:
+        matrix = before[name]["matrix"] if name in before else []
+        steps.append([matrix[k][k + 1] if k + 1 < len(matrix) else None for k in range(most - 1)])
+        of = dict(zip(full[name]["labels"], full[name]["values"], strict=True)) if name in full else {}
+        shares.append([of.get(label) for label in labels])
+    maps: list[Heat] = []
+    pairs, heads = [f"{k}·{k + 1}" for k in range(1, most)], [label.removeprefix("link ") for label in labels]
+    for title, parts, columns, cells in (
+        ("a link and the next", before, pairs, steps),
+        ("in full fine-tuning's", full, heads, shares),
+    ):
+        if not columns:
+            continue
+        chance = sorted({_share(part["random"]) for part in parts.values() if part["random"] is not None})
+        by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
+        maps.append(_heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share, float))
+    n_columns = sum(len(heat.columns) for heat in maps)
+    figure = new_figure(0.22 * len(found) + 0.9, 1.8 + 0.37 * n_columns)
+    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=[len(heat.columns) for heat in maps])
+    for panel, heat in zip(axes.flatten(), maps, strict=True):
+        _draw_heat(panel, heat, COLOURS[2])
+    return settle(figure)

@@ -1,0 +1,267 @@
+"""A run or several -> report.html, an ablation -> ablation.html: self-contained pages, and their figures and tables as
+files for a paper. Computes no statistics.
+
+RUN/report.html            opens without a network; links to the files below
+RUN/figures/NAME.svg .pdf  every figure of the page
+RUN/tables/NAME.csv .tex   every table of the page
+
+The same results give the same bytes.
+"""
+
+import base64
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from cola.compare.ablation import AblationFolder
+from cola.errors import RunFolderError
+from cola.files import write_text
+from cola.report.captions import CAPTIONS, alternative
+from cola.report.charts import curve_of
+from cola.report.drawing import Figure, save, svg
+from cola.report.figures import NAMES, ablation_figure, contrasts_figure, figures_of
+from cola.report.group_report import Comparison
+from cola.report.numbers import NONE, OF_P, states_text
+from cola.report.table import Table, sort_key
+from cola.report.tables import (
+    ablation_notes,
+    ablation_table,
+    arms_table,
+    contrasts_table,
+    knots_table,
+    named_tables,
+    overlap_table,
+    seeds_table,
+    spectra_table,
+    task_tables,
+)
+from cola.report.tracking import comparison_numbers
+from cola.report.verdict import contrast_sentence, verdict
+from cola.tree.records import MetricRow
+from cola.tree.run_folder import RunFolder, place_of, read_jsonl
+
+# Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+# What a page begins with where the recipe names nothing to be judged, or one of the two is missing.
+UNNAMED = "No contrast that was named before the run can be judged by these results: they describe, and claim nothing."
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as a page shows it.
+
+    Attributes:
+        title: Its heading.
+        caption: What there is to see in any such figure.
+        alternative: What this one says, for who does not see it.
+        svg: The drawing.
+    """
+
+    title: str
+    caption: str
+    alternative: str
+    svg: Markup
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write report.html, and its figures and tables as files, from summary.json, the recipe and the arms' metrics;
+    returns the page's path."""
+    summary = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+    damaged: list[str] = []
+    found = read_curves(folder, damaged)
+    curves = {arm: found[arm] for arm in summary["arms"] if arm in found}  # in the recipe's order
+    tables = page_tables(summary, curves)
+    figures = figures_of(summary, curves)
+    _write_files(folder.path, tables, figures)
+    lines = verdict(summary)
+    if all(one["role"] == "later" for one in summary["contrasts"]):
+        lines.insert(0, UNNAMED)
+    page = render(
+        "report.html.j2",
+        name=folder.path.name,
+        summary=summary,
+        headline=lines[0],
+        states=page_states(summary),
+        whole=all(arm["n_seeds"] == len(summary["seeds"]) for arm in summary["arms"].values()),
+        tables=tables,
+        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
+        notes=[*lines[1:], *dict.fromkeys([*summary["notes"], *damaged])],
+        recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        provenance=json.dumps({k: v for k, v in (summary["meta"] or {}).items() if k != "all_packages"}, indent=2),
+    )
+    folder.write_text("report.html", page)
+    return folder.path / "report.html"
+
+
+def write_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Path:
+    """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
+    figures = {"ablation": ablation_figure(summary)} if any(row["n_seeds"] for row in summary["rows"]) else {}
+    tables = {"ablation": ablation_table(summary)}
+    _write_files(folder.path, tables, figures)
+    page = render(
+        "ablation.html.j2",
+        summary=summary,
+        tables=tables,
+        notes=ablation_notes(summary),
+        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
+    )
+    write_text(folder.path / "ablation.html", page)
+    return folder.path / "ablation.html"
+
+
+def write_tasks(path: Path, summary: dict[str, Any]) -> Path:
+    """Write summary.json, report.html and the files of its figure and tables for several runs; returns the page."""
+    averaged = summary["averaged"] and bool(summary["contrasts"])
+    names = [*(["contrasts"] if averaged else []), "arms", *(["tasks"] if summary["contrasts"] else [])]
+    tables = dict(zip(names, task_tables(summary), strict=True))
+    figure = contrasts_figure(summary) if averaged else None
+    figures = {"contrasts": figure} if figure else {}
+    _write_files(path, tables, figures)
+    write_text(path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    said = [contrast_sentence(one, summary["metric"]) for one in summary["contrasts"]] if averaged else [UNNAMED]
+    page = render(
+        "tasks.html.j2",
+        name=path.name,
+        summary=summary,
+        said=said,
+        tables=tables,
+        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
+    )
+    write_text(path / "report.html", page)
+    return path / "report.html"
+
+
+def page_tables(summary: dict[str, Any], curves: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Table]:
+    """Every table of a run's page that has rows, by the name of its files."""
+    named = named_tables(summary)
+    judged = "score" if "score" in named else "loss"  # is in the first table, with the arms' states
+    tables = {
+        "arms": arms_table(summary),
+        **{name: table for name, table in named.items() if name != judged},
+        "contrasts": contrasts_table(summary),
+        "seeds": seeds_table(summary),
+        "curves": curves_table(curves),
+        "knots": knots_table(summary),
+        "spectra": spectra_table(summary),
+        "overlap": overlap_table(summary),
+    }
+    return {name: table for name, table in tables.items() if table.rows}
+
+
+def curves_table(curves: dict[str, list[list[dict[str, Any]]]]) -> Table:
+    """The validation losses of the learning curves, means over seeds."""
+    columns = ["arm", "step", "validation loss", "seeds"]
+    table = Table("Validation loss at each evaluation point, nats per target token", columns, [])
+    for name, seeds in curves.items():
+        curve = curve_of(seeds)
+        for step, loss in curve.validation:
+            n = sum(step in dict(points) for points in curve.seeds)
+            table.rows.append([name, str(step), f"{loss:.4f}", str(n)])
+    return table
+
+
+def page_states(summary: dict[str, Any]) -> list[str]:
+    """What keeps a run from being whole, each in a few words; empty where nothing does."""
+    arms, seeds = summary["arms"], summary["seeds"]
+    states = ["interrupted: not everything was run"] if summary["interrupted"] else []
+    states += [
+        f"{name}: {states_text(arm)}, no numbers" if not arm["n_seeds"] else f"{name}: seeds {states_text(arm)}"
+        for name, arm in arms.items()
+        if arm["n_seeds"] < len(seeds)
+    ]
+    if len(seeds) == 1:
+        states.append("one seed: nothing is said about another")
+    pairs = dict.fromkeys((first, second) for first, second, _ in summary["same_outputs"])
+    return [*states, *[f"same outputs: {first} and {second}" for first, second in pairs]]
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from its template, with its script and the policy that lets nothing else run."""
+    script = files("cola.report").joinpath("templates/page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cola.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["sort_key"] = lambda cell: "" if cell == NONE or (key := sort_key(cell)) is None else f"{key!r}"
+    environment.globals |= {"NONE": NONE, "of_p": OF_P}
+    return environment.get_template(template).render(script=Markup(script), policy=POLICY.format(digest), **values)
+
+
+def _drawn(name: str, figure: Figure, summary: dict[str, Any]) -> Drawn:
+    title, caption = CAPTIONS[name]
+    return Drawn(title, caption, alternative(name, summary), Markup(svg(figure, name)))
+
+
+def _write_files(folder: Path, tables: dict[str, Table], figures: dict[str, Figure]) -> None:
+    for name, table in tables.items():
+        write_text(folder / "tables" / f"{name}.csv", table.csv())
+        write_text(folder / "tables" / f"{name}.tex", table.latex(name))
+    for name, figure in figures.items():
+        save(figure, folder / "figures" / f"{name}.svg")
+        save(figure, folder / "figures" / f"{name}.pdf")
+    for name in set(NAMES) - set(figures):  # what earlier results had data for
+        for suffix in ("svg", "pdf"):
+            (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def read_curves(folder: RunFolder, damaged: list[str]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The metric rows of every arm that trained, one list per seed; what is wrong with a file is added to `damaged`."""
+    curves: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    for result in folder.results(damaged):
+        info = result["run_info"]
+        try:
+            rows = read_jsonl(folder.path / "arms" / place_of(result) / "metrics.jsonl", MetricRow)
+        except RunFolderError as error:
+            damaged.append(str(error))
+            continue
+        if rows:
+            curves[info["arm"]].append(rows)
+    return dict(curves)
+
+
+FILES = ("report.html", "recipe.yaml", "figures", "tables")  # of a page, where they are there
+
+
+def comparison_of(folder: RunFolder, summary: dict[str, Any]) -> Comparison:
+    """What W&B is sent of a run whose page is written."""
+    # Where the store and the run lie on this machine says who works on it.
+    told = {key: value for key, value in summary.items() if key not in ("store", "wandb")}
+    return Comparison(
+        numbers=comparison_numbers(summary),
+        lines=verdict(summary),
+        tables=page_tables(summary, read_curves(folder, [])),
+        figures=_written_figures(folder.path),
+        files={**_files(folder.path, FILES), "summary.json": json.dumps(told, indent=1) + "\n"},
+    )
+
+
+def _written_figures(folder: Path) -> dict[str, str]:
+    """The page's figures as SVG, by name."""
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("figures/*.svg"))}
+
+
+def comparison_of_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Comparison:
+    """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
+    them says anything."""
+    return Comparison(
+        numbers={"verdict": "\n".join(ablation_notes(summary))},
+        lines=ablation_notes(summary),
+        tables={"ablation": ablation_table(summary)},
+        figures=_written_figures(folder.path),
+        files=_files(folder.path, ("ablation.html", "ablation.json", "figures", "tables")),
+        lines_by=None,
+    )
+
+
+def _files(folder: Path, names: tuple[str, ...]) -> dict[str, str | Path]:
+    return {name: folder / name for name in names if (folder / name).exists()}

@@ -1,0 +1,155 @@
+"""What the user sees while a run goes on: live bars on a terminal, plain lines otherwise."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cola.report.numbers import duration
+
+LINE_EVERY_SECONDS = 10.0
+
+
+def longest_word(cells: Iterable[str]) -> int:
+    """The width of the longest word of some cells; a number is a word."""
+    return max((cell_len(word) for cell in cells for word in cell.split()), default=1)
+
+
+def fitting(columns: list[tuple[str, ...]], room: int) -> list[int]:
+    """Widths that make columns (head, then cells) fit into `room`.
+
+    The widest shrinks first, as far as its words allow; then words of heads are cut, then numbers, and row names last.
+    """
+    widths = [max(map(cell_len, column)) for column in columns]
+    floors = [
+        [longest_word(column) for column in columns],
+        [longest_word(column[1:]) for column in columns],
+        [min(longest_word(columns[0]), 16)] + [1] * (len(columns) - 1),
+    ]
+    for floor in floors:
+        while sum(widths) > room:
+            spare = [width if width > least else 0 for width, least in zip(widths, floor, strict=True)]
+            if not any(spare):
+                break
+            widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+@dataclass
+class Terminal:
+    """Prints to a console. Text of the user's (names, messages) is never read as markup."""
+
+    console: Console = field(default_factory=lambda: Console(highlight=False, stderr=False, soft_wrap=True))
+
+    def say(self, text: str = "") -> None:
+        self.console.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table, as wide as it needs to be where the output is no terminal; a narrow terminal wraps its cells."""
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        for number, column in enumerate(columns):
+            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+
+        natural = Measurement.get(self.console, self.console.options.update(max_width=sys.maxsize), table).maximum
+        if self.console.is_terminal:
+            cells = list(zip(columns, *rows, strict=True))
+            lines = natural - sum(fitting(cells, sys.maxsize))
+            for column, width in zip(table.columns, fitting(cells, self.console.width - lines), strict=True):
+                column.width = width
+        else:
+            self.console.width = max(self.console.width, natural)
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, total_steps: int) -> Iterator["RunProgress"]:
+        """Shows the steps of a whole run and of the job at hand."""
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        with bars:
+            yield RunProgress(self, bars, bars.add_task("all arms", total=total_steps, state=""))
+
+
+@dataclass
+class RunProgress:
+    """Progress of a run; `job` begins an arm, `step` and `stage` tell where it is."""
+
+    terminal: Terminal
+    bars: Progress
+    whole: TaskID
+    label: str = ""
+    task: TaskID | None = None
+    total: int = 0
+    done: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    last_line: float = field(default_factory=monotonic)
+
+    def job(self, label: str, total_steps: int) -> None:
+        """Begin an arm (or a trial) of so many steps."""
+        self.close()
+        self.label, self.total, self.done = label, total_steps, 0
+        self.tokens, self.seconds, self.last_line = 0, 0.0, monotonic()
+        self.task = self.bars.add_task(escape(label), total=max(total_steps, 1), state="looking in the store")
+
+    def stage(self, text: str) -> None:
+        """What is going on besides training."""
+        if self.task is not None:
+            self.bars.update(self.task, state=text)
+        self._line(text)
+
+    def step(self, link: str, loss: float, tokens: int, seconds: float) -> None:
+        """One optimizer step is done."""
+        self.done += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        rate = self.tokens / max(self.seconds, 1e-9)
+        state = f"{link} loss {loss:.3f} {rate:.0f} tok/s"
+        if self.task is not None:
+            self.bars.update(self.task, completed=self.done, state=state)
+        self.bars.advance(self.whole)
+        if monotonic() - self.last_line >= LINE_EVERY_SECONDS:
+            left = self.seconds / self.done * (self.total - self.done)
+            self._line(f"step {self.done}/{self.total} {state}, {duration(left)} of training left")
+
+    def skip(self, steps: int) -> None:
+        """Steps that will not be made: an arm failed, or its result is there already."""
+        self.bars.advance(self.whole, steps)
+
+    def close(self) -> None:
+        """The job is over; its bar goes."""
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+
+    def _line(self, text: str) -> None:
+        if not self.terminal.console.is_terminal:
+            self.terminal.say(f"{self.label}: {text}")
+            self.last_line = monotonic()

@@ -1,0 +1,340 @@
+"""Weights & Biases: one group per run, one W&B run per arm and seed and one for their comparison. The only file that
+imports wandb.
+
+Whatever goes wrong in it costs a warning and the rest of the tracking, never the training. Fixed names, of an arm and
+seed:
+
+    train/loss  train/grad_norm  train/learning_rate  train/tokens_per_second    per optimizer step (`step`)
+    validation/loss  validation/score                                            at evaluation points
+    knot/{relative_size,unchanged,error,cosine}_{median,max,min}  knot/drift_*    at knots
+    final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
+    general/loss  general/forgetting                                             likewise
+
+Of the comparison, in its summary; what a run does not have is not there:
+
+    arm/ARM/{test_score,test_loss,gap_loss,gap_acc,forgetting}    means over seeds
+    arm/ARM/{gap_loss,gap_acc}_{low,high}                         their 95 % intervals
+    arm/ARM/{ft_gap,closed} and each with _low, _high             `closed` may be text: undefined, no gap
+    contrast/FIRST-SECOND/{value,low,high,p,p_holm,p_rows,minimum_detectable,n_seeds,claim}
+    verdict                                                       the sentences that the terminal says
+    table/NAME  figure/NAME                                       what the page shows
+
+Its artifact, of type `report`, holds the page and what it was made from.
+"""
+
+import contextlib
+import json
+import netrc
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cola.files import write_text
+from cola.recipe.schema import Tracking
+from cola.report.numbers import NONE, choice_share
+from cola.report.table import Table
+from cola.report.verdict import verdict
+from cola.tree.run_folder import WANDB_NOTE
+
+if TYPE_CHECKING:
+    pass
+from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
+
+INIT_SECONDS = 60.0
+FINISH_SECONDS = 120.0
+COPIES = "WANDB_DATA_DIR"
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
+
+
+def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
+    """A run's summary.json under W&B's fixed names; what is not known has no name."""
+    found: dict[str, Any] = {}
+    for name, arm in summary["arms"].items():
+        found |= {f"arm/{name}/{key}": arm[key]["mean"] for key in ARM_MEANS if arm.get(key) is not None}
+        for key in ("gap_loss", "gap_acc"):
+            if (ends := arm.get(f"{key}_interval")) is not None:
+                found |= {f"arm/{name}/{key}_{end}": ends[end] for end in ("low", "high")}
+        for key in ("ft_gap", "closed"):
+            number = arm.get(key)
+            if isinstance(number, str):
+                found[f"arm/{name}/{key}"] = number
+            elif number is not None:
+                ends = {"": number["value"], "_low": number["low"], "_high": number["high"]}
+                found |= {f"arm/{name}/{key}{end}": value for end, value in ends.items()}
+    for name, search in summary["trials"].items():
+        found[f"arm/{name}/choice_share"] = choice_share(search)
+    for one in summary["contrasts"]:
+        found |= {f"contrast/{one['first']}-{one['second']}/{key}": one[key] for key in OF_CONTRAST}
+    found["verdict"] = "\n".join(verdict(summary))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def typed_rows(table: Table) -> list[Iterable[Any]]:
+    """A table's rows for W&B, which sorts and draws a column of numbers: one whose every cell is a plain number or a
+    dash holds numbers and None, any other keeps its text. The first column names the rows and stays text."""
+    columns = [list(column) for column in zip(*table.rows, strict=True)]
+    typed = [
+        [None if cell == NONE else float(cell) for cell in column]
+        if number and all(cell == NONE or NUMBER.fullmatch(cell) for cell in column)
+        else column
+        for number, column in enumerate(columns)
+    ]
+    return [list(row) for row in zip(*typed, strict=True)]
+
+
+def has_api_key() -> bool:
+    """Whether W&B would find a key: in WANDB_API_KEY or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def mode_of(settings: Tracking) -> str:
+    """`online`, `offline` or `off`; WANDB_MODE decides where the recipe leaves it to `auto`."""
+    if settings.wandb != "auto":
+        return settings.wandb
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("disabled", "dryrun", "offline", "online"):
+        return {"disabled": "off", "dryrun": "offline"}.get(asked, asked)
+    return "online" if has_api_key() else "offline"
+
+
+def sync_command(folder: Path) -> str | None:
+    """How to upload what a run or an ablation kept offline; None where there is nothing."""
+    places = [place for place in ("wandb/offline-run-*", "points/*/wandb/offline-run-*") if any(folder.glob(place))]
+    return f"wandb sync {' '.join(str(folder / place) for place in places)}" if places else None
+
+
+class Tracker:
+    """Sends one run at a time to W&B; after the first failure it is silent."""
+
+    def __init__(self, settings: Tracking, group: str | None, folder: Path, warn: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.group = group or folder.name
+        self.prefix = f"{folder.name} " if group else ""  # tells the points of an ablation apart
+        self.folder = folder
+        self.warn = warn
+        self.mode = mode_of(settings)
+        self.run: Any = None
+        self.entity: str | None = None  # to whom the last online run belongs
+        self.identity = ""
+        self.note = folder / WANDB_NOTE
+        self.logged = 0  # the last step that was sent
+        self.began = 0  # the last step that was sent before this session
+        self.session = ""  # its folder's name
+        self.waiting: dict[int, dict[str, float]] = {}
+
+    def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
+        """Begin the W&B run of an arm and seed, or go on with the one that its folder names."""
+        if self.mode == "off":
+            return
+        self.note, self.waiting = folder / WANDB_NOTE, {}
+
+        def begin() -> None:
+            self._read_note()
+            self._init(f"{arm}-seed{seed}", arm, config)
+            self.run.define_metric("step")
+            self.run.define_metric("*", step_metric="step")
+
+        self._guard(begin)
+
+    def _init(self, name: str, job_type: str, config: dict[str, Any]) -> None:
+        """Open the W&B run that the note names."""
+        import wandb
+
+        self.run = wandb.init(
+            project=self.settings.project,
+            entity=self.settings.entity,
+            id=self.identity,
+            resume="allow",
+            group=self.group,
+            name=f"{self.prefix}{name}",
+            job_type=job_type,
+            config=config,
+            dir=str(self.folder),
+            mode="online" if self.mode == "online" else "offline",
+            reinit="finish_previous",
+            settings=wandb.Settings(
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,  # a server lost in mid-run must not hold up the next arm
+                silent=True,
+                console="off",
+                x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
+                x_disable_machine_info=True,
+                host="",
+            ),
+        )
+        if self.mode == "online" and self.run.resumed:
+            self.logged = self.run.step - 1  # the server knows what has arrived
+        self.entity = self.run.entity
+        self.began, self.session = self.logged, Path(self.run.settings.sync_dir).name
+        self._write_note(clean=False)
+
+    def compare(self, comparison: Comparison, config: dict[str, Any]) -> bool:
+        """Send what a whole group found, as a W&B run of its own; sent again, it takes the place of what was there.
+
+        Returns:
+            Whether it was sent, or kept for `wandb sync`.
+        """
+        if self.mode == "off":
+            return False
+        self.note = self.folder / WANDB_NOTE
+
+        def send() -> None:
+            import wandb
+
+            self._read_note(anew=True)
+            self._init(COMPARISON, COMPARISON, config)
+            self.logged += 1
+            tables = {
+                f"table/{name}": wandb.Table(columns=[*table.columns], data=typed_rows(table))
+                for name, table in comparison.tables.items()
+            }
+            figures = {
+                f"figure/{name}": wandb.Image(str(figure))
+                if isinstance(figure, Path)
+                else wandb.Html(figure, inject=False, data_is_not_path=True)
+                for name, figure in comparison.figures.items()
+            }
+            self.run.summary.update(comparison.numbers)
+            with self._copies_here():
+                self.run.log({**tables, **figures}, step=self.logged)
+                self.run.log_artifact(self._artifact(comparison.files))
+            self.run.finish()
+            self._write_note(clean=True)
+            self._sweep()
+            self.run = None
+
+        self._guard(send)
+        return self.mode != "off"
+
+    def _artifact(self, files: Mapping[str, str | Path]) -> Any:
+        import wandb
+
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.prefix}{self.group}")[:100]
+        artifact = wandb.Artifact(f"{name}-report", type="report")
+        for name, file in files.items():
+            if isinstance(file, str):
+                with artifact.new_file(name, encoding="utf-8") as opened:
+                    opened.write(file)
+            elif file.is_dir():
+                for path in sorted(file.iterdir()):  # add_dir would say so on the terminal
+                    artifact.add_file(str(path), f"{name}/{path.name}", skip_cache=True)
+            else:
+                artifact.add_file(str(file), name, skip_cache=True)
+        return artifact
+
+    @contextlib.contextmanager
+    def _copies_here(self) -> Iterator[None]:
+        """W&B copies what an artifact holds, and syncs the copies: they belong beside the W&B run in the run folder and
+        not in the user's home. It asks its environment where, and knows no other way to be told."""
+        before = os.environ.get(COPIES)
+        os.environ[COPIES] = str(Path(self.run.settings.sync_dir).absolute() / "copies")
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[COPIES]
+            else:
+                os.environ[COPIES] = before
+
+    def publish(self, comparison: Comparison) -> str | None:
+        """Create a W&B Report of the group that `compare` has sent; returns its address, None where that failed."""
+        found: list[str] = []
+
+        def create() -> None:
+            title = f"{self.prefix}{self.group}"
+            report = group_report(comparison, self.group, title, self.settings.project, self.entity or "")
+            found.append(within(FINISH_SECONDS, lambda: report.save().url))
+
+        self._guard(create)
+        return found[0] if found else None
+
+    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
+        if self.run is None or step <= self.logged:
+            return
+        if any(waiting < step for waiting in self.waiting):
+            self._send()
+        self.waiting.setdefault(step, {}).update({name: v for name, v in metrics.items() if v is not None})
+
+    def _send(self) -> None:
+        """One row of W&B's history for all that is known of a step."""
+        for step, metrics in self.waiting.items():
+            self.logged = step
+            self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
+        self.waiting = {}
+
+    def _read_note(self, anew: bool = False) -> None:
+        """Who this W&B run is, and the last step that is safely there.
+
+        A session that was killed offline has lost what W&B had not written yet, thousands of rows perhaps: its part is
+        thrown away, unless it was uploaded, and its steps are sent again. `anew`: and so is any other's, since this
+        session sends everything.
+        """
+        try:
+            known = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        whole = isinstance(known, dict) and known.keys() >= {"id", "session", "began", "logged", "clean"}
+        if not whole:
+            known = {"id": secrets.token_hex(4), "session": "", "began": 0, "logged": 0, "clean": True}
+        self.identity, self.logged = known["id"], known["logged"]
+        self._sweep()
+        if (anew or not known["clean"]) and self.mode == "offline":
+            part = self.folder / "wandb" / known["session"]
+            if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
+                # Renamed first: W&B's own process outlives a kill by a moment, and may still be writing there.
+                with contextlib.suppress(FileNotFoundError):
+                    part = part.rename(part.with_name(f"killed-{part.name}"))
+                shutil.rmtree(part, ignore_errors=True)
+                self.logged = known["began"]
+
+    def _sweep(self) -> None:
+        """Remove what a session left that was killed before W&B had begun its file: `wandb sync` cannot read it."""
+        for part in self.folder.glob("wandb/offline-run-*"):
+            if not any(part.glob("*.wandb")):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _write_note(self, clean: bool) -> None:
+        known = {"id": self.identity, "session": self.session, "began": self.began, "logged": self.logged}
+        write_text(self.note, json.dumps({**known, "clean": clean}))
+
+    def finish(self, summary: dict[str, Any], status: str = "ok") -> None:
+        """End the W&B run, with its final numbers in the summary; `status` is the result's: ok, failed or interrupted.
+
+        The last step of an interrupted run may have more to come (its validation): it is sent when the run goes on.
+        """
+        if self.run is None:
+            return
+        if status != "interrupted":
+            self._send()
+
+        def end() -> None:
+            self.run.summary.update({name: value for name, value in summary.items() if value is not None})
+            self.run.finish(exit_code=0 if status == "ok" else 1)
+            self._write_note(clean=True)
+            self._sweep()
+
+        self._guard(end)
+        self.run = None
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        # wandb, its service process and the network fail in many ways, and none of them may stop training.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.warn(f"W&B failed and is off for the rest of this run ({reason}); results are in {self.folder}")
+            self.run = None
+            self.mode = "off"

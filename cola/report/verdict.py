@@ -1,0 +1,96 @@
+"""What a comparison found, in a sentence."""
+
+from typing import Any
+
+from cola.compare.scope import scope_sentence
+from cola.compare.statistics import FEWEST_RUNS
+from cola.report.numbers import OF_P, p_value_text, uncertain_text
+
+
+def of_contrasts(summary: dict[str, Any]) -> str:
+    by_loss = any(one["metric"] == "loss" for one in summary["contrasts"])
+    return "−loss, nats per target token" if by_loss else summary["metric"]
+
+
+def contrast_sentence(one: dict[str, Any], metric: str) -> str:
+    """What a contrast allows to be said: never a winner inside its interval, no claim that was not named before."""
+    first, second = one["first"], one["second"]
+    seeds = "1 seed" if one["n_seeds"] == 1 else f"{one['n_seeds']} seeds"
+    if "tasks" in one:
+        seeds = f"{one['n_seeds']} pairs of runs on {len(one['tasks'])} tasks"
+    line = f"{first} − {second} = {one['value']:+.3f} test {'-loss' if one['metric'] == 'loss' else metric} ({seeds})"
+    if one["low"] is None:
+        return f"{line}; these results give it no interval, so nothing is claimed."
+    line += f", 95 % interval [{one['low']:+.3f}, {one['high']:+.3f}]"
+    detectable = f"a difference below {one['minimum_detectable']:.3f} would mostly be missed by this study"
+    if one["low"] <= 0 <= one["high"]:
+        return f"{line}: the two cannot be told apart; {detectable}."
+    better = first if one["value"] > 0 else second
+    if one["role"] == "later":
+        return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
+    corrected = one["p_holm"] is not None
+    p = one["p_holm"] if corrected else one["p"]
+    said = f"{'Holm-corrected ' if corrected else ''}p = {p_value_text(p)}".replace("= <", "<")
+    if one["claim"]:
+        return f"{line}, {said}: {better} is the better one."
+    why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one["n_seeds"] < FEWEST_RUNS else said
+    return f"{line}: {better} does better here, but {seeds} cannot carry a claim about the methods ({why})."
+
+
+def verdict(summary: dict[str, Any]) -> list[str]:
+    """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
+    named = [one for one in summary["contrasts"] if one["role"] != "later"]
+    lines = [contrast_sentence(one, summary["metric"]) for one in sorted(named, key=lambda one: one["role"])]
+    lines += summary["unpaired"]
+    n_seeds = len(summary["seeds"])
+    if n_seeds == 1:
+        lines.append(
+            "One seed: intervals are over test examples only and say nothing about another seed; "
+            "give more seeds for a claim about a method."
+        )
+    else:
+        lines.append(f"± is the standard deviation over {n_seeds} seeds.")
+    lines.append(scope_sentence(summary["intervals"]))
+    if summary["contrasts"]:
+        lines.append(OF_P)
+    rule = (
+        "the last step"
+        if summary["checkpoint"] == "last"
+        else f"the step that was best on validation ({summary['select_by']})"
+    )
+    lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
+    rows = summary.get("rows")
+    if rows:
+        lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
+    for first, second, seed in summary["same_outputs"]:
+        lines.append(
+            f"{first} and {second} give the same test losses to the bit under seed {seed}, though not trained "
+            "alike: what one of them does differently has done nothing, so their comparison says nothing."
+        )
+    steps = sorted({round(arm["steps"]) for arm in summary["arms"].values() if arm.get("steps")})
+    if len(steps) > 1 and summary["matched"]["by"] == "steps":
+        lines.append(
+            f"The arms were trained for {steps[0]} to {steps[-1]} optimizer steps: what differs between them may be "
+            "due to that alone."
+        )
+    lines += uncertain_text(summary)
+    for name, arm in summary["arms"].items():
+        if (arm.get("max_lost") or 0) > 0.2:
+            lines.append(
+                f"{name}: rounding at a knot moved the outputs by {arm['max_lost']:.0%} of what its link had learned; "
+                "model.dtype: float32 keeps knots exact."
+            )
+        if arm.get("without_gradient"):
+            lines.append(
+                f"{name}: at every step {arm['without_gradient']} of its trained tensors got no gradient or more."
+            )
+        for key, seeds in arm.get("at_grid_edge", {}).items():
+            what = key.replace("_", " ")
+            if len(seeds) < arm["n_seeds"]:
+                what += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            lines.append(f"{name}: the chosen {what} is at the edge of its grid; a better one may lie outside.")
+        for seed, error in arm["errors"].items():
+            lines.append(f"{name} seed {seed} failed: {error}")
+        if 0 < arm["n_seeds"] < n_seeds:
+            lines.append(f"{name}: {arm['n_seeds']} of {n_seeds} seeds are there; its means are over those.")
+    return lines

@@ -1,0 +1,1 @@
+"""A recipe trained: each job found or trained, selected, scored and recorded."""

@@ -1,0 +1,62 @@
+"""`cola ablate`: the runs of an ablation's points, one after the other; what they share is trained once."""
+
+from typing import Any
+
+from cola.compare.ablation import AblationFolder, Point, summarize_ablation
+from cola.errors import ColaError
+from cola.recipe.recipe import Recipe
+from cola.report.page import write_report
+from cola.report.terminal import Terminal
+from cola.run.interrupt import Interrupted, Signals
+from cola.run.job import tracked_state
+from cola.run.run import run
+
+
+def ablate(
+    points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None
+) -> dict[str, Any]:
+    """Run every point that is not finished; returns the summary, which is also written to ablation.json. The caller
+    holds the folder.
+
+    A point that cannot be run (a model that is not there, target_modules that match nothing) does not keep the
+    others from it.
+    """
+    tracked: set[str] = set()
+    recipes = [point.recipe for point in points]
+    errors: dict[str, str] = {}
+    interrupted = False
+    for number, point in enumerate(points, 1):
+        place = f"point {number} of {len(points)}: {point.label}"
+        try:
+            interrupted = _run_point(point, folder, place, terminal, signals, tracked, recipes)
+        except Interrupted:  # while data or model were being loaded
+            interrupted = True
+        except ColaError as error:
+            errors[point.folder] = str(error)
+            terminal.warn(f"{point.label} cannot be run, the others go on: {error}")
+        if interrupted:
+            break
+    summary = summarize_ablation(folder, points, errors, interrupted)
+    folder.write(summary)
+    return summary
+
+
+def _run_point(
+    point: Point,
+    folder: AblationFolder,
+    place: str,
+    terminal: Terminal,
+    signals: Signals | None,
+    tracked: set[str],
+    recipes: list[Recipe],
+) -> bool:
+    """Run a point unless it is finished; returns whether the user stopped it."""
+    with folder.run_folder(point) as (run_folder, _):
+        if run_folder.finished:
+            terminal.say(f"{place}: finished before")
+            tracked |= {tracked_state(result) for result in run_folder.results()}
+            return False
+        terminal.say(f"{place} → {run_folder.path}")
+        summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
+        write_report(run_folder)
+    return summary["interrupted"]

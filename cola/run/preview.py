@@ -1,0 +1,245 @@
+"""`cola run --dry-run`: everything that can be checked without weights or network, and the plan."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cola.compare.scope import overlap_note
+from cola.data.sources import Pool, open_pools, open_texts
+from cola.errors import DataError, ModelError, RunFolderError
+from cola.files import need_package, package_file
+from cola.recipe.arms import KnotRules, OneLink, Prune
+from cola.recipe.bounds import SAMPLE, SPLITS, is_remote
+from cola.recipe.data_section import Data
+from cola.recipe.plan import jobs_of, plan_arm
+from cola.recipe.recipe import Recipe
+from cola.recipe.schema import Search
+from cola.report.numbers import NONE, count_text
+from cola.report.table import Table
+from cola.report.terminal import Terminal
+from cola.report.tracking import mode_of
+
+FIRST_ROWS = 100  # of a file, that are looked at
+
+
+def preview(recipe: Recipe, terminal: Terminal) -> None:
+    """Print the plan.
+
+    Raises:
+        ColaError: a local path is missing, a local file cannot be read or lacks a field or rows, an arm's links do not
+            fit the budget, or target_modules match nothing in a model whose config is on this disk.
+    """
+    unchecked = []
+    matched = recipe.training.match
+    known = (recipe.data.rows.train is not None or recipe.training.steps is not None) and matched == "steps"
+    if matched != "steps":
+        unchecked.append(f"the optimizer steps of each arm, which are matched by {matched}")
+    elif not known:
+        unchecked.append("the number of training rows, and with it the steps")
+    # Which rows there are does not change what a link trains, so one row stands for an unknown number.
+    links = {arm: plan_arm(recipe, arm, recipe.seeds[0], recipe.data.rows.train or 1) for arm in recipe.arms if known}
+    steps = {arm: [len(link.learning_rates) for link in links[arm]] if known else None for arm in recipe.arms}
+    unchecked += _check_data(recipe)
+    for arm in recipe.arms:
+        if (quantization := recipe.base_of(arm)[1]) is not None:
+            need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
+    parameters, notes = _parameters(recipe)
+    if parameters is None:
+        unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
+    free = _free_bytes(Path(recipe.output).expanduser())
+    table = plan_table(recipe, steps, parameters)
+    terminal.table(f"{recipe.name}: plan", table.columns, table.rows)
+    jobs = jobs_of(recipe)
+    trials = sum(job.trial for job in jobs)
+    seeds = recipe.trial_seeds
+    on = f" (on seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
+    on = " (on each seed)" if trials and not seeds else on
+    terminal.say(
+        f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search{on}"
+    )
+    for note in [*notes, *filter(None, [overlap_note(recipe)])]:
+        terminal.say(note)
+    if all(lengths is not None for lengths in steps.values()):
+        total = sum(sum(steps[job.arm] or []) for job in jobs)
+        terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")
+    score = recipe.evaluation
+    rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
+    terminal.say(f"scored checkpoint: {rule}; W&B: {mode_of(recipe.tracking)}; output: {recipe.output} ({free} free)")
+    for what in unchecked:
+        terminal.say(f"not checked without weights or network: {what}")
+
+
+def _check_data(recipe: Recipe) -> list[str]:
+    data, general = recipe.data, recipe.evaluation.general_text
+    if general not in (None, SAMPLE):
+        _check_file("evaluation.general_text", general)
+        _check_rows(open_texts(Path(general), "evaluation.general_text"), {"evaluation.general_text": "{text}"}, {})
+    if data.files is not None:
+        for split in SPLITS:
+            if path := getattr(data.files, split):
+                _check_file(f"data.files.{split}", path)
+        _check_files(data)
+        return [f"the rows of the data files but the first {FIRST_ROWS}, and how many tokens they have"]
+    if data.reasoning_gym is not None:
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise DataError("data.reasoning_gym needs the package: pip install reasoning-gym")
+        return ["the rows of the generator"]
+    assert data.hub is not None
+    return [f"the hub data set {data.hub.name}"]
+
+
+def _check_files(data: Data) -> None:
+    """The fields that the recipe names, in the first rows of each file, and whether there are rows enough."""
+    templates = {f"data.{key}": getattr(data, key) for key in ("prompt", "answer", "text")}
+    fields = {f"data.{key}": getattr(data, key) for key in ("label", "group", "choices", "choice_labels")}
+    templates = {key: template for key, template in templates.items() if template is not None}
+    fields = {key: field for key, field in fields.items() if isinstance(field, str)}
+    pools = open_pools(data)
+    for pool in {id(pool): pool for pool in pools.values()}.values():
+        _check_rows(pool, templates, fields)
+        wanted = {split: getattr(data.rows, split) or 0 for split in SPLITS if pools[split] is pool}
+        if pool.size is not None and sum(wanted.values()) > pool.size:
+            told = " and ".join(f"{number} for {split}" for split, number in wanted.items() if number)
+            raise DataError(f"data.rows: {told} are wanted and {pool.name} has {pool.size} rows")
+
+
+def _check_rows(pool: Pool, templates: dict[str, str], fields: dict[str, str]) -> None:
+    from cola.data.fields import fill, lookup
+
+    for number in range(min(pool.size or 0, FIRST_ROWS)):
+        row, place = pool.row(number), f"{pool.name} row {number + 1}"
+        for key, template in templates.items():
+            fill(template, row, place, key)
+        for key, field in fields.items():
+            lookup(row, field, place, key)
+
+
+def _check_file(key: str, path: str) -> None:
+    if not Path(path).is_file():
+        why = "is a folder; name a file" if Path(path).is_dir() else "does not exist"
+        raise DataError(f"{key}: {path} {why}")
+
+
+def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
+    """Trainable parameters of each arm, from the config of a local model or a GGUF file's metadata, None for another
+    model; and what is to be said of what they leave out."""
+    name = recipe.model.name_or_path
+    path = Path(name).expanduser()
+    if name.startswith("package://"):
+        path = package_file(name)
+    elif is_remote(name):
+        return None, []
+    if not path.exists():
+        raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
+    import torch
+
+    from cola.link import adapters, starts, targets
+    from cola.link.model import Source, gguf_config
+    from cola.measure.memory import need_memory
+
+    if path.is_file():
+        path = gguf_config(path)
+    elif not (path / "config.json").is_file():
+        raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    skeleton = Source(name, path, recipe.model.trust_remote_code).skeleton()
+    counts = {}
+    for arm in recipe.arms:
+        links = recipe.links_of(arm)
+        try:
+            starts.check_room(skeleton, links[:1] if recipe.knot_of(arm).pair == "keep" else links)
+            distinct = {link.model_dump_json(): link for link in links}.values()
+            counts[arm] = max((adapters.count_parameters(skeleton, link) for link in distinct), default=0)
+            need_memory(counts[arm], device)
+        except (ModelError, ValueError) as error:
+            raise ModelError(f"arms.{arm}: {error}") from None
+    return counts, targets.all_linear_notes(skeleton, recipe)
+
+
+def _free_bytes(output: Path) -> str:
+    existing = next(p for p in [output.absolute(), *output.absolute().parents] if p.exists())
+    if not existing.is_dir():
+        raise RunFolderError(f"output: {existing} is a file, not a folder")
+    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
+
+
+def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: dict[str, int] | None) -> Table:
+    """What a run will do, before it does it.
+
+    Args:
+        recipe: The resolved recipe.
+        steps: Optimizer steps of each arm's links; None where the number of rows is not known yet.
+        parameters: Trainable parameters of each arm's largest link; None where the model is not on this disk.
+    """
+    rows = []
+    for name in recipe.arms:
+        links = recipe.links_of(name)
+        rate, searches = recipe.learning_rate_of(name), recipe.searches_of(name)
+        rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
+        rates += "".join(f", {key} of {len(s.search)}" for key, s in searches.items() if key != "learning_rate")
+        rates += " for each seed" if any(search.per == "seed" for search in searches.values()) else ""
+        lengths, many = steps[name], len(links) > 1
+        rows.append(
+            [
+                name,
+                str(len(links)),
+                ", ".join([*_base(recipe, name), _trains(links)])
+                + (f"; {_knots(recipe.knot_of(name))}" if many else ""),
+                ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
+                rates if links else NONE,
+                count_text(parameters[name]) if parameters else "?",
+            ]
+        )
+    return Table("Plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows)
+
+
+def _base(recipe: Recipe, arm: str) -> list[str]:
+    """The base's format, where it is not what it is by default."""
+    dtype, quantization = recipe.base_of(arm)
+    return [what for what in (quantization, dtype) if what not in (None, "float32")]
+
+
+def _trains(links: list[OneLink]) -> str:
+    """What an arm's links train, in words; settings that change along the chain are written with an arrow."""
+    if not links:
+        return NONE
+
+    def along(values: list[Any]) -> str:
+        texts = [", ".join(v) if isinstance(v, list) else f"{v:g}" if isinstance(v, float | int) else v for v in values]
+        return texts[0] if len(set(texts)) == 1 else " → ".join(texts)
+
+    one = links[0]
+    match one.method:
+        case "full":
+            return "all weights" + (f" but the {' and '.join(one.freeze)}" if one.freeze else "")
+        case "adapter":
+            return f"bottlenecks of {one.bottleneck}, {one.placement}"
+        case "prefix" | "p_tuning" | "prompt_tuning":
+            return f"{one.num_virtual_tokens} virtual tokens, {one.method}"
+    rank, alpha, modules = (
+        along([getattr(link, key) for link in links]) for key in ("rank", "alpha", "target_modules")
+    )
+    kinds = [kind for key, kind in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if getattr(one, key)]
+    kinds += [f"LoRA+ {one.loraplus_lr_ratio:g}"] if one.loraplus_lr_ratio != 1 else []
+    inits = along([link.init for link in links])
+    kinds += [f"init {inits}"] if inits != "default" else []
+    return ", ".join([f"a pair of rank {rank}, alpha {alpha}, on {modules}", *kinds])
+
+
+def _knots(rules: KnotRules) -> str:
+    """What an arm's knots do; a fresh optimizer and one schedule over the run go without saying."""
+    parts = [{"exact": "merged", "naive": "merged in place", "no": "not merged"}[rules.merge or "exact"]]
+    if rules.pair == "keep":
+        parts = ["the same pair goes on"]
+    if rules.merge_fraction not in (None, 1):
+        parts.append(f"{rules.merge_fraction:.0%} kept")
+    if isinstance(rules.optimizer, Prune):
+        share = rules.optimizer.prune_magnitude or rules.optimizer.prune_random or 0
+        how = "by magnitude" if rules.optimizer.prune_magnitude else "at random"
+        parts.append(f"{share:.1%} of the moments pruned {how}")
+    elif rules.optimizer not in ("fresh", "zero"):
+        parts.append("optimizer kept")
+    if rules.schedule == "link":
+        parts.append("schedule restarted")
+    return ", ".join(parts)

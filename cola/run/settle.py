@@ -1,0 +1,132 @@
+"""The spectra of a run's arms, taken from the store as soon as what they are made of is there, whoever ends last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cola.files import digest
+from cola.link import adapters
+from cola.link.residual import LinkWeights, added
+from cola.recipe.plan import Job
+from cola.run.bench import Bench
+from cola.tree.run_folder import read_spectrum, write_spectrum
+
+
+@dataclass
+class Spectra:
+    """Keeps each arm's spectrum.json at what its run folder and the store allow to be said.
+
+    An arm with pairs is compared with full fine-tuning under the same seed. Which of the two ends first, in which
+    process and session, is chance; so each is looked at again when the other has ended.
+
+    Attributes:
+        bench: What the run's jobs share.
+    """
+
+    bench: Bench
+    _taken: dict[tuple[str, int], str | None] = field(default_factory=dict)  # with which state of full fine-tuning
+
+    def settle(self, jobs: Sequence[Job]) -> None:
+        """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""
+        for job in jobs:
+            result = self._result(job)
+            if result is None or not result["train_info"]["scored_step"]:
+                continue
+            full = self._full(job.seed)
+            state = _state_of(full)
+            key = job.arm, job.seed
+            if key not in self._taken or self._taken[key] != state:
+                self._taken[key] = state
+                self._take(job, result, full)
+
+    def awaits(self, arm: str, seed: int) -> bool:
+        """Whether the weights of a fully fine-tuned arm and seed are still to be looked at here."""
+        recipe = self.bench.recipe
+        if (arm, seed) not in self._taken:
+            return True
+        if arm != recipe.full_arm:
+            return False
+        state = _state_of(self._full(seed))
+        others = [name for name in recipe.arms if any(link.method == "lora" for link in recipe.links_of(name))]
+        return any(self._taken.get((name, seed)) != state for name in others)
+
+    def _take(self, job: Job, result: dict[str, Any], full: dict[str, Any] | None) -> None:
+        info = result["train_info"]
+        method = next(link["method"] for link in info["links"])
+        try:
+            if method == "lora":
+                record = self._of_chain(job, info, full)
+            elif method == "full":
+                record = self._of_full(job, info)
+            else:
+                return
+            # What `cola inspect` has added to a file that says the same stays.
+            there = read_spectrum(self.bench.folder, job)
+            if record is not None and (there is None or there["full"] != record["full"]):
+                write_spectrum(self.bench.folder, job, record)
+        # Whatever goes wrong in looking at what was learned, the result it is of took far longer to make.
+        except Exception as error:
+            self.bench.progress.terminal.warn(
+                f"{job.label}: no spectra, and nothing else is lost: {type(error).__name__}: {error}"
+            )
+
+    def _of_full(self, job: Job, info: dict[str, Any]) -> dict[str, Any] | None:
+        learned, measured, step = self.bench.learned, self.bench.measurements(job), info["scored_step"]
+        beside = {"matrices": digest(learned.looked_at)}
+        record = measured.known_spectrum(step, beside)
+        if record is None and (folder := self._weights(info["scored_state"])) is not None:
+            self.bench.progress.stage("taking the spectra of all weights")
+            record = learned.of_full(info["scored_state"], folder, info["base"]["dtype"]) | {"made": self.bench.made}
+            measured.keep_spectrum(step, beside, record)
+        return record
+
+    def _of_chain(self, job: Job, info: dict[str, Any], full: dict[str, Any] | None) -> dict[str, Any]:
+        learned, measured, step = self.bench.learned, self.bench.measurements(job), info["scored_step"]
+        beside, update = {"full": None}, None
+        if full is not None:
+            state = full["train_info"]["scored_state"]
+            with_it = {"full": state, "matrices": digest(learned.looked_at)}
+            if (record := measured.known_spectrum(step, with_it)) is not None:
+                return record
+            if update := learned.full(state, lambda: self._weights(state), full["train_info"]["base"]["dtype"]):
+                beside = with_it
+            else:
+                self.bench.progress.terminal.warn(
+                    f"{job.label}: not compared with full fine-tuning, whose weights an earlier run let go "
+                    "(keep_full_weights: false)"
+                )
+        if update is None and (record := measured.known_spectrum(step, beside)) is not None:
+            return record
+        names = self.bench.tree.lineage(job).names
+        ends = [link["last_step"] for link in info["links"] if link["last_step"] < step]
+        rules = self.bench.recipe_of(job).knot_of(job.arm)
+        pairs = [self._pair(names[end]) for end in (*ends, step)]
+        links = added(pairs, rules.merge_fraction or 1.0, rules.pair == "keep")
+        record = learned.of_links(links, update, beside["full"]) | {"made": self.bench.made}
+        measured.keep_spectrum(step, beside, record)
+        return record
+
+    def _full(self, seed: int) -> dict[str, Any] | None:
+        """The result of full fine-tuning under a seed, if it came to its end."""
+        full = self._result(Job(arm=self.bench.recipe.full_arm, seed=seed))
+        return full if full and any(link["method"] == "full" for link in full["train_info"]["links"]) else None
+
+    def _result(self, job: Job) -> dict[str, Any] | None:
+        result = self.bench.folder.result(job)
+        return result if result is not None and result["status"] == "ok" else None
+
+    def _pair(self, state: str) -> LinkWeights:
+        if (folder := self._weights(state)) is None:
+            raise FileNotFoundError(f"the state {state} has gone from the store")
+        return adapters.load_pair(folder)
+
+    def _weights(self, state: str) -> Path | None:
+        """Where a state lies, its checksums verified; None where its weights are gone."""
+        segment = self.bench.store.get(state)
+        return segment.folder if segment is not None and segment.has_weights else None
+
+
+def _state_of(result: dict[str, Any] | None) -> str | None:
+    """The state that was scored."""
+    return None if result is None else result["train_info"]["scored_state"]

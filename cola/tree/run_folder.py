@@ -1,0 +1,473 @@
+"""The run folder: what is written where, and how a result says how it was made. No torch.
+
+RUN/recipe.yaml            the resolved recipe; `cola run RUN/recipe.yaml` runs it again
+RUN/provenance.json        versions, commit, machine, fingerprints of data and model
+RUN/summary.json           every number of the tables
+RUN/report.html            the page; its figures for a paper in RUN/figures/, its tables in RUN/tables/
+RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
+                           each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
+RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them,
+                           chosen-seed-S.json: those of a seed that chooses for itself
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from cola.errors import FolderGone, RunFolderError, plain
+from cola.files import make_new, write_text
+from cola.recipe.plan import Job, choice_text
+from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.recipe.write import dump_recipe
+from cola.tree import records
+from cola.tree.locks import claimed
+from cola.tree.records import Spectrum, SpectrumVersion
+
+RESULTS = "arms/*/seed-*/result.json"
+WANDB_NOTE = "wandb.json"
+FORMAT = 4  # of result.json and summary.json, see docs/results.md
+MADE_WITH = (
+    "cola",
+    "commit",
+    "python",
+    "packages",
+    "machine",
+    "device",
+)  # what a state or a measurement says of its making
+
+
+class RunFolder:
+    """One run's folder on disk. Every file is written aside and renamed, so none is ever half there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    @contextmanager
+    def take(cls, recipe: Recipe, path: Path | None = None) -> Iterator[tuple["RunFolder", bool]]:
+        """Hold a folder for a run of exactly this recipe, and say whether the run is new.
+
+        Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
+        Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
+        before a job has begun, so that a mistake in a recipe leaves nothing behind.
+
+        Args:
+            recipe: Written into a new folder.
+            path: The folder: this run's, or new or empty. Default: a new one under the recipe's output.
+
+        Raises:
+            RunFolderError: another process holds it, it is something else, or it cannot be made.
+        """
+        with ExitStack() as held:
+            while True:
+                try:
+                    folder, made = cls._make_and_hold(recipe, path, held)
+                    break
+                except FolderGone:  # its maker is at it, or failed and has removed it again
+                    continue
+            fresh = not (folder.path / "recipe.yaml").is_file()
+            folder._check_free(recipe)
+            try:
+                if fresh:
+                    folder.write_text("recipe.yaml", dump_recipe(recipe))
+                yield folder, fresh
+            except BaseException:
+                if fresh and not folder._begun:
+                    folder._remove(made)
+                raise
+
+    @classmethod
+    def create(cls, recipe: Recipe, path: Path | None = None) -> "RunFolder":
+        """A new folder with the resolved recipe in it, for who needs no lock since nobody else knows of it.
+
+        Raises:
+            RunFolderError: the folder exists or cannot be made.
+        """
+        with cls.take(recipe, path) as (folder, fresh):
+            if not fresh:
+                raise RunFolderError(f"{path} exists; it is kept as it is: name another folder")
+        return folder
+
+    @classmethod
+    def _make_and_hold(cls, recipe: Recipe, path: Path | None, held: ExitStack) -> tuple["RunFolder", bool]:
+        """The folder, there now and locked, and whether it was not there before."""
+        try:
+            if path is None:
+                stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+                folder, made = cls(make_new(Path(recipe.output).expanduser(), stamp)), True
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(path) and _make_held(path, held):
+                    return cls(path), True
+                folder, made = cls(path), False
+                folder._check_free(recipe)  # before a lock file is put into what is no run folder
+        except RunFolderError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"{path or recipe.output}: the run folder cannot be made: {error.strerror}") from None
+        held.enter_context(folder.lock())
+        return folder, made
+
+    def _check_free(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds anything but a run of exactly this recipe, or what a kill left of making it.
+
+        Raises:
+            FolderGone: it is not there any more.
+            RunFolderError: it holds something else.
+        """
+        note = self.path / "recipe.yaml"
+        try:
+            if note.is_file():
+                free = note.read_text(encoding="utf-8") == dump_recipe(recipe)
+            else:
+                free = all(_is_left_over(path) for path in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            if not os.path.lexists(self.path):
+                raise FolderGone(f"{self.path} is not there any more") from None
+            free = False
+        if not free:
+            raise RunFolderError(
+                f"{self.path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
+            )
+
+    @classmethod
+    @contextmanager
+    def unfinished(cls, recipe: Recipe) -> Iterator["RunFolder | None"]:
+        """Hold the last run of exactly this recipe that no other process is at, if it did not come to its end."""
+        digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
+        same: list[tuple[float, RunFolder]] = []
+        for path in Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml"):
+            folder = cls(path.parent)
+            with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
+                if folder.recipe_digest() == digest and folder.readable:
+                    same.append((folder.path.stat().st_mtime, folder))
+        for _, folder in sorted(same, key=lambda pair: pair[0], reverse=True):
+            if folder.finished:
+                break
+            with ExitStack() as held:
+                try:
+                    held.enter_context(folder.lock())
+                except RunFolderError:
+                    continue  # a second process of one command goes on with the second run that was stopped
+                if folder.finished:
+                    break  # while it was being looked for
+                yield folder
+                return
+        yield None
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
+        """An existing run and its recipe.
+
+        Raises:
+            RunFolderError: it is no run folder, or another version's.
+        """
+        if not (path / "recipe.yaml").is_file():
+            raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
+        folder = cls(path)
+        folder.check_readable()
+        return folder, read_recipe(path / "recipe.yaml")
+
+    def check_readable(self) -> None:
+        """Refuse results that this version does not read.
+
+        Raises:
+            RunFolderError: another version wrote them.
+        """
+        if not self.readable:
+            raise RunFolderError(
+                f"{self.path} was written by another version of cola, whose results this one does not read; run its "
+                f"recipe anew: cola run {self.path / 'recipe.yaml'}"
+            )
+
+    def check_results(self) -> None:
+        """Refuse a folder from which a report would be made of nothing, in place of one that there may be.
+
+        Raises:
+            RunFolderError: nothing was run here yet, or what was run has gone.
+        """
+        if self.provenance() is None:
+            raise RunFolderError(f"{self.path} holds no results; go on with it by `cola run --resume {self.path}`")
+        if any(self.path.glob(RESULTS)):
+            return
+        told = self.summary()
+        if told and any(arm["n_seeds"] for arm in told["arms"].values()):
+            raise RunFolderError(
+                f"{self.path}/summary.json tells of results that have gone from {self.path}/arms; a report made anew "
+                "would be empty (where a run is packed beside it, unpack that and name its folder)"
+            )
+
+    @property
+    def readable(self) -> bool:
+        """Whether its results are in this version's format; a run without any is."""
+        provenance = self.provenance()
+        return provenance is None or provenance.get("format") == FORMAT
+
+    def job(self, job: Job) -> Path:
+        """Where a job's files lie."""
+        if job.trial:
+            values = re.sub(r"[^A-Za-z0-9.=+-]+", "_", choice_text(job.choice).replace(" ", ","))
+            return self.path / "trials" / job.arm / values / f"seed-{job.seed}"
+        return self.path / "arms" / job.arm / f"seed-{job.seed}"
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """The job's result, whatever its status; None where there is none yet."""
+        return read_json(self.job(job) / "result.json", records.Result)
+
+    def results(self, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The results of all arms and seeds (not of trials), as they were run.
+
+        Args:
+            damaged: What is wrong with a result that cannot be read is added here.
+
+        Raises:
+            RunFolderError: a result is damaged, and there is no such list.
+        """
+        for path in sorted(self.path.glob(RESULTS)):
+            try:
+                result = read_json(path, records.Result)
+                if result is not None and path.parent != self.path / "arms" / place_of(result):
+                    raise damaged_file(path, f"it is the result of {plain(place_of(result))}")
+            except RunFolderError as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+                continue
+            if result is not None:
+                yield result
+
+    def provenance(self) -> dict[str, Any] | None:
+        """What provenance.json holds; None before the first session has written it."""
+        path = self.path / "provenance.json"
+        found = read_json(path, records.AnyFormat)
+        return read_json(path, records.Provenance) if found and found.get("format") == FORMAT else found
+
+    def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
+        """Per-example results of one arm, seed and split.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        return _read_scores(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl")
+
+    def start_job(self, job: Job) -> Path:
+        """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""
+        path = self.job(job)
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != WANDB_NOTE:
+                left.unlink()
+        return path
+
+    def references(self) -> dict[str, set[str]]:
+        """Names of the segments and measurements in the store that this run rests on so far; `weights`: of the fully
+        fine-tuned states whose weights it keeps."""
+        kept = read_json(self.path / "segments.json", records.References) or {}
+        return {kind: set(kept.get(kind, ())) for kind in ("segments", "measured", "weights")}
+
+    def write_json(self, name: str | Path, value: Any) -> None:
+        """Write a JSON file of the run folder."""
+        self.write_text(name, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+    def write_jsonl(self, name: str | Path, rows: Iterable[Any]) -> None:
+        """Write a file of one JSON value per line."""
+        self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_text(self, name: str | Path, text: str) -> None:
+        """Write a text file atomically."""
+        write_text(self.path / name, text)
+
+    def choice(self, arm: str, seed: int | None) -> dict[str, Any] | None:
+        """What an arm's search tried and chose, for all seeds (None) or for one; None where there was none."""
+        return read_json(self.path / choice_file(arm, seed), records.Chosen)
+
+    def trial_scores(self, trial: Job) -> list[dict[str, Any]]:
+        """Per-example results of a trial on validation; empty where there are none.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        return _read_scores(self.job(trial) / "scores" / "validation.jsonl")
+
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json holds; None where there is none yet."""
+        return read_json(self.path / "summary.json", records.Summary)
+
+    def recipe_digest(self) -> str:
+        """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
+        return hashlib.sha256((self.path / "recipe.yaml").read_bytes()).hexdigest()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one process; the lock ends with the process, however it ends.
+
+        Raises:
+            FolderGone: it is not there any more.
+            RunFolderError: another process is at work in it.
+        """
+        with ExitStack() as held:
+            try:
+                mine = held.enter_context(claimed(self.path / ".lock"))
+            except FileNotFoundError:
+                raise FolderGone(f"{self.path} is not there any more") from None
+            if not mine:
+                raise RunFolderError(f"{self.path}: another process is at work in this run; wait for it to end")
+            yield
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its last session came to its end, the page included, which is written last."""
+        summary = self.summary()
+        return (
+            summary is not None
+            and (self.path / "report.html").is_file()
+            and not summary["interrupted"]
+            and not any(arm["errors"] for arm in summary["arms"].values())
+        )
+
+    @property
+    def _begun(self) -> bool:
+        """Whether something was trained or scored in it."""
+        begun = [path for name in ("metrics.jsonl", "result.json") for path in self.path.glob(f"**/seed-*/{name}")]
+        return any(path.stat().st_size for path in begun)
+
+    def _remove(self, made: bool) -> None:
+        """Empty a folder that is held, and remove it if it was made here.
+
+        The lock goes last, so that nobody else has the folder before all is gone; and rmdir takes none that somebody
+        has come to have since. Before it goes the recipe, by which a command that was killed here knows the folder.
+        """
+        last = [self.path / "recipe.yaml", self.path / ".lock"]
+        for path in [*(path for path in self.path.iterdir() if path not in last), *last]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):
+                self.path.rmdir()
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether it is what a kill leaves between the making of a run folder and its recipe."""
+    return path.name == ".lock" or path.name.startswith(".recipe.yaml.")
+
+
+def _make_held(path: Path, held: ExitStack) -> bool:
+    """Make a folder that is locked from its first moment on, so that its maker and its holder are one process; False
+    where another process was first. It is made aside, always under one name, so that a kill leaves nothing that the
+    next one would not take; and rename takes no folder's place but an empty one's.
+
+    Raises:
+        FolderGone: another process is making it now.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    aside.mkdir(exist_ok=True)
+    with ExitStack() as own:
+        try:
+            own.enter_context(RunFolder(aside).lock())
+        except RunFolderError:
+            sleep(0.01)
+            raise FolderGone(f"{path} is being made by another process") from None
+        try:
+            aside.rename(path)
+        except OSError as error:
+            shutil.rmtree(aside)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return False
+            raise
+        held.enter_context(own.pop_all())
+    return True
+
+
+def read_json(path: Path, shape: type[records.Shape]) -> dict[str, Any] | None:
+    """A JSON mapping of this shape; None where there is no such file.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise damaged_file(path, error.strerror or "it cannot be read") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, str(error)) from None
+    if (fault := records.fault_of(value, shape)) is not None:
+        raise damaged_file(path, fault)
+    return value
+
+
+def place_of(result: dict[str, Any]) -> Path:
+    """Where a result lies below `arms`."""
+    info = result["run_info"]
+    return Path(info["arm"]) / f"seed-{info['seed']}"
+
+
+def damaged_file(path: Path, why: str) -> RunFolderError:
+    """What is said of a file of a run that cannot be used."""
+    return RunFolderError(f"{path} is damaged ({why}); delete it and go on with `cola run --resume`")
+
+
+def choice_file(arm: str, seed: int | None) -> Path:
+    """Where a run folder says what an arm's search chose, for all seeds (None) or for one."""
+    return Path("trials") / arm / ("chosen.json" if seed is None else f"chosen-seed-{seed}.json")
+
+
+def _read_scores(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path, records.ScoreRow)
+
+
+def read_jsonl(path: Path, shape: type[records.Shape] = records.Shape) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; empty where there is none. A last line that was cut off is left out.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, str(error)) from None
+    if (fault := records.fault_of(rows, list[shape])) is not None:
+        raise damaged_file(path, f"row {fault}")
+    return rows
+
+
+SPECTRUM = "spectrum.json"
+VERSION = 2  # of its content: raise it when more is measured, or otherwise
+
+
+def read_spectrum(folder: RunFolder, job: Job) -> dict[str, Any] | None:
+    """The spectra of one arm and seed; None where there are none of this version.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    record = read_json(folder.job(job) / SPECTRUM, SpectrumVersion)
+    if record is None or record["version"] != VERSION:
+        return None
+    return read_json(folder.job(job) / SPECTRUM, Spectrum)
+
+
+def write_spectrum(folder: RunFolder, job: Job, record: Mapping[str, Any]) -> Path:
+    """Keep the spectra of one arm and seed in the run's folder; returns the file."""
+    path = folder.job(job) / SPECTRUM
+    row = {"version": VERSION, **record}
+    folder.write_jsonl(path.relative_to(folder.path), [row])  # one line: thousands of numbers
+    return path

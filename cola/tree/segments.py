@@ -1,0 +1,247 @@
+"""Names: a state of the weights is named by the hash of everything that determined it, and of nothing else.
+
+    root       the base's fingerprint, the number format, the kind of device, the training version
+    link       the name it starts from, the knot between, what is trained and how, the link's seed
+    step       its exact learning rate and the digest of the tokens of its micro-batches
+
+    name(0) = H(root)        name(n) = H(link, step 1, ..., step n)
+
+Whatever comes later (how many steps and links there will be, other arms, how often validation is looked at) is in
+no name. So arms, seeds, trials of a search and recipes that agree up to a step have the same name there, and what
+one of them has trained serves the others. A *segment* is the steps of one link up to a state that is kept.
+
+No torch, no files.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cola.files import canonical, digest
+from cola.recipe.arms import KnotRules, OneLink, Prune
+from cola.recipe.plan import Job, Link, plan_arm
+from cola.recipe.recipe import Recipe
+from cola.recipe.schema import Training
+
+# Part of every name: raise it when the same causes would train other weights (tests/golden holds a loss curve).
+TRAINING_VERSION = 4
+
+Causes = dict[str, Any]
+
+
+def root_causes(base_sha256: str, dtype: str, device: str, quantization: str | None = None) -> Causes:
+    """What a state without any training depends on.
+
+    Args:
+        base_sha256: Fingerprint of the base's config and weights.
+        dtype: Number format of the frozen weights and the computation.
+        device: Kind of device, `cpu` or `cuda`.
+        quantization: Of the frozen weights: `nf4`, `int8` or None.
+    """
+    causes = {"base": base_sha256, "dtype": dtype, "device": device, "training_version": TRAINING_VERSION}
+    return causes | ({"quantization": quantization} if quantization else {})
+
+
+def state_name(causes: Causes) -> str:
+    """The name of the state that a segment's causes lead to.
+
+    Args:
+        causes: `link` (a mapping) and `steps` (a list of [learning rate, digest of the micro-batches]).
+    """
+    return _names(causes["link"], causes["steps"])[-1]
+
+
+def _names(link: Causes, steps: Iterable[Sequence[Any]]) -> list[str]:
+    """The names after each of a link's steps."""
+    running = hashlib.sha256(canonical(link).encode())
+    names = []
+    for step in steps:
+        running.update(canonical(list(step)).encode())
+        names.append(running.copy().hexdigest()[:32])
+    return names
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The states of one arm and seed, from the base to its last step.
+
+    Attributes:
+        root: Causes of the base's name.
+        links: What is trained.
+        headers: Each link's own causes, its parent's name among them.
+        steps: Learning rate and digest of the micro-batches, for each optimizer step.
+        names: Names after 0, 1, .., n steps.
+    """
+
+    root: Causes
+    links: list[Link]
+    headers: list[Causes]
+    steps: list[tuple[float, str]]
+    names: list[str]
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps in all."""
+        return len(self.steps)
+
+    def link_of(self, step: int) -> int:
+        """Index of the link that makes a step (counted from 1)."""
+        return next(i for i, link in enumerate(self.links) if step <= link.last_step)
+
+    def causes(self, step: int) -> Causes:
+        """What the segment that ends after `step` came from, in clear; `state_name` gives its name."""
+        number = self.link_of(step)
+        first = self.links[number].first_step
+        return {"link": self.headers[number], "steps": [list(cause) for cause in self.steps[first:step]]}
+
+
+def lineage(
+    root: Causes,
+    links: list[Link],
+    training: Training,
+    modules_of: Callable[[Link], Sequence[str] | None],
+    digests: Sequence[str],
+    buffers: Sequence[str] = (),
+) -> Lineage:
+    """Name every state of a path.
+
+    Args:
+        root: From `root_causes`.
+        links: From `plan_arm`.
+        training: Gives the optimizer's constants.
+        modules_of: Full names of the modules that a link adapts, however the recipe spells them; None for all weights.
+        digests: Of the micro-batches of each step.
+        buffers: Of the model's state, which are kept where all weights are.
+    """
+    names, headers, steps = [digest(root)], [], []
+    for number, link in enumerate(links):
+        theirs = digests[link.first_step : link.last_step]
+        header = {
+            "parent": names[-1],
+            "method": link.method,
+            "settings": _settings(link.what),
+            "modules": modules_of(link),
+            "start": _start(link, number, theirs, root["dtype"]),
+            "seed": link.seed,
+            "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root),
+            "optimizer": {
+                "name": "AdamW",
+                "betas": list(training.betas),
+                "epsilon": training.epsilon,
+                "weight_decay": training.weight_decay,
+                "max_grad_norm": training.max_grad_norm,
+                "ratio": link.what.loraplus_lr_ratio or 1.0,
+            },
+        }
+        if link.method == "full" and buffers:
+            header["buffers"] = list(buffers)  # what was kept before they were is no whole model
+        mine = list(zip(link.learning_rates, theirs, strict=True))
+        names += _names(header, mine)
+        headers.append(header)
+        steps += mine
+    return Lineage(root, links, headers, steps, names)
+
+
+def _settings(what: OneLink) -> Causes:
+    """What a link trains, without what is said elsewhere: the modules by their full names, the start, the rates."""
+    said = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
+    return what.model_dump(mode="json", exclude=said, exclude_none=True)
+
+
+def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:
+    """How the link's weights are drawn; orthogonal to nothing is the default draw."""
+    init = link.what.init or "default"
+    if link.knot is not None and link.knot.pair == "keep":
+        return {"init": "kept"}
+    start: Causes = {"init": "default" if init == "orthogonal" and not number else init}
+    if init == "gradient":
+        start["batches"] = list(digests[: link.what.init_batches])
+        start |= {"scaled": True} if dtype == "float16" else {}  # before it was, small gradients were lost
+    return start
+
+
+def knot_causes(rules: KnotRules, quantized: bool) -> Causes:
+    """What a knot does to the weights and to the optimizer, each effect in one spelling.
+
+    Moments and step count set to zero are a fresh optimizer.
+    """
+    optimizer = rules.optimizer if isinstance(rules.optimizer, str) or rules.optimizer is None else None
+    pruned = rules.optimizer.model_dump(exclude_none=True) if isinstance(rules.optimizer, Prune) else None
+    resets = {"optimizer": pruned or ("fresh" if optimizer == "zero" else optimizer)}
+    if rules.pair == "keep":
+        return {"pair": "keep", **resets}  # untied again where the next link begins, however it was tied
+    return {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction, **resets}
+
+
+def merge_of(rules: KnotRules, quantized: bool) -> str | None:
+    """How links are tied; a quantized base has its pairs beside the codes whatever the rules say."""
+    return "no" if quantized else rules.merge
+
+
+@dataclass
+class Tree:
+    """The lineages of a recipe's jobs, and where they are cut into segments.
+
+    Attributes:
+        recipe: The resolved recipe.
+        n_train: Training examples.
+        root_of: The causes of an arm's base, from `root_causes`.
+        modules_of: As in `lineage`.
+        digests_of: Digests of the first n steps' micro-batches under a seed.
+        total_of: A job's optimizer steps, where they are matched to another arm's cost.
+        buffers: As in `lineage`.
+    """
+
+    recipe: Recipe
+    n_train: int
+    root_of: Callable[[str], Causes]
+    modules_of: Callable[[Link], Sequence[str] | None]
+    digests_of: Callable[[int, int], Sequence[str]]
+    total_of: Callable[[Job], int | None] = lambda job: None
+    buffers: Sequence[str] = ()
+    _lineages: dict[Job, Lineage] = field(default_factory=dict)
+    _cuts: set[str] = field(default_factory=set)
+    _inner: set[str] = field(default_factory=set)
+
+    def lineage(self, job: Job) -> Lineage:
+        """The states of a job whose searched values are known."""
+        if job not in self._lineages:
+            links = plan_arm(self.recipe, job.arm, job.seed, self.n_train, job.choice, self.total_of(job))
+            digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
+            root, training = self.root_of(job.arm), self.recipe.training
+            self._lineages[job] = lineage(root, links, training, self.modules_of, digests, self.buffers)
+        return self._lineages[job]
+
+    def plan(self, lineages: Iterable[Lineage]) -> None:
+        """Cut lineages into segments: at the ends of links and where two of them part.
+
+        Args:
+            lineages: Of all jobs that there may be, those of an ablation's other points among them.
+        """
+        after: dict[str, set[str]] = defaultdict(set)
+        for mine in lineages:
+            self._cuts |= {mine.names[link.last_step] for link in mine.links}
+            for name, following in zip(mine.names, mine.names[1:], strict=False):
+                after[name].add(following)
+        self._cuts |= {name for name, following in after.items() if len(following) > 1}
+        self._inner |= set(after)
+
+    def cuts(self, job: Job) -> list[int]:
+        """Steps of the job after which its state is kept."""
+        return [step for step, name in enumerate(self.lineage(job).names) if step and name in self._cuts]
+
+    def goes_on(self, name: str) -> bool:
+        """Whether some job trains on from a state with the optimizer as it is there, or ties it and goes on."""
+        return name in self._inner
+
+    def segments(self, jobs: Iterable[Job]) -> dict[str, list[str]]:
+        """Each segment that the jobs need, a shared one once: the name of its end, and of the states of its steps."""
+        found: dict[str, list[str]] = {}
+        for job in jobs:
+            names, first = self.lineage(job).names, 0
+            for cut in self.cuts(job):
+                found[names[cut]] = names[first + 1 : cut + 1]
+                first = cut
+        return found

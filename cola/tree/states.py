@@ -1,0 +1,159 @@
+"""The states of one arm and seed: which are in the store, keeping one, and putting one back into a model."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cola.link import adapters
+from cola.link.moments import Moments
+from cola.link.residual import LinkWeights
+from cola.recipe.arms import OneLink
+from cola.tree.segments import Lineage
+from cola.tree.store import Segment, Store
+
+CHECKPOINT_SHARE = 0.02  # of the time that checkpoints may take
+BYTES_PER_SECOND = 400e6  # what writing, syncing and hashing is taken to reach until a checkpoint has been timed
+
+
+@dataclass
+class States:
+    """The kept states of a job; a step stands for the state after it.
+
+    Attributes:
+        store: Where they are kept.
+        lineage: Gives each its name.
+        skeleton: The model without weights.
+        base_name: Of the model, as the recipe says it.
+        seconds: Least time between two checkpoints; 0: one after each step.
+        made: What a kept state says of how it was made.
+        n_trained: Parameters of the largest link.
+        peaks: Says how much memory the job has taken so far, at most.
+    """
+
+    store: Store
+    lineage: Lineage
+    skeleton: PreTrainedModel
+    base_name: str
+    seconds: float
+    made: dict[str, Any]
+    n_trained: int
+    peaks: Callable[[], dict[str, int | None]]
+    _verified: dict[int, Segment] = field(default_factory=dict)
+    _kept_at: float = field(default_factory=monotonic)
+    _cost: float = 0.0
+    _own: set[int] = field(default_factory=set)  # what no run had kept before this one
+
+    def __post_init__(self) -> None:
+        self._cost = 3 * 4 * self.n_trained / BYTES_PER_SECOND  # float32 weights and two moments
+
+    def get(self, step: int) -> Segment | None:
+        """The state as it is in the store, verified once; None where it is not there."""
+        if step not in self._verified:
+            segment = self.store.get(self.lineage.names[step])
+            if segment is None:
+                return None
+            self._verified[step] = segment
+        return self._verified[step]
+
+    def there(self, step: int) -> Segment:
+        """A state that `get` has found or `keep` has kept."""
+        return self._verified[step]
+
+    def pair(self, step: int) -> LinkWeights:
+        """The low-rank pair of a state that is there; empty for another method."""
+        return adapters.load_pair(self.there(step).folder) if self._what(step).method == "lora" else {}
+
+    def put_back(self, model: PreTrainedModel, step: int) -> Moments | None:
+        """Give the attached weights the values of a state that is there; returns the optimizer's state, if kept."""
+        adapters.put_back(self.there(step).folder, model, self._what(step))
+        return self.moments(step)
+
+    def moments(self, step: int) -> Moments | None:
+        """The optimizer's state of a state that is there; None where it was not kept."""
+        segment = self.there(step)
+        return load_file(segment.folder / "optimizer.safetensors") if segment.resumable else None
+
+    def forget(self, step: int) -> None:
+        """Look again when it is asked for next: another process has removed it."""
+        self._verified.pop(step, None)
+
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint now keeps their cost within its share of the time."""
+        least = max(self.seconds, self._cost / CHECKPOINT_SHARE) if self.seconds else 0.0
+        return monotonic() - self._kept_at >= least
+
+    def keep(
+        self,
+        step: int,
+        kind: str,
+        model: PreTrainedModel,
+        moments: Moments | None,
+        rows: list[dict[str, Any]],
+        towards: str | None = None,
+    ) -> Segment:
+        """Keep what the model's attached weights are after `step`.
+
+        Args:
+            step: The run's.
+            kind: `segment`, `checkpoint` or `point`.
+            model: Carries the link's weights.
+            moments: The optimizer's state; None where its link will not go on from here.
+            rows: The metrics of each of the link's steps so far.
+            towards: For a checkpoint: the name of the end of its segment; for a point: of its arm.
+        """
+        started = monotonic()
+        causes = self.lineage.causes(step)
+        number = self.lineage.link_of(step)
+        link = self.lineage.links[number]
+
+        def write(folder: Path) -> None:
+            adapters.save(folder, model, link.what, self.base_name, self.skeleton)
+            if moments is not None:
+                save_file(moments, folder / "optimizer.safetensors")
+            (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        notes = {
+            "link_number": number + 1,
+            "first_step": link.first_step,
+            "last_step": step,
+            "towards": towards,
+            "seconds": sum(row["seconds"] for row in rows),
+            "memory": self.peaks(),
+            "made": self.made,
+        }
+        try:
+            segment, new = self.store.put(self.lineage.names[step], kind, causes, self.lineage.root, notes, write)
+        except SafetensorError as error:
+            if "os error 28" in str(error):  # safetensors writes without Python, and says it in its own way
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.store.path)) from error
+            raise
+        self._verified[step] = segment
+        if new:
+            self._own.add(step)
+        self._kept_at = monotonic()
+        if kind == "checkpoint":
+            self._cost = self._kept_at - started
+        return segment
+
+    def keep_as_point(self, step: int) -> None:
+        """Let a state that is there live as long as it is the best."""
+        if self.store.mark(self.lineage.names[step], "point") == "checkpoint":
+            self._own.add(step)
+
+    def drop(self, step: int, kind: str) -> None:
+        """Remove what nothing will ask for again: a checkpoint, or a point that this run was the first to keep."""
+        if kind == "checkpoint" or step in self._own:
+            self._verified.pop(step, None)
+            self.store.drop(self.lineage.names[step], kind)
+
+    def _what(self, step: int) -> OneLink:
+        return self.lineage.links[self.lineage.link_of(step)].what

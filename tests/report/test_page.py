@@ -1,0 +1,622 @@
+"""The page, its figures and its tables, and the page in a browser. Run: pytest tests/report/test_page.py
+
+The browser tests need Debian's chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core
+"""
+
+import csv
+import io
+import math
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fontTools.ttLib import TTFont
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
+
+from cola.report.costs import costs_of, pareto
+from cola.report.drawing import Look, clipped, looks, save, svg
+from cola.report.figures import NAMES, figures_of
+from cola.report.forest import p_text
+from cola.report.heatmaps import _percent
+from cola.report.numbers import NONE, count_text, duration, p_value_text, size
+from cola.report.page import page_states, page_tables, write_ablation, write_report
+from cola.report.table import Table, sort_key
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+class Structure(HTMLParser):
+    """Ids, links and whether every element is closed in its turn."""
+
+    VOID = {"meta", "img", "br", "hr", "input", "link"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id" and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def structure(page: Path) -> Structure:
+    parser = Structure()
+    parser.feed(page.read_text())
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of four arms and one seed, and an unfinished one of twelve arms and six."""
+    folder = tmp_path_factory.mktemp("pages")
+    found = {"quickstart": quickstart(), "many": many(12)}
+    return {name: write_report(write_run(folder / name, summary)) for name, summary in found.items()}
+
+
+@pytest.mark.parametrize("name", ["quickstart", "many"])
+def test_the_page_is_well_formed_and_refers_to_nothing_outside_its_folder(pages: dict[str, Path], name: str) -> None:
+    found = structure(pages[name])
+    assert len(set(found.ids)) == len(found.ids)
+    policies = [about["content"] for tag, about in found.tags if about.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    assert policies[0] is not None
+    assert policies[0].startswith("default-src 'none'; ")
+    for tag, about in found.tags:
+        assert tag not in {"img", "link", "iframe", "object", "image", "base", "form"}
+        assert not any(key.startswith("on") for key in about), about
+        for key in ("href", "src", "xlink:href"):
+            target = about.get(key)
+            if target is None:
+                continue
+            if target.startswith("#"):
+                assert target[1:] in found.ids
+            else:
+                assert (pages[name].parent / target).is_file(), target
+        for key in ("aria-labelledby",):
+            assert about.get(key) is None or about[key] in found.ids
+    assert sum(tag == "script" for tag, _ in found.tags) == 1
+
+
+@pytest.mark.parametrize("name", ["quickstart", "many"])
+def test_every_figure_has_words_and_every_head_cell_a_scope(pages: dict[str, Path], name: str) -> None:
+    found = structure(pages[name])
+    pictures = [about["aria-label"] for _, about in found.tags if about.get("role") == "img"]
+    assert len(pictures) == sum(tag == "svg" for tag, _ in found.tags) == len(NAMES)
+    for words in pictures:
+        assert words is not None
+        assert re.search(r"\d", words), words
+        assert words.endswith(".")
+    assert all(about.get("scope") in ("row", "col") for tag, about in found.tags if tag == "th")
+    regions = [about for _, about in found.tags if about.get("role") == "region"]
+    assert all(about.get("tabindex") == "0" for about in regions)
+    assert all(about.get("aria-label") or about.get("aria-labelledby") for about in regions)
+
+
+def test_every_figure_and_table_is_a_file_for_a_paper(pages: dict[str, Path]) -> None:
+    folder = pages["quickstart"].parent
+    for name in NAMES:
+        text = (folder / "figures" / f"{name}.svg").read_text()
+        assert text.startswith("<svg")
+        assert "currentColor" not in text
+        assert "#010203" not in text
+        assert "<image" not in text
+        pdf = (folder / "figures" / f"{name}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF")
+        assert b"/FontFile2" in pdf  # TrueType, the font itself
+        assert b"/Type3" not in pdf
+        assert b"CreationDate" not in pdf
+    tables = page_tables(quickstart(), curves_of(quickstart()))
+    assert set(tables) == {
+        "arms",
+        "loss",
+        "cost",
+        "trials",
+        "contrasts",
+        "seeds",
+        "curves",
+        "knots",
+        "spectra",
+        "overlap",
+    }
+    for name, table in tables.items():
+        with (folder / "tables" / f"{name}.csv").open(newline="") as file:
+            assert list(csv.reader(file)) == [table.columns, *table.rows]
+        assert (folder / "tables" / f"{name}.tex").read_text() == table.latex(name)
+
+
+@pytest.mark.parametrize("words", ["finer − β", "кость"])
+def test_a_pdf_holds_its_words_as_text_and_the_fonts_of_their_letters(tmp_path: Path, words: str) -> None:
+    figure = Figure()
+    figure.text(0, 0, words)
+    figure.text(0, 0.5, "claim", weight="bold")
+    save(figure, tmp_path / "words.pdf")
+    pdf = (tmp_path / "words.pdf").read_bytes()
+    streams = [zlib.decompress(part) for part in re.findall(rb"stream\n(.*?)\nendstream", pdf, re.DOTALL)]
+    # Which letter a glyph is: what is searched for, and copied.
+    ranges = [codes for text in streams for codes in re.findall(rb"^<\w+> <\w+> \[(.*)\]", text, re.MULTILINE)]
+    assert {chr(int(code, 16)) for codes in ranges for code in re.findall(rb"\w+", codes)} == {*words, *"claim"}
+    fonts = [TTFont(io.BytesIO(part)) for part in streams if part.startswith(b"\0\1\0\0")]
+    assert len(fonts) == pdf.count(b"/FontFile2")
+    assert {font["OS/2"].usWeightClass for font in fonts} == {400, 700}
+    assert {font["name"].getDebugName(1) for font in fonts} == {"DejaVu Sans"}
+
+
+def test_the_same_results_give_the_same_bytes(pages: dict[str, Path], tmp_path: Path) -> None:
+    again = write_report(write_run(tmp_path / "quickstart", quickstart())).parent
+    for path in sorted(pages["quickstart"].parent.rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (again / path.relative_to(pages["quickstart"].parent)).read_bytes(), path
+
+
+def test_a_figure_that_has_lost_its_data_goes_from_the_folder(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", quickstart())
+    write_report(folder)
+    folder.write_json("summary.json", {**quickstart(), "contrasts": [], "spectra": {}})
+    page = write_report(folder).read_text()
+    left = {path.stem for path in (folder.path / "figures").iterdir()}
+    assert left == set(NAMES) - {"contrasts", "spectra", "overlap"}
+    assert "figures/contrasts.svg" not in page
+
+
+def test_a_run_without_any_number_has_a_page_that_says_so(tmp_path: Path) -> None:
+    summary = quickstart()
+    gone = {"links": 1, "states": {"0": "missing"}, "errors": {}, "n_seeds": 0}
+    summary |= {"arms": {"lora": gone, "base": {**gone, "links": 0}}, "interrupted": True, "contrasts": []}
+    summary |= {"spectra": {}, "trials": {}, "meta": None, "rows": None}
+    summary["matched"]["used"] = None
+    folder = write_run(tmp_path / "run", summary)
+    text = write_report(folder).read_text()
+    assert "lora: missing, no numbers" in text
+    assert not list((folder.path / "figures").glob("*"))
+
+
+def test_html_in_names_shows_as_text(pages: dict[str, Path]) -> None:
+    text = pages["many"].read_text()
+    assert EVIL not in text
+    assert "<script>alert" not in text
+    assert text.count("&lt;script&gt;alert(1)") >= 4  # the model, a note, an error, the recipe
+
+
+def test_what_is_not_whole_stands_under_the_verdict() -> None:
+    summary = many(12)
+    states = page_states(summary)
+    names = list(summary["arms"])
+    assert states[0] == "interrupted: not everything was run"
+    assert f"{names[5]}: seeds 5 ok, 1 failed" in states
+    assert "interrupted-arm: 1 interrupted, 5 missing, no numbers" in states
+    assert states[-1] == f"same outputs: {names[3]} and {names[4]}"
+    assert page_states(quickstart()) == ["one seed: nothing is said about another"]
+    rows = {row[0]: row for row in page_tables(summary, {})["arms"].rows}
+    assert rows["interrupted-arm"][1:] == ["1 interrupted, 5 missing", *[NONE] * (len(rows["lora"]) - 2)]
+    assert rows["lora"][1] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [
+        ("2.44 M", 2.44e6),
+        ("16.0 k", 16e3),
+        ("7.41 T", 7.41e12),
+        ("38 s", 38),
+        ("1 min 18 s", 78),
+        ("2 h 5 min", 7500),
+        ("+0.025 [-0.005, +0.060]", 0.025),
+        ("−0.025 [−0.050, −0.001]", -0.025),
+        ("+.025 [−.005, +.060]", 0.025),
+        ("-0.100 ± 0.020", -0.1),
+        ("5e-05", 5e-5),
+        ("0.0003–0.0006", 3e-4),
+        ("12.5%", 0.125),
+        ("2.31 GB", 2.31e9),
+        ("90", 90),
+        ("–", None),
+        ("undefined", None),
+        ("chain3", None),
+        ("1 interrupted, 5 missing", None),
+        ("rank=4", None),
+        ("", None),
+    ],
+)
+def test_a_cell_is_sorted_by_its_number_in_units_of_one(cell: str, number: float | None) -> None:
+    found = sort_key(cell)
+    assert found is None if number is None else found == pytest.approx(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "as_count", "as_size"),
+    [
+        (0, "0", "0 B"),
+        (999.4, "999", "999 B"),
+        (999.6, "1.00 k", "1.00 kB"),
+        (16_000, "16.0 k", "16.0 kB"),
+        (999_499, "999 k", "999 kB"),
+        (999_700, "1.00 M", "1.00 MB"),
+        (2_440_000, "2.44 M", "2.44 MB"),
+        (999_700_000, "1.00 B", "1.00 GB"),
+        (7.41e12, "7.41 T", "7.41 TB"),
+        (9.997e17, "1.00 E", None),
+        (3.2e21, "3.20 Z", None),
+        (math.nan, NONE, None),
+    ],
+)
+def test_a_count_has_three_digits_in_a_unit_that_it_has_one_of(
+    number: float, as_count: str, as_size: str | None
+) -> None:
+    assert count_text(number) == as_count
+    assert sort_key(count_text(number)) == (None if as_count == NONE else pytest.approx(number, rel=6e-3))
+    if as_size is not None:
+        assert size(number) == as_size
+    if as_size is not None and number >= 1000:
+        assert sort_key(as_size) == pytest.approx(number, rel=6e-3)
+    assert size(None) == NONE
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (7199, "2 h 0 min"),
+        (7500, "2 h 5 min"),
+        (86370, "24 h 0 min"),
+    ],
+)
+def test_a_time_is_rounded_to_the_unit_that_it_is_shown_in(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        *((None, NONE), (0.00009, "< 0.0001"), (0.0001, "0.0001"), (0.00563, "0.0056"), (0.03125, "0.031"), (1.0, "1")),
+        *((0.0496, "0.0496"), (0.04996, "0.04996"), (0.05, "0.05"), (0.0504, "0.05"), (0.62, "0.62")),
+    ],
+)
+def test_a_p_is_not_rounded_across_the_level_of_a_claim(p: float | None, text: str) -> None:
+    assert p_value_text(p) == text
+
+
+def test_a_change_of_a_whole_matrix_is_a_hundred_percent() -> None:
+    assert [_percent(share) for share in (0.00012, 0.0996, 0.995, 1.0, 1.234)] == [
+        "0.012%",
+        "10%",
+        "100%",
+        "100%",
+        "120%",
+    ]
+
+
+def test_latex_sets_every_sign_as_it_stands() -> None:
+    table = Table(r"50 % of $x_1 & {y}~^\#", ["a|b", "<c>"], [["[x]", "-0.5 ± 0.1"], ["chain-3", "5e-05 – ‖ΔW‖"]])
+    lines = table.latex("knots").splitlines()
+    assert r"\caption{50 \% of \$x\_1 \& \{y\}\textasciitilde{}\textasciicircum{}\textbackslash{}\#}" in lines
+    assert r"a\textbar{}b & \textless{}c\textgreater{} \\" in lines
+    assert r"{[}x{]} & $-$0.5 $\pm$ 0.1 \\" in lines
+    assert r"chain-3 & 5e-05 -- $\|$$\Delta$W$\|$ \\" in lines
+    assert r"\begin{tabular}{lr}" in lines
+    assert r"\label{tab:knots}" in lines
+
+
+def test_csv_holds_what_the_table_holds() -> None:
+    table = Table("t", ["arm", 'a "b", c'], [["x\ny", "1,5"], ["–", ""]])
+    assert list(csv.reader(io.StringIO(table.csv(), newline=""))) == [table.columns, *table.rows]
+
+
+def test_fifty_arms_look_different_each() -> None:
+    found = looks(f"arm{k}" for k in range(50))
+    assert len({(look.colour, look.marker) for look in found.values()}) == 50
+    assert found["arm0"] == Look("#0072B2", "o", "-")
+
+
+def test_long_names_are_cut_in_the_middle_and_stay_apart() -> None:
+    names = [f"a-very-long-name-{k}-with-the-same-end-as-all" for k in range(12)]
+    short = clipped(names, 16)
+    assert len(set(short.values())) == 12
+    assert all("…" in text for text in short.values())
+    assert clipped(["lora", "full"]) == {"lora": "lora", "full": "full"}
+
+
+def test_the_pareto_front_has_nothing_that_another_beats() -> None:
+    points = {"a": (0, 0.1), "b": (2, 0.5), "c": (2, 0.4), "d": (3, 0.5), "e": (4, 0.9), "f": (5, 0.8)}
+    assert pareto(points) == ["a", "b", "e"]
+
+
+def test_time_stands_in_for_flops_that_are_missing() -> None:
+    summary = quickstart()
+    label, points = costs_of(summary)
+    assert (label, points["lora"][0]) == ("training FLOPs", summary["arms"]["lora"]["flops"])
+    summary["arms"]["chain3"]["flops"] = None
+    label, points = costs_of(summary)
+    assert label == "time of training and scoring, seconds"
+    assert points["base"][0] == summary["arms"]["base"]["total_seconds"]
+
+
+def test_the_primary_contrast_has_its_own_p_and_the_others_holms() -> None:
+    assert p_text(contrast("a", "b", 0.1, 0.1, role="primary", p=0.03125, p_holm=None)) == "p = .031"
+    assert p_text(contrast("a", "b", 0.1, 0.1, p=0.01, p_holm=0.62)) == "p = .620 (Holm)"
+    assert p_text(contrast("a", "b", 0.1, 0.1, p=None, p_holm=None)) == "no p"
+    assert p_text(contrast("a", "b", 0.1, 0.1, p=1.0, p_holm=1.0)) == "p = 1.000 (Holm)"
+
+
+def written(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Every text that a figure shows and its place; without those that are turned, whose boxes are larger than they."""
+    outside = set()  # labels of ticks beyond the ends of an axis, which are not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+            if not low <= tick.get_loc() <= high or not axis.axes.get_visible():
+                outside |= {id(tick.label1), id(tick.label2)}
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
+    texts = [text for text in texts if text.get_text().strip() and not text.get_rotation() and id(text) not in outside]
+    return [(text.get_text(), box) for text in texts if (box := text.get_window_extent()).width]
+
+
+@pytest.mark.parametrize("n_arms", [4, 8, 30])
+def test_no_label_of_a_figure_covers_another_or_is_cut_off(n_arms: int) -> None:
+    summary = quickstart() if n_arms == 4 else many(n_arms)
+    figures = figures_of(summary, curves_of(summary))
+    assert list(figures) == NAMES
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        found = written(figure)
+        for number, (text, box) in enumerate(found):
+            assert box.x0 > -1, (name, text)
+            assert box.x1 < figure.bbox.x1 + 1, (name, text)
+            assert box.y0 > -1, (name, text)
+            assert box.y1 < figure.bbox.y1 + 1, (name, text)
+            small = box.shrunk(0.98, 0.8)  # letters do not fill their lines
+            covers = [other for other, second in found[number + 1 :] if small.overlaps(second.shrunk(0.98, 0.8))]
+            assert not covers, (name, text, covers)
+
+
+def test_a_name_with_dollar_signs_is_no_formula_and_an_svg_has_ids_of_its_own() -> None:
+    summary = quickstart()
+    summary["arms"]["$x_1$"] = summary["arms"].pop("chain3")
+    figures = figures_of(summary, {})
+    assert "$x_1$" in svg(figures["train-test"], "train-test")
+    ids = [set(re.findall(r' id="([^"]+)"', svg(figure, name))) for name, figure in figures.items()]
+    assert sum(map(len, ids)) == len(set().union(*ids))
+    assert "curves" not in figures
+
+
+def test_a_text_is_judged_by_its_loss_in_every_figure() -> None:
+    summary = quickstart()
+    summary["metric"] = "perplexity"
+    for arm in summary["arms"].values():
+        for key in ("train_score", "validation_score", "test_score", "gap_acc"):
+            arm[key] = None
+            arm["seeds"][0][key] = None
+    for one in summary["contrasts"]:
+        one["metric"] = "loss"
+    figures = figures_of(summary, curves_of(summary))
+    assert list(figures) == NAMES
+    assert "gap_loss = test − train" in svg(figures["gaps"], "gaps")
+    assert "−loss, nats per token" in svg(figures["contrasts"], "contrasts")
+    tables = page_tables(summary, {})
+    assert "loss" not in tables  # it is the first one
+    assert "gap_loss" in tables["arms"].columns
+    assert "gap_acc" not in tables["seeds"].columns
+
+
+def test_the_report_is_built_without_torch(pages: dict[str, Path]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cola.record import RunFolder; from cola.report import write_report;"
+    )
+    code += f"write_report(RunFolder(Path({str(pages['quickstart'].parent)!r})));"
+    code += "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of an ablation of chain length, from numbers by hand."""
+    from cola.compare.ablation import AblationFolder
+
+    folder = tmp_path_factory.mktemp("ablation")
+    arms = quickstart()["arms"]
+    seeds = [{**arms["lora"]["seeds"][0], "seed": s, "steps": 90, "total_seconds": 78.0 + s} for s in (0, 1)]
+    rows: list[dict[str, Any]] = [{"values": None, "label": "", "arm": "lora", **arms["lora"], "seeds": seeds}]
+    points = [{"label": f"links={n}", "values": {"arms.chain3.links": str(n)}, "folder": f"0{n}"} for n in (1, 2, 3)]
+    rows += [{**point, "arm": "chain3", **arms["chain3"], "seeds": seeds} for point in points]
+    rows[-1]["errors"] = {"1": EVIL}
+    summary = {"name": "links", "interrupted": True, "keys": ["arms.chain3.links"], "points": points, "rows": rows}
+    summary |= {"metric": "exact match", "matched": {"by": "steps", "per_link": False}, "protocol": "fixed"}
+    summary |= {"trained_steps": 180, "recalled_steps": 90, "errors": {}, "damaged": []}
+    for point in points:
+        (folder / "points" / point["folder"]).mkdir(parents=True)
+        (folder / "points" / point["folder"] / "report.html").touch()
+    return write_ablation(AblationFolder(folder), summary)
+
+
+def test_an_ablation_has_the_same_page_and_files(ablation: Path) -> None:
+    found = structure(ablation)
+    for _, about in found.tags:
+        target = about.get("href") or ""
+        assert target.startswith("#") or not target or (ablation.parent / target).is_file(), target
+    for name in ("figures/ablation.svg", "figures/ablation.pdf", "tables/ablation.csv", "tables/ablation.tex"):
+        assert (ablation.parent / name).stat().st_size
+    text = ablation.read_text()
+    assert EVIL not in text
+    assert "interrupted" in text
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page opened from disk without a network, and what it said and asked for."""
+
+    def __init__(self, chromium: Any, path: Path, width: int = 1200, **settings: Any) -> None:
+        self.context = chromium.new_context(viewport={"width": width, "height": 800}, offline=True, **settings)
+        self.page = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+    def column(self, table: str, number: int) -> list[str]:
+        return self.page.locator(
+            f"table[aria-labelledby=table-{table}] tbody tr > :nth-child({number})"
+        ).all_inner_texts()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+class TestInABrowser:
+    @pytest.mark.parametrize("name", ["quickstart", "many", "ablation"])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_opens_without_a_network_an_error_or_a_request(
+        self, chromium: Any, pages: dict[str, Path], ablation: Path, name: str, scheme: str
+    ) -> None:
+        path = {**pages, "ablation": ablation}[name]
+        with Opened(chromium, path, color_scheme=scheme) as opened:
+            assert opened.asked == [path.as_uri()]
+            ink, paper = opened.page.evaluate(
+                "['color', 'backgroundColor'].map(key => getComputedStyle(document.body)[key])"
+            )
+            light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+            assert (light[0] < light[1]) == (scheme == "light")
+            # What is drawn in the page's ink is readable in both.
+            stroke = opened.page.evaluate("getComputedStyle(document.querySelector('figure svg')).color")
+            assert stroke == ink
+            assert opened.page.locator("figure svg").first.bounding_box()["width"] > 300
+            assert opened.said == []
+
+    def test_a_table_sorts_by_a_click_up_down_and_as_it_came(self, chromium: Any, pages: dict[str, Path]) -> None:
+        with Opened(chromium, pages["many"]) as opened:
+            head = opened.page.locator("table[aria-labelledby=table-arms] thead th").nth(4)
+            came = opened.column("arms", 5)
+            assert head.get_attribute("aria-sort") is None
+            numbers = [float(text.split()[0]) for text in came if text != NONE]
+            for order, expected in (("ascending", sorted(numbers)), ("descending", sorted(numbers, reverse=True))):
+                head.get_by_role("button").click()
+                assert head.get_attribute("aria-sort") == order
+                shown = opened.column("arms", 5)
+                assert shown[-1] == NONE  # nothing to say comes last either way
+                assert [float(text.split()[0]) for text in shown[:-1]] == expected
+                assert opened.page.locator("#sorted").inner_text() == f"sorted by test, {order}"
+            head.get_by_role("button").click()
+            assert head.get_attribute("aria-sort") is None
+            assert opened.column("arms", 5) == came
+            assert opened.said == []
+
+    def test_a_table_sorts_by_the_keyboard_and_by_size_not_by_letters(
+        self, chromium: Any, pages: dict[str, Path]
+    ) -> None:
+        with Opened(chromium, pages["quickstart"]) as opened:
+            seconds = sorted(arm["total_seconds"] for arm in quickstart()["arms"].values())
+            for column, expected in (
+                ("time", [duration(each) for each in seconds]),
+                ("trained", ["0", "2.44 M", "2.44 M", "135 M"]),
+            ):
+                heads = opened.page.locator("table[aria-labelledby=table-cost] thead th")
+                number = heads.all_inner_texts().index(column)
+                heads.nth(number).get_by_role("button").focus()
+                opened.page.keyboard.press("Enter")
+                assert heads.nth(number).get_attribute("aria-sort") == "ascending"
+                assert opened.column("cost", number + 1) == expected
+                opened.page.keyboard.press("Space")
+                assert heads.nth(number).get_attribute("aria-sort") == "descending"
+                assert opened.column("cost", number + 1) == expected[::-1]
+            assert opened.page.locator("table[aria-labelledby=table-cost] [aria-sort]").count() == 1
+
+    def test_every_stop_of_the_keyboard_has_a_name(self, chromium: Any, pages: dict[str, Path]) -> None:
+        with Opened(chromium, pages["quickstart"]) as opened:
+            opened.page.keyboard.press("Tab")
+            assert opened.page.evaluate("document.activeElement.textContent") == "To the content"
+            named = "e => e.textContent.trim() || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby')"
+            stops = opened.page.locator("a, button, summary, [tabindex]")
+            assert stops.count() > 40
+            assert all(stops.evaluate_all(f"all => all.map({named})"))
+
+    @pytest.mark.parametrize("name", ["quickstart", "many", "ablation"])
+    def test_nothing_but_tables_and_figures_scrolls_sideways_on_a_phone(
+        self, chromium: Any, pages: dict[str, Path], ablation: Path, name: str
+    ) -> None:
+        with Opened(chromium, {**pages, "ablation": ablation}[name], width=360) as opened:
+            opened.page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+            assert opened.page.evaluate("document.documentElement.scrollWidth") == 360
+
+    def test_html_in_names_is_text_and_runs_nothing(self, chromium: Any, pages: dict[str, Path]) -> None:
+        with Opened(chromium, pages["many"]) as opened:
+            assert EVIL in opened.page.locator("main > p.faint").inner_text().replace("\n", "")
+            assert EVIL in opened.page.locator("#notes").inner_text()
+            assert opened.page.locator("img").count() == 0
+            assert opened.said == []
+
+    def test_without_script_the_page_is_whole(self, chromium: Any, pages: dict[str, Path]) -> None:
+        with Opened(chromium, pages["quickstart"], java_script_enabled=False) as opened:
+            assert opened.page.locator("button").count() == 0
+            assert opened.page.locator("thead th").first.inner_text() == "arm"
+            assert opened.page.locator("figure svg").count() == len(NAMES)
+
+    def test_a_script_that_is_not_the_pages_own_does_not_run(
+        self, chromium: Any, pages: dict[str, Path], tmp_path: Path
+    ) -> None:
+        forged = tmp_path / "forged.html"
+        forged.write_text(pages["quickstart"].read_text().replace("<main", "<script>alert(3)</script><main"))
+        with Opened(chromium, forged) as opened:
+            assert "3" not in opened.said
+            assert any("Content Security Policy" in line for line in opened.said)
+            assert opened.page.locator("thead button").count() > 10  # its own did
+
+    def test_it_prints_black_on_white_with_its_folds_open(
+        self, chromium: Any, pages: dict[str, Path], tmp_path: Path
+    ) -> None:
+        with Opened(chromium, pages["quickstart"], color_scheme="dark") as opened:
+            pdf = opened.page.pdf(format="A4")
+            assert pdf.startswith(b"%PDF")
+            assert pdf.count(b"/Type /Page\n") in range(5, 16)
+            opened.page.emulate_media(media="print")
+            opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+            assert opened.page.locator("details:not([open])").count() == 0
+            assert opened.page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+            assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+            opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+            assert opened.page.locator("details[open]").count() == 0

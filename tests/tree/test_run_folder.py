@@ -1,0 +1,224 @@
+"""Who has a run folder: one process, from its making to its end. Run: pytest tests/tree/test_run_folder.py"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_run import go
+from test_store import LORA_ONLY, SHORT, processes
+
+from cola.cli.app import app
+from cola.errors import RunFolderError
+from cola.recipe.read import read_recipe
+from cola.tree import locks
+from cola.tree.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = [*SHORT, *LORA_ONLY]
+
+
+def command(words: list[str], said: Path, cache: str, together: Any) -> None:
+    """A command line of cola as a process of its own, begun when all the others are there too."""
+    os.environ["COLA_CACHE"] = cache
+    torch.set_num_threads(1)
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    together.wait(60)
+    app(words)
+
+
+def at_once(words: list[str], folder: Path, n_processes: int = 3) -> tuple[list[int], list[str]]:
+    """One command by several processes that start together; the exit codes, and what each said, in their order."""
+    together = processes.Barrier(n_processes)
+    said = [folder / f"said-{number}.txt" for number in range(n_processes)]
+    running = [
+        processes.Process(target=command, args=(words, path, os.environ["COLA_CACHE"], together)) for path in said
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    found = sorted(zip([process.exitcode for process in running], [path.read_text() for path in said], strict=True))
+    for path in said:
+        path.unlink()
+    return [code for code, _ in found], [text for _, text in found]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a run of the one arm is there from the recipe to the page."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["arms"]["lora"]["states"] == {"0": "ok"}
+    names = ["recipe.yaml", "provenance.json", "segments.json", "report.html", "arms/lora/seed-0/result.json"]
+    names += ["arms/lora/seed-0/scores/test.jsonl", "arms/lora/seed-0/knots/link-1/adapter_model.safetensors"]
+    return all((folder / name).is_file() for name in names)
+
+
+def test_of_processes_that_ask_for_one_new_folder_at_once_one_works_and_the_others_leave_it_alone(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new/run"
+    codes, said = at_once(["run", str(recipe_file), *SMALL, "--run-folder", str(folder)], tmp_path)
+    assert codes == [0, 2, 2], said
+    for line in said[1:]:
+        assert line.splitlines() == [f"error: {folder}: another process is at work in this run; wait for it to end"], (
+            line
+        )
+    assert is_whole(folder)
+
+
+def test_a_folder_has_no_name_before_its_maker_holds_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock, there = tmp_path / "new/run", RunFolder.lock, []
+    monkeypatch.setattr(RunFolder, "lock", lambda folder: there.append(path.exists()) or lock(folder))
+    with RunFolder.take(read_recipe(recipe_file), path) as (folder, fresh):
+        assert (folder.path, fresh) == (path, True)
+    assert there == [False]  # else a second process holds what this one made, and neither takes it away
+    assert [left.name for left in path.parent.iterdir()] == ["run"]
+
+
+def test_of_processes_whose_recipe_cannot_be_used_none_leaves_anything(recipe_file: Path, tmp_path: Path) -> None:
+    words = ["run", str(recipe_file), *SMALL, "data.files=nowhere.jsonl", "--run-folder", str(tmp_path / "new/run")]
+    codes, said = at_once(words, tmp_path)
+    assert codes == [2, 2, 2], said
+    for line in said:
+        assert "Traceback" not in line
+        assert line.count("error: ") == 1, line
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_one_command_given_several_times_at_once_has_a_folder_for_each(recipe_file: Path, tmp_path: Path) -> None:
+    words = ["run", str(recipe_file), *SMALL, f"output={tmp_path / 'out'}"]
+    for n_before, n_processes in ((0, 2), (2, 1)):
+        codes, said = at_once(words, tmp_path, n_processes)
+        assert codes == [0] * n_processes, said
+        folders = list((tmp_path / "out").iterdir())
+        assert len(folders) == n_before + n_processes
+        assert all(map(is_whole, folders))
+
+
+def test_runs_that_were_stopped_are_gone_on_with_by_one_process_each(recipe_file: Path, tmp_path: Path) -> None:
+    words = ["run", str(recipe_file), *SMALL, f"output={tmp_path / 'out'}"]
+    assert at_once(words, tmp_path, 2)[0] == [0, 0]
+    folders = sorted((tmp_path / "out").iterdir())
+    for folder in folders:
+        (folder / "summary.json").unlink()  # as a kill before the end leaves it
+    assert at_once(words, tmp_path, 2)[0] == [0, 0]
+    assert sorted((tmp_path / "out").iterdir()) == folders
+    assert all(map(is_whole, folders))
+
+
+def test_one_ablation_given_several_times_at_once_has_a_folder_for_each(recipe_file: Path, tmp_path: Path) -> None:
+    words = ["ablate", str(recipe_file), *SMALL, "arms.lora.rank=1,2", f"output={tmp_path / 'out'}"]
+    codes, said = at_once(words, tmp_path, 2)
+    assert codes == [0, 0], said
+    folders = list((tmp_path / "out").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert json.loads((folder / "ablation.json").read_text())["finished"]
+        assert all(map(is_whole, folder.glob("points/*")))
+
+
+def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Path, tmp_path: Path) -> None:
+    words = ["ablate", str(recipe_file), *SMALL, "arms.lora.rank=1,2", f"output={tmp_path / 'out'}"]
+    assert at_once(words, tmp_path, 1)[0] == [0]
+    [folder] = (tmp_path / "out").iterdir()
+    first = sorted(folder.glob("points/*"))[0]
+    record = json.loads((folder / "ablation.json").read_text())
+    (folder / "ablation.json").write_text(json.dumps({**record, "finished": False}))
+    for path in (first / "arms", first / "summary.json"):  # it has only just begun
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with RunFolder(first).lock():
+        codes, said = at_once(words, tmp_path, 1)
+        assert codes == [1]
+        assert "another process is at work in this run" in said[0]
+        assert (first / "recipe.yaml").is_file()
+
+
+def killed_before_the_recipe(words: list[str], cache: str, when: str) -> None:
+    """The command, killed when it has made its folder, or holds it, and before its recipe is there."""
+    os.environ["COLA_CACHE"] = cache
+    replace, claimed = Path.replace, RunFolder.lock
+
+    def dies(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if when == "made":
+        RunFolder.lock = dies
+    elif when == "recipe written aside":
+        Path.replace = dies
+    assert (replace, claimed) != (Path.replace, RunFolder.lock)
+    app(words)
+
+
+@pytest.mark.parametrize("when", ["made", "recipe written aside"])
+def test_the_same_command_goes_on_from_what_a_kill_left_of_making_the_folder(
+    recipe_file: Path, tmp_path: Path, when: str
+) -> None:
+    folder = tmp_path / "new"
+    words = ["run", str(recipe_file), *SMALL, "--run-folder", str(folder)]
+    dying = processes.Process(target=killed_before_the_recipe, args=(words, os.environ["COLA_CACHE"], when))
+    dying.start()
+    dying.join(60)
+    assert dying.exitcode == -signal.SIGKILL
+    assert not (folder / "recipe.yaml").exists()
+    assert at_once(words, tmp_path, 1)[0] == [0]
+    assert is_whole(folder)
+    assert not list(tmp_path.glob(".new*"))
+
+
+def test_a_folder_that_was_there_before_is_emptied_and_stays(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    words = ["run", str(recipe_file), *SMALL, "data.files=nowhere.jsonl", "--run-folder", str(tmp_path / "mine")]
+    assert at_once(words, tmp_path, 1)[0] == [2]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_run_that_fails_to_begin_takes_no_folder_with_it_that_has_results(recipe_file: Path) -> None:
+    folder, _ = go(recipe_file, *SMALL)
+
+    def fail() -> None:
+        with RunFolder.take(read_recipe(folder.path / "recipe.yaml"), folder.path) as (again, fresh):
+            assert (again.path, fresh) == (folder.path, False)
+            raise RunFolderError("stop")
+
+    with pytest.raises(RunFolderError, match="stop"):
+        fail()
+    assert (folder.path / "arms/lora/seed-0/result.json").is_file()
+
+
+def test_a_lock_that_was_removed_while_another_one_waited_for_it_keeps_others_out(tmp_path: Path) -> None:
+    # Opened before, locked after its holder has removed it: a lock on a file without a name holds nothing.
+    path, flock = tmp_path / "lock", locks.fcntl.flock
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*how: Any) -> None:
+        locks.fcntl.flock = flock
+        begun.set()
+        assert go_on.wait(60)
+        flock(*how)
+
+    held = []
+
+    def second() -> None:
+        with locks.claimed(path) as mine, locks.claimed(path) as other:
+            held.append((mine, other))
+
+    with locks.claimed(path) as mine:
+        assert mine
+        locks.fcntl.flock = slowly
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        assert begun.wait(60)
+        path.unlink()
+    go_on.set()
+    waiting.join(60)
+    assert held == [(True, False)]
