@@ -6,12 +6,85 @@ from typing import Any
 
 import numpy as np
 
-from cola.tree.run_folder import RunFolder
+from cola.tree.records import MetricRow
+from cola.tree.run_folder import FORMAT, RunFolder
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "experiments/000-quickstart"
 EVIL = "<script>alert(1)</script><img src=http://example.org/x.png onerror=alert(2)>&amp;"
 SPLITS = ("train", "validation", "test")
+
+
+def made() -> dict[str, Any]:
+    """With what a state was made."""
+    return {
+        "cola": "1",
+        "commit": {"hash": "a" * 40, "dirty": False, "changed": []},
+        "python": "3.11",
+        "packages": {"torch": "2.13", "wandb": "0.1"},
+        "machine": {"cpu": "x", "cores": 2},
+        "device": "cpu",
+    }
+
+
+def provenance(rows: dict[str, int]) -> dict[str, Any]:
+    """What provenance.json holds."""
+    return {
+        "format": FORMAT,
+        "started": "2026-11-01T12:00:00+00:00",
+        **made(),
+        "recipe": {"sha256": "r"},
+        "model": {"name": "some/model", "revision": None, "sha256": "m"},
+        "data": {"sha256": "d", "notes": []},
+        "rows": rows,
+        "general_text": {"name": None, "sha256": "g", "passages": 0, "longest": 0},
+    }
+
+
+def result(arm: str, seed: int, evaluation: dict[str, Any], **info: Any) -> dict[str, Any]:
+    """What result.json holds of an arm that came to its end.
+
+    Args:
+        arm: Its name.
+        seed: Under which it ran.
+        evaluation: What was measured.
+        info: Of `train_info`, what is not as below.
+    """
+    return {
+        "format": FORMAT,
+        "status": "ok",
+        "run_info": {"arm": arm, "seed": seed, "choice": [], "trial": False, "seconds": 1.0, "error": None},
+        "train_info": {
+            "learning_rate": 2e-4,
+            "choice": {},
+            "at_grid_edge": [],
+            "base": {"dtype": "float32", "quantization": None},
+            "rules": {"merge_fraction": 1.0},
+            "checkpoint": "last",
+            "scored_step": 10,
+            "looked_loss": None,
+            "steps": 10,
+            "reused_steps": 0,
+            "segments": [],
+            "segments_made": [],
+            "final_state": "whatever",
+            "scored_state": "whatever",
+            "tokens": 1000,
+            "flops": 1e9,
+            "positions": 1000,
+            "without_gradient": 0,
+            "num_trainable_params": 64,
+            "num_total_params": 1000,
+            "train_seconds": 1.0,
+            "total_seconds": 2.0,
+            "links": [],
+            "knots": [],
+            "evaluations": [],
+            **info,
+        },
+        "evaluation": evaluation,
+        "meta_info": provenance({split: evaluation[split]["n"] for split in SPLITS}),
+    }
 
 
 def knot(link: int, size: float, error: float, cosine: float | None = 0.999) -> dict[str, Any]:
@@ -236,7 +309,7 @@ def many(arms: int = 30, seeds: int = 6) -> dict[str, Any]:
     return summary
 
 
-def curves_of(summary: dict[str, Any], steps: int = 90) -> dict[str, list[list[dict[str, Any]]]]:
+def curves_of(summary: dict[str, Any], steps: int = 90) -> dict[str, list[list[MetricRow]]]:
     """Metric rows as a run of these arms would have left them."""
     rng = np.random.default_rng(1)
     curves = {}
@@ -258,7 +331,7 @@ def curves_of(summary: dict[str, Any], steps: int = 90) -> dict[str, list[list[d
                     )
                 if step % (steps // arm["links"]) == 0:
                     rows.append({"kind": "knot", "step": step, "link": link})
-            curves[name].append(rows)
+            curves[name].append([MetricRow(**row) for row in rows])
     return curves
 
 
@@ -271,5 +344,5 @@ def write_run(path: Path, summary: dict[str, Any]) -> RunFolder:
         for seed, rows in enumerate(seeds):
             where = Path("arms") / arm / f"seed-{seed}"
             folder.write_json(where / "result.json", {"status": "interrupted", "run_info": {"arm": arm, "seed": seed}})
-            folder.write_jsonl(where / "metrics.jsonl", rows)
+            folder.write_jsonl(where / "metrics.jsonl", [row.content() for row in rows])
     return folder

@@ -16,7 +16,7 @@ from cola.recipe.plan import Job
 from cola.report.numbers import duration
 from cola.report.tables import matrices_table, overlap_table, spectra_table
 from cola.report.terminal import Terminal
-from cola.tree.run_folder import SPECTRUM, read_spectrum, write_spectrum
+from cola.tree.spectra import SPECTRUM, Spectrum, read_spectrum, spectrum_of, write_spectrum
 
 FEW = 60  # rows of a table of matrices that a terminal is given
 
@@ -40,7 +40,7 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
     if not found:
         raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
     view = _View(found, terminal)
-    records: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[Spectrum]] = {}
     for number, outcome in enumerate(found, 1):
         try:
             record = view.record(outcome, intruders)
@@ -49,8 +49,8 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
                 raise
             terminal.warn(f"{outcome.job.label}: {error}")
             continue
-        if record["left_out"]:
-            terminal.warn(f"{outcome.job.label} is left out: {record['left_out']}")
+        if record.left_out:
+            terminal.warn(f"{outcome.job.label} is left out: {record.left_out}")
         records.setdefault(outcome.job.arm, []).append(record)
     spectra = {"spectra": summarized(records)}
     tables = [spectra_table(spectra), overlap_table(spectra)]
@@ -77,30 +77,31 @@ class _View:
         source, recipe = self.found[0].source, self.found[0].recipe
         return Learned(source, source.skeleton(), recipe, make_accelerator("float32").device)
 
-    def record(self, outcome: Outcome, intruders: bool) -> dict[str, Any]:
-        record, started = read_spectrum(outcome.folder, outcome.job), perf_counter()
-        new = record is None
-        if record is None:
+    def record(self, outcome: Outcome, intruders: bool) -> Spectrum:
+        spectrum, started = read_spectrum(outcome.folder, outcome.job), perf_counter()
+        new = spectrum is None
+        if spectrum is None:
             self.terminal.say(f"{outcome.job.label}: taking the spectra")
-            record = self._taken(outcome)
-        if intruders and not _counted(record):
+            spectrum = spectrum_of(self._taken(outcome))
+        if intruders and not _counted(spectrum):
             if outcome.quantization is not None:
                 self.terminal.warn(
                     f"{outcome.job.label}: no intruders are counted: its base is the matrices that the "
                     f"{outcome.quantization} codes stand for, which no file has"
                 )
-            elif record["matrices"]:
-                self.terminal.say(f"{outcome.job.label}: counting intruders in {len(record['matrices'])} matrices")
+            elif spectrum.matrices:
+                self.terminal.say(f"{outcome.job.label}: counting intruders in {len(spectrum.matrices)} matrices")
                 weights = outcome.added() if outcome.method == "lora" else outcome.tuned.folder
+                record = spectrum.content()
                 self.learned.count_intruders(record, outcome.dtype, weights)
-                new = True
+                spectrum, new = spectrum_of(record), True
         if new:
             self.terminal.say(f"{outcome.job.label}: {duration(perf_counter() - started)}")
             try:
-                write_spectrum(outcome.folder, outcome.job, record)
+                write_spectrum(outcome.folder, outcome.job, spectrum)
             except OSError as error:  # another's folder, a full disk: what was computed can be shown all the same
                 self.terminal.warn(f"{outcome.path}: {error.strerror}; the next look computes it again")
-        return record
+        return spectrum
 
     def _taken(self, outcome: Outcome) -> dict[str, Any]:
         if outcome.method == "full":
@@ -111,7 +112,7 @@ class _View:
         """Full fine-tuning's update under the same seed and its state, where its weights are in the run's folder."""
         job = Job(arm=outcome.recipe.full_arm, seed=outcome.job.seed)
         result = outcome.folder.result(job)
-        if job.arm not in outcome.recipe.arms or result is None or result["status"] != "ok":
+        if job.arm not in outcome.recipe.arms or result is None:
             return None, None
         full = Outcome(outcome.folder, outcome.recipe, job, result)
         if full.method != "full":
@@ -121,10 +122,9 @@ class _View:
             return full.tuned.folder if (full.path / "model" / "config.json").is_file() else None
 
         update = self.learned.full(str(full.path), folder, full.dtype)
-        return update, full.info["scored_state"] if update is not None else None
+        return update, full.info.scored_state if update is not None else None
 
 
-def _counted(record: dict[str, Any]) -> bool:
-    """Whether a record has the number of intruders already."""
-    numbers = [one for matrix in record["matrices"].values() for one in matrix["updates"].values()]
-    return any(one["intruders"] is not None for one in numbers)
+def _counted(spectrum: Spectrum) -> bool:
+    """Whether it has the number of intruders already."""
+    return any(one.intruders is not None for matrix in spectrum.matrices.values() for one in matrix.updates.values())

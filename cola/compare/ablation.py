@@ -28,6 +28,7 @@ from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.recipe.yaml12 import values_of
+from cola.tree.records import Result
 from cola.tree.run_folder import RunFolder
 
 MOST_POINTS = 1_000  # each of them a run
@@ -179,18 +180,17 @@ def summarize_ablation(
     for number, point in enumerate(points):
         run = RunFolder(folder.path / "points" / point.folder)
         summary = run.summary()
-        results = list(run.results(damaged)) if summary else []
+        results = [r for r in run.results(damaged) if isinstance(r, Result)] if summary else []
         for result in results:
-            if result["status"] == "ok":
-                info = result["train_info"]
-                mine = (info["reused_steps"], info["steps"])
-                reused[info["final_state"]] = min(mine, reused.get(info["final_state"], mine))
+            info = result.train_info
+            mine = (info.reused_steps, info.steps)
+            reused[info.final_state] = min(mine, reused.get(info.final_state, mine))
         for arm in point.recipe.arms:
             about = summary["arms"][arm] if summary else {"n_seeds": 0, "states": {}, "errors": {}}
             states |= set(about["states"].values()) or {"missing"}
             if not concerned(points, arm) and number:
                 continue
-            mine = [r for r in results if r["run_info"]["arm"] == arm and r["status"] == "ok"]
+            mine = [r for r in results if r.run_info.arm == arm]
             values = point.values if concerned(points, arm) else None
             rows.append({"values": values, "label": point.label, "arm": arm, **about, "seeds": _by_seed(mine)})
     return {
@@ -219,17 +219,17 @@ def concerned(points: list[Point], arm: str) -> bool:
     return arm in named or len(named) < len(points[0].values)
 
 
-def _by_seed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _by_seed(results: list[Result]) -> list[dict[str, Any]]:
     """One seed's numbers for the figure's dots."""
     return [
         {
-            "seed": r["run_info"]["seed"],
-            "test_loss": r["evaluation"]["test"]["loss"],
-            "test_score": r["evaluation"]["test"]["score"],
-            "gap_loss": r["evaluation"]["gap_loss"],
-            "gap_acc": r["evaluation"]["gap_acc"],
-            "steps": r["train_info"]["steps"],
-            "total_seconds": r["train_info"]["total_seconds"],
+            "seed": r.run_info.seed,
+            "test_loss": r.evaluation.test.loss,
+            "test_score": r.evaluation.test.score,
+            "gap_loss": r.evaluation.gap_loss,
+            "gap_acc": r.evaluation.gap_acc,
+            "steps": r.train_info.steps,
+            "total_seconds": r.train_info.total_seconds,
         }
         for r in results
     ]

@@ -10,13 +10,14 @@ import numpy as np
 from cola.compare.statistics import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
 from cola.errors import RunFolderError, listed, quoted
 from cola.recipe.recipe import Recipe
+from cola.tree.records import Ended, Result, ScoreRow
 from cola.tree.run_folder import RunFolder
 
 FEW = 4  # arms that a sentence names
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
 
-Results = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
-Rows = dict[str, dict[str, Any]]  # scores of one arm, seed and split, by example
+Results = dict[tuple[str, int], Result | Ended]  # by arm and seed
+Rows = dict[str, ScoreRow]  # scores of one arm, seed and split, by example
 
 
 class Comparer:
@@ -29,10 +30,10 @@ class Comparer:
     def __init__(self, recipe: Recipe, folder: RunFolder, results: Results, damaged: list[str]) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.results = results
+        self.done = {key: result for key, result in results.items() if isinstance(result, Result)}
         self.damaged = damaged
         self.unpaired: list[str] = []
-        self.ok = {a: [s for s in recipe.seeds if results.get((a, s), {}).get("status") == "ok"] for a in recipe.arms}
+        self.ok = {arm: [seed for seed in recipe.seeds if (arm, seed) in self.done] for arm in recipe.arms}
         self._scores: dict[tuple[str, int], Rows | None] = {}
 
     def against_full(self, name: str) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Comparer:
         found: dict[str, Any] = {}
         for key, what, sign in (("gap_loss", "loss", -1), ("gap_acc", "score", 1)):
             table = paired([[rows for _, rows in done]], by_loss=what == "loss") if done else None
-            train_S = [self.results[name, s]["evaluation"]["train"][what] for s, _ in done]
+            train_S = [getattr(self.done[name, s].evaluation.train, what) for s, _ in done]
             if table is None or None in train_S:
                 continue
             # A loss comes as minus itself, so that both gaps are train - test of something of which more is better.
@@ -120,7 +121,7 @@ class Comparer:
         """Test scores by example; None where they are damaged."""
         if (arm, seed) not in self._scores:
             try:
-                rows = {row["id"]: row for row in self.folder.scores(arm, seed, "test")}
+                rows = {row.id: row for row in self.folder.scores(arm, seed, "test")}
             except RunFolderError as error:
                 self.damaged.append(str(error))
                 rows = None
@@ -193,14 +194,14 @@ def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
     ids = list(first)
     if not ids or any(one.keys() != first.keys() for of_arm in rows for one in of_arm):
         return None
-    scored = first[ids[0]]["score"] is not None and not by_loss
+    scored = first[ids[0]].score is not None and not by_loss
 
-    def value(row: dict[str, Any]) -> float:
-        return row["score"] if scored else -row["nats"] / row["tokens"]
+    def value(row: ScoreRow) -> float | None:
+        return row.score if scored else -row.nats / row.tokens
 
     scores = [[[value(one[i]) for i in ids] for one in of_arm] for of_arm in rows]
-    groups = [first[i]["group"] or i for i in ids]
-    return Table(np.array(scores), groups, None if scored else [float(first[i]["tokens"]) for i in ids])
+    groups = [first[i].group or i for i in ids]
+    return Table(np.array(scores), groups, None if scored else [float(first[i].tokens) for i in ids])
 
 
 def _record(found: Estimate) -> dict[str, float | None]:

@@ -11,11 +11,12 @@ import numpy as np
 
 from cola.errors import RunFolderError
 from cola.recipe.plan import Job
-from cola.tree.run_folder import RunFolder, read_spectrum
+from cola.tree.run_folder import RunFolder
+from cola.tree.spectra import Matrix, Overlap, Sides, Spectrum, read_spectrum
 
 NUMBERS = ("rank", "relative_size", "effective_rank", "rank_90", "stable_rank")
 
-Records = Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> the content of its seeds' spectrum.json
+Records = Mapping[str, Sequence[Spectrum]]  # of each arm: its seeds'
 
 
 def spectra_of(folder: RunFolder, done: Mapping[str, Iterable[int]]) -> tuple[dict[str, Any], list[str]]:
@@ -28,7 +29,7 @@ def spectra_of(folder: RunFolder, done: Mapping[str, Iterable[int]]) -> tuple[di
     Returns:
         As `summarized`; and what is wrong with a file that cannot be read, which spoils no other.
     """
-    records: dict[str, list[Mapping[str, Any]]] = {}
+    records: dict[str, list[Spectrum]] = {}
     damaged = []
     for arm, seeds in done.items():
         for seed in seeds:
@@ -50,11 +51,11 @@ def summarized(records: Records) -> dict[str, Any]:
     """
     found = {}
     for arm, all_of_arm in records.items():
-        seeds = [list(record["matrices"].values()) for record in all_of_arm if record["matrices"]]
+        seeds = [list(record.matrices.values()) for record in all_of_arm if record.matrices]
         if not seeds:
             continue
         # In the order of the chain, whatever matrices each link touched.
-        updates = {what for matrices in seeds for matrix in matrices for what in matrix["updates"]}
+        updates = {what for matrices in seeds for matrix in matrices for what in matrix.updates}
         whats = sorted(updates, key=lambda what: (what == "chain", len(what), what))
         links = [what for what in whats if what.startswith("link ")]
         found[arm] = {
@@ -66,12 +67,12 @@ def summarized(records: Records) -> dict[str, Any]:
     return found
 
 
-Matrices = list[dict[str, Any]]  # of one seed
+Matrices = list[Matrix]  # of one seed
 
 
 def _row(what: str, seeds: list[Matrices]) -> dict[str, Any]:
     def over(key: str, middle: Any) -> float | None:
-        each = [[one["updates"][what][key] for one in matrices if what in one["updates"]] for matrices in seeds]
+        each = [[getattr(one.updates[what], key) for one in matrices if what in one.updates] for matrices in seeds]
         return _mean([_of(middle, values) for values in each])
 
     row: dict[str, Any] = {"what": what, **{key: over(key, np.median) for key in NUMBERS}}
@@ -85,7 +86,7 @@ def _values(what: str, seeds: list[Matrices]) -> list[float]:
     """Singular values by the largest: those of a matrix that has fewer go on as zeros."""
     each = []
     for matrices in seeds:
-        values = [one["updates"][what]["values"] for one in matrices if what in one["updates"]]
+        values = [one.updates[what].values for one in matrices if what in one.updates]
         values = [[value / row[0] for value in row] for row in values if row and row[0]]
         if values:
             each.append(np.median(_filled(values), axis=0).tolist())
@@ -105,18 +106,18 @@ def _overlap(links: list[str], seeds: list[Matrices]) -> dict[str, Any]:
     for one in links:
         for other in links[places[one] + 1 :]:
             pairs = [
-                [pair for matrix_ in matrices for pair in matrix_["overlap"] if pair["links"] == [one, other]]
+                [pair for matrix_ in matrices for pair in matrix_.overlap if pair.links == [one, other]]
                 for matrices in seeds
             ]
             value = _mean([_of(np.median, [_both(pair) for pair in mine]) for mine in pairs])
             matrix[places[one]][places[other]] = matrix[places[other]][places[one]] = value
-            expected.append(_mean([_of(np.median, [pair["random"] for pair in mine]) for mine in pairs]))
+            expected.append(_mean([_of(np.median, [pair.random for pair in mine]) for mine in pairs]))
     return {"labels": links, "matrix": matrix, "random": _mean(expected)}
 
 
 def _with_full(whats: list[str], seeds: list[Matrices]) -> dict[str, Any] | None:
     """Of each update with full fine-tuning's; None where there is nothing to compare with."""
-    each = [[one["with_full"]["updates"] for one in matrices if one["with_full"]] for matrices in seeds]
+    each = [[one.with_full.updates for one in matrices if one.with_full] for matrices in seeds]
     if not any(each):
         return None
 
@@ -124,12 +125,12 @@ def _with_full(whats: list[str], seeds: list[Matrices]) -> dict[str, Any] | None
         return _mean([_of(np.median, [number(one[what]) for one in mine if what in one]) for mine in each])
 
     values = {what: over(what, _both) for what in whats}
-    expected = [over(what, lambda sides: sides["random"]) for what in whats]
+    expected = [over(what, lambda sides: sides.random) for what in whats]
     return {"labels": list(values), "values": list(values.values()), "random": _mean(expected)}
 
 
-def _both(sides: Mapping[str, float]) -> float:
-    return (sides["left"] + sides["right"]) / 2
+def _both(sides: Sides | Overlap) -> float:
+    return (sides.left + sides.right) / 2
 
 
 def _of(middle: Any, values: Iterable[float | None]) -> float | None:

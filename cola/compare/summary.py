@@ -23,6 +23,8 @@ from cola.errors import RunFolderError
 from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import trials_of
 from cola.recipe.recipe import Recipe
+from cola.tree.made import Made
+from cola.tree.records import Chosen, Result, TrainInfo
 from cola.tree.run_folder import RunFolder, choice_file, damaged_file
 
 
@@ -40,7 +42,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
     for pair in later:
         check_arms(pair, recipe.arms)
     damaged: list[str] = []
-    results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(damaged)}
+    results = {(r.run_info.arm, r.run_info.seed): r for r in folder.results(damaged)}
     arms = {name: _arm(recipe, name, results) for name in recipe.arms}
     comparer = Comparer(recipe, folder, results, damaged)
     for name in recipe.arms:
@@ -50,9 +52,9 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
     done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
     spectra, unread = spectra_of(folder, done)
     states = {state for arm in arms.values() for state in arm["states"].values()}
-    rows = next((r["meta_info"]["rows"] for r in results.values() if r["status"] == "ok"), None)
+    rows = next((r.meta_info.rows for r in comparer.done.values()), None)
     return {
-        "meta": meta,
+        "meta": meta and meta.content(),
         "interrupted": bool(states & {"interrupted", "missing"}),
         "metric": METRICS[recipe.data.task],
         "checkpoint": recipe.evaluation.checkpoint,
@@ -61,16 +63,16 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         "matched": _matched(recipe, arms),
         "trials": trials,
         "intervals": scope_of(recipe, rows["train"] if rows else None),
-        "same_outputs": _same_outputs(recipe, folder, results, damaged),
+        "same_outputs": _same_outputs(recipe, folder, comparer.done, damaged),
         "rows": rows,
         "arms": arms,
         "spectra": spectra,
         "contrasts": comparer.contrasts(later),
         "unpaired": comparer.unpaired,
         "notes": [
-            *(meta["data"]["notes"] if meta else []),
-            *(meta.get("selfcheck", {}).get("notes", []) if meta else []),
-            *made_differently(results),
+            *(meta.data.notes if meta else []),
+            *(meta.selfcheck.notes if meta and meta.selfcheck else []),
+            *made_differently(comparer.done),
             *dict.fromkeys([*damaged, *unread]),
         ],
     }
@@ -78,82 +80,82 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
 
 def _arm(recipe: Recipe, name: str, results: Results) -> dict[str, Any]:
     mine = [results[name, seed] for seed in recipe.seeds if (name, seed) in results]
-    states = {seed: results[name, seed]["status"] if (name, seed) in results else "missing" for seed in recipe.seeds}
-    done = [r for r in mine if r["status"] == "ok"]
+    states = {seed: results[name, seed].status if (name, seed) in results else "missing" for seed in recipe.seeds}
+    done = [r for r in mine if isinstance(r, Result)]
     summary: dict[str, Any] = {
         "links": recipe.arms[name].n_links,
         "states": states,
-        "errors": {r["run_info"]["seed"]: r["run_info"]["error"] for r in mine if r["status"] == "failed"},
+        "errors": {r.run_info.seed: r.run_info.error for r in mine if r.status == "failed"},
         "n_seeds": len(done),
     }
     if not done:
         return summary
     if "links" in recipe.searches_of(name):
-        summary["links"] = len(done[0]["train_info"]["links"])
+        summary["links"] = len(done[0].train_info.links)
     for split in SPLITS:
         for key in ("loss", "score"):
-            summary[f"{split}_{key}"] = _over_seeds([r["evaluation"][split][key] for r in done])
-    summary["gap_loss"] = _over_seeds([r["evaluation"]["gap_loss"] for r in done])
-    summary["gap_acc"] = _over_seeds([r["evaluation"]["gap_acc"] for r in done])
+            summary[f"{split}_{key}"] = _over_seeds([getattr(getattr(r.evaluation, split), key) for r in done])
+    summary["gap_loss"] = _over_seeds([r.evaluation.gap_loss for r in done])
+    summary["gap_acc"] = _over_seeds([r.evaluation.gap_acc for r in done])
     summary["seeds"] = [_of_seed(r) for r in done]
     summary["forgetting"] = _over_seeds([_forgetting(r) for r in done])
     keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
     for key in keys:
-        summary[key] = float(np.mean([r["train_info"][key] for r in done]))
-    summary["scored_step"] = [r["train_info"]["scored_step"] for r in done]
-    summary["learning_rate"] = [r["train_info"]["learning_rate"] for r in done]
-    summary["peak_memory"] = max((peak for r in done if (peak := _peak(r["train_info"])) is not None), default=None)
-    summary["base"] = done[0]["train_info"]["base"]
-    summary["without_gradient"] = max(r["train_info"]["without_gradient"] for r in done)
-    edges = [(key, r["run_info"]["seed"]) for r in done for key in r["train_info"]["at_grid_edge"]]
+        summary[key] = float(np.mean([getattr(r.train_info, key) for r in done]))
+    summary["scored_step"] = [r.train_info.scored_step for r in done]
+    summary["learning_rate"] = [r.train_info.learning_rate for r in done]
+    summary["peak_memory"] = max((peak for r in done if (peak := _peak(r.train_info)) is not None), default=None)
+    summary["base"] = done[0].train_info.base.content()
+    summary["without_gradient"] = max(r.train_info.without_gradient for r in done)
+    edges = [(key, r.run_info.seed) for r in done for key in r.train_info.at_grid_edge]
     summary["at_grid_edge"] = {key: [seed for one, seed in edges if one == key] for key, _ in edges}
     summary["knots"] = _ledger(done)
-    summary["max_drift"] = max((k["drift_relative"] for r in done for k in r["train_info"]["knots"]), default=None)
+    summary["max_drift"] = max((k.drift_relative for r in done for k in r.train_info.knots), default=None)
     # A knot that lets a part of its pair go moves the outputs on purpose.
-    infos = [r["train_info"] for r in done]
-    whole = [i for i in infos if i["rules"] and (i["rules"]["merge_fraction"] == 1 or len(i["knots"]) == 1)]
-    lost = [k["drift_of_learned"] for i in whole for k in i["knots"]]
+    infos = [r.train_info for r in done]
+    whole = [i for i in infos if i.rules and (i.rules.merge_fraction == 1 or len(i.knots) == 1)]
+    lost = [k.drift_of_learned for i in whole for k in i.knots]
     summary["max_lost"] = max((share for share in lost if share is not None), default=None)
     return summary
 
 
-def _of_seed(result: dict[str, Any]) -> dict[str, Any]:
+def _of_seed(result: Result) -> dict[str, Any]:
     """One seed's numbers: the dots of a figure."""
-    evaluation = result["evaluation"]
-    numbers = {f"{split}_{key}": evaluation[split][key] for split in SPLITS for key in ("loss", "score")}
-    gaps = {key: evaluation[key] for key in ("gap_loss", "gap_acc")}
-    return {"seed": result["run_info"]["seed"], **numbers, **gaps, "forgetting": _forgetting(result)}
+    found = result.evaluation
+    numbers = {f"{split}_{key}": getattr(getattr(found, split), key) for split in SPLITS for key in ("loss", "score")}
+    gaps = {"gap_loss": found.gap_loss, "gap_acc": found.gap_acc}
+    return {"seed": result.run_info.seed, **numbers, **gaps, "forgetting": _forgetting(result)}
 
 
-def _forgetting(result: dict[str, Any]) -> float | None:
+def _forgetting(result: Result) -> float | None:
     """None where the recipe leaves the general text out."""
-    return (result["evaluation"].get("general") or {}).get("forgetting")
+    return result.evaluation.general and result.evaluation.general.forgetting
 
 
-def _peak(info: dict[str, Any]) -> int | None:
+def _peak(info: TrainInfo) -> int | None:
     """Memory that a training took: the GPU's where there is one, else the process's."""
-    on_gpu = info.get("accelerator_memory_max")
-    return info.get("process_memory_max") if on_gpu is None else on_gpu
+    on_gpu = info.accelerator_memory_max
+    return info.process_memory_max if on_gpu is None else on_gpu
 
 
-def _ledger(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ledger(done: list[Result]) -> list[dict[str, Any]]:
     """One row for each knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
     rows = []
-    for number in range(max(len(r["train_info"]["knots"]) for r in done)):
-        infos = [r["train_info"] for r in done if len(r["train_info"]["knots"]) > number]
-        knots = [info["knots"][number] for info in infos if info["knots"][number]["merge"] is not None]
+    for number in range(max(len(r.train_info.knots) for r in done)):
+        infos = [r.train_info for r in done if len(r.train_info.knots) > number]
+        knots = [info.knots[number] for info in infos if info.knots[number].merge is not None]
         if not knots:
             continue
-        row = {"link": number + 1, "merge": knots[0]["merge"]}
-        part = infos[0]["rules"]["merge_fraction"]
-        row["fraction"] = 1.0 if number + 1 == len(infos[0]["links"]) else part
-        row["cleared"] = float(np.mean([info["links"][number]["cleared"] for info in infos]))
+        row = {"link": number + 1, "merge": knots[0].merge}
+        part = infos[0].rules and infos[0].rules.merge_fraction
+        row["fraction"] = 1.0 if number + 1 == len(infos[0].links) else part
+        row["cleared"] = float(np.mean([info.links[number].cleared for info in infos]))
         for key in ("relative_size_median", "unchanged_median"):
-            row[key] = float(np.mean([knot[key] for knot in knots]))
+            row[key] = float(np.mean([getattr(knot, key) for knot in knots]))
         worst = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
         for key, pick in {**worst, "drift_relative": max, "drift_of_learned": max, "drift_kl": max}.items():
-            row[key] = pick((knot[key] for knot in knots if knot[key] is not None), default=None)
-        row["drift_loss_change"] = max((knot["drift_loss_change"] for knot in knots), key=abs)
+            row[key] = pick((value for knot in knots if (value := getattr(knot, key)) is not None), default=None)
+        row["drift_loss_change"] = max((knot.drift_loss_change for knot in knots), key=abs)
         rows.append(row)
     return rows
 
@@ -182,31 +184,30 @@ def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, 
     return found
 
 
-def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: dict[str, Any]) -> dict[str, Any]:
+def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: Chosen) -> dict[str, Any]:
     """What a search tried, with the numbers of each seed of the trials, and the share of resampled trials that choose
     each value; None where their scores have gone."""
     jobs = trials_of(recipe, arm, recipe.seeds[0] if seed is None else seed)
-    by_value = [jobs[n : n + len(choice["seeds"])] for n in range(0, len(jobs), len(choice["seeds"]))]
-    if len(by_value) != len(choice["trials"]):
+    by_value = [jobs[n : n + len(choice.seeds)] for n in range(0, len(jobs), len(choice.seeds))]
+    if len(by_value) != len(choice.trials):
         path = folder.path / choice_file(arm, seed)
-        raise damaged_file(path, f"it has {len(choice['trials'])} trials, and the recipe {len(by_value)}")
+        raise damaged_file(path, f"it has {len(choice.trials)} trials, and the recipe {len(by_value)}")
     rows = []
-    for tried, of_value in zip(choice["trials"], by_value, strict=True):
+    for tried, of_value in zip(choice.trials, by_value, strict=True):
         each = []
         for job in of_value:
-            result = folder.result(job)
-            if result is not None and result["status"] == "ok":
-                validation = result["evaluation"]["validation"]
-                each.append({"seed": job.seed, "loss": validation["loss"], "score": validation["score"]})
-        rows.append({**tried, "each": each, "share": None})
+            if (trial := folder.trial(job)) is not None:
+                validation = trial.evaluation.validation
+                each.append({"seed": job.seed, "loss": validation.loss, "score": validation.score})
+        rows.append({**tried.content(), "each": each, "share": None})
     whole = [n for n, row in enumerate(rows) if not row["failed"]]
-    scores = [[{row["id"]: row for row in folder.trial_scores(job)} for job in by_value[n]] for n in whole]
+    scores = [[{row.id: row for row in folder.trial_scores(job)} for job in by_value[n]] for n in whole]
     if (trials := _trial_scores(scores)) is not None:
         search = recipe.search_rules[arm]
         shares = trials.shares(search.select_by, arm if seed is None else f"{arm} seed {seed}")
         for n, share in zip(whole, shares, strict=True):
             rows[n]["share"] = share
-    return {"seed": seed, "chosen": choice["chosen"], "seeds": choice["seeds"], "trials": rows}
+    return {"seed": seed, "chosen": choice.chosen, "seeds": choice.seeds, "trials": rows}
 
 
 def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
@@ -216,16 +217,17 @@ def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
         return None
 
     def numbers(key: str) -> np.ndarray:
-        return np.array([[[one[i][key] for i in first] for one in of_value] for of_value in scores], dtype=float)
+        each = [[[getattr(rows[i], key) for i in first] for rows in of_value] for of_value in scores]
+        return np.array(each, dtype=float)
 
     rows = list(first.values())
-    scored = None if rows[0]["score"] is None else numbers("score")
-    groups = [f"group {row['group']}" if row["group"] else f"row {row['id']}" for row in rows]
-    return Trials(numbers("nats"), np.array([float(row["tokens"]) for row in rows]), scored, groups)
+    scored = None if rows[0].score is None else numbers("score")
+    groups = [f"group {row.group}" if row.group else f"row {row.id}" for row in rows]
+    return Trials(numbers("nats"), np.array([float(row.tokens) for row in rows]), scored, groups)
 
 
 def _same_outputs(
-    recipe: Recipe, folder: RunFolder, results: Results, damaged: list[str]
+    recipe: Recipe, folder: RunFolder, done: Mapping[tuple[str, int], Result], damaged: list[str]
 ) -> list[tuple[str, str, int]]:
     """Arms whose test losses are the same to the bit under a seed though their weights have other causes: what one of
     them does differently has done nothing."""
@@ -233,11 +235,11 @@ def _same_outputs(
     for seed in recipe.seeds:
         seen: dict[tuple[float, ...], tuple[str, str]] = {}
         for arm in recipe.arms:
-            if results.get((arm, seed), {}).get("status") != "ok":
+            if (arm, seed) not in done:
                 continue
-            state = results[arm, seed]["train_info"]["scored_state"]
+            state = done[arm, seed].train_info.scored_state
             try:
-                nats = tuple(row["nats"] for row in folder.scores(arm, seed, "test"))
+                nats = tuple(row.nats for row in folder.scores(arm, seed, "test"))
             except RunFolderError as error:
                 damaged.append(str(error))
                 continue
@@ -247,17 +249,17 @@ def _same_outputs(
     return found
 
 
-def made_differently(results: Mapping[tuple[str, int], dict[str, Any]]) -> list[str]:
+def made_differently(done: Mapping[tuple[str, int], Result]) -> list[str]:
     """What arms and seeds that are set beside each other were not all made with, in words, one sentence for each.
 
     Args:
-        results: By arm, or run and arm, and seed.
+        done: By arm, or run and arm, and seed.
     """
-    done = {key: result["train_info"] for key, result in results.items() if result["status"] == "ok"}
     users: dict[str, dict[str, list[tuple[str, int]]]] = {}  # of each kind of thing: its values, and who has them
-    for key, info in done.items():
-        facts = {("dtype", info["base"]["dtype"])}
-        for made in (*info.get("segments_made", ()), *info.get("measured_made", ())):
+    for key, result in done.items():
+        info = result.train_info
+        facts = {("dtype", info.base.dtype)}
+        for made in (*info.segments_made, *info.measured_made):
             facts |= set(_makers(made).items())
         for what, value in facts:
             users.setdefault(what, {}).setdefault(value, []).append(key)
@@ -270,17 +272,17 @@ def made_differently(results: Mapping[tuple[str, int], dict[str, Any]]) -> list[
     return told
 
 
-def _makers(made: dict[str, Any]) -> dict[str, str]:
+def _makers(made: Made) -> dict[str, str]:
     """What may move a number, of what a state or a measurement says of its making."""
-    commit = made["commit"]
+    commit = made.commit
     found = {
-        "version of cola": made["cola"],
-        "commit": commit["hash"] and commit["hash"][:10] + (" with changes" if commit["dirty"] else ""),
-        "version of Python": made["python"],
-        "CPU": made["machine"]["cpu"],
-        "device": made["device"],
+        "version of cola": made.cola,
+        "commit": commit.hash and commit.hash[:10] + (" with changes" if commit.dirty else ""),
+        "version of Python": made.python,
+        "CPU": made.machine.cpu,
+        "device": made.device,
     }
-    found |= {f"version of {name}": version for name, version in made["packages"].items() if name != "wandb"}
+    found |= {f"version of {name}": version for name, version in made.packages.items() if name != "wandb"}
     return {what: str(value) for what, value in found.items()}
 
 

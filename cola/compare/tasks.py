@@ -19,6 +19,7 @@ from cola.compare.statistics import Table as Scores
 from cola.compare.summary import made_differently
 from cola.errors import RunFolderError
 from cola.recipe.recipe import Recipe
+from cola.tree.records import Result
 from cola.tree.run_folder import FORMAT, RunFolder
 
 
@@ -40,12 +41,12 @@ class Run:
         """What makes runs comparable seed by seed: data, base and metric."""
         provenance = self.folder.provenance()
         assert provenance is not None  # open_runs refuses a run without one
-        return provenance["data"]["sha256"], provenance["model"]["sha256"], METRICS[self.recipe.data.task]
+        return provenance.data.sha256, provenance.model.sha256, METRICS[self.recipe.data.task]
 
     @property
-    def results(self) -> list[tuple[str, int, dict[str, Any]]]:
+    def results(self) -> list[tuple[str, int, Result]]:
         """What is taken of it: arm, seed and result."""
-        return [(arm, seed, self.comparer.results[arm, seed]) for arm, seeds in self.taken.items() for seed in seeds]
+        return [(arm, seed, self.comparer.done[arm, seed]) for arm, seeds in self.taken.items() for seed in seeds]
 
 
 @dataclass
@@ -92,7 +93,7 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         folder.check_results()
         if any(folder.path.resolve() == run.folder.path.resolve() for run in runs):
             raise RunFolderError(f"{path} is given twice")
-        results = {(r["run_info"]["arm"], r["run_info"]["seed"]): r for r in folder.results(notes)}
+        results = {(r.run_info.arm, r.run_info.seed): r for r in folder.results(notes)}
         comparer = Comparer(recipe, folder, results, notes)
         runs.append(Run(folder, recipe, comparer, dict(comparer.ok)))
     return runs, notes
@@ -185,7 +186,8 @@ def _scopes(tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         seeds = {seed for run in task.runs for of_arm in run.taken.values() for seed in of_arm}
         for run in task.runs:
-            rows = (run.folder.provenance() or {}).get("rows", {}).get("train")
+            provenance = run.folder.provenance()
+            rows = provenance and provenance.rows.get("train")
             said = found.setdefault(scope_sentence(scope_of(run.recipe, rows) | {"seeds": len(seeds)}), [])
             said += [task.label] if task.label not in said else []
     alone = len(found) == 1

@@ -44,7 +44,7 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         method=outcome.method,
         outcome=outcome,
         base=base,
-        base_sha256=provenance["model"]["sha256"],
+        base_sha256=provenance.model.sha256,
         dtype=dtype,
         parts=parts,
         data=_data(recipe),
@@ -53,9 +53,9 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         notes=notes,
         recipe=text,
         fence="`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1),
-        packages=provenance["packages"],
-        cola=provenance["cola"],
-        created=outcome.result["run_info"]["created_at"],
+        packages=provenance.packages,
+        cola=provenance.cola,
+        created=outcome.result.run_info.created_at,
     )
 
 
@@ -73,20 +73,20 @@ def _links_table(outcome: Outcome) -> Table:
     """The chain: what each link trained, what its knot did, and validation where it ended."""
     columns = ["link", "steps", "rank", "alpha", "target_modules", "learning rate", "‖ΔW‖/‖W‖", "error", "logits"]
     table = Table("The chain", [*columns, "validation loss"], [])
-    looks = {look["step"]: look["loss"] for look in outcome.info["evaluations"]}
-    knots = {knot["link"]: knot for knot in outcome.info["knots"]}
-    for number, (link, what) in enumerate(zip(outcome.info["links"], outcome.links, strict=True), 1):
-        knot, end = knots.get(number, {}), link["last_step"]
+    looks = {look.step: look.loss for look in outcome.info.evaluations}
+    knots = {knot.link: knot for knot in outcome.info.knots}
+    for number, (link, what) in enumerate(zip(outcome.info.links, outcome.links, strict=True), 1):
+        knot, end = knots.get(number), link.last_step
         modules = what.target_modules
-        cells = [knot.get("relative_size_median"), knot.get("error_max"), knot.get("drift_max_logit_change")]
+        cells = [knot and knot.relative_size_median, knot and knot.error_max, knot and knot.drift_max_logit_change]
         table.rows.append(
             [
                 f"{number}, {what.method}",
-                f"{link['first_step'] + 1}–{end}",
+                f"{link.first_step + 1}–{end}",
                 NONE if what.rank is None else str(what.rank),
                 NONE if what.alpha is None else f"{what.alpha:g}",
                 NONE if modules is None else modules if isinstance(modules, str) else ", ".join(modules),
-                f"{link['learning_rate_peak']:g}",
+                f"{link.learning_rate_peak:g}",
                 *(NONE if cell is None else f"{cell:.2g}" for cell in cells),
                 f"{looks[end]:.4f}" if end in looks else NONE,
             ]
@@ -96,13 +96,11 @@ def _links_table(outcome: Outcome) -> Table:
 
 def _results_table(outcome: Outcome) -> Table:
     """What the run measured of this arm and seed; against the others, over all seeds."""
-    evaluation = outcome.result["evaluation"]
-    rows = [
-        [split, f"{evaluation[split]['loss']:.4f}", _score(evaluation[split]["score"]), str(evaluation[split]["n"])]
-        for split in SPLITS
-    ]
-    gap = evaluation["gap_acc"]
-    rows.append(["gap", f"{evaluation['gap_loss']:+.4f}", NONE if gap is None else f"{gap:+.4f}", ""])
+    evaluation = outcome.result.evaluation
+    scored = {split: getattr(evaluation, split) for split in SPLITS}
+    rows = [[split, f"{one.loss:.4f}", _score(one.score), str(one.n)] for split, one in scored.items()]
+    gap = evaluation.gap_acc
+    rows.append(["gap", f"{evaluation.gap_loss:+.4f}", NONE if gap is None else f"{gap:+.4f}", ""])
     arm = ((outcome.folder.summary() or {}).get("arms") or {}).get(outcome.job.arm, {})
     for key in ("ft_gap", "closed"):
         if arm.get(key) is not None:

@@ -347,7 +347,7 @@ def _note(outcome: Outcome, request: Request, findings: Findings) -> dict[str, A
         "form": request.form,
         "dtype": request.dtype or outcome.dtype,
         "base": {
-            **provenance["model"],
+            **provenance.model.content(),
             "name": outcome.base_name,
             "quantization": None if merged else outcome.quantization,
         },
@@ -355,14 +355,14 @@ def _note(outcome: Outcome, request: Request, findings: Findings) -> dict[str, A
             "name": outcome.folder.path.name,
             "arm": outcome.job.arm,
             "seed": outcome.job.seed,
-            "recipe": provenance["recipe"]["sha256"],
-            "data": provenance["data"]["sha256"],
-            "scored_step": outcome.info["scored_step"],
-            "evaluation": outcome.result["evaluation"],
-            "knots": outcome.info["knots"],
+            "recipe": provenance.recipe.sha256,
+            "data": provenance.data.sha256,
+            "scored_step": outcome.info.scored_step,
+            "evaluation": outcome.result.evaluation.content(),
+            "knots": [knot.content() for knot in outcome.info.knots],
         },
         # Of the base, as the run found it; a merged checkpoint is tried itself.
-        "selfcheck": provenance.get("selfcheck"),
+        "selfcheck": provenance.selfcheck and provenance.selfcheck.content(),
         **findings.numbers,
     }
 

@@ -7,7 +7,6 @@ import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from cola.recipe.arms import KnotRules, OneLink
 from cola.recipe.bounds import is_remote
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
+from cola.tree.records import Result, TrainInfo
 from cola.tree.run_folder import RunFolder
 
 
@@ -40,7 +40,7 @@ class Outcome:
     folder: RunFolder
     recipe: Recipe
     job: Job
-    result: dict[str, Any]
+    result: Result
 
     @property
     def path(self) -> Path:
@@ -48,16 +48,14 @@ class Outcome:
         return self.folder.job(self.job)
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> TrainInfo:
         """How it was trained."""
-        return self.result["train_info"]
+        return self.result.train_info
 
     @cached_property
     def links(self) -> list[OneLink]:
         """What each link trained; empty for the base."""
-        return [
-            OneLink(**{key: link[key] for key in OneLink.model_fields if key in link}) for link in self.info["links"]
-        ]
+        return [OneLink(**link.model_dump(include=set(OneLink.model_fields))) for link in self.info.links]
 
     @property
     def method(self) -> str | None:
@@ -67,12 +65,12 @@ class Outcome:
     @property
     def dtype(self) -> str:
         """Number format of the frozen weights and the computation."""
-        return self.info["base"]["dtype"]
+        return self.info.base.dtype
 
     @property
     def quantization(self) -> str | None:
         """Of the frozen weights."""
-        return self.info["base"]["quantization"]
+        return self.info.base.quantization
 
     def link_folders(self) -> list[Path]:
         """The pairs of the links up to the scored step, in order; the last one may be a link at its best step.
@@ -83,8 +81,8 @@ class Outcome:
         if self.method != "lora":
             what = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
             raise ModelError(f"arm {self.job.arm} has no knots: {what}")
-        ends = [link["last_step"] for link in self.info["links"]]
-        step = self.info["scored_step"]
+        ends = [link.last_step for link in self.info.links]
+        step = self.info.scored_step
         folders = [self.path / "knots" / f"link-{number}" for number, end in enumerate(ends, 1) if end <= step]
         if step not in ends:
             folders.append(self.path / "knots" / f"best-link-{len(folders) + 1}")
@@ -122,7 +120,8 @@ class Outcome:
     @property
     def rules(self) -> KnotRules:
         """What happened at its knots."""
-        return KnotRules(**self.info["rules"])
+        assert self.info.rules is not None  # it has links
+        return self.info.rules
 
     @cached_property
     def source(self) -> Source:
@@ -134,7 +133,7 @@ class Outcome:
         source = find_model(self.recipe.model)
         provenance = self.folder.provenance()
         assert provenance is not None  # a result was written after it
-        trained_on = provenance["model"]["sha256"]
+        trained_on = provenance.model.sha256
         if source.fingerprint() != trained_on:
             raise ModelError(
                 f"{self.recipe.model.name_or_path} is not the base of {self.folder.path}: its fingerprint is "
@@ -220,11 +219,10 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
     for name in [arm] if arm is not None else recipe.arms:
         for number in [seed] if seed is not None else recipe.seeds:
             job = Job(arm=name, seed=number)
-            result = folder.result(job)
-            if result is not None and result["status"] == "ok":
+            if (result := folder.result(job)) is not None:
                 found.append(Outcome(folder, recipe, job, result))
             else:
-                missing.append(f"{name} seed {number} ({'not run' if result is None else result['status']})")
+                missing.append(f"{name} seed {number} ({folder.status(job) or 'not run'})")
     if not found:
         raise RunFolderError(f"{run}: no result of {', '.join(missing)}; go on with it by `cola run --resume {run}`")
     return found

@@ -29,8 +29,9 @@ from cola.report.drawing import (
     settle,
     spread_out,
 )
+from cola.tree.records import MetricRow
 
-Curves = dict[str, list[list[dict[str, Any]]]]  # the metric rows of each arm's seeds
+Curves = dict[str, list[list[MetricRow]]]  # the metric rows of each arm's seeds
 ROLES = {
     "primary": "primary, named beforehand",
     "secondary": "secondary",
@@ -48,20 +49,20 @@ class Curve:
     knots: list[int]
 
 
-def curve_of(seeds: list[list[dict[str, Any]]]) -> Curve:
+def curve_of(seeds: list[list[MetricRow]]) -> Curve:
     """What the metric rows of an arm's seeds say of its losses."""
     # The last knot ends the run; the marks show where a chain was tied and went on.
-    knots = sorted({row["step"] for rows in seeds for row in rows if row["kind"] == "knot"})[:-1]
+    knots = sorted({row.step for rows in seeds for row in rows if row.kind == "knot"})[:-1]
     each = [_mean_by_step([rows], "validation") for rows in seeds]
     return Curve(_mean_by_step(seeds, "step"), _mean_by_step(seeds, "validation"), each, knots)
 
 
-def _mean_by_step(seeds: list[list[dict[str, Any]]], kind: str) -> list[tuple[int, float]]:
+def _mean_by_step(seeds: list[list[MetricRow]], kind: str) -> list[tuple[int, float]]:
     at: dict[int, list[float]] = defaultdict(list)
     for rows in seeds:
         for row in rows:
-            if row["kind"] == kind:
-                at[row["step"]].append(row["loss"])
+            if row.kind == kind and row.loss is not None:
+                at[row.step].append(row.loss)
     return [(step, sum(losses) / len(losses)) for step, losses in sorted(at.items())]
 
 

@@ -71,8 +71,8 @@ def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
 def _made(run: Run) -> dict[str, Any]:
     provenance = run.folder.provenance()
     assert provenance is not None  # open_runs refuses a run without one
-    made = {key: provenance.get(key) for key in MADE_WITH}
-    return made | {"model.sha256": provenance["model"]["sha256"], "data.sha256": provenance["data"]["sha256"]}
+    made = provenance.model_dump(include=set(MADE_WITH))
+    return made | {"model.sha256": provenance.model.sha256, "data.sha256": provenance.data.sha256}
 
 
 def _rows(a: Any, b: Any) -> list[list[str]]:

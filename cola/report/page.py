@@ -24,7 +24,7 @@ from cola.compare.ablation import AblationFolder
 from cola.errors import RunFolderError
 from cola.files import write_text
 from cola.report.captions import CAPTIONS, alternative
-from cola.report.charts import curve_of
+from cola.report.charts import Curves, curve_of
 from cola.report.drawing import Figure, save, svg
 from cola.report.figures import NAMES, ablation_figure, contrasts_figure, figures_of
 from cola.report.group_report import Comparison
@@ -45,7 +45,7 @@ from cola.report.tables import (
 from cola.report.tracking import comparison_numbers
 from cola.report.verdict import contrast_sentence, verdict
 from cola.tree.records import MetricRow
-from cola.tree.run_folder import RunFolder, place_of, read_jsonl
+from cola.tree.run_folder import RunFolder, place_of, read_rows
 
 # Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
@@ -138,7 +138,7 @@ def write_tasks(path: Path, summary: dict[str, Any]) -> Path:
     return path / "report.html"
 
 
-def page_tables(summary: dict[str, Any], curves: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Table]:
+def page_tables(summary: dict[str, Any], curves: Curves) -> dict[str, Table]:
     """Every table of a run's page that has rows, by the name of its files."""
     named = named_tables(summary)
     judged = "score" if "score" in named else "loss"  # is in the first table, with the arms' states
@@ -155,7 +155,7 @@ def page_tables(summary: dict[str, Any], curves: dict[str, list[list[dict[str, A
     return {name: table for name, table in tables.items() if table.rows}
 
 
-def curves_table(curves: dict[str, list[list[dict[str, Any]]]]) -> Table:
+def curves_table(curves: Curves) -> Table:
     """The validation losses of the learning curves, means over seeds."""
     columns = ["arm", "step", "validation loss", "seeds"]
     table = Table("Validation loss at each evaluation point, nats per target token", columns, [])
@@ -214,18 +214,17 @@ def _write_files(folder: Path, tables: dict[str, Table], figures: dict[str, Figu
             (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def read_curves(folder: RunFolder, damaged: list[str]) -> dict[str, list[list[dict[str, Any]]]]:
+def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
     """The metric rows of every arm that trained, one list per seed; what is wrong with a file is added to `damaged`."""
-    curves: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    curves: Curves = defaultdict(list)
     for result in folder.results(damaged):
-        info = result["run_info"]
         try:
-            rows = read_jsonl(folder.path / "arms" / place_of(result) / "metrics.jsonl", MetricRow)
+            rows = read_rows(folder.path / "arms" / place_of(result) / "metrics.jsonl", MetricRow)
         except RunFolderError as error:
             damaged.append(str(error))
             continue
         if rows:
-            curves[info["arm"]].append(rows)
+            curves[result.run_info.arm].append(rows)
     return dict(curves)
 
 

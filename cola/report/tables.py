@@ -26,6 +26,7 @@ from cola.report.numbers import (
 )
 from cola.report.table import SIZES, Table
 from cola.report.verdict import of_contrasts
+from cola.tree.spectra import Spectrum
 
 
 def ablation_table(summary: dict[str, Any]) -> Table:
@@ -256,21 +257,17 @@ def overlap_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def matrices_table(record: dict[str, Any]) -> Table:
+def matrices_table(spectrum: Spectrum) -> Table:
     """The spectra of one arm and seed, matrix by matrix, from its spectrum.json."""
     columns = ["matrix", "update", "rank", "‖ΔW‖/‖W‖", "effective rank", "rank at 90 %", "stable rank"]
     table = Table("Matrix by matrix", columns, [])
-    for name, matrix in record["matrices"].items():
-        updates = matrix["updates"]
+    for name, matrix in spectrum.matrices.items():
+        updates = matrix.updates
         for what in list(updates)[:1] if len(updates) == 2 else updates:
             one = updates[what]
-            size = NONE if one["relative_size"] is None else f"{one['relative_size']:.2%}"
-            ranks = [
-                number_text(one["effective_rank"], 1),
-                number_text(one["rank_90"]),
-                number_text(one["stable_rank"], 1),
-            ]
-            table.rows.append([name, what, number_text(one["rank"]), size, *ranks])
+            size = NONE if one.relative_size is None else f"{one.relative_size:.2%}"
+            ranks = [number_text(one.effective_rank, 1), number_text(one.rank_90), number_text(one.stable_rank, 1)]
+            table.rows.append([name, what, number_text(one.rank), size, *ranks])
     return table
 
 

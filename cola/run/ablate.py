@@ -10,6 +10,7 @@ from cola.report.terminal import Terminal
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import tracked_state
 from cola.run.run import run
+from cola.tree.records import Result
 
 
 def ablate(
@@ -54,7 +55,7 @@ def _run_point(
     with folder.run_folder(point) as (run_folder, _):
         if run_folder.finished:
             terminal.say(f"{place}: finished before")
-            tracked |= {tracked_state(result) for result in run_folder.results()}
+            tracked |= {tracked_state(result) for result in run_folder.results() if isinstance(result, Result)}
             return False
         terminal.say(f"{place} → {run_folder.path}")
         summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)

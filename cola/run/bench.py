@@ -20,7 +20,9 @@ from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress
 from cola.report.tracking import Tracker
 from cola.run.interrupt import Signals
+from cola.tree.made import Provenance
 from cola.tree.measured import Measurements, rows_digest
+from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
 from cola.tree.segments import Tree, merge_of
 from cola.tree.store import CHANGES, Store
@@ -58,7 +60,7 @@ class Bench:
     tracked: set[str]
     meter: Meter
     learned: Learned
-    meta: dict[str, Any]
+    meta: Provenance
     used: dict[str, set[str]]
     ready: dict[tuple[str, str | None], PreTrainedModel]
     _counts: dict[str, int] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Bench:
     @property
     def made(self) -> dict[str, Any]:
         """With what this session makes states and measurements."""
-        return {key: self.meta[key] for key in MADE_WITH}
+        return self.meta.model_dump(include=set(MADE_WITH))
 
     def count_parameters(self, what: OneLink) -> int:
         """Parameters that a link trains, counted once."""
@@ -113,4 +115,4 @@ class Bench:
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
-        self.folder.write_json("segments.json", {kind: sorted(names) for kind, names in self.used.items()})
+        self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))

@@ -1,7 +1,5 @@
 """What is checked before anything is trained, and what is said of it."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +22,7 @@ from cola.recipe.plan import Job, choice_of, plan_arm, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.weights import tuned_as_a_whole
+from cola.tree.made import Data, GeneralText, Model, Provenance, RecipeDigest
 from cola.tree.provenance import provenance
 from cola.tree.run_folder import FORMAT, RunFolder
 from cola.tree.segments import Tree, merge_of
@@ -137,33 +136,32 @@ def check_folder(
     general: list[Example],
     store: Store,
     terminal: Terminal,
-) -> dict[str, Any]:
+) -> Provenance:
     """What provenance.json will hold; a resumed run must have the recipe, the data and the base that it began with."""
-    meta = {
-        "format": FORMAT,
+    meta = Provenance(
+        format=FORMAT,
         **provenance(),
-        "device": device_description(),
-        "recipe": {"sha256": folder.recipe_digest()},
-        "model": {"name": source.name, "revision": source.revision, "sha256": source.fingerprint()},
-        "data": {"sha256": splits.fingerprint, "notes": splits.notes},
-        "rows": splits.sizes,
-        "general_text": {
-            "name": recipe.evaluation.general_text,
-            "sha256": fingerprint_of({"general": general}),
-            "passages": len(general),
-            "longest": max((passage.n_tokens for passage in general), default=0),
-        },
-    }
-    folder.check_readable()
+        device=device_description(),
+        recipe=RecipeDigest(sha256=folder.recipe_digest()),
+        model=Model(name=source.name, revision=source.revision, sha256=source.fingerprint()),
+        data=Data(sha256=splits.fingerprint, notes=splits.notes),
+        rows=splits.sizes,
+        general_text=GeneralText(
+            name=recipe.evaluation.general_text,
+            sha256=fingerprint_of({"general": general}),
+            passages=len(general),
+            longest=max((passage.n_tokens for passage in general), default=0),
+        ),
+    )
     if (before := folder.provenance()) is not None:
         for what in ("recipe", "model", "data", "general_text"):
-            if before[what]["sha256"] != meta[what]["sha256"]:
+            if getattr(before, what).sha256 != getattr(meta, what).sha256:
                 raise RunChanged(
                     f"{folder.path}: the {what.replace('_', ' ')} is not the one this run began with; start a new run "
                     "instead of resuming"
                 )
         for what in ("cola", "commit", "packages", "machine", "device"):
-            if before[what] != meta[what]:
+            if getattr(before, what) != getattr(meta, what):
                 terminal.warn(f"{what} changed since this run began; each result says what it was made with")
         return meta
     weights = 4 * sum(parameter.numel() for parameter in source.skeleton().parameters())  # kept in float32

@@ -40,6 +40,7 @@ from cola.recipe.plan import Job, Link, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.run.bench import Bench
 from cola.run.interrupt import Interrupted
+from cola.tree.records import Result, TrialResult
 from cola.tree.run_folder import FORMAT, MADE_WITH
 from cola.tree.states import States
 from cola.tree.store import hand_out
@@ -144,7 +145,8 @@ class JobRun:
             "evaluation": evaluation,
             "meta_info": bench.meta,
         }
-        bench.folder.write_json(self._name("result.json"), result)
+        record = TrialResult if job.trial else Result
+        bench.folder.write(self._name("result.json"), record.model_validate(result))
         if self.tracker:
             self.tracker.finish(self._tracked(evaluation))
 
@@ -224,7 +226,7 @@ class JobRun:
         self.bench.progress.stage("loading the model")
         self.loaded = True
         # Its name in the store says what the base was as the run began.
-        if self.bench.source.fingerprint() != self.bench.meta["model"]["sha256"]:
+        if self.bench.source.fingerprint() != self.bench.meta.model.sha256:
             raise ModelError(
                 f"model.name_or_path: {self.bench.source.name} has changed since this run began; put it back and go on "
                 "with the same command, or start a new run"
@@ -635,8 +637,8 @@ class JobRun:
             summary |= {"general/loss": general["loss"], "general/forgetting": general["forgetting"]}
         # Full fine-tuning is trained first in each seed, so that every other arm knows its distance to it.
         full = self.bench.folder.result(Job(arm=self.recipe.full_arm, seed=self.job.seed))
-        if full and full["status"] == "ok" and evaluation["test"]["score"] is not None:
-            summary["gap/ft"] = full["evaluation"]["test"]["score"] - evaluation["test"]["score"]
+        if full and full.evaluation.test.score is not None and evaluation["test"]["score"] is not None:
+            summary["gap/ft"] = full.evaluation.test.score - evaluation["test"]["score"]
         return summary
 
     def _config(self) -> dict[str, Any]:
@@ -645,8 +647,8 @@ class JobRun:
             "seed": self.job.seed,
             "links": [link_record(link) for link in self.links],
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "model_sha256": self.bench.meta["model"]["sha256"],
-            "data_sha256": self.bench.meta["data"]["sha256"],
+            "model_sha256": self.bench.meta.model.sha256,
+            "data_sha256": self.bench.meta.data.sha256,
             "state": self.lineage.names[-1],
         }
 
@@ -667,9 +669,9 @@ def _over_matrices(entries: Sequence[Applied]) -> dict[str, float | None]:
     return found
 
 
-def tracked_state(result: dict[str, Any]) -> str:
+def tracked_state(result: Result) -> str:
     """What identifies to W&B the arm, seed and last state of a result that came to its end."""
-    return f"{result['run_info']['arm']} {result['run_info']['seed']} {result['train_info']['final_state']}"
+    return f"{result.run_info.arm} {result.run_info.seed} {result.train_info.final_state}"
 
 
 def selection_key(select_by: str, loss: float, score: float | None) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, Literal
 
 from cola.compare.summary import summarize
 from cola.data.splits import load_splits
@@ -30,6 +30,8 @@ from cola.run.plan_tree import known_jobs, meter_of, say_plan, shared_tree
 from cola.run.search import with_choice
 from cola.run.settle import Spectra
 from cola.run.weights import let_full_weights_go, wanted_weights
+from cola.tree.made import SelfCheck
+from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
 from cola.tree.store import WAIT_SECONDS, Store, size_of
 
@@ -75,9 +77,11 @@ def run(
     meta = check_folder(recipe, folder, source, splits, general, store, terminal)
     evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator, source.ends())
     skeleton, used = source.skeleton(), folder.references()
-    meta["selfcheck"], ready = check_bases(recipe, source, skeleton, evaluator, splits, general, store, used, terminal)
-    folder.write_json("provenance.json", (folder.provenance() or meta) | {"selfcheck": meta["selfcheck"]})
-    ways = Ways(**meta["selfcheck"]["ways"])
+    checked, ready = check_bases(recipe, source, skeleton, evaluator, splits, general, store, used, terminal)
+    began, selfcheck = folder.provenance() or meta, {"selfcheck": SelfCheck.model_validate(checked)}
+    folder.write("provenance.json", began.model_copy(update=selfcheck))
+    meta = meta.model_copy(update=selfcheck)
+    ways = Ways(**checked["ways"])
     evaluator = evaluator.asking(ways)
     if ways.rows == "alone":
         recipe, siblings = one_row_a_pass(recipe), [one_row_a_pass(sibling) for sibling in siblings]
@@ -179,8 +183,7 @@ def _claim(bench: Bench, job: Job) -> str:
 
 def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     """Train and record one job, unless its result is there."""
-    before = bench.folder.result(job)
-    if before is not None and before["status"] == "ok":
+    if bench.folder.status(job) == "ok":
         bench.progress.skip(n_steps)
         return
     started = perf_counter()
@@ -206,14 +209,15 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
         terminal.warn(f"{job.label} failed, the others go on: {reason}")
 
 
-def _record_end(bench: Bench, job: Job, status: str, started: float, error: str | None = None) -> None:
+def _record_end(
+    bench: Bench, job: Job, status: Literal["failed", "interrupted"], started: float, error: str | None = None
+) -> None:
     """The result of a job that did not come to its end; one that did is left as it is."""
-    written = bench.folder.result(job)
-    if written is not None and written["status"] == "ok":
+    if bench.folder.status(job) == "ok":
         return
-    info = {**asdict(job), "seconds": perf_counter() - started, "error": error}
+    info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
     where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
-    bench.folder.write_json(where, {"format": FORMAT, "status": status, "run_info": info})
+    bench.folder.write(where, Ended(format=FORMAT, status=status, run_info=info))
     bench.tracker.finish({}, status)
 
 

@@ -8,6 +8,7 @@ from cola.compare.choice import choose
 from cola.errors import ColaError
 from cola.recipe.plan import Job, trials_of
 from cola.run.bench import Bench
+from cola.tree.records import Chosen, Trial
 from cola.tree.run_folder import choice_file
 
 
@@ -30,33 +31,34 @@ def with_choice(bench: Bench, job: Job) -> Job:
     trials, seed = trials_of(bench.recipe, job.arm, job.seed), job.seed if search.per == "seed" else None
     choices = list(dict.fromkeys(trial.choice for trial in trials))
     if (written := bench.folder.choice(job.arm, seed)) is not None:
-        return replace(job, choice=choices[int(written["chosen"])])
+        return replace(job, choice=choices[written.chosen])
     table = []
     for choice in choices:
         found = []
         for trial in trials:
-            result = bench.folder.result(trial) if trial.choice == choice else None
-            if trial.choice == choice and (result is None or result["status"] == "interrupted"):
+            if trial.choice != choice:
+                continue
+            if bench.folder.status(trial) in (None, "interrupted"):
                 raise SearchOpen(f"{job.arm}: its search is not at its end")
-            if result is not None and result["status"] == "ok":
-                found.append(result["evaluation"]["validation"])
+            if (result := bench.folder.trial(trial)) is not None:
+                found.append(result.evaluation.validation)
         # A choice at which some seed failed is no candidate: its mean would be over other seeds than the rest.
         whole = len(found) == len(trials) // len(choices)
-        scored = whole and found[0]["score"] is not None
+        scored = whole and found[0].score is not None
         table.append(
-            {
-                "values": dict(choice),
-                "loss": float(np.mean([one["loss"] for one in found])) if whole else None,
-                "score": float(np.mean([one["score"] for one in found])) if scored else None,
-                "failed": not whole,
-            }
+            Trial(
+                values=dict(choice),
+                loss=float(np.mean([one.loss for one in found])) if whole else None,
+                score=float(np.mean([one.score for one in found])) if scored else None,
+                failed=not whole,
+            )
         )
-    candidates = [number for number, row in enumerate(table) if not row["failed"]]
+    candidates = [number for number, row in enumerate(table) if not row.failed]
     where = choice_file(job.arm, seed)
     if not candidates:
         raise ColaError(f"every trial of the search failed; see {bench.folder.path / where.parent}")
-    losses_C, scores_C = (np.array([[table[n][key]] for n in candidates], float) for key in ("loss", "score"))
+    losses_C, scores_C = (np.array([[getattr(table[n], key)] for n in candidates], float) for key in ("loss", "score"))
     chosen = candidates[int(choose(losses_C, scores_C if search.select_by == "score" else None)[0])]
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
-    bench.folder.write_json(where, {"chosen": chosen, "seeds": seeds, "trials": table})
+    bench.folder.write(where, Chosen(chosen=chosen, seeds=seeds, trials=table))
     return replace(job, choice=choices[chosen])

@@ -10,7 +10,8 @@ from cola.link import adapters
 from cola.link.residual import LinkWeights, added
 from cola.recipe.plan import Job
 from cola.run.bench import Bench
-from cola.tree.run_folder import read_spectrum, write_spectrum
+from cola.tree.records import Result, TrainInfo
+from cola.tree.spectra import read_spectrum, spectrum_of, write_spectrum
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Spectra:
     def settle(self, jobs: Sequence[Job]) -> None:
         """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""
         for job in jobs:
-            result = self._result(job)
-            if result is None or not result["train_info"]["scored_step"]:
+            result = self.bench.folder.result(job)
+            if result is None or not result.train_info.scored_step:
                 continue
             full = self._full(job.seed)
             state = _state_of(full)
@@ -51,9 +52,9 @@ class Spectra:
         others = [name for name in recipe.arms if any(link.method == "lora" for link in recipe.links_of(name))]
         return any(self._taken.get((name, seed)) != state for name in others)
 
-    def _take(self, job: Job, result: dict[str, Any], full: dict[str, Any] | None) -> None:
-        info = result["train_info"]
-        method = next(link["method"] for link in info["links"])
+    def _take(self, job: Job, result: Result, full: Result | None) -> None:
+        info = result.train_info
+        method = info.links[0].method
         try:
             if method == "lora":
                 record = self._of_chain(job, info, full)
@@ -63,33 +64,33 @@ class Spectra:
                 return
             # What `cola inspect` has added to a file that says the same stays.
             there = read_spectrum(self.bench.folder, job)
-            if record is not None and (there is None or there["full"] != record["full"]):
-                write_spectrum(self.bench.folder, job, record)
+            if record is not None and (there is None or there.full != record["full"]):
+                write_spectrum(self.bench.folder, job, spectrum_of(record))
         # Whatever goes wrong in looking at what was learned, the result it is of took far longer to make.
         except Exception as error:
             self.bench.progress.terminal.warn(
                 f"{job.label}: no spectra, and nothing else is lost: {type(error).__name__}: {error}"
             )
 
-    def _of_full(self, job: Job, info: dict[str, Any]) -> dict[str, Any] | None:
-        learned, measured, step = self.bench.learned, self.bench.measurements(job), info["scored_step"]
+    def _of_full(self, job: Job, info: TrainInfo) -> dict[str, Any] | None:
+        learned, measured, step = self.bench.learned, self.bench.measurements(job), info.scored_step
         beside = {"matrices": digest(learned.looked_at)}
         record = measured.known_spectrum(step, beside)
-        if record is None and (folder := self._weights(info["scored_state"])) is not None:
+        if record is None and (folder := self._weights(info.scored_state)) is not None:
             self.bench.progress.stage("taking the spectra of all weights")
-            record = learned.of_full(info["scored_state"], folder, info["base"]["dtype"]) | {"made": self.bench.made}
+            record = learned.of_full(info.scored_state, folder, info.base.dtype) | {"made": self.bench.made}
             measured.keep_spectrum(step, beside, record)
         return record
 
-    def _of_chain(self, job: Job, info: dict[str, Any], full: dict[str, Any] | None) -> dict[str, Any]:
-        learned, measured, step = self.bench.learned, self.bench.measurements(job), info["scored_step"]
+    def _of_chain(self, job: Job, info: TrainInfo, full: Result | None) -> dict[str, Any]:
+        learned, measured, step = self.bench.learned, self.bench.measurements(job), info.scored_step
         beside, update = {"full": None}, None
         if full is not None:
-            state = full["train_info"]["scored_state"]
+            state = full.train_info.scored_state
             with_it = {"full": state, "matrices": digest(learned.looked_at)}
             if (record := measured.known_spectrum(step, with_it)) is not None:
                 return record
-            if update := learned.full(state, lambda: self._weights(state), full["train_info"]["base"]["dtype"]):
+            if update := learned.full(state, lambda: self._weights(state), full.train_info.base.dtype):
                 beside = with_it
             else:
                 self.bench.progress.terminal.warn(
@@ -99,7 +100,7 @@ class Spectra:
         if update is None and (record := measured.known_spectrum(step, beside)) is not None:
             return record
         names = self.bench.tree.lineage(job).names
-        ends = [link["last_step"] for link in info["links"] if link["last_step"] < step]
+        ends = [link.last_step for link in info.links if link.last_step < step]
         rules = self.bench.recipe_of(job).knot_of(job.arm)
         pairs = [self._pair(names[end]) for end in (*ends, step)]
         links = added(pairs, rules.merge_fraction or 1.0, rules.pair == "keep")
@@ -107,14 +108,10 @@ class Spectra:
         measured.keep_spectrum(step, beside, record)
         return record
 
-    def _full(self, seed: int) -> dict[str, Any] | None:
+    def _full(self, seed: int) -> Result | None:
         """The result of full fine-tuning under a seed, if it came to its end."""
-        full = self._result(Job(arm=self.bench.recipe.full_arm, seed=seed))
-        return full if full and any(link["method"] == "full" for link in full["train_info"]["links"]) else None
-
-    def _result(self, job: Job) -> dict[str, Any] | None:
-        result = self.bench.folder.result(job)
-        return result if result is not None and result["status"] == "ok" else None
+        full = self.bench.folder.result(Job(arm=self.bench.recipe.full_arm, seed=seed))
+        return full if full and any(link.method == "full" for link in full.train_info.links) else None
 
     def _pair(self, state: str) -> LinkWeights:
         if (folder := self._weights(state)) is None:
@@ -127,6 +124,6 @@ class Spectra:
         return segment.folder if segment is not None and segment.has_weights else None
 
 
-def _state_of(result: dict[str, Any] | None) -> str | None:
+def _state_of(result: Result | None) -> str | None:
     """The state that was scored."""
-    return None if result is None else result["train_info"]["scored_state"]
+    return None if result is None else result.train_info.scored_state

@@ -20,17 +20,17 @@ def wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: Spectra) -> set[s
         if job.arm not in tuned:
             continue
         with contextlib.suppress(ColaError):  # said when its turn comes
-            result, chosen = bench.folder.result(job), with_choice(bench, job)
+            ended, chosen = bench.folder.status(job), with_choice(bench, job)
             lineage = bench.tree.lineage(chosen)
-            if result is None or result["status"] != "ok":
+            if ended != "ok":
                 points = evaluation_steps(recipe, lineage.links, bench.splits.sizes["train"]) if best else ()
                 wanted |= {lineage.names[step] for step in (*bench.tree.cuts(chosen), *points)}
             elif job.trial:
                 # Where a seed is scored too, one of its trials may be what it chooses.
-                scored = bench.folder.result(Job(arm=job.arm, seed=job.seed)) if job.seed in recipe.seeds else result
-                wanted |= {lineage.names[-1]} if scored is None or scored["status"] != "ok" else set()
+                scored = job.seed not in recipe.seeds or bench.folder.status(Job(arm=job.arm, seed=job.seed)) == "ok"
+                wanted |= set() if scored else {lineage.names[-1]}
             elif recipe.keep_full_weights or spectra.awaits(job.arm, job.seed):
-                wanted.add(result["train_info"]["scored_state"])
+                wanted |= {result.train_info.scored_state} if (result := bench.folder.result(job)) else set()
     return wanted
 
 
@@ -48,8 +48,7 @@ def let_full_weights_go(bench: Bench, seed: int) -> None:
     recipe, done = bench.recipe, set()
     for arm in tuned_as_a_whole(recipe):
         job = Job(arm=arm, seed=seed)
-        result = bench.folder.result(job)
-        if result is None or result["status"] != "ok":
+        if bench.folder.status(job) != "ok":
             continue
         with contextlib.suppress(ColaError):  # what is needed cannot be told, so nothing goes
             chosen = with_choice(bench, job)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from cola.files import digest, each_once
 from cola.measure.scores import ExampleScore
-from cola.tree.run_folder import VERSION
 from cola.tree.segments import Lineage
+from cola.tree.spectra import VERSION
 from cola.tree.store import Store
 
 KNOT_VERSION = 3  # of a knot's record: raise it when more is measured, or otherwise

@@ -16,12 +16,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from time import sleep
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from cola.errors import FolderGone, RunFolderError, plain
 from cola.files import make_new, write_text
@@ -31,7 +33,8 @@ from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.tree import records
 from cola.tree.locks import claimed
-from cola.tree.records import Spectrum, SpectrumVersion
+from cola.tree.made import Provenance
+from cola.tree.shapes import Record, adapter, fault_of
 
 RESULTS = "arms/*/seed-*/result.json"
 WANDB_NOTE = "wandb.json"
@@ -44,6 +47,8 @@ MADE_WITH = (
     "machine",
     "device",
 )  # what a state or a measurement says of its making
+
+R = TypeVar("R", bound=Record)
 
 
 class RunFolder:
@@ -200,8 +205,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds no results; go on with it by `cola run --resume {self.path}`")
         if any(self.path.glob(RESULTS)):
             return
-        told = self.summary()
-        if told and any(arm["n_seeds"] for arm in told["arms"].values()):
+        told = self.state()
+        if told and any(arm.n_seeds for arm in told.arms.values()):
             raise RunFolderError(
                 f"{self.path}/summary.json tells of results that have gone from {self.path}/arms; a report made anew "
                 "would be empty (where a run is packed beside it, unpack that and name its folder)"
@@ -210,8 +215,8 @@ class RunFolder:
     @property
     def readable(self) -> bool:
         """Whether its results are in this version's format; a run without any is."""
-        provenance = self.provenance()
-        return provenance is None or provenance.get("format") == FORMAT
+        provenance = read_json(self.path / "provenance.json", records.AnyFormat)
+        return provenance is None or provenance.format == FORMAT
 
     def job(self, job: Job) -> Path:
         """Where a job's files lie."""
@@ -220,11 +225,30 @@ class RunFolder:
             return self.path / "trials" / job.arm / values / f"seed-{job.seed}"
         return self.path / "arms" / job.arm / f"seed-{job.seed}"
 
-    def result(self, job: Job) -> dict[str, Any] | None:
-        """The job's result, whatever its status; None where there is none yet."""
-        return read_json(self.job(job) / "result.json", records.Result)
+    def status(self, job: Job) -> str | None:
+        """How the job ended; None where it has no result yet."""
+        path = self.job(job) / "result.json"
+        result = self._result(path, records.TrialResult) if job.trial else self._result(path, records.Result)
+        return result and result.status
 
-    def results(self, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    def result(self, job: Job) -> records.Result | None:
+        """The result of an arm and seed; None where it has not come to its end."""
+        result = self._result(self.job(job) / "result.json", records.Result)
+        return None if isinstance(result, records.Ended) else result
+
+    def trial(self, job: Job) -> records.TrialResult | None:
+        """The result of a trial of a search; None where it has not come to its end."""
+        result = self._result(self.job(job) / "result.json", records.TrialResult)
+        return None if isinstance(result, records.Ended) else result
+
+    def _result(self, path: Path, done: type[R]) -> R | records.Ended | None:
+        """A result of whatever status."""
+        found = read_json(path, records.AnyStatus)
+        if found is None:
+            return None
+        return read_json(path, done if found.status == "ok" else records.Ended)
+
+    def results(self, damaged: list[str] | None = None) -> Iterator[records.Result | records.Ended]:
         """The results of all arms and seeds (not of trials), as they were run.
 
         Args:
@@ -235,7 +259,7 @@ class RunFolder:
         """
         for path in sorted(self.path.glob(RESULTS)):
             try:
-                result = read_json(path, records.Result)
+                result = self._result(path, records.Result)
                 if result is not None and path.parent != self.path / "arms" / place_of(result):
                     raise damaged_file(path, f"it is the result of {plain(place_of(result))}")
             except RunFolderError as error:
@@ -246,19 +270,22 @@ class RunFolder:
             if result is not None:
                 yield result
 
-    def provenance(self) -> dict[str, Any] | None:
-        """What provenance.json holds; None before the first session has written it."""
-        path = self.path / "provenance.json"
-        found = read_json(path, records.AnyFormat)
-        return read_json(path, records.Provenance) if found and found.get("format") == FORMAT else found
+    def provenance(self) -> Provenance | None:
+        """What provenance.json holds; None before the first session has written it.
 
-    def scores(self, arm: str, seed: int, split: str) -> list[dict[str, Any]]:
+        Raises:
+            RunFolderError: it is damaged, or another version's.
+        """
+        self.check_readable()
+        return read_json(self.path / "provenance.json", Provenance)
+
+    def scores(self, arm: str, seed: int, split: str) -> list[records.ScoreRow]:
         """Per-example results of one arm, seed and split.
 
         Raises:
             RunFolderError: the file is damaged.
         """
-        return _read_scores(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl")
+        return read_rows(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl", records.ScoreRow)
 
     def start_job(self, job: Job) -> Path:
         """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""
@@ -274,8 +301,12 @@ class RunFolder:
     def references(self) -> dict[str, set[str]]:
         """Names of the segments and measurements in the store that this run rests on so far; `weights`: of the fully
         fine-tuned states whose weights it keeps."""
-        kept = read_json(self.path / "segments.json", records.References) or {}
-        return {kind: set(kept.get(kind, ())) for kind in ("segments", "measured", "weights")}
+        kept = read_json(self.path / "segments.json", records.References) or records.References()
+        return {"segments": set(kept.segments), "measured": set(kept.measured), "weights": set(kept.weights)}
+
+    def write(self, name: str | Path, record: Record) -> None:
+        """Write a file of the run folder."""
+        self.write_json(name, record.content())
 
     def write_json(self, name: str | Path, value: Any) -> None:
         """Write a JSON file of the run folder."""
@@ -289,21 +320,25 @@ class RunFolder:
         """Write a text file atomically."""
         write_text(self.path / name, text)
 
-    def choice(self, arm: str, seed: int | None) -> dict[str, Any] | None:
+    def choice(self, arm: str, seed: int | None) -> records.Chosen | None:
         """What an arm's search tried and chose, for all seeds (None) or for one; None where there was none."""
         return read_json(self.path / choice_file(arm, seed), records.Chosen)
 
-    def trial_scores(self, trial: Job) -> list[dict[str, Any]]:
+    def trial_scores(self, trial: Job) -> list[records.ScoreRow]:
         """Per-example results of a trial on validation; empty where there are none.
 
         Raises:
             RunFolderError: the file is damaged.
         """
-        return _read_scores(self.job(trial) / "scores" / "validation.jsonl")
+        return read_rows(self.job(trial) / "scores" / "validation.jsonl", records.ScoreRow)
+
+    def state(self) -> records.Summary | None:
+        """What summary.json says of each arm's seeds; None where there is none yet."""
+        return read_json(self.path / "summary.json", records.Summary)
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where there is none yet."""
-        return read_json(self.path / "summary.json", records.Summary)
+        return self.state() and json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
 
     def recipe_digest(self) -> str:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
@@ -329,12 +364,12 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all of its last session came to its end, the page included, which is written last."""
-        summary = self.summary()
+        summary = self.state()
         return (
             summary is not None
             and (self.path / "report.html").is_file()
-            and not summary["interrupted"]
-            and not any(arm["errors"] for arm in summary["arms"].values())
+            and not summary.interrupted
+            and not any(arm.errors for arm in summary.arms.values())
         )
 
     @property
@@ -392,29 +427,28 @@ def _make_held(path: Path, held: ExitStack) -> bool:
     return True
 
 
-def read_json(path: Path, shape: type[records.Shape]) -> dict[str, Any] | None:
-    """A JSON mapping of this shape; None where there is no such file.
+def read_json(path: Path, shape: type[R]) -> R | None:
+    """A file of one record; None where there is no such file.
 
     Raises:
         RunFolderError: it is damaged.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        return shape.model_validate(value)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise damaged_file(path, error.strerror or "it cannot be read") from None
+    except ValidationError as error:
+        raise damaged_file(path, fault_of(error)) from None
     except (ValueError, RecursionError) as error:
         raise damaged_file(path, str(error)) from None
-    if (fault := records.fault_of(value, shape)) is not None:
-        raise damaged_file(path, fault)
-    return value
 
 
-def place_of(result: dict[str, Any]) -> Path:
+def place_of(result: records.Result | records.Ended) -> Path:
     """Where a result lies below `arms`."""
-    info = result["run_info"]
-    return Path(info["arm"]) / f"seed-{info['seed']}"
+    return Path(result.run_info.arm) / f"seed-{result.run_info.seed}"
 
 
 def damaged_file(path: Path, why: str) -> RunFolderError:
@@ -427,11 +461,19 @@ def choice_file(arm: str, seed: int | None) -> Path:
     return Path("trials") / arm / ("chosen.json" if seed is None else f"chosen-seed-{seed}.json")
 
 
-def _read_scores(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path, records.ScoreRow)
+def read_rows(path: Path, shape: type[R]) -> list[R]:
+    """The rows of a JSONL file, as `read_jsonl`, each of them a record.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    try:
+        return adapter(list[shape]).validate_python(read_jsonl(path))
+    except ValidationError as error:
+        raise damaged_file(path, f"row {fault_of(error)}") from None
 
 
-def read_jsonl(path: Path, shape: type[records.Shape] = records.Shape) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Any]:
     """The rows of a JSONL file; empty where there is none. A last line that was cut off is left out.
 
     Raises:
@@ -441,33 +483,6 @@ def read_jsonl(path: Path, shape: type[records.Shape] = records.Shape) -> list[d
         return []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise damaged_file(path, str(error)) from None
-    if (fault := records.fault_of(rows, list[shape])) is not None:
-        raise damaged_file(path, f"row {fault}")
-    return rows
-
-
-SPECTRUM = "spectrum.json"
-VERSION = 2  # of its content: raise it when more is measured, or otherwise
-
-
-def read_spectrum(folder: RunFolder, job: Job) -> dict[str, Any] | None:
-    """The spectra of one arm and seed; None where there are none of this version.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
-    record = read_json(folder.job(job) / SPECTRUM, SpectrumVersion)
-    if record is None or record["version"] != VERSION:
-        return None
-    return read_json(folder.job(job) / SPECTRUM, Spectrum)
-
-
-def write_spectrum(folder: RunFolder, job: Job, record: Mapping[str, Any]) -> Path:
-    """Keep the spectra of one arm and seed in the run's folder; returns the file."""
-    path = folder.job(job) / SPECTRUM
-    row = {"version": VERSION, **record}
-    folder.write_jsonl(path.relative_to(folder.path), [row])  # one line: thousands of numbers
-    return path

@@ -26,6 +26,7 @@ from cola.report.tables import overlap_table, spectra_table
 from cola.report.terminal import Terminal
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder
+from cola.tree.spectra import spectrum_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,12 +162,14 @@ def test_the_summary_has_medians_over_matrices_and_means_over_seeds(many_arms: P
     assert 0 < chain["with_full"]["random"] < 1
     assert spectra["lora"]["overlap"] is None
     assert spectra["full"]["with_full"] is spectra["full"]["rows"][0]["rank"] is None
-    twice = summarized({"chain3": [spectrum(many_arms, "chain3"), spectrum(many_arms, "chain3")]})["chain3"]
+    twice = summarized({"chain3": [spectrum_of(spectrum(many_arms, "chain3"))] * 2})["chain3"]
     assert twice["rows"] == chain["rows"]
     other = json.loads(json.dumps(spectrum(many_arms, "chain3")))
     for matrix in other["matrices"].values():
         matrix["updates"]["chain"]["effective_rank"] += 1
-    rows = summarized({"chain3": [spectrum(many_arms, "chain3"), other]})["chain3"]["rows"]
+    rows = summarized({"chain3": [spectrum_of(one) for one in (spectrum(many_arms, "chain3"), other)]})["chain3"][
+        "rows"
+    ]
     assert rows[-1]["effective_rank"] == pytest.approx(chain["rows"][-1]["effective_rank"] + 0.5)
 
 
@@ -177,7 +180,7 @@ def test_an_untouched_pair_has_the_spectra_of_nothing(many_arms: Path) -> None:
         matrix["updates"]["link 2"] |= {"stable_rank": None, "values": []}
         matrix["overlap"] = [two for two in matrix["overlap"] if "link 2" not in two["links"]]
         del matrix["with_full"]["updates"]["link 2"]
-    found = summarized({"chain3": [record]})["chain3"]
+    found = summarized({"chain3": [spectrum_of(record)]})["chain3"]
     assert found["rows"][1]["effective_rank"] is None
     assert found["values"]["link 2"] == []
     assert found["overlap"]["matrix"][1] == [None, 1.0, None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import summaries
 import torch
 from test_cli import cola
 from test_run import go, result
@@ -16,6 +17,7 @@ from test_store import LORA_ONLY, SHORT
 
 from cola.compare.summary import made_differently
 from cola.report.page import write_report
+from cola.tree.records import Result
 
 ONE, TWO = "cpu, threads: 1", "cpu, threads: 2"
 ARMS = [*SHORT, "arms.base=null", "arms.full=null", "arms.chain3.links=2"]
@@ -103,14 +105,14 @@ def test_arms_of_two_dtypes_are_told_apart(recipe_file: Path) -> None:
 
 
 def made(**differs: Any) -> dict[str, Any]:
-    what = {"cola": "1", "commit": {"hash": "a" * 40, "dirty": False, "changed": []}, "python": "3.11"}
-    what |= {"packages": {"torch": "2.13", "wandb": "0.1"}, "machine": {"cpu": "x", "cores": 2}, "device": "cpu"}
-    return what | differs
+    return summaries.made() | differs
 
 
-def of(*makers: dict[str, Any], status: str = "ok") -> dict[str, Any]:
-    info = {"base": {"dtype": "float32"}, "segments_made": [makers[0]], "measured_made": list(makers)}
-    return {"status": status, "train_info": info}
+def of(*makers: dict[str, Any]) -> Result:
+    scored = {"loss": 1.0, "score": None, "n": 1}
+    evaluation = {**dict.fromkeys(("train", "validation", "test"), scored), "gap_loss": 0.0, "gap_acc": None}
+    made = {"segments_made": [makers[0]], "measured_made": list(makers)}
+    return Result.model_validate(summaries.result("lora", 0, evaluation, **made))
 
 
 def test_what_differs_is_named_with_the_arms_and_seeds_that_have_it() -> None:
@@ -123,4 +125,4 @@ def test_what_differs_is_named_with_the_arms_and_seeds_that_have_it() -> None:
     ]
     # What moves no number, and what has no number, is not told.
     alike = {("lora", 0): of(made()), ("full", 0): of(made(packages={"torch": "2.13", "wandb": "0.2"}))}
-    assert made_differently(alike | {("other", 0): {"status": "failed"}}) == []
+    assert made_differently(alike) == []

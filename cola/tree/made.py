@@ -1,0 +1,121 @@
+"""With what something was made, as the files of a run say it. No torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cola.tree.shapes import Bytes, Count, Flag, Record, Rows, Seconds, Spread, Tensors, Text, Time, Tokens
+
+
+class Commit(Record):
+    hash: Text | None = Field(description="of cola's own code; null where it is installed without git")
+    dirty: Flag | None = Field(description="whether files of it were changed")
+    changed: list[Text] | None = Field(default=None, description="which files were changed")
+
+
+class Machine(Record):
+    system: Text | None = Field(default=None, description="the operating system")
+    cpu: Text = Field(description="the processor")
+    cores: Count | None = Field(default=None, description="cores that the process may use")
+    memory_bytes: Bytes | None = Field(default=None, description="the computer's memory")
+
+
+class Made(Record):
+    """With what states or measurements were made, once for all that agree."""
+
+    cola: Text | None = Field(description="version")
+    commit: Commit
+    python: Text = Field(description="version")
+    packages: dict[str, Text | None] = Field(
+        description="versions of those that matter most; null: not installed", json_schema_extra={"key": "PACKAGE"}
+    )
+    machine: Machine
+    device: Text = Field(description="`cpu, threads: 2` and the like, or the GPU's name and CUDA's version")
+
+
+class RecipeDigest(Record):
+    sha256: Text = Field(description="of RUN/recipe.yaml")
+
+
+class Model(Record):
+    name: Text | None = Field(description="as the recipe names it")
+    revision: Text | None = Field(default=None, description="the hub's commit")
+    sha256: Text = Field(description="a fingerprint of config and weights")
+
+
+class Data(Record):
+    sha256: Text = Field(
+        description="of the tokens of all splits; under `data.redraw: per_seed` of validation, test and all that the "
+        "draws follow from, so that runs of other seeds have the same"
+    )
+    notes: list[Text] = Field(description="what was left out, or cut, in words")
+
+
+class GeneralText(Record):
+    name: Text | None = Field(description="the file, `sample`, or null where it is off")
+    sha256: Text = Field(description="of its tokens")
+    passages: Count = Field(default=0, description="their number")
+    longest: Tokens = Field(default=0, description="length of the longest passage")
+
+
+class Ways(Record):
+    """How a model is asked ([numbers.md](numbers.md#the-self-check))."""
+
+    rows: Literal["together", "alone"] = Field(description="several in one pass, or each alone")
+    choices: Literal["cached", "plain"] = Field(description="continued from the prompt's cache, or each read as a row")
+    decoding: Literal["padded", "alike", "plain"] = Field(
+        description="`padded` on the left; `alike`: prompts of one length; `plain`: passes over one prompt"
+    )
+    positions: Count | None = Field(description="the model's positions where decoding could go beyond them")
+
+
+class BaseCheck(Record):
+    dtype: Text = Field(description="of a base that an arm has")
+    quantization: Text | None = Field(description="likewise")
+    ways: Ways
+    tolerance: Spread = Field(description="what `batch`, `choices` and `decoding` may be")
+    later_token: Spread = Field(description="what tokens after a position move there")
+    rounding: Spread = Field(description="what shorter passes change")
+    batch: Spread = Field(description="what other rows of a batch do")
+    choices: Spread | None = Field(
+        description="of choices from the cache from plain passes; null where the task has none, or there is no such way"
+    )
+    decoding: Spread | None = Field(description="of `generate`'s steps from plain passes; null likewise")
+    notes: list[Text] = Field(description="why a slower way is taken, in words")
+    tensors: Tensors = Field(description="size of the state that full fine-tuning keeps")
+    seconds: Seconds = Field(description="what trying took")
+
+
+class SelfCheck(Record):
+    bases: list[BaseCheck]
+    ways: Ways = Field(description="how all arms are asked: the slowest of these")
+    shared: list[list[Text]] = Field(
+        description="matrices that several modules share, a tied head among them: the names of each"
+    )
+    notes: list[Text] = Field(description="all notes, and what `target_modules: all-linear` leaves out, in words")
+
+
+class Provenance(Record):
+    """What the run was made with. The same keys are `meta_info` of a result (there of the session that ended it) and
+    `meta` of the summary. Nothing of the environment is in it, nor the machine's name. A resumed run must have the
+    recipe, model, data and general text of its provenance."""
+
+    format: int = Field(description="of the run's files")
+    started: Time = Field(description="when the run began")
+    cola: Text | None = Field(description="version")
+    commit: Commit
+    python: Text = Field(description="version")
+    packages: dict[str, Text | None] = Field(
+        description="versions of those that matter most; null: not installed", json_schema_extra={"key": "PACKAGE"}
+    )
+    all_packages: list[Text] = Field(default=[], description="all that are installed, as pip writes them")
+    machine: Machine
+    device: Text = Field(description="`cpu, threads: 2` and the like, or the GPU's name and CUDA's version")
+    recipe: RecipeDigest
+    model: Model
+    data: Data
+    rows: dict[str, Rows] = Field(
+        description="of each split; of `train` under each seed", json_schema_extra={"key": "SPLIT"}
+    )
+    general_text: GeneralText
+    selfcheck: SelfCheck | None = Field(default=None, description="null: of an earlier version")
