@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from summaries import result
 from test_statistics import rng, two_arms
 
 from cola.compare.summary import summarize
@@ -78,50 +79,15 @@ class ByHand:
         train_score = None if test is None else sum(train) / len(train)
         test_score = None if test is None else sum(test) / n
         loss = sum(losses) / (2 * n)
-        result = {
-            "format": 1,
-            "status": "ok",
-            "run_info": {
-                "arm": arm,
-                "seed": seed,
-                "choice": [],
-                "trial": False,
-                "seconds": 1.0,
-                "error": None,
-            },
-            "train_info": {
-                "learning_rate": 2e-4,
-                "choice": {},
-                "at_grid_edge": [],
-                "base": {"dtype": "float32", "quantization": None},
-                "rules": {"merge_fraction": 1.0},
-                "scored_step": 10,
-                "scored_state": "whatever",
-                "final_state": "whatever",
-                "reused_steps": 0,
-                "links": [],
-                "steps": 10,
-                "tokens": 1000,
-                "positions": 1000,
-                "flops": 1e9,
-                "without_gradient": 0,
-                "num_trainable_params": 64,
-                "train_seconds": 1.0,
-                "total_seconds": 2.0,
-                "knots": [],
-                **info,
-            },
-            "evaluation": {
-                "train": {"loss": train_loss, "score": train_score, "n": len(train)},
-                "validation": {"loss": 0.75, "score": None if test is None else 0.5, "n": 4},
-                "test": {"loss": loss, "score": test_score, "n": n},
-                "gap_loss": loss - train_loss,
-                "gap_acc": None if test is None else train_score - test_score,
-            },
-            "meta_info": {"rows": {"train": len(train), "validation": 4, "test": n}},
+        evaluation = {
+            "train": {"loss": train_loss, "score": train_score, "n": len(train)},
+            "validation": {"loss": 0.75, "score": None if test is None else 0.5, "n": 4},
+            "test": {"loss": loss, "score": test_score, "n": n},
+            "gap_loss": loss - train_loss,
+            "gap_acc": None if test is None else train_score - test_score,
         }
         where = self.folder.job(Job(arm=arm, seed=seed)).relative_to(self.folder.path)
-        self.folder.write_json(where / "result.json", result)
+        self.folder.write_json(where / "result.json", result(arm, seed, evaluation, **info))
         self.folder.write_jsonl(where / "scores" / "test.jsonl", rows)
 
     def failed(self, arm: str, seed: int, error: str, status: str = "failed") -> None:
@@ -360,7 +326,7 @@ def test_a_text_difference_is_per_token_as_the_loss_is(run: ByHand) -> None:
         lengths = [10, 1, 50]
         run.folder.write_jsonl(
             where.relative_to(run.folder.path),
-            [{**row, "tokens": tokens} for row, tokens in zip(rows, lengths, strict=True)],
+            [{**row.content(), "tokens": tokens} for row, tokens in zip(rows, lengths, strict=True)],
         )
     primary = run.summary(recipe("text", arms=["lora", "chain3"]))["contrasts"][0]
     assert primary["value"] == pytest.approx(43 / 61 - 39 / 61)
