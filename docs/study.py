@@ -33,6 +33,7 @@ from cola.report.tables import (
 )
 from cola.report.verdict import contrast_sentence
 from cola.tree.run_folder import RunFolder
+from cola.tree.spectra import spectrum_of
 
 STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 RESULTS = STUDY / "results"
@@ -180,9 +181,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, float]:
 def gap_difference(task: str, first: str, second: str) -> dict[str, Any]:
     """`gap_loss` of one arm minus another's, paired by seed and test example, with its interval over both."""
     folder, recipe = RunFolder.open(unpacked(task))
-    rows = [
-        [{row["id"]: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)
-    ]
+    rows = [[{row.id: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)]
     table = paired(rows, by_loss=True)  # minus the loss
     assert table is not None  # the report of the run has compared them
     arms = by_task()[task]["arms"]
@@ -252,7 +251,7 @@ def predictions() -> Iterator[tuple[str, str, str]]:
 def spectra_by_seed(task: str, arm: str) -> list[dict[str, Any]]:
     """What a run's summary says of an arm's spectra, of one seed at a time."""
     files = sorted((unpacked(task) / "arms" / arm).glob("seed-*/spectrum.json"))
-    return [summarized({arm: [json.loads(file.read_text())]})[arm] for file in files]
+    return [summarized({arm: [spectrum_of(json.loads(file.read_text()))]})[arm] for file in files]
 
 
 def listed(numbers: list[float], form: str) -> str:
