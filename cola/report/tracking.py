@@ -42,7 +42,6 @@ from cola.report.table import Table
 from cola.report.verdict import verdict
 from cola.tree.run_folder import WANDB_NOTE
 
-
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
 COPIES = "WANDB_DATA_DIR"

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from cola.data.batches import batch_order
 from cola.data.encode import Example
 from cola.data.splits import Splits
 from cola.files import digest
@@ -18,12 +19,33 @@ from cola.recipe.arms import OneLink
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress
-from cola.report.tracking import Tracker
+from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
 from cola.tree.measured import Measurements, rows_digest
 from cola.tree.run_folder import MADE_WITH, RunFolder
 from cola.tree.segments import Tree, merge_of
 from cola.tree.store import CHANGES, Store
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The rows of every optimizer step, drawn once for each seed.
+
+    Attributes:
+        splits: Have the rows.
+        batch_size: Rows of a step.
+    """
+
+    splits: Splits
+    batch_size: int
+    _drawn: dict[int, list[list[int]]] = field(default_factory=dict)
+
+    def of(self, seed: int, n_steps: int) -> list[list[int]]:
+        """Indices of the training rows of each of the first steps, which are the same however many follow."""
+        if len(self._drawn.get(seed, [])) < n_steps:
+            lengths = [example.n_tokens for example in self.splits.train_of(seed)]
+            self._drawn[seed] = batch_order(lengths, self.batch_size, n_steps, seed)
+        return self._drawn[seed][:n_steps] if n_steps else []
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,7 @@ class Bench:
         general: Passages of the general text; empty where none is scored.
         scoring: What a score of each of them depends on besides the state and the rows.
         meter: Counts what training costs.
+        orders: The rows of each step.
         learned: Takes the spectra of what was learned.
         meta: What a result says of how it was made.
         tracked: Arms, seeds and final states that W&B has been sent.
@@ -57,6 +80,7 @@ class Bench:
     tracker: Tracker
     tracked: set[str]
     meter: Meter
+    orders: Orders
     learned: Learned
     meta: dict[str, Any]
     used: dict[str, set[str]]
@@ -80,6 +104,13 @@ class Bench:
         tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
         lineage, rows, used = self.tree.lineage(job), self.rows_of(job.seed), self.used["measured"]
         return Measurements(self.store, lineage, rows, self.scoring, probe, tie, self.made, used)
+
+    def tracker_for(self, job: Job) -> Tracker | NoTracker:
+        """Of an arm, a seed and a final state W&B is told once, and of a trial nothing."""
+        state = tracked_state(job.arm, job.seed, self.tree.lineage(job).names[-1])
+        silent = job.trial or state in self.tracked
+        self.tracked.add(state)
+        return NoTracker() if silent else self.tracker
 
     def rows_of(self, seed: int) -> dict[str, str]:
         """Digest of each split's examples under a seed, and of the general text."""
@@ -114,3 +145,8 @@ class Bench:
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
         self.folder.write_json("segments.json", {kind: sorted(names) for kind, names in self.used.items()})
+
+
+def tracked_state(arm: str, seed: int, final_state: str) -> str:
+    """What identifies a training to W&B."""
+    return f"{arm} {seed} {final_state}"

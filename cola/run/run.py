@@ -22,10 +22,10 @@ from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker, sync_command
 from cola.run.base_check import check_bases, one_row_a_pass
-from cola.run.bench import Bench
+from cola.run.bench import Bench, Orders
 from cola.run.checks import check_accelerator, check_arms, check_folder, general_text_of, say_cautions, say_twins
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import JobRun
+from cola.run.job import do_job
 from cola.run.plan_tree import known_jobs, meter_of, say_plan, shared_tree
 from cola.run.search import with_choice
 from cola.run.settle import Spectra
@@ -111,6 +111,7 @@ def run(
             tracker=tracker,
             tracked=set() if tracked is None else tracked,
             meter=meter,
+            orders=Orders(splits, recipe.training.batch_size),
             learned=Learned(source, skeleton, recipe, accelerator.device),
             meta=meta,
             used=used,
@@ -186,7 +187,7 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
-        JobRun(bench, with_choice(bench, job)).go()
+        do_job(bench, with_choice(bench, job))
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
