@@ -72,15 +72,15 @@ class Assignment:
         recipe = bench.recipe_of(job)
         dtype, quantization = recipe.base_of(job.arm)
         path = bench.folder.start_job(job)
-        lineage, rows = bench.tree.lineage(job), bench.splits.of(job.seed)
+        lineage, rows = bench.tree.lineage(job), bench.materials.splits.of(job.seed)
         accelerator = make_accelerator(dtype)
-        n_trained = max((bench.count_parameters(link.what) for link in lineage.links), default=0)
+        n_trained = max((bench.materials.count_parameters(link.what) for link in lineage.links), default=0)
         process = restart_peaks(accelerator.device)
         states = States(
             bench.store,
             lineage,
-            bench.skeleton,
-            bench.source.name,
+            bench.materials.skeleton,
+            bench.materials.source.name,
             recipe.checkpoint_seconds,
             {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             n_trained,
@@ -99,7 +99,7 @@ class Assignment:
             cuts=bench.tree.cuts(job),
             points=frozenset(evaluation_steps(recipe, lineage.links, len(rows["train"])) if lineage.links else ()),
             accelerator=accelerator,
-            evaluator=replace(bench.evaluator, autocast=accelerator.autocast),
+            evaluator=replace(bench.materials.evaluator, autocast=accelerator.autocast),
             states=states,
             measured=bench.measurements(job),
             tracker=bench.tracker_for(job),
@@ -129,12 +129,12 @@ class Assignment:
     @property
     def general(self) -> list[Example]:
         """The passages of the general text that are scored before and after."""
-        return [] if self.job.trial else self.bench.general
+        return [] if self.job.trial else self.bench.materials.general
 
     @property
     def order(self) -> list[list[int]]:
         """Indices of the rows of each step."""
-        return self.bench.orders.of(self.job.seed, self.n_steps)
+        return self.bench.order(self.job.seed, self.n_steps)
 
     def file(self, name: str) -> Path:
         """A file of the job's, as the run folder calls it."""

@@ -36,20 +36,20 @@ class Loaded:
         Raises:
             ModelError: it is not the one that this run began with.
         """
-        given, bench = self._given, self._given.bench
+        given, bench, source = self._given, self._given.bench, self._given.bench.materials.source
         bench.progress.stage("loading the model")
         self.needed = True
         # Its name in the store says what the base was as the run began.
-        if bench.source.fingerprint() != bench.meta["model"]["sha256"]:
+        if source.fingerprint() != bench.meta["model"]["sha256"]:
             raise ModelError(
-                f"model.name_or_path: {bench.source.name} has changed since this run began; put it back and go on "
+                f"model.name_or_path: {source.name} has changed since this run began; put it back and go on "
                 "with the same command, or start a new run"
             )
         ready = bench.ready.pop((given.dtype, given.quantization), None)
         bench.ready.clear()  # nor is a second one kept in memory
         if ready is not None:
             return ready
-        return bench.source.load(given.dtype, given.accelerator.device, given.quantization)
+        return source.load(given.dtype, given.accelerator.device, given.quantization)
 
     @cached_property
     def chain(self) -> Chain:
@@ -58,7 +58,7 @@ class Loaded:
         self._untouched(model)
         if given.recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        base = Base(model, given.bench.source.files, quantized=given.quantization is not None)
+        base = Base(model, given.bench.materials.source.files, quantized=given.quantization is not None)
         return Chain(model, base, given.rules)
 
     def run(

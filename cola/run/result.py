@@ -36,7 +36,7 @@ def hand_out(given: Assignment, scored_step: int) -> None:
                 copy_out(segment.folder / file, folder / file, large=full and file.endswith(".safetensors"))
         if full:
             given.evaluator.tokenizer.save_pretrained(folder)
-            if (own := given.bench.source.folder / "generation_config.json").is_file():
+            if (own := given.bench.materials.source.folder / "generation_config.json").is_file():
                 shutil.copy(own, folder)
 
 
@@ -92,7 +92,7 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "positions": cost.positions,
         "without_gradient": min((step["without_gradient"] for step in steps), default=0),
         "num_trainable_params": given.n_trained,
-        "num_total_params": sum(p.numel() for p in given.bench.skeleton.parameters()),
+        "num_total_params": sum(p.numel() for p in given.bench.materials.skeleton.parameters()),
         "train_seconds": train_seconds,
         # What the result costs, whichever session made its parts.
         "total_seconds": train_seconds + given.measured.seconds + sum(knot["seconds"] for knot in course.knots),
