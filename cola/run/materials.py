@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from cola.data.encode import Example
 from cola.data.splits import Splits, load_splits
 from cola.link.adapters import count_parameters
-from cola.link.model import Source, find_model
+from cola.link.find import find_model
+from cola.link.model import Source
 from cola.measure.evaluate import Evaluator, Ways
 from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
