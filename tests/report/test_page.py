@@ -32,6 +32,8 @@ from cola.report.numbers import NONE, count_text, duration, p_value_text, size
 from cola.report.page import page_states, page_tables, write_ablation, write_report
 from cola.report.table import Table, sort_key
 
+pytestmark = pytest.mark.drawn
+
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
