@@ -14,6 +14,7 @@ from cola.recipe.read import read_recipe
 from cola.report.terminal import Terminal
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_holder import create_run
 
 CHOICE = ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,green,yellow,red]", "data.label=label"]
 SHORT = ["training.steps=4", "training.batch_size=4"]
@@ -29,7 +30,7 @@ def quiet() -> Terminal:
 def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[RunFolder, dict]:
     """A new run; it shares what the runs of the same test have stored unless it names a store of its own."""
     recipe = read_recipe(recipe_file, list(overrides))
-    run_folder = RunFolder.create(recipe, folder)
+    run_folder = create_run(recipe, folder)
     return run_folder, run(recipe, run_folder, quiet())
 
 

@@ -20,6 +20,7 @@ from cola.report.page import write_report
 from cola.report.tracking import Tracker
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_holder import lock_run
 
 
 def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> None:
@@ -247,7 +248,7 @@ def test_two_processes_do_not_work_in_one_folder(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
     from runs import cola
 
-    with folder.lock():
+    with lock_run(folder.path):
         command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
