@@ -13,7 +13,7 @@ from cola.data.splits import load_splits
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
 from cola.link.accelerator import quiet_libraries
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.learned import Learned
 from cola.recipe.bounds import SPLITS

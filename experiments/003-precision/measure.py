@@ -42,7 +42,8 @@ from cola.link import adapters
 from cola.link.accelerator import quiet_libraries
 from cola.link.base import Base
 from cola.link.drift import Outputs
-from cola.link.model import Source, find_model
+from cola.link.find import find_model
+from cola.link.model import Source
 from cola.recipe.plan import plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.schema import Model

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cola.compare.tasks import summarize_tasks
 from cola.data.splits import Splits, load_splits
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.read import read_recipe
 from cola.report.verdict import verdict
 from cola.tree.run_folder import read_jsonl

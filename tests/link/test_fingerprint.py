@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola.data.encode import tokenizer_fingerprint
 from cola.errors import ModelError
-from cola.link import model as model_file
+from cola.link import checkpoint
 from cola.link.model import Source
 from cola.run.job import JobRun
 
@@ -77,7 +77,7 @@ def test_a_digest_is_that_of_the_content_whatever_the_times_are_set_to(tmp_path:
         else:
             path.write_bytes(content)
         os.utime(path, EPOCH)
-        assert model_file._file_digest(path) == sha256(path)
+        assert checkpoint.content_digest(path) == sha256(path)
 
 
 def test_two_processes_never_take_each_others_word_for_what_a_file_holds(
@@ -88,12 +88,12 @@ def test_two_processes_never_take_each_others_word_for_what_a_file_holds(
     path, seen = tmp_path / "weights", []
     path.write_bytes(b"one")
     image = path.stat()
-    monkeypatch.setattr(model_file, "time", lambda: time.time() + 1e6)
+    monkeypatch.setattr(checkpoint, "time", lambda: time.time() + 1e6)
     monkeypatch.setattr(type(path), "stat", lambda self, **_: image)
     for content in (b"one", b"two"):
         path.write_bytes(content)
-        monkeypatch.setattr(model_file, "_digests", {})  # as another process begins
-        seen.append(model_file._file_digest(path))
+        monkeypatch.setattr(checkpoint, "_digests", {})  # as another process begins
+        seen.append(checkpoint.content_digest(path))
     assert seen == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
 
 
@@ -105,11 +105,11 @@ def test_a_file_that_lies_still_is_read_once_by_a_process_and_one_that_has_just_
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append(args) or digest(*args))
     for _ in range(2):
-        assert model_file._file_digest(path) == hashlib.sha256(b"one").hexdigest()
+        assert checkpoint.content_digest(path) == hashlib.sha256(b"one").hexdigest()
     assert len(read) == 2
-    monkeypatch.setattr(model_file, "time", lambda: time.time() + 10)
+    monkeypatch.setattr(checkpoint, "time", lambda: time.time() + 10)
     for _ in range(3):
-        assert model_file._file_digest(path) == hashlib.sha256(b"one").hexdigest()
+        assert checkpoint.content_digest(path) == hashlib.sha256(b"one").hexdigest()
     assert len(read) == 3
 
 

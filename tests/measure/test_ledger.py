@@ -39,7 +39,7 @@ from cola.data.splits import load_splits
 from cola.link import adapters, residual
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.link.residual import Applied, LinkWeights, Pair, Residual
 from cola.recipe.arms import KnotRules
 from cola.recipe.read import read_recipe

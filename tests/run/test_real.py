@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import go, result
 
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.schema import Model
 
 pytestmark = [

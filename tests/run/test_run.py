@@ -58,7 +58,7 @@ def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Pa
     from contextlib import nullcontext
 
     from cola.data.splits import load_splits
-    from cola.link.model import find_model
+    from cola.link.find import find_model
     from cola.measure.evaluate import Evaluator
 
     tokenizer = find_model(recipe.model).tokenizer()

@@ -18,7 +18,7 @@ from conftest import SKY, tiny_model, tiny_tokenizer
 from runs import go, result
 
 from cola.data.splits import load_splits
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
 from cola.run.plan_tree import meter_of, shared_tree

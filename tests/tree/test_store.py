@@ -25,7 +25,7 @@ from cola.data.splits import load_splits
 from cola.errors import StoreError
 from cola.files import digest
 from cola.link import adapters
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
