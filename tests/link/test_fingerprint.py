@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model
-from test_run import go, result
-from test_store import LORA_ONLY, SHORT
+from runs import LORA_ONLY, SHORT, go, result
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola.data.encode import tokenizer_fingerprint

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from children import command, processes
 from conftest import recipe_of, run_once
+from runs import FULL_ONLY, SHORT, go, quiet, result
 from safetensors.torch import load_file
-from test_run import go, quiet, result
-from test_store import SHORT, lineage_of, opened, processes, race
+from test_store import lineage_of, opened, race
 
-from cola.cli.app import app
 from cola.files import digest
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
@@ -31,7 +31,6 @@ from cola.tree.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ARMS = [*SHORT, "arms.base=null", "arms.lora=null", "comparison.primary=null", "arms.chain3.links=2"]
-FULL_ONLY = ["arms.base=null", "arms.lora=null", "arms.chain3=null", "comparison.primary=null"]
 KEPT = ["keep_full_weights=true", "keep_full_weights=false"]
 
 
@@ -101,16 +100,6 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     assert spectra(folder.path) == in_order[0]
     assert again["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
-
-
-def command(words: list[str], said: Path, cache: str) -> None:
-    """A command line of cola as a process of its own."""
-    os.environ["COLA_CACHE"] = cache
-    torch.set_num_threads(1)
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    app(words)
 
 
 @pytest.mark.parametrize("kept", KEPT)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import SKY, tiny_model, tiny_tokenizer
-from test_run import go, result
+from runs import go, result
 
 from cola.data.splits import load_splits
 from cola.link.find import find_model
