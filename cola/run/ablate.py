@@ -7,8 +7,8 @@ from cola.errors import ColaError
 from cola.recipe.recipe import Recipe
 from cola.report.page import write_report
 from cola.report.terminal import Terminal
+from cola.run.bench import tracked_state
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import tracked_state
 from cola.run.run import run
 from cola.tree.records import Result
 
@@ -55,7 +55,8 @@ def _run_point(
     with folder.run_folder(point) as (run_folder, _):
         if run_folder.finished:
             terminal.say(f"{place}: finished before")
-            tracked |= {tracked_state(result) for result in run_folder.results() if isinstance(result, Result)}
+            done = [result for result in run_folder.results() if isinstance(result, Result)]
+            tracked |= {tracked_state(r.run_info.arm, r.run_info.seed, r.train_info.final_state) for r in done}
             return False
         terminal.say(f"{place} → {run_folder.path}")
         summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)

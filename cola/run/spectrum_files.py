@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cola.files import digest
 from cola.link import adapters
 from cola.link.residual import LinkWeights, added
+from cola.measure.learned import Learned
 from cola.recipe.plan import Job
 from cola.run.bench import Bench
 from cola.tree.records import Result, TrainInfo
@@ -15,7 +17,7 @@ from cola.tree.spectra import read_spectrum, spectrum_of, write_spectrum
 
 
 @dataclass
-class Spectra:
+class SpectrumFiles:
     """Keeps each arm's spectrum.json at what its run folder and the store allow to be said.
 
     An arm with pairs is compared with full fine-tuning under the same seed. Which of the two ends first, in which
@@ -28,7 +30,12 @@ class Spectra:
     bench: Bench
     _taken: dict[tuple[str, int], str | None] = field(default_factory=dict)  # with which state of full fine-tuning
 
-    def settle(self, jobs: Sequence[Job]) -> None:
+    @cached_property
+    def _learned(self) -> Learned:
+        materials = self.bench.materials
+        return Learned(materials.source, materials.skeleton, materials.recipe, materials.device)
+
+    def update(self, jobs: Sequence[Job]) -> None:
         """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""
         for job in jobs:
             result = self.bench.folder.result(job)
@@ -73,7 +80,7 @@ class Spectra:
             )
 
     def _of_full(self, job: Job, info: TrainInfo) -> dict[str, Any] | None:
-        learned, measured, step = self.bench.learned, self.bench.measurements(job), info.scored_step
+        learned, measured, step = self._learned, self.bench.measurements(job), info.scored_step
         beside = {"matrices": digest(learned.looked_at)}
         record = measured.known_spectrum(step, beside)
         if record is None and (folder := self._weights(info.scored_state)) is not None:
@@ -83,7 +90,7 @@ class Spectra:
         return record
 
     def _of_chain(self, job: Job, info: TrainInfo, full: Result | None) -> dict[str, Any]:
-        learned, measured, step = self.bench.learned, self.bench.measurements(job), info.scored_step
+        learned, measured, step = self._learned, self.bench.measurements(job), info.scored_step
         beside, update = {"full": None}, None
         if full is not None:
             state = full.train_info.scored_state
