@@ -327,13 +327,14 @@ class MetricRow(Record):
 
 
 class ArmState(Record):
-    n_seeds: Count
-    states: dict[str, Text]
-    errors: dict[str, Text]
+    links: Count = Field(default=0, description="number of links")
+    states: dict[int, Text] = Field(description="of each seed: a result's `status`, or `missing`")
+    errors: dict[int, Text] = Field(description="what failed, by seed")
+    n_seeds: Count = Field(description="seeds that came to their end")
 
 
-class Summary(Record):
-    """summary.json, as far as others than its own page read it; that is written anew before it is read."""
+class RunState(Record):
+    """summary.json, as far as it says whether a run is finished."""
 
     interrupted: bool
     arms: dict[str, ArmState]

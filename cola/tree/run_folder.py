@@ -212,9 +212,9 @@ class RunFolder:
         """
         return read_rows(self.job(trial) / "scores" / "validation.jsonl", records.ScoreRow)
 
-    def state(self) -> records.Summary | None:
+    def state(self) -> records.RunState | None:
         """What summary.json says of each arm's seeds; None where there is none yet."""
-        return read_json(self.path / "summary.json", records.Summary)
+        return read_json(self.path / "summary.json", records.RunState)
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where there is none yet."""
