@@ -17,20 +17,32 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from cola.compare.contrasts import METRICS
+from cola.compare.records import (
+    Ablation,
+    AblationNote,
+    AblationPoint,
+    AblationRow,
+    AblationSeed,
+    ArmSummary,
+    Matched,
+    Summary,
+)
 from cola.errors import RecipeError, RunFolderError
-from cola.files import make_new, write_text
+from cola.files import make_new
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.recipe.yaml12 import values_of
 from cola.tree.records import Result
-from cola.tree.run_folder import RunFolder
+from cola.tree.run_folder import RunFolder, read_json
 from cola.tree.run_holder import last_unfinished, lock_run, take_run
+
+N = TypeVar("N", bound=AblationNote)
 
 MOST_POINTS = 1_000  # each of them a run
 FORMAT = 4  # of ablation.json, and raised with that of the points' runs
@@ -121,8 +133,8 @@ class AblationFolder:
         parent = Path(recipe.output).expanduser()
         causes = _causes(points)
         folders = [note.parent for note in parent.glob(f"{recipe.name}-ablation-*/ablation.json")]
-        same = [path for path in folders if cls(path).read().get("causes") == causes]
-        with last_unfinished(same, lambda path: bool(cls(path).read().get("finished"))) as before:
+        same = [path for path in folders if (note := cls(path).note()) is not None and note.causes == causes]
+        with last_unfinished(same, lambda path: cls(path).finished) as before:
             if before is not None:
                 yield cls(before)
                 return
@@ -132,24 +144,37 @@ class AblationFolder:
         except OSError as error:
             raise RunFolderError(f"{recipe.output}: the folder cannot be made: {error.strerror}") from None
         with lock_run(folder.path):  # before its note is there, by which others find it
-            folder.write({"format": FORMAT, "causes": causes, "finished": False})
+            folder.write(AblationNote(format=FORMAT, causes=causes, finished=False))
             yield folder
 
     def run_folder(self, point: Point) -> AbstractContextManager[tuple[RunFolder, bool]]:
         """As `take_run`, of the point's run."""
         return take_run(point.recipe, self.path / "points" / point.folder)
 
-    def read(self) -> dict[str, Any]:
-        """ablation.json; empty where it is damaged, or of another version."""
-        try:
-            record = json.loads((self.path / "ablation.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) and record.get("format") == FORMAT else {}
+    @property
+    def finished(self) -> bool:
+        """Whether all of its points came to their end."""
+        note = self.note()
+        return note is not None and note.finished
 
-    def write(self, record: dict[str, Any]) -> None:
+    def note(self) -> AblationNote | None:
+        """Whose ablation.json is; None where it is damaged, or of another version."""
+        return self._read(AblationNote)
+
+    def summary(self) -> Ablation | None:
+        """What ablation.json holds; None where it is damaged, of another version, or not written in full yet."""
+        return self._read(Ablation)
+
+    def _read(self, shape: type[N]) -> N | None:
+        try:
+            note = read_json(self.path / "ablation.json", shape)
+        except RunFolderError:
+            return None
+        return note if note is not None and note.format == FORMAT else None
+
+    def write(self, record: AblationNote) -> None:
         """Write ablation.json."""
-        write_text(self.path / "ablation.json", json.dumps(record, indent=1) + "\n")
+        RunFolder(self.path).write("ablation.json", record)
 
 
 def _causes(points: list[Point]) -> str:
@@ -159,7 +184,7 @@ def _causes(points: list[Point]) -> str:
 
 def summarize_ablation(
     folder: AblationFolder, points: list[Point], errors: dict[str, str], interrupted: bool
-) -> dict[str, Any]:
+) -> Ablation:
     """Everything that the table and the figure show, from the points' run folders.
 
     Args:
@@ -172,38 +197,40 @@ def summarize_ablation(
     reused: dict[str, tuple[int, int]] = {}  # of each last state: the fewest steps found, and all
     for number, point in enumerate(points):
         run = RunFolder(folder.path / "points" / point.folder)
-        summary = run.summary()
+        summary = read_json(run.path / "summary.json", Summary)
         results = [r for r in run.results(damaged) if isinstance(r, Result)] if summary else []
         for result in results:
             info = result.train_info
             mine = (info.reused_steps, info.steps)
             reused[info.final_state] = min(mine, reused.get(info.final_state, mine))
         for arm in point.recipe.arms:
-            about = summary["arms"][arm] if summary else {"n_seeds": 0, "states": {}, "errors": {}}
-            states |= set(about["states"].values()) or {"missing"}
+            about = summary.arms[arm] if summary else ArmSummary(states={}, errors={}, n_seeds=0)
+            states |= set(about.states.values()) or {"missing"}
             if not concerned(points, arm) and number:
                 continue
             mine = [r for r in results if r.run_info.arm == arm]
             values = point.values if concerned(points, arm) else None
-            rows.append({"values": values, "label": point.label, "arm": arm, **about, "seeds": _by_seed(mine)})
-    return {
-        "format": FORMAT,
-        "causes": _causes(points),
-        "finished": states == {"ok"} and not errors,
-        "interrupted": interrupted,
-        "failed": "failed" in states or bool(errors),
-        "errors": errors,
-        "name": folder.path.name,
-        "keys": list(points[0].values),
-        "protocol": points[0].recipe.training.protocol,
-        "matched": {"by": points[0].recipe.training.match, "per_link": points[0].recipe.training.protocol == "grow"},
-        "metric": METRICS[points[0].recipe.data.task],
-        "points": [{"label": p.label, "values": p.values, "folder": p.folder} for p in points],
-        "trained_steps": sum(steps - found for found, steps in reused.values()),
-        "recalled_steps": sum(found for found, _ in reused.values()),
-        "damaged": list(dict.fromkeys(damaged)),
-        "rows": sorted(rows, key=lambda row: row["values"] is not None),  # what the values are not about comes first
-    }
+            numbers = {**about.given(), "seeds": _by_seed(mine)}
+            rows.append(AblationRow(values=values, label=point.label, arm=arm, **numbers))
+    training = points[0].recipe.training
+    return Ablation(
+        format=FORMAT,
+        causes=_causes(points),
+        finished=states == {"ok"} and not errors,
+        interrupted=interrupted,
+        failed="failed" in states or bool(errors),
+        errors=errors,
+        name=folder.path.name,
+        keys=list(points[0].values),
+        protocol=training.protocol,
+        matched=Matched(by=training.match, per_link=training.protocol == "grow"),
+        metric=METRICS[points[0].recipe.data.task],
+        points=[AblationPoint(label=p.label, values=p.values, folder=p.folder) for p in points],
+        trained_steps=sum(steps - found for found, steps in reused.values()),
+        recalled_steps=sum(found for found, _ in reused.values()),
+        damaged=list(dict.fromkeys(damaged)),
+        rows=sorted(rows, key=lambda row: row.values is not None),  # what the values are not about comes first
+    )
 
 
 def concerned(points: list[Point], arm: str) -> bool:
@@ -212,22 +239,22 @@ def concerned(points: list[Point], arm: str) -> bool:
     return arm in named or len(named) < len(points[0].values)
 
 
-def _by_seed(results: list[Result]) -> list[dict[str, Any]]:
+def _by_seed(results: list[Result]) -> list[AblationSeed]:
     """One seed's numbers for the figure's dots."""
     return [
-        {
-            "seed": r.run_info.seed,
-            "test_loss": r.evaluation.test.loss,
-            "test_score": r.evaluation.test.score,
-            "gap_loss": r.evaluation.gap_loss,
-            "gap_acc": r.evaluation.gap_acc,
-            "steps": r.train_info.steps,
-            "total_seconds": r.train_info.total_seconds,
-        }
+        AblationSeed(
+            seed=r.run_info.seed,
+            test_loss=r.evaluation.test.loss,
+            test_score=r.evaluation.test.score,
+            gap_loss=r.evaluation.gap_loss,
+            gap_acc=r.evaluation.gap_acc,
+            steps=r.train_info.steps,
+            total_seconds=r.train_info.total_seconds,
+        )
         for r in results
     ]
 
 
-def mean_of(rows: list[dict[str, Any]], key: str) -> float:
+def mean_of(rows: list[AblationSeed], key: str) -> float:
     """Mean over seeds."""
-    return float(np.mean([row[key] for row in rows]))
+    return float(np.mean([getattr(row, key) for row in rows]))

@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
+from cola.compare.records import Contrast, Difference, Interval, Role, TaskContrast
 from cola.compare.statistics import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
 from cola.errors import RunFolderError, listed, quoted
 from cola.recipe.recipe import Recipe
@@ -15,6 +15,8 @@ from cola.tree.run_folder import RunFolder
 
 FEW = 4  # arms that a sentence names
 METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perplexity"}
+
+C = TypeVar("C", Contrast, TaskContrast)
 
 Results = dict[tuple[str, int], Result | Ended]  # by arm and seed
 Rows = dict[str, ScoreRow]  # scores of one arm, seed and split, by example
@@ -36,14 +38,14 @@ class Comparer:
         self.ok = {arm: [seed for seed in recipe.seeds if (arm, seed) in self.done] for arm in recipe.arms}
         self._scores: dict[tuple[str, int], Rows | None] = {}
 
-    def against_full(self, name: str) -> dict[str, Any]:
+    def against_full(self, name: str) -> dict[str, Interval | str]:
         """`ft_gap` and `closed` of an arm, where they can be had."""
         full, lora = self.recipe.full_arm, self.recipe.lora_arm
-        found: dict[str, Any] = {}
+        found: dict[str, Interval | str] = {}
         if name == full or not self.ok.get(full):
             return found
         if (pair := self.table([full, name])) is not None:
-            found["ft_gap"] = _record(estimate((1, -1), [pair]))
+            found["ft_gap"] = interval_of(estimate((1, -1), [pair]))
         if name == lora or not self.ok.get(lora):
             return found
         if (three := self.table([full, lora, name])) is not None:
@@ -51,17 +53,17 @@ class Comparer:
             if not lead.excludes_zero:
                 found["closed"] = "undefined"
             else:
-                found["closed"] = _record(closed_share(three)) if lead.value > 0 else "no gap"
+                found["closed"] = interval_of(closed_share(three)) if lead.value > 0 else "no gap"
         return found
 
-    def gaps(self, name: str) -> dict[str, Any]:
+    def gaps(self, name: str) -> dict[str, Interval]:
         """Intervals of `gap_loss` and `gap_acc` of an arm, over seeds and test examples.
 
         What was trained on is what it is: each seed's own loss and score on it are subtracted from those of its test
         examples. How the gap would be with other training rows is not in it.
         """
         done = [(s, rows) for s in self.ok[name] if (rows := self.rows(name, s)) is not None]
-        found: dict[str, Any] = {}
+        found: dict[str, Interval] = {}
         for key, what, sign in (("gap_loss", "loss", -1), ("gap_acc", "score", 1)):
             table = paired([[rows for _, rows in done]], by_loss=what == "loss") if done else None
             train_S = [getattr(self.done[name, s].evaluation.train, what) for s, _ in done]
@@ -70,14 +72,14 @@ class Comparer:
             # A loss comes as minus itself, so that both gaps are train - test of something of which more is better.
             gap_1SN = sign * np.array(train_S)[None, :, None] - table.scores_ASN
             gap = Table(gap_1SN, table.groups, table.weights)
-            found[f"{key}_interval"] = _record(estimate((1,), [gap]))
+            found[f"{key}_interval"] = interval_of(estimate((1,), [gap]))
         return found
 
-    def contrasts(self, later: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    def contrasts(self, later: Sequence[tuple[str, str]]) -> list[Contrast]:
         """The recipe's contrasts, the primary one first; then those that are asked for now, and each trained arm
         against full fine-tuning."""
         comparison, full = self.recipe.comparison, self.recipe.full_arm
-        named = [("primary", comparison.primary)] if comparison.primary else []
+        named: list[tuple[Role, tuple[str, str]]] = [("primary", comparison.primary)] if comparison.primary else []
         named += [("secondary", pair) for pair in comparison.secondary]
         named += [("later", pair) for pair in later if {*pair} not in [{*one} for _, one in named]]
         said = [{*pair} for _, pair in named]
@@ -85,16 +87,15 @@ class Comparer:
         if full in self.recipe.arms:
             named += [("later", (arm, full)) for arm in trained if {arm, full} not in said]
         found = [one for role, pair in named if (one := self._contrast(role, *pair)) is not None]
-        settle(found)
-        return found
+        return settle(found)
 
-    def _contrast(self, role: str, first: str, second: str) -> dict[str, Any] | None:
+    def _contrast(self, role: Role, first: str, second: str) -> Contrast | None:
         by_loss = self.recipe.metric == "loss"
         table = self.table([first, second], by_loss)
         if table is None:
             return None
-        named = {"first": first, "second": second, "role": role, "metric": self.recipe.metric}
-        return named | contrast_record([table])
+        difference = dict(difference_of([table]))
+        return Contrast(first=first, second=second, role=role, metric=self.recipe.metric, **difference, claim=False)
 
     def table(self, arms: Sequence[str], by_loss: bool = False) -> Table | None:
         """The arms' test scores over their common seeds, as `paired` has them; None where they have none."""
@@ -150,37 +151,40 @@ def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
         raise RunFolderError(f"--contrast {','.join(pair)}: an arm is not compared with itself; name two")
 
 
-def contrast_record(tables: Sequence[Table]) -> dict[str, Any]:
+def difference_of(tables: Sequence[Table]) -> Difference:
     """The first arm of each table against the second, on one task or over several: the difference, its interval, its
     test for other seeds and examples, and the sign flips' for other seeds on these rows."""
     found = estimate((1, -1), tables)
     n_runs = sum(table.scores_ASN.shape[1] for table in tables)
     flips = sign_flips(tables) if n_runs > 1 else None
-    return {
-        **_record(found),
-        "p": found.p,
-        "p_holm": None,
-        "p_rows": flips and flips.p,
-        "p_rows_smallest": flips and flips.smallest,
-        "p_rows_error": flips and flips.error,
-        "minimum_detectable": found.minimum_detectable,
-        "n_seeds": n_runs,
-        "n_examples": sum(table.scores_ASN.shape[2] for table in tables),
-        "n_groups": sum(len(set(table.groups)) for table in tables),
-    }
+    return Difference(
+        **dict(interval_of(found)),
+        p=found.p,
+        p_holm=None,
+        p_rows=flips and flips.p,
+        p_rows_smallest=flips and flips.smallest,
+        p_rows_error=flips and flips.error,
+        minimum_detectable=found.minimum_detectable,
+        n_seeds=n_runs,
+        n_examples=sum(table.scores_ASN.shape[2] for table in tables),
+        n_groups=sum(len(set(table.groups)) for table in tables),
+    )
 
 
-def settle(contrasts: Sequence[dict[str, Any]]) -> None:
-    """Correct the secondary contrasts for their number, and say which contrasts carry a claim."""
-    tested = [one for one in contrasts if one["role"] == "secondary" and one["p"] is not None]
-    for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
-        one["p_holm"] = p
-    for one in contrasts:
-        p = one["p_holm"] if one["role"] == "secondary" else one["p"]
-        away = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)
+def settle(contrasts: Sequence[C]) -> list[C]:
+    """The contrasts, the secondary ones corrected for their number, each with whether it carries a claim."""
+    tested = {n: one.p for n, one in enumerate(contrasts) if one.role == "secondary" and one.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    settled = []
+    for number, one in enumerate(contrasts):
+        p_holm = corrected.get(number)
+        p = p_holm if one.role == "secondary" else one.p
+        away = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
         # What was not named before the run is shown and not claimed.
-        named = one["role"] != "later" and one["n_seeds"] >= FEWEST_RUNS
-        one["claim"] = bool(named and away and p is not None and p < 0.05)
+        named = one.role != "later" and one.n_seeds >= FEWEST_RUNS
+        claim = bool(named and away and p is not None and p < 0.05)
+        settled.append(one.model_copy(update={"p_holm": p_holm, "claim": claim}))
+    return settled
 
 
 def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
@@ -204,5 +208,6 @@ def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
     return Table(np.array(scores), groups, None if scored else [float(first[i].tokens) for i in ids])
 
 
-def _record(found: Estimate) -> dict[str, float | None]:
-    return {key: value for key, value in asdict(found).items() if key not in ("df", "p")}
+def interval_of(found: Estimate) -> Interval:
+    """An estimate as the records have it."""
+    return Interval(value=found.value, low=found.low, high=found.high, se=found.se)

@@ -23,6 +23,8 @@ from cola.tree.shapes import (
     TextLoss,
 )
 
+Role = Literal["primary", "secondary", "later"]
+
 
 class Spread(Record):
     """`{mean, sd}` over seeds; `sd` is null with one."""
@@ -181,9 +183,7 @@ class ArmSummary(ArmNumbers[SeedNumbers]):
 class Named(Record):
     first: Text = Field(description="the arm")
     second: Text = Field(description="whose score is subtracted")
-    role: Literal["primary", "secondary", "later"] = Field(
-        description="`primary`, `secondary`; `later`: not named before"
-    )
+    role: Role = Field(description="`primary`, `secondary`; `later`: not named before")
     metric: Text = Field(description="`score` or `loss`; of a loss its negative, so that more is better")
 
 
@@ -279,6 +279,51 @@ class Summary(Record):
     )
     wandb: Wandb | None = None
     store: StoreUse | None = None
+
+
+class TaskContrast(Named):
+    """A contrast over tasks; of runs that are not about the same metric it has no numbers but those of each task."""
+
+    value: Number | None = Field(description="as in `contrasts` of one run, over the tasks, and so are the rest")
+    low: Number | None
+    high: Number | None
+    se: Number | None
+    p: Number | None
+    p_holm: Number | None
+    p_rows: Number | None
+    p_rows_smallest: Number | None
+    p_rows_error: Number | None
+    minimum_detectable: Number | None
+    n_seeds: Count = Field(description="runs of all tasks")
+    n_examples: Count | None
+    n_groups: Count | None
+    iqm: Interval | None = Field(description="interquartile mean over tasks and seeds, from eight tasks on")
+    tasks: dict[str, Difference] = Field(description="the same of each task", json_schema_extra={"key": "TASK"})
+    claim: Flag = Field(default=False, description="whether it was named beforehand, and is told from 0")
+
+
+class TaskRuns(Record):
+    label: Text = Field(description="the name of its recipe, or of its first run")
+    metric: Text = Field(description="name of its score")
+    runs: list[Text] = Field(description="folders")
+    seeds: dict[str, Count] = Field(description="number of seeds of each arm", json_schema_extra={"key": "ARM"})
+
+
+class ArmOfTasks(Record):
+    tasks: dict[str, Spread] = Field(description="its test score on each task", json_schema_extra={"key": "TASK"})
+
+
+class TasksSummary(Record):
+    """What the report of several runs shows."""
+
+    format: int = Field(description="of this file")
+    metric: Text = Field(description="name of the score, where the tasks have one")
+    by_loss: Flag = Field(description="whether contrasts are of losses")
+    averaged: Flag = Field(description="whether anything is averaged over tasks")
+    tasks: list[TaskRuns]
+    arms: dict[str, ArmOfTasks] = Field(json_schema_extra={"key": "ARM"})
+    contrasts: list[TaskContrast]
+    notes: list[Text] = Field(description="what is to be said beside the tables")
 
 
 class AblationSeed(Record):

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from cola.compare.records import Scope, ScopeSearch
 from cola.recipe.recipe import Recipe
 
 
-def scope_of(recipe: Recipe, n_train: int | None) -> dict[str, Any]:
-    """The facts, as `intervals` of summary.json.
+def scope_of(recipe: Recipe, n_train: int | None) -> Scope:
+    """The facts.
 
     Args:
         recipe: The resolved recipe.
@@ -14,42 +15,42 @@ def scope_of(recipe: Recipe, n_train: int | None) -> dict[str, Any]:
     """
     rules, search = recipe.search_rules, None
     if rules:
-        search = {
-            "per": next(iter(rules.values())).per,
-            "keys": sorted({key for arm in rules for key in recipe.searches_of(arm)}),
-            "seeds": recipe.trial_seeds,
-            "scored": [seed for seed in recipe.trial_seeds if seed in recipe.seeds],
-        }
-    return {
-        "seeds": len(recipe.seeds),
-        "redraw": recipe.data.redraw,
-        "train_rows": n_train,
-        "by_validation": search is not None or recipe.evaluation.checkpoint == "best",
-        "search": search,
-    }
+        search = ScopeSearch(
+            per=next(iter(rules.values())).per,
+            keys=sorted({key for arm in rules for key in recipe.searches_of(arm)}),
+            seeds=recipe.trial_seeds,
+            scored=[seed for seed in recipe.trial_seeds if seed in recipe.seeds],
+        )
+    return Scope(
+        seeds=len(recipe.seeds),
+        redraw=recipe.data.redraw,
+        train_rows=n_train,
+        by_validation=search is not None or recipe.evaluation.checkpoint == "best",
+        search=search,
+    )
 
 
-def scope_sentence(scope: dict[str, Any]) -> str:
+def scope_sentence(scope: Scope) -> str:
     """What the intervals of a run speak of, in one sentence.
 
     Args:
         scope: From `scope_of`.
     """
-    search, several = scope["search"], scope["seeds"] > 1
-    redrawn = scope["redraw"] == "per_seed"
+    search, several = scope.search, scope.seeds > 1
+    redrawn = scope.redraw == "per_seed"
     varied = ["other seeds"] if several else []
     if several and redrawn:
-        rows = f" of {scope['train_rows']} rows" if scope["train_rows"] else ""
+        rows = f" of {scope.train_rows} rows" if scope.train_rows else ""
         varied.append(f"other training sets{rows} from the same source")
-    if several and search and search["per"] == "seed":
-        varied[0] += f", each with its own choice of {_keys_text(search['keys'])},"
+    if several and search and search.per == "seed":
+        varied[0] += f", each with its own choice of {_keys_text(search.keys)},"
     varied.append("other test examples")
     rows = [] if several and redrawn else ["training"]
-    rows += ["validation"] if scope["by_validation"] else []
+    rows += ["validation"] if scope.by_validation else []
     held = [] if several else ["the seed"]
     held += [f"the {' and '.join(rows)} rows"] if rows else []
-    if search and (search["per"] == "arm" or not several):
-        held.append(f"the choice of {_keys_text(search['keys'])}{_seeds_text(search)}")
+    if search and (search.per == "arm" or not several):
+        held.append(f"the choice of {_keys_text(search.keys)}{_seeds_text(search)}")
     text = f"Intervals speak of {_listed(varied)}"
     return f"{text}; held fixed: {_listed(held)}." if held else f"{text}."
 
@@ -68,10 +69,10 @@ def _keys_text(keys: list[str]) -> str:
     return _listed([key.replace("_", " ") for key in keys])
 
 
-def _seeds_text(search: dict[str, Any]) -> str:
-    if search["per"] == "seed":
+def _seeds_text(search: ScopeSearch) -> str:
+    if search.per == "seed":
         return ""
-    seeds, scored = search["seeds"], search["scored"]
+    seeds, scored = search.seeds, search.scored
     named = f" on seed{'s' if len(seeds) > 1 else ''} {_listed([str(seed) for seed in seeds])}"
     if not scored:
         return named

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cola.compare.records import ArmSpectra, OverlapTable, SpectrumRow, WithFullRow
 from cola.errors import RunFolderError
 from cola.recipe.plan import Job
 from cola.tree.run_folder import RunFolder
@@ -19,7 +20,7 @@ NUMBERS = ("rank", "relative_size", "effective_rank", "rank_90", "stable_rank")
 Records = Mapping[str, Sequence[Spectrum]]  # of each arm: its seeds'
 
 
-def spectra_of(folder: RunFolder, done: Mapping[str, Iterable[int]]) -> tuple[dict[str, Any], list[str]]:
+def spectra_of(folder: RunFolder, done: Mapping[str, Iterable[int]]) -> tuple[dict[str, ArmSpectra], list[str]]:
     """The spectra of a run's arms for its summary.
 
     Args:
@@ -43,12 +44,8 @@ def spectra_of(folder: RunFolder, done: Mapping[str, Iterable[int]]) -> tuple[di
     return summarized(records), damaged
 
 
-def summarized(records: Records) -> dict[str, Any]:
-    """Medians over matrices and means over seeds; an arm without any spectrum is left out.
-
-    Returns:
-        For each arm `rows`, `values`, `overlap` and `with_full`, as `spectra` of summary.json.
-    """
+def summarized(records: Records) -> dict[str, ArmSpectra]:
+    """Medians over matrices and means over seeds; an arm without any spectrum is left out."""
     found = {}
     for arm, all_of_arm in records.items():
         seeds = [list(record.matrices.values()) for record in all_of_arm if record.matrices]
@@ -58,28 +55,28 @@ def summarized(records: Records) -> dict[str, Any]:
         updates = {what for matrices in seeds for matrix in matrices for what in matrix.updates}
         whats = sorted(updates, key=lambda what: (what == "chain", len(what), what))
         links = [what for what in whats if what.startswith("link ")]
-        found[arm] = {
-            "rows": [_row(what, seeds) for what in whats],
-            "values": {what: _values(what, seeds) for what in whats},
-            "overlap": _overlap(links, seeds) if len(links) > 1 else None,
-            "with_full": _with_full(whats, seeds),
-        }
+        found[arm] = ArmSpectra(
+            rows=[_row(what, seeds) for what in whats],
+            values={what: _values(what, seeds) for what in whats},
+            overlap=_overlap(links, seeds) if len(links) > 1 else None,
+            with_full=_with_full(whats, seeds),
+        )
     return found
 
 
 Matrices = list[Matrix]  # of one seed
 
 
-def _row(what: str, seeds: list[Matrices]) -> dict[str, Any]:
+def _row(what: str, seeds: list[Matrices]) -> SpectrumRow:
     def over(key: str, middle: Any) -> float | None:
         each = [[getattr(one.updates[what], key) for one in matrices if what in one.updates] for matrices in seeds]
         return _mean([_of(middle, values) for values in each])
 
-    row: dict[str, Any] = {"what": what, **{key: over(key, np.median) for key in NUMBERS}}
+    numbers = {key: over(key, np.median) for key in NUMBERS}
     if what == "all weights":
-        row["rank"] = None  # nothing limits it
+        numbers["rank"] = None  # nothing limits it
     # Few matrices have any, so that their median would nearly always be 0.
-    return row | {"intruders": over("intruders", np.mean)}
+    return SpectrumRow(what=what, **numbers, intruders=over("intruders", np.mean))
 
 
 def _values(what: str, seeds: list[Matrices]) -> list[float]:
@@ -98,7 +95,7 @@ def _filled(rows: list[list[float]]) -> np.ndarray:
     return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
 
 
-def _overlap(links: list[str], seeds: list[Matrices]) -> dict[str, Any]:
+def _overlap(links: list[str], seeds: list[Matrices]) -> OverlapTable:
     """Of each two links: the mean of both sides; None where no matrix has learned something in both."""
     places = {what: number for number, what in enumerate(links)}
     matrix: list[list[float | None]] = [[1.0 if i == j else None for j in range(len(links))] for i in range(len(links))]
@@ -112,10 +109,10 @@ def _overlap(links: list[str], seeds: list[Matrices]) -> dict[str, Any]:
             value = _mean([_of(np.median, [_both(pair) for pair in mine]) for mine in pairs])
             matrix[places[one]][places[other]] = matrix[places[other]][places[one]] = value
             expected.append(_mean([_of(np.median, [pair.random for pair in mine]) for mine in pairs]))
-    return {"labels": links, "matrix": matrix, "random": _mean(expected)}
+    return OverlapTable(labels=links, matrix=matrix, random=_mean(expected))
 
 
-def _with_full(whats: list[str], seeds: list[Matrices]) -> dict[str, Any] | None:
+def _with_full(whats: list[str], seeds: list[Matrices]) -> WithFullRow | None:
     """Of each update with full fine-tuning's; None where there is nothing to compare with."""
     each = [[one.with_full.updates for one in matrices if one.with_full] for matrices in seeds]
     if not any(each):
@@ -126,7 +123,7 @@ def _with_full(whats: list[str], seeds: list[Matrices]) -> dict[str, Any] | None
 
     values = {what: over(what, _both) for what in whats}
     expected = [over(what, lambda sides: sides.random) for what in whats]
-    return {"labels": list(values), "values": list(values.values()), "random": _mean(expected)}
+    return WithFullRow(labels=list(values), values=list(values.values()), random=_mean(expected))
 
 
 def _both(sides: Sides | Overlap) -> float:

@@ -17,18 +17,36 @@ import numpy as np
 
 from cola.compare.choice import Trials
 from cola.compare.contrasts import FEW, METRICS, Comparer, Results, Rows, check_arms
+from cola.compare.records import (
+    ArmSummary,
+    KnotLedger,
+    Matched,
+    OfSeed,
+    Search,
+    SeedNumbers,
+    Spread,
+    Summary,
+    SummaryChoice,
+    SummaryTrial,
+)
 from cola.compare.scope import scope_of
 from cola.compare.spectra import spectra_of
 from cola.errors import RunFolderError
 from cola.recipe.bounds import SPLITS
-from cola.recipe.plan import trials_of
+from cola.recipe.plan import Job, trials_of
 from cola.recipe.recipe import Recipe
 from cola.tree.made import Made
-from cola.tree.records import Chosen, Result, TrainInfo
+from cola.tree.records import ArmState, Chosen, Result, TrainInfo
 from cola.tree.run_folder import RunFolder, choice_file, damaged_file
 
+COSTS = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
+# Of a knot's numbers over seeds.
+MEANS = ("relative_size_median", "unchanged_median")
+WORST = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
+WORST |= {"drift_relative": max, "drift_of_learned": max, "drift_kl": max}
 
-def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+
+def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]] = ()) -> Summary:
     """Everything the table and the page show, from the results of a run folder.
 
     Args:
@@ -43,93 +61,85 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         check_arms(pair, recipe.arms)
     damaged: list[str] = []
     results = {(r.run_info.arm, r.run_info.seed): r for r in folder.results(damaged)}
-    arms = {name: _arm(recipe, name, results) for name in recipe.arms}
     comparer = Comparer(recipe, folder, results, damaged)
-    for name in recipe.arms:
-        arms[name] |= comparer.against_full(name) | comparer.gaps(name)
+    arms = {name: _arm(recipe, name, results, comparer) for name in recipe.arms}
     meta = folder.provenance()
     trials = _trials(recipe, folder, damaged)
-    done = {name: [seed for seed, state in arm["states"].items() if state == "ok"] for name, arm in arms.items()}
-    spectra, unread = spectra_of(folder, done)
-    states = {state for arm in arms.values() for state in arm["states"].values()}
+    spectra, unread = spectra_of(folder, comparer.ok)
+    states = {state for arm in arms.values() for state in arm.states.values()}
     rows = next((r.meta_info.rows for r in comparer.done.values()), None)
-    return {
-        "meta": meta and meta.content(),
-        "interrupted": bool(states & {"interrupted", "missing"}),
-        "metric": METRICS[recipe.data.task],
-        "checkpoint": recipe.evaluation.checkpoint,
-        "select_by": recipe.evaluation.select_by,
-        "seeds": list(recipe.seeds),
-        "matched": _matched(recipe, arms),
-        "trials": trials,
-        "intervals": scope_of(recipe, rows["train"] if rows else None),
-        "same_outputs": _same_outputs(recipe, folder, comparer.done, damaged),
-        "rows": rows,
-        "arms": arms,
-        "spectra": spectra,
-        "contrasts": comparer.contrasts(later),
-        "unpaired": comparer.unpaired,
-        "notes": [
+    return Summary(
+        meta=meta,
+        interrupted=bool(states & {"interrupted", "missing"}),
+        metric=METRICS[recipe.data.task],
+        checkpoint=recipe.evaluation.checkpoint,
+        select_by=recipe.evaluation.select_by,
+        seeds=list(recipe.seeds),
+        matched=_matched(recipe, arms),
+        trials=trials,
+        intervals=scope_of(recipe, rows["train"] if rows else None),
+        same_outputs=_same_outputs(recipe, folder, comparer.done, damaged),
+        rows=rows,
+        arms=arms,
+        spectra=spectra,
+        contrasts=comparer.contrasts(later),
+        unpaired=comparer.unpaired,
+        notes=[
             *(meta.data.notes if meta else []),
             *(meta.selfcheck.notes if meta and meta.selfcheck else []),
             *made_differently(comparer.done),
             *dict.fromkeys([*damaged, *unread]),
         ],
-    }
+    )
 
 
-def _arm(recipe: Recipe, name: str, results: Results) -> dict[str, Any]:
+def _arm(recipe: Recipe, name: str, results: Results, comparer: Comparer) -> ArmSummary:
     mine = [results[name, seed] for seed in recipe.seeds if (name, seed) in results]
-    states = {seed: results[name, seed].status if (name, seed) in results else "missing" for seed in recipe.seeds}
     done = [r for r in mine if isinstance(r, Result)]
-    summary: dict[str, Any] = {
-        "links": recipe.arms[name].n_links,
-        "states": states,
-        "errors": {r.run_info.seed: r.run_info.error for r in mine if r.status == "failed"},
-        "n_seeds": len(done),
-    }
+    searched = done and "links" in recipe.searches_of(name)
+    state = ArmState(
+        links=len(done[0].train_info.links) if searched else recipe.arms[name].n_links,
+        states={s: results[name, s].status if (name, s) in results else "missing" for s in recipe.seeds},
+        errors={r.run_info.seed: r.run_info.error for r in mine if r.status == "failed" and r.run_info.error},
+        n_seeds=len(done),
+    )
     if not done:
-        return summary
-    if "links" in recipe.searches_of(name):
-        summary["links"] = len(done[0].train_info.links)
-    for split in SPLITS:
-        for key in ("loss", "score"):
-            summary[f"{split}_{key}"] = _over_seeds([getattr(getattr(r.evaluation, split), key) for r in done])
-    summary["gap_loss"] = _over_seeds([r.evaluation.gap_loss for r in done])
-    summary["gap_acc"] = _over_seeds([r.evaluation.gap_acc for r in done])
-    summary["seeds"] = [_of_seed(r) for r in done]
-    summary["forgetting"] = _over_seeds([_forgetting(r) for r in done])
-    keys = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
-    for key in keys:
-        summary[key] = float(np.mean([getattr(r.train_info, key) for r in done]))
-    summary["scored_step"] = [r.train_info.scored_step for r in done]
-    summary["learning_rate"] = [r.train_info.learning_rate for r in done]
-    summary["peak_memory"] = max((peak for r in done if (peak := _peak(r.train_info)) is not None), default=None)
-    summary["base"] = done[0].train_info.base.content()
-    summary["without_gradient"] = max(r.train_info.without_gradient for r in done)
-    edges = [(key, r.run_info.seed) for r in done for key in r.train_info.at_grid_edge]
-    summary["at_grid_edge"] = {key: [seed for one, seed in edges if one == key] for key, _ in edges}
-    summary["knots"] = _ledger(done)
-    summary["max_drift"] = max((k.drift_relative for r in done for k in r.train_info.knots), default=None)
-    # A knot that lets a part of its pair go moves the outputs on purpose.
+        return ArmSummary(**dict(state))
     infos = [r.train_info for r in done]
+    edges = [(key, r.run_info.seed) for r in done for key in r.train_info.at_grid_edge]
+    # A knot that lets a part of its pair go moves the outputs on purpose.
     whole = [i for i in infos if i.rules and (i.rules.merge_fraction == 1 or len(i.knots) == 1)]
     lost = [k.drift_of_learned for i in whole for k in i.knots]
-    summary["max_lost"] = max((share for share in lost if share is not None), default=None)
-    return summary
+    seeds = [_of_seed(r) for r in done]
+    numbers: dict[str, Any] = {
+        **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in list(SeedNumbers.model_fields)[1:]},
+        **{key: float(np.mean([getattr(info, key) for info in infos])) for key in COSTS},
+        **comparer.against_full(name),
+        **comparer.gaps(name),
+    }
+    return ArmSummary(
+        **dict(state),
+        **numbers,
+        seeds=seeds,
+        scored_step=[info.scored_step for info in infos],
+        learning_rate=[info.learning_rate for info in infos],
+        peak_memory=max((peak for info in infos if (peak := _peak(info)) is not None), default=None),
+        base=infos[0].base,
+        without_gradient=max(info.without_gradient for info in infos),
+        at_grid_edge={key: [seed for one, seed in edges if one == key] for key, _ in edges},
+        knots=_ledger(infos),
+        max_drift=max((knot.drift_relative for info in infos for knot in info.knots), default=None),
+        max_lost=max((share for share in lost if share is not None), default=None),
+    )
 
 
-def _of_seed(result: Result) -> dict[str, Any]:
+def _of_seed(result: Result) -> SeedNumbers:
     """One seed's numbers: the dots of a figure."""
     found = result.evaluation
     numbers = {f"{split}_{key}": getattr(getattr(found, split), key) for split in SPLITS for key in ("loss", "score")}
+    forgetting = found.general and found.general.forgetting  # None where the recipe leaves the general text out
     gaps = {"gap_loss": found.gap_loss, "gap_acc": found.gap_acc}
-    return {"seed": result.run_info.seed, **numbers, **gaps, "forgetting": _forgetting(result)}
-
-
-def _forgetting(result: Result) -> float | None:
-    """None where the recipe leaves the general text out."""
-    return result.evaluation.general and result.evaluation.general.forgetting
+    return SeedNumbers(seed=result.run_info.seed, **numbers, **gaps, forgetting=forgetting)
 
 
 def _peak(info: TrainInfo) -> int | None:
@@ -138,37 +148,41 @@ def _peak(info: TrainInfo) -> int | None:
     return info.process_memory_max if on_gpu is None else on_gpu
 
 
-def _ledger(done: list[Result]) -> list[dict[str, Any]]:
+def _ledger(infos: list[TrainInfo]) -> list[KnotLedger]:
     """One row for each knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
     rows = []
-    for number in range(max(len(r.train_info.knots) for r in done)):
-        infos = [r.train_info for r in done if len(r.train_info.knots) > number]
-        knots = [info.knots[number] for info in infos if info.knots[number].merge is not None]
+    for number in range(max(len(info.knots) for info in infos)):
+        there = [info for info in infos if len(info.knots) > number]
+        knots = [info.knots[number] for info in there if info.knots[number].merge is not None]
         if not knots:
             continue
-        row = {"link": number + 1, "merge": knots[0].merge}
-        part = infos[0].rules and infos[0].rules.merge_fraction
-        row["fraction"] = 1.0 if number + 1 == len(infos[0].links) else part
-        row["cleared"] = float(np.mean([info.links[number].cleared for info in infos]))
-        for key in ("relative_size_median", "unchanged_median"):
-            row[key] = float(np.mean([getattr(knot, key) for knot in knots]))
-        worst = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
-        for key, pick in {**worst, "drift_relative": max, "drift_of_learned": max, "drift_kl": max}.items():
-            row[key] = pick((value for knot in knots if (value := getattr(knot, key)) is not None), default=None)
-        row["drift_loss_change"] = max((knot.drift_loss_change for knot in knots), key=abs)
-        rows.append(row)
+        part = there[0].rules and there[0].rules.merge_fraction
+        known: dict[str, Any] = {
+            key: [v for knot in knots if (v := getattr(knot, key)) is not None] for key in (*MEANS, *WORST)
+        }
+        rows.append(
+            KnotLedger(
+                link=number + 1,
+                merge=knots[0].merge or "",
+                fraction=1.0 if number + 1 == len(there[0].links) else part,
+                cleared=float(np.mean([info.links[number].cleared for info in there])),
+                **{key: float(np.mean(known[key])) for key in MEANS},
+                **{key: pick(known[key], default=None) for key, pick in WORST.items()},
+                drift_loss_change=max((knot.drift_loss_change for knot in knots), key=abs),
+            )
+        )
     return rows
 
 
-def _matched(recipe: Recipe, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _matched(recipe: Recipe, arms: dict[str, ArmSummary]) -> Matched:
     """What all trained arms were given the same of, and how much of it each used, smallest and largest."""
     key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
-    used = [arm[key] for name, arm in arms.items() if arm["n_seeds"] and recipe.arms[name].n_links]
+    used = [getattr(arm, key) for name, arm in arms.items() if arm.n_seeds and recipe.arms[name].n_links]
     per_link = recipe.training.protocol == "grow"
-    return {"by": recipe.training.match, "per_link": per_link, "used": [min(used), max(used)] if used else None}
+    return Matched(by=recipe.training.match, per_link=per_link, used=[min(used), max(used)] if used else None)
 
 
-def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, Any]:
+def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, Search]:
     """What each arm's search tried and chose; what is wrong with a file that cannot be read is added to `damaged`."""
     found = {}
     for name, search in recipe.search_rules.items():
@@ -180,11 +194,11 @@ def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, 
             except RunFolderError as error:
                 damaged.append(str(error))
         if choices:
-            found[name] = {"per": search.per, "select_by": search.select_by, "choices": choices}
+            found[name] = Search(per=search.per, select_by=search.select_by, choices=choices)
     return found
 
 
-def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: Chosen) -> dict[str, Any]:
+def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: Chosen) -> SummaryChoice:
     """What a search tried, with the numbers of each seed of the trials, and the share of resampled trials that choose
     each value; None where their scores have gone."""
     jobs = trials_of(recipe, arm, recipe.seeds[0] if seed is None else seed)
@@ -192,22 +206,24 @@ def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choic
     if len(by_value) != len(choice.trials):
         path = folder.path / choice_file(arm, seed)
         raise damaged_file(path, f"it has {len(choice.trials)} trials, and the recipe {len(by_value)}")
-    rows = []
-    for tried, of_value in zip(choice.trials, by_value, strict=True):
-        each = []
-        for job in of_value:
-            if (trial := folder.trial(job)) is not None:
-                validation = trial.evaluation.validation
-                each.append({"seed": job.seed, "loss": validation.loss, "score": validation.score})
-        rows.append({**tried.content(), "each": each, "share": None})
-    whole = [n for n, row in enumerate(rows) if not row["failed"]]
+    whole = [n for n, tried in enumerate(choice.trials) if not tried.failed]
     scores = [[{row.id: row for row in folder.trial_scores(job)} for job in by_value[n]] for n in whole]
+    shares: dict[int, float] = {}
     if (trials := _trial_scores(scores)) is not None:
         search = recipe.search_rules[arm]
-        shares = trials.shares(search.select_by, arm if seed is None else f"{arm} seed {seed}")
-        for n, share in zip(whole, shares, strict=True):
-            rows[n]["share"] = share
-    return {"seed": seed, "chosen": choice.chosen, "seeds": choice.seeds, "trials": rows}
+        of_each = trials.shares(search.select_by, arm if seed is None else f"{arm} seed {seed}")
+        shares = dict(zip(whole, of_each, strict=True))
+    tried = [
+        SummaryTrial(**dict(row), each=_of_each(folder, of_value), share=shares.get(n))
+        for n, (row, of_value) in enumerate(zip(choice.trials, by_value, strict=True))
+    ]
+    return SummaryChoice(seed=seed, chosen=choice.chosen, seeds=choice.seeds, trials=tried)
+
+
+def _of_each(folder: RunFolder, trials: list[Job]) -> list[OfSeed]:
+    """Validation numbers of those trials that came to their end."""
+    found = {job.seed: trial.evaluation.validation for job in trials if (trial := folder.trial(job)) is not None}
+    return [OfSeed(seed=seed, loss=scored.loss, score=scored.score) for seed, scored in found.items()]
 
 
 def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
@@ -296,9 +312,9 @@ def _named(keys: Sequence[tuple[str, int]], of: Sequence[tuple[str, int]]) -> st
     return ", ".join(parts) if len(parts) <= FEW else f"{len(keys)} results of {len(parts)} arms"
 
 
-def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+def over_seeds(values: Sequence[float | None]) -> Spread | None:
     """Mean and standard deviation over seeds (None with one seed); None where the task has no such number."""
     numbers = [v for v in values if v is not None]
     if not numbers:
         return None
-    return {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None}
+    return Spread(mean=float(np.mean(numbers)), sd=float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None)

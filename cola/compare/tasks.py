@@ -12,8 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from cola.compare import statistics
-from cola.compare.contrasts import METRICS, Comparer, check_arms, contrast_record, paired, settle
+from cola.compare.contrasts import METRICS, Comparer, check_arms, difference_of, paired, settle
 from cola.compare.iqm import iqm_estimate
+from cola.compare.records import (
+    ArmOfTasks,
+    Difference,
+    Interval,
+    Named,
+    Role,
+    Spread,
+    TaskContrast,
+    TaskRuns,
+    TasksSummary,
+)
 from cola.compare.scope import scope_of, scope_sentence
 from cola.compare.statistics import Table as Scores
 from cola.compare.summary import made_differently
@@ -21,6 +32,9 @@ from cola.errors import RunFolderError
 from cola.recipe.recipe import Recipe
 from cola.tree.records import Result
 from cola.tree.run_folder import FORMAT, RunFolder
+
+# Of a contrast where nothing is averaged over tasks.
+NOTHING = {**dict.fromkeys(Difference.model_fields), "n_seeds": 0, "iqm": None}
 
 
 @dataclass
@@ -120,7 +134,7 @@ def tasks_of(runs: Sequence[Run], notes: list[str]) -> list[Task]:
     return list(tasks.values())
 
 
-def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()) -> TasksSummary:
     """Everything that the report of several runs shows.
 
     Args:
@@ -147,37 +161,33 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
         scores = {task.label: one for task in tasks if (one := task.scores([first, second], by_loss)) is not None}
         if missing := [task.label for task in tasks if task.label not in scores]:
             notes.append(f"{first} − {second}: not both are there, under one seed, for {', '.join(missing)}")
-        found = {label: contrast_record([one]) for label, one in scores.items()}
-        record = {"first": first, "second": second, "role": role, "metric": "loss" if by_loss else "score"}
-        if scores and alike:
-            contrasts.append(record | _over_tasks(list(scores.values())) | {"tasks": found})
-        elif scores:
-            nothing = dict.fromkeys(next(iter(found.values())))
-            contrasts.append(record | nothing | {"iqm": None, "n_seeds": 0, "tasks": found})
-    if alike:
-        settle(contrasts)
+        found = {label: difference_of([one]) for label, one in scores.items()}
+        named = Named(first=first, second=second, role=role, metric="loss" if by_loss else "score")
+        if scores:
+            numbers = _over_tasks(list(scores.values())) if alike else NOTHING
+            contrasts.append(TaskContrast(**dict(named), **numbers, tasks=found))
     arms = {}
     for arm in dict.fromkeys(arm for task in tasks for arm in task.arms):
         scores = {task.label: one for task in tasks if (one := task.scores([arm], by_loss)) is not None}
-        arms[arm] = {"tasks": {label: _spread(one.means_AS[0]) for label, one in scores.items()}}
-    return {
-        "format": FORMAT,
-        "metric": next(iter({task.metric for task in tasks})) if len({task.metric for task in tasks}) == 1 else "score",
-        "by_loss": by_loss,
-        "averaged": alike,
-        "tasks": [
-            {
-                "label": task.label,
-                "metric": task.metric,
-                "runs": [str(run.folder.path) for run in task.runs],
-                "seeds": {arm: sum(len(run.taken.get(arm, ())) for run in task.runs) for arm in task.arms},
-            }
+        arms[arm] = ArmOfTasks(tasks={label: _spread(one.means_AS[0]) for label, one in scores.items()})
+    return TasksSummary(
+        format=FORMAT,
+        metric=next(iter({task.metric for task in tasks})) if len({task.metric for task in tasks}) == 1 else "score",
+        by_loss=by_loss,
+        averaged=alike,
+        tasks=[
+            TaskRuns(
+                label=task.label,
+                metric=task.metric,
+                runs=[str(run.folder.path) for run in task.runs],
+                seeds={arm: sum(len(run.taken.get(arm, ())) for run in task.runs) for arm in task.arms},
+            )
             for task in tasks
         ],
-        "arms": arms,
-        "contrasts": contrasts,
-        "notes": list(dict.fromkeys(notes)),
-    }
+        arms=arms,
+        contrasts=settle(contrasts) if alike else contrasts,
+        notes=list(dict.fromkeys(notes)),
+    )
 
 
 def _scopes(tasks: Sequence[Task]) -> list[str]:
@@ -188,7 +198,9 @@ def _scopes(tasks: Sequence[Task]) -> list[str]:
         for run in task.runs:
             provenance = run.folder.provenance()
             rows = provenance and provenance.rows.get("train")
-            said = found.setdefault(scope_sentence(scope_of(run.recipe, rows) | {"seeds": len(seeds)}), [])
+            said = found.setdefault(
+                scope_sentence(scope_of(run.recipe, rows).model_copy(update={"seeds": len(seeds)})), []
+            )
             said += [task.label] if task.label not in said else []
     alone = len(found) == 1
     return [sentence if alone else f"{', '.join(labels)}: {sentence}" for sentence, labels in found.items()]
@@ -196,18 +208,18 @@ def _scopes(tasks: Sequence[Task]) -> list[str]:
 
 def _over_tasks(scores: list[Scores]) -> dict[str, Any]:
     middle = iqm_estimate(scores)
-    record = {"value": middle.value, "low": middle.low, "high": middle.high} if middle else None
-    return contrast_record(scores) | {"iqm": record}
+    iqm = middle and Interval(value=middle.value, low=middle.low, high=middle.high)
+    return {**dict(difference_of(scores)), "iqm": iqm}
 
 
-def _named(runs: Sequence[Run], later: Sequence[tuple[str, str]], notes: list[str]) -> list[tuple[str, str, str]]:
+def _named(runs: Sequence[Run], later: Sequence[tuple[str, str]], notes: list[str]) -> list[tuple[Role, str, str]]:
     """The contrasts that the recipes name, then those that are asked for now. One that is not every recipe's primary
     one is a secondary one here."""
     primaries = {run.recipe.comparison.primary for run in runs}
     if len(primaries) > 1:
         told = "; ".join(f"{run.folder.path.name}: {_said(run.recipe.comparison.primary)}" for run in runs)
         notes.append(f"the recipes do not name the same primary contrast ({told}), so all are secondary here")
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str], Role] = {}
     for run in runs:
         comparison = run.recipe.comparison
         if comparison.primary:
@@ -227,8 +239,5 @@ def _said(pair: tuple[str, str] | None) -> str:
     return " − ".join(pair) if pair else "none"
 
 
-def _spread(values_S: statistics.Array) -> dict[str, float | None]:
-    return {
-        "mean": float(values_S.mean()),
-        "sd": float(values_S.std(ddof=1)) if len(values_S) > 1 else None,
-    }
+def _spread(values_S: statistics.Array) -> Spread:
+    return Spread(mean=float(values_S.mean()), sd=float(values_S.std(ddof=1)) if len(values_S) > 1 else None)

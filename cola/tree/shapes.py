@@ -21,10 +21,14 @@ class Record(BaseModel):
         """What the file holds: the keys that were given."""
         return self.model_dump(exclude_unset=True)
 
+    def given(self) -> dict[str, Any]:
+        """The same, its parts as records."""
+        return {key: value for key, value in self if key in self.model_fields_set}
+
 
 def _number(value: Any) -> float:
     # As it is: a whole number stays one in the file, and what is infinite or not a number is read too.
-    if type(value) not in (int, float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError("Input should be a valid number")
     # Larger is no number of a run, and its square is none of a computer.
     if math.isfinite(value) and abs(value) > 1e30:
