@@ -14,7 +14,7 @@ from cola.link.model import Source
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS, Evaluator
 from cola.measure.learned import Learned
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Settings
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress
@@ -61,7 +61,7 @@ class Bench:
     meta: dict[str, Any]
     used: dict[str, set[str]]
     ready: dict[tuple[str, str | None], PreTrainedModel]
-    _counts: dict[str, int] = field(default_factory=dict)
+    _counts: dict[Settings, int] = field(default_factory=dict)
     _rows: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
@@ -71,13 +71,13 @@ class Bench:
 
     def recipe_of(self, job: Job) -> Recipe:
         """The recipe with the job's searched values in their place."""
-        return self.recipe.with_choice(job.arm, dict(job.choice))
+        return self.recipe.with_choice(job.arm, job.choice)
 
     def measurements(self, job: Job) -> Measurements:
         """What was and will be measured of a job's states."""
-        probe, recipe = digest([rows_digest(self.probe_rows), PROBE_TARGETS]), self.recipe_of(job)
-        rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
-        tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
+        probe = digest([rows_digest(self.probe_rows), PROBE_TARGETS])
+        arm = self.recipe.resolved(job.arm, job.choice)
+        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
         lineage, rows, used = self.tree.lineage(job), self.rows_of(job.seed), self.used["measured"]
         return Measurements(self.store, lineage, rows, self.scoring, probe, tie, self.made, used)
 
@@ -93,12 +93,11 @@ class Bench:
         """With what this session makes states and measurements."""
         return {key: self.meta[key] for key in MADE_WITH}
 
-    def count_parameters(self, what: OneLink) -> int:
+    def count_parameters(self, settings: Settings) -> int:
         """Parameters that a link trains, counted once."""
-        key = what.model_dump_json()
-        if key not in self._counts:
-            self._counts[key] = count_parameters(self.skeleton, what)
-        return self._counts[key]
+        if settings not in self._counts:
+            self._counts[settings] = count_parameters(self.skeleton, settings)
+        return self._counts[settings]
 
     def want_weights(self, names: set[str]) -> None:
         """Note of which fully fine-tuned states this run needs the weights, before it looks for them.

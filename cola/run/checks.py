@@ -20,7 +20,7 @@ from cola.link.text_part import text_config
 from cola.measure.cost import Meter
 from cola.measure.memory import need_memory
 from cola.recipe.arms import Prune
-from cola.recipe.plan import Job, choice_of, plan_arm, trials_of
+from cola.recipe.plan import Job, plan_arm, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.weights import tuned_as_a_whole
@@ -35,7 +35,7 @@ def check_accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
     accelerator = make_accelerator(recipe.model.dtype)
     if said := environment.note():
         terminal.warn(said)
-    for dtype in sorted({recipe.base_of(arm)[0] for arm in recipe.arms}):
+    for dtype in sorted({recipe.resolved(arm).base.dtype for arm in recipe.arms}):
         if warning := dtype_warning(dtype, accelerator.device):
             terminal.warn(warning)
     return accelerator
@@ -48,10 +48,10 @@ def say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -
         if job.trial or job.seed != recipe.seeds[0]:
             continue
         lineage = tree.lineage(job)
-        low_rank = lineage.links and lineage.links[0].method == "lora"
-        merge = merge_of(recipe.knot_of(job.arm), "quantization" in lineage.root) if low_rank else None
+        low_rank = lineage.links and lineage.links[0].settings.is_pair
+        merge = merge_of(recipe.resolved(job.arm).rules, "quantization" in lineage.root) if low_rank else None
         twin = ends.setdefault((lineage.names[-1], merge), job.arm)
-        if twin != job.arm and not recipe.choices_of(job.arm):
+        if twin != job.arm and not recipe.searches_of(job.arm):
             terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
 
 
@@ -60,7 +60,7 @@ def say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, term
     if note := overlap_note(recipe):
         terminal.warn(note)
     for arm in recipe.arms:
-        rules = recipe.knot_of(arm)
+        rules = recipe.resolved(arm).rules
         several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
         if isinstance(rules.optimizer, Prune) and several and not rules.warmup_steps:
             terminal.warn(
@@ -86,30 +86,28 @@ def check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.dev
     check_fit(source, skeleton, splits, virtual_tokens(recipe))
     tried = set()
     for arm in recipe.arms:
-        dtype, quantization = recipe.base_of(arm)
+        rules, (dtype, quantization) = recipe.resolved(arm).rules, recipe.resolved(arm).base
         if quantization is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
-        for choice in map(choice_of, recipe.choices_of(arm) or [{}]):
-            whats = [link.what for link in plan_arm(recipe, arm, 0, splits.sizes["train"], choice)]
+        for choice in recipe.choices_of(arm):
+            links = [link.settings for link in plan_arm(recipe, arm, 0, splits.sizes["train"], choice)]
             try:
-                for what in whats:
-                    if what.method == "full" and dtype == "float16" and device.type == "cpu":
+                for settings in links:
+                    if settings.is_whole and dtype == "float16" and device.type == "cpu":
                         raise ModelError("full fine-tuning in float16 needs a GPU; set dtype: float32")
-                    if (key := what.model_dump_json()) not in tried:
-                        tried.add(key)
-                        attached = adapters.attach(source.skeleton(), what, 0)
+                    if settings not in tried:
+                        tried.add(settings)
+                        attached = adapters.attach(source.skeleton(), settings, 0)
                         need_memory(sum(p.numel() for p in adapters.trainable(attached)), device)
-                starts.check_room(skeleton, whats[:1] if recipe.knot_of(arm).pair == "keep" else whats)
+                starts.check_room(skeleton, links[:1] if rules.keeps_pair else links)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None
 
 
 def virtual_tokens(recipe: Recipe) -> int:
     """The largest number of virtual tokens that an arm puts before a row."""
-    tried = [
-        recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
-    ]
-    return max((link.num_virtual_tokens or 0 for links in tried for link in links), default=0)
+    variants = [variant for arm in recipe.arms for variant in recipe.variants(arm)]
+    return max((link.virtual_tokens for variant in variants for link in variant.links), default=0)
 
 
 def general_text_of(

@@ -28,7 +28,7 @@ from cola.link import adapters
 from cola.link.accelerator import make_accelerator
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
-from cola.link.moments import Moments, carried, carries, read_moments
+from cola.link.moments import Moments, carried, read_moments
 from cola.link.residual import Applied, Residual, left_behind
 from cola.link.starts import hold_out
 from cola.link.train import Step, full_gradients, tune
@@ -36,6 +36,7 @@ from cola.measure.cost import Cost
 from cola.measure.memory import peaks, restart_peaks
 from cola.measure.scores import ExampleScore, evaluation_of, forgetting_of, mean_loss, mean_score, score_rows
 from cola.recipe.bounds import SPLITS
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Job, Link, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.run.bench import Bench
@@ -67,8 +68,8 @@ class JobRun:
 
     def __init__(self, bench: Bench, job: Job) -> None:
         self.recipe = recipe = bench.recipe_of(job)
-        self.rules = recipe.knot_of(job.arm)
-        self.dtype, self.quantization = recipe.base_of(job.arm)
+        arm = recipe.resolved(job.arm)
+        self.rules, (self.dtype, self.quantization) = arm.rules, arm.base
         self.bench = bench
         self.job = job
         self.path = bench.folder.start_job(job)
@@ -81,7 +82,7 @@ class JobRun:
         # One accelerator per job: an arm that fails must not leave its optimizer or gradient scale to the next.
         self.accelerator = make_accelerator(self.dtype)
         self.evaluator = replace(bench.evaluator, autocast=self.accelerator.autocast)
-        self.n_trained = max((bench.count_parameters(link.what) for link in self.links), default=0)
+        self.n_trained = max((bench.count_parameters(link.settings) for link in self.links), default=0)
         process = restart_peaks(self.accelerator.device)
         self.states = States(
             bench.store,
@@ -160,7 +161,7 @@ class JobRun:
         segment = self.states.get(step)
         ends = [link.last_step for link in self.links]
         # Training goes on from a state with its moments, or from the end of a link whose next needs none.
-        fresh = [end for end in ends if end == self.n_steps or not carries(self.rules)]
+        fresh = [end for end in ends if end == self.n_steps or not self.rules.hands_on]
         if segment is None or not (segment.resumable or step in fresh):
             return False
         for end in ends[len(self.knots) :]:
@@ -252,7 +253,7 @@ class JobRun:
             ends: Their last steps.
             gone_on: Whether the link after them has begun; a pair that is kept is in that link's then.
         """
-        pairs, share, kept = [self.states.pair(end) for end in ends], self.rules.merge_fraction or 1.0, self.rules.pair
+        pairs, share, kept = [self.states.pair(end) for end in ends], self.rules.merge_fraction, self.rules.pair
         if kept == "keep" and pairs and not gone_on:
             return [*left_behind(pairs[:-1], share, True), pairs[-1]]
         return left_behind(pairs, share, kept == "keep")
@@ -260,7 +261,8 @@ class JobRun:
     def _gradients(self, model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
         self.bench.progress.stage("taking the full gradient")
-        rows = self.order[link.first_step : link.last_step][: link.what.init_batches]
+        assert isinstance(link.settings, Lora)
+        rows = self.order[link.first_step : link.last_step][: link.settings.init_batches]
         batches = training_batches(self.rows_of["train"], rows, self.recipe.training.micro_batch_tokens)
         return full_gradients(model, names, batches, self.accelerator)
 
@@ -275,7 +277,7 @@ class JobRun:
         if self.at > link.first_step:
             moments = self._put_back(chain, self.at)
             self._look_if_due(model)
-        elif link.knot is not None and carries(link.knot):
+        elif link.knot is not None and link.knot.hands_on:
             moments = carried(self.states.moments(link.first_step), link.knot, link.seed)
         while self.at < link.last_step:
             start = max(step for step in (link.first_step, *self.heads) if step <= self.at)
@@ -338,7 +340,7 @@ class JobRun:
         self._note_step(asdict(step), number)
         if self.at == stop:
             name = self.lineage.names[stop]
-            goes_on = self.links[number].method == "lora" or self.bench.tree.goes_on(name)
+            goes_on = self.links[number].settings.is_pair or self.bench.tree.goes_on(name)
             self.states.keep(stop, "segment", model, self._moments(model) if goes_on else None, self._link_rows)
             self._leave_checkpoint()
         elif self.states.checkpoint_due():
@@ -433,7 +435,7 @@ class JobRun:
 
     def _check_drift(self, record: dict[str, Any]) -> None:
         """What a knot moved must be within what rounding can explain, unless its rules move the outputs themselves."""
-        partial_merge = (self.rules.merge_fraction or 1) < 1 and record["link"] < len(self.links)
+        partial_merge = self.rules.merge_fraction < 1 and record["link"] < len(self.links)
         moves = partial_merge or self.rules.merge == "naive"
         # On a GPU int8 products round the activations too, so that rounding moves codes.
         coarse = self.quantization == "int8" and self.accelerator.device.type == "cuda"
@@ -533,10 +535,10 @@ class JobRun:
             if not self._has_weights(needed):
                 raise FileNotFoundError(f"{self.job.label}: the state after step {needed} has gone from the store")
         link, chain = self.links[number], self.chain
-        if link.method == "lora":
+        if link.settings.is_pair:
             retie(chain, [*self._tied(ends, gone_on=True), self.states.pair(step)])
         else:
-            chain.model = adapters.attach(chain.model, link.what, link.seed)
+            chain.model = adapters.attach(chain.model, link.settings, link.seed)
             self.states.put_back(chain.model, step)
             adapters.detach(chain.model)
         self.placed = step
@@ -552,12 +554,12 @@ class JobRun:
             number = self.lineage.link_of(scored_step)
             kept.append((f"knots/best-link-{number + 1}", scored_step, self.links[number]))
         for name, step, link in kept:
-            full = link.method == "full"
-            if (link.method != "lora" and step != scored_step) or not self._has_weights(step):
+            full = link.settings.is_whole
+            if (not link.settings.is_pair and step != scored_step) or not self._has_weights(step):
                 continue
             if full and not self.recipe.keep_full_weights:
                 continue
-            folder = self.path / {"lora": name, "full": "model"}.get(link.method, "adapter")
+            folder = self.path / {"lora": name, "full": "model"}.get(link.settings.method, "adapter")
             folder.mkdir(parents=True)
             segment = self.states.there(step)
             for file in segment.record["files"]:
@@ -683,7 +685,7 @@ def link_record(link: Link) -> dict[str, Any]:
     """A link for the records, its learning rates shortened to first, peak and last."""
     rates = link.learning_rates
     return {
-        **link.what.model_dump(mode="json", exclude_none=True),
+        **link.settings.record(),
         "first_step": link.first_step,
         "last_step": link.last_step,
         "learning_rate_first": rates[0],

@@ -13,6 +13,7 @@ from cola.errors import ColaError
 from cola.link import adapters
 from cola.link.model import Source
 from cola.measure.cost import Budget, Meter
+from cola.recipe.methods import Lora, Targets
 from cola.recipe.plan import Job, Link, candidates_of, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
@@ -34,15 +35,15 @@ def shared_tree(
 ) -> Tree:
     """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
     fingerprint, skeleton = source.fingerprint(), meter.skeleton
-    modules: dict[str, list[str]] = {}
+    modules: dict[Targets, list[str]] = {}
     buffers = adapters.kept_buffers(skeleton)
 
     def modules_of(link: Link) -> list[str] | None:
-        if link.method != "lora":
+        if not isinstance(link.settings, Lora):
             return None
-        said = str(link.what.target_modules)
+        said = link.settings.target_modules
         if said not in modules:
-            modules[said] = adapters.target_names(skeleton, link.what)
+            modules[said] = adapters.target_names(skeleton, said)
         return modules[said]
 
     def tree_of(one: Recipe) -> Tree:
@@ -63,7 +64,7 @@ def shared_tree(
             return known.get(seed, [])[:n_steps]
 
         def root_of(arm: str) -> Causes:
-            dtype, quantization = one.base_of(arm)
+            dtype, quantization = one.resolved(arm).base
             return root_causes(fingerprint, dtype, device, quantization)
 
         budget = Budget(one, replace(meter, checkpointing=one.training.gradient_checkpointing), order_of)
