@@ -31,19 +31,16 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from cola.files import write_text
 from cola.recipe.schema import Tracking
+from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
 from cola.report.numbers import NONE, choice_share
 from cola.report.table import Table
 from cola.report.verdict import verdict
 from cola.tree.run_folder import WANDB_NOTE
-
-if TYPE_CHECKING:
-    pass
-from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
 
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
@@ -113,6 +110,21 @@ def sync_command(folder: Path) -> str | None:
     """How to upload what a run or an ablation kept offline; None where there is nothing."""
     places = [place for place in ("wandb/offline-run-*", "points/*/wandb/offline-run-*") if any(folder.glob(place))]
     return f"wandb sync {' '.join(str(folder / place) for place in places)}" if places else None
+
+
+class NoTracker:
+    """A tracker that sends nothing: of a trial, and of what was sent before."""
+
+    mode = "off"
+
+    def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
+        """As Tracker's."""
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """As Tracker's."""
+
+    def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
+        """As Tracker's."""
 
 
 class Tracker:
@@ -260,7 +272,7 @@ class Tracker:
         self._guard(create)
         return found[0] if found else None
 
-    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
         if self.run is None or step <= self.logged:
             return
@@ -310,7 +322,7 @@ class Tracker:
         known = {"id": self.identity, "session": self.session, "began": self.began, "logged": self.logged}
         write_text(self.note, json.dumps({**known, "clean": clean}))
 
-    def finish(self, summary: dict[str, Any], status: str = "ok") -> None:
+    def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
         """End the W&B run, with its final numbers in the summary; `status` is the result's: ok, failed or interrupted.
 
         The last step of an interrupted run may have more to come (its validation): it is sent when the run goes on.
