@@ -143,10 +143,10 @@ def train(folder: Path, cache: Path, store: Path) -> States:
     from cola.recipe.read import read_recipe
     from cola.report.terminal import Terminal
     from cola.run.run import run
-    from cola.tree.run_folder import RunFolder
+    from cola.tree.run_holder import create_run
 
     recipe = read_recipe(folder / "recipe.yaml", [f"store={store}"])
-    made = RunFolder.create(recipe, None)
+    made = create_run(recipe, None)
     summary = run(recipe, made, Terminal(Console(file=io.StringIO())))
     for arm in summary["arms"].values():
         assert not arm["errors"], arm["errors"]

@@ -480,17 +480,17 @@ def _open_store(path: Path | None) -> "Store":
 
 def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
     from cola.recipe.read import read_recipe
-    from cola.tree.run_folder import RunFolder
+    from cola.tree.run_holder import take_run, unfinished_run
 
     recipe = read_recipe(recipe_path, overrides)
     if run_folder is None:
-        with RunFolder.unfinished(recipe) as before:
+        with unfinished_run(recipe) as before:
             if before is not None:
                 try:
                     return _train(recipe, before, fresh=False)
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
-    with RunFolder.take(recipe, run_folder) as (folder, fresh):
+    with take_run(recipe, run_folder) as (folder, fresh):
         return _train(recipe, folder, fresh)
 
 
@@ -576,9 +576,10 @@ def _print_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal:
 
 def _resume(path: Path) -> int:
     from cola.tree.run_folder import RunFolder
+    from cola.tree.run_holder import lock_run
 
     folder, recipe = RunFolder.open(path)
-    with folder.lock():
+    with lock_run(path):
         return _train(recipe, folder, fresh=False)
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.recipe.yaml12 import values_of
 from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import last_unfinished, lock_run, take_run
 
 MOST_POINTS = 1_000  # each of them a run
 FORMAT = 4  # of ablation.json, and raised with that of the points' runs
@@ -118,32 +119,24 @@ class AblationFolder:
         recipe = points[0].recipe
         parent = Path(recipe.output).expanduser()
         causes = _causes(points)
-        found = [cls(note.parent) for note in parent.glob(f"{recipe.name}-ablation-*/ablation.json")]
-        same = [folder for folder in found if folder.read().get("causes") == causes]
-        with ExitStack() as held:
-            for folder in sorted(same, key=lambda folder: folder.path.stat().st_mtime, reverse=True):
-                if folder.read().get("finished"):
-                    break
-                try:
-                    held.enter_context(RunFolder(folder.path).lock())
-                except RunFolderError:
-                    continue
-                if folder.read().get("finished"):
-                    break  # while it was being looked for
-                yield folder
+        folders = [note.parent for note in parent.glob(f"{recipe.name}-ablation-*/ablation.json")]
+        same = [path for path in folders if cls(path).read().get("causes") == causes]
+        with last_unfinished(same, lambda path: bool(cls(path).read().get("finished"))) as before:
+            if before is not None:
+                yield cls(before)
                 return
         stamp = f"{recipe.name}-ablation-{datetime.now():%Y%m%d-%H%M%S}"
         try:
             folder = cls(make_new(parent, stamp))
         except OSError as error:
             raise RunFolderError(f"{recipe.output}: the folder cannot be made: {error.strerror}") from None
-        with RunFolder(folder.path).lock():  # before its note is there, by which others find it
+        with lock_run(folder.path):  # before its note is there, by which others find it
             folder.write({"format": FORMAT, "causes": causes, "finished": False})
             yield folder
 
     def run_folder(self, point: Point) -> AbstractContextManager[tuple[RunFolder, bool]]:
-        """As `RunFolder.take`, of the point's run."""
-        return RunFolder.take(point.recipe, self.path / "points" / point.folder)
+        """As `take_run`, of the point's run."""
+        return take_run(point.recipe, self.path / "points" / point.folder)
 
     def read(self) -> dict[str, Any]:
         """ablation.json; empty where it is damaged, or of another version."""

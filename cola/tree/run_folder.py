@@ -10,27 +10,20 @@ RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (valida
                            chosen-seed-S.json: those of a seed that chooses for itself
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
-from time import sleep
 from typing import Any
 
-from cola.errors import FolderGone, RunFolderError, plain
-from cola.files import make_new, write_text
+from cola.errors import RunFolderError, plain
+from cola.files import write_text
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
-from cola.recipe.write import dump_recipe
 from cola.tree import records
-from cola.tree.locks import claimed
 from cola.tree.records import Spectrum, SpectrumVersion
 
 RESULTS = "arms/*/seed-*/result.json"
@@ -51,119 +44,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @classmethod
-    @contextmanager
-    def take(cls, recipe: Recipe, path: Path | None = None) -> Iterator[tuple["RunFolder", bool]]:
-        """Hold a folder for a run of exactly this recipe, and say whether the run is new.
-
-        Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
-        Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
-        before a job has begun, so that a mistake in a recipe leaves nothing behind.
-
-        Args:
-            recipe: Written into a new folder.
-            path: The folder: this run's, or new or empty. Default: a new one under the recipe's output.
-
-        Raises:
-            RunFolderError: another process holds it, it is something else, or it cannot be made.
-        """
-        with ExitStack() as held:
-            while True:
-                try:
-                    folder, made = cls._make_and_hold(recipe, path, held)
-                    break
-                except FolderGone:  # its maker is at it, or failed and has removed it again
-                    continue
-            fresh = not (folder.path / "recipe.yaml").is_file()
-            folder._check_free(recipe)
-            try:
-                if fresh:
-                    folder.write_text("recipe.yaml", dump_recipe(recipe))
-                yield folder, fresh
-            except BaseException:
-                if fresh and not folder._begun:
-                    folder._remove(made)
-                raise
-
-    @classmethod
-    def create(cls, recipe: Recipe, path: Path | None = None) -> "RunFolder":
-        """A new folder with the resolved recipe in it, for who needs no lock since nobody else knows of it.
-
-        Raises:
-            RunFolderError: the folder exists or cannot be made.
-        """
-        with cls.take(recipe, path) as (folder, fresh):
-            if not fresh:
-                raise RunFolderError(f"{path} exists; it is kept as it is: name another folder")
-        return folder
-
-    @classmethod
-    def _make_and_hold(cls, recipe: Recipe, path: Path | None, held: ExitStack) -> tuple["RunFolder", bool]:
-        """The folder, there now and locked, and whether it was not there before."""
-        try:
-            if path is None:
-                stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-                folder, made = cls(make_new(Path(recipe.output).expanduser(), stamp)), True
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.lexists(path) and _make_held(path, held):
-                    return cls(path), True
-                folder, made = cls(path), False
-                folder._check_free(recipe)  # before a lock file is put into what is no run folder
-        except RunFolderError:
-            raise
-        except OSError as error:
-            raise RunFolderError(f"{path or recipe.output}: the run folder cannot be made: {error.strerror}") from None
-        held.enter_context(folder.lock())
-        return folder, made
-
-    def _check_free(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds anything but a run of exactly this recipe, or what a kill left of making it.
-
-        Raises:
-            FolderGone: it is not there any more.
-            RunFolderError: it holds something else.
-        """
-        note = self.path / "recipe.yaml"
-        try:
-            if note.is_file():
-                free = note.read_text(encoding="utf-8") == dump_recipe(recipe)
-            else:
-                free = all(_is_left_over(path) for path in self.path.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            if not os.path.lexists(self.path):
-                raise FolderGone(f"{self.path} is not there any more") from None
-            free = False
-        if not free:
-            raise RunFolderError(
-                f"{self.path} exists and is no run of exactly this recipe; it is kept as it is: name another folder"
-            )
-
-    @classmethod
-    @contextmanager
-    def unfinished(cls, recipe: Recipe) -> Iterator["RunFolder | None"]:
-        """Hold the last run of exactly this recipe that no other process is at, if it did not come to its end."""
-        digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
-        same: list[tuple[float, RunFolder]] = []
-        for path in Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml"):
-            folder = cls(path.parent)
-            with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
-                if folder.recipe_digest() == digest and folder.readable:
-                    same.append((folder.path.stat().st_mtime, folder))
-        for _, folder in sorted(same, key=lambda pair: pair[0], reverse=True):
-            if folder.finished:
-                break
-            with ExitStack() as held:
-                try:
-                    held.enter_context(folder.lock())
-                except RunFolderError:
-                    continue  # a second process of one command goes on with the second run that was stopped
-                if folder.finished:
-                    break  # while it was being looked for
-                yield folder
-                return
-        yield None
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
@@ -309,23 +189,6 @@ class RunFolder:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
         return hashlib.sha256((self.path / "recipe.yaml").read_bytes()).hexdigest()
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for one process; the lock ends with the process, however it ends.
-
-        Raises:
-            FolderGone: it is not there any more.
-            RunFolderError: another process is at work in it.
-        """
-        with ExitStack() as held:
-            try:
-                mine = held.enter_context(claimed(self.path / ".lock"))
-            except FileNotFoundError:
-                raise FolderGone(f"{self.path} is not there any more") from None
-            if not mine:
-                raise RunFolderError(f"{self.path}: another process is at work in this run; wait for it to end")
-            yield
-
     @property
     def finished(self) -> bool:
         """Whether all of its last session came to its end, the page included, which is written last."""
@@ -336,60 +199,6 @@ class RunFolder:
             and not summary["interrupted"]
             and not any(arm["errors"] for arm in summary["arms"].values())
         )
-
-    @property
-    def _begun(self) -> bool:
-        """Whether something was trained or scored in it."""
-        begun = [path for name in ("metrics.jsonl", "result.json") for path in self.path.glob(f"**/seed-*/{name}")]
-        return any(path.stat().st_size for path in begun)
-
-    def _remove(self, made: bool) -> None:
-        """Empty a folder that is held, and remove it if it was made here.
-
-        The lock goes last, so that nobody else has the folder before all is gone; and rmdir takes none that somebody
-        has come to have since. Before it goes the recipe, by which a command that was killed here knows the folder.
-        """
-        last = [self.path / "recipe.yaml", self.path / ".lock"]
-        for path in [*(path for path in self.path.iterdir() if path not in last), *last]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):
-                self.path.rmdir()
-
-
-def _is_left_over(path: Path) -> bool:
-    """Whether it is what a kill leaves between the making of a run folder and its recipe."""
-    return path.name == ".lock" or path.name.startswith(".recipe.yaml.")
-
-
-def _make_held(path: Path, held: ExitStack) -> bool:
-    """Make a folder that is locked from its first moment on, so that its maker and its holder are one process; False
-    where another process was first. It is made aside, always under one name, so that a kill leaves nothing that the
-    next one would not take; and rename takes no folder's place but an empty one's.
-
-    Raises:
-        FolderGone: another process is making it now.
-    """
-    aside = path.with_name(f".{path.name}.new")
-    aside.mkdir(exist_ok=True)
-    with ExitStack() as own:
-        try:
-            own.enter_context(RunFolder(aside).lock())
-        except RunFolderError:
-            sleep(0.01)
-            raise FolderGone(f"{path} is being made by another process") from None
-        try:
-            aside.rename(path)
-        except OSError as error:
-            shutil.rmtree(aside)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                return False
-            raise
-        held.enter_context(own.pop_all())
-    return True
 
 
 def read_json(path: Path, shape: type[records.Shape]) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from cola.report.terminal import Terminal
 from cola.run.ablate import ablate
 from cola.run.run import run
 from cola.tree.provenance import machine
-from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import create_run
 from cola.tree.states import States
 from cola.tree.store import Store
 
@@ -88,7 +88,7 @@ def measured(do: Callable[[], list[Path]]) -> dict[str, float]:
 def one(settings: list[str], terminal: Terminal) -> list[Path]:
     """A run of its own."""
     recipe = read_recipe(RECIPE, settings)
-    run_folder = RunFolder.create(recipe)
+    run_folder = create_run(recipe)
     summary = run(recipe, run_folder, terminal)
     assert not summary["interrupted"]
     return [run_folder.path]

@@ -49,7 +49,7 @@ from cola.recipe.schema import Model
 from cola.report.terminal import Terminal
 from cola.run.run import run
 from cola.tree.provenance import provenance
-from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import create_run
 
 HERE = Path(__file__).parent
 LINKS, SHORT = HERE / "links.yaml", HERE.parent.parent / "recipes/quickstart.yaml"
@@ -378,7 +378,7 @@ def peak(recipe_file: Path, settings: list[str]) -> None:
 
     cola.job.tune = tune
     recipe = read_recipe(recipe_file, settings)
-    run_folder = RunFolder.create(recipe)
+    run_folder = create_run(recipe)
     summary = run(recipe, run_folder, Terminal(Console(file=sys.stderr)))
     assert not summary["interrupted"]
     assert not any(arm["errors"] for arm in summary["arms"].values())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from test_compare import rng, two_arms
+from test_statistics import rng, two_arms
 
 from cola.compare.summary import summarize
 from cola.recipe.arms import Arm

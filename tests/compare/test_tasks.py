@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_cli import cola
-from test_compare import rng
+from test_statistics import rng
 from test_summary import ByHand, first_right, recipe
 
 from cola.compare.summary import summarize

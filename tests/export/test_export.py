@@ -717,7 +717,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     ]
     # One Python for all of them, which imports for seconds; each line of its output is what a command came to.
     code = (
-        "import json, sys; from typer.testing import CliRunner; from cola.cli import app\n"
+        "import json, sys; from typer.testing import CliRunner; from cola.cli.app import app\n"
         "for words in json.loads(sys.argv[1]):\n"
         "    done = CliRunner().invoke(app, words)\n"
         "    print(json.dumps([done.exit_code, done.stderr]))"

@@ -306,7 +306,7 @@ def test_no_two_links_or_seeds_draw_the_same_pair() -> None:
 
 
 def test_seeds_are_the_same_in_a_process_with_another_hash_seed() -> None:
-    code = "from cola.plan import derived_seed; print(derived_seed('link', 3, 1), derived_seed('link', 31))"
+    code = "from cola.recipe.plan import derived_seed; print(derived_seed('link', 3, 1), derived_seed('link', 31))"
     told = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True

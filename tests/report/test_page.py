@@ -422,9 +422,7 @@ def test_a_text_is_judged_by_its_loss_in_every_figure() -> None:
 
 
 def test_the_report_is_built_without_torch(pages: dict[str, Path]) -> None:
-    code = (
-        "import sys; from pathlib import Path; from cola.record import RunFolder; from cola.report import write_report;"
-    )
+    code = "import sys; from pathlib import Path; from cola.tree.run_folder import RunFolder; from cola.report.page import write_report;"
     code += f"write_report(RunFolder(Path({str(pages['quickstart'].parent)!r})));"
     code += "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

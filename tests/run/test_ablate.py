@@ -20,6 +20,7 @@ from cola.report.page import write_ablation
 from cola.report.tables import ablation_notes, ablation_table
 from cola.run.ablate import ablate
 from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import create_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,7 +128,7 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
     folder, _ = run_points(recipe_file, "arms.chain3.links=2,3", "training.protocol=grow", *SMALL)
     own = ["arms.chain3.links=3", "training.protocol=grow", *SMALL, f"store={tmp_path / 'own'}"]
     recipe = read_recipe(recipe_file, own)
-    alone = RunFolder.create(recipe)
+    alone = create_run(recipe)
     from cola.run.run import run
 
     run(recipe, alone, quiet())

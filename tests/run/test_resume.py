@@ -27,6 +27,7 @@ from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import selection_key
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_holder import create_run
 from cola.tree.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -423,7 +424,7 @@ def told(recipe: Path, *overrides: str) -> tuple[RunFolder, list[str]]:
     """A new run, and what it says of its segments."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=10_000)
     resolved = read_recipe(recipe, list(overrides))
-    folder = RunFolder.create(resolved)
+    folder = create_run(resolved)
     run(resolved, folder, Terminal(console))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return folder, [line for line in lines if line.startswith("segments: ")]
@@ -752,13 +753,13 @@ def test_what_recalled_weights_were_made_with_is_in_the_result(recipe_file: Path
 def test_a_folder_whose_making_was_killed_is_taken(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/.recipe.yaml.123").write_text("na")
-    assert RunFolder.create(read_recipe(recipe_file), tmp_path / "mine").path == tmp_path / "mine"
+    assert create_run(read_recipe(recipe_file), tmp_path / "mine").path == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"id": "abc", "logged": 3}', "{"])
 def test_a_damaged_note_of_a_wandb_run_begins_a_new_one(recipe_file: Path, damage: str) -> None:
     alone = ["arms.lora=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
-    folder = RunFolder.create(read_recipe(recipe_file, [*alone, "tracking.wandb=offline"]))
+    folder = create_run(read_recipe(recipe_file, [*alone, "tracking.wandb=offline"]))
     note = folder.path / "arms/base/seed-0/wandb.json"
     note.parent.mkdir(parents=True)
     note.write_text(damage)
@@ -786,7 +787,7 @@ def test_the_plan_counts_steps_that_a_new_look_makes_necessary(recipe_file: Path
     go(recipe_file, *alone)
     said = io.StringIO()
     recipe = read_recipe(recipe_file, [*alone, "evaluation.every=2"])
-    folder = RunFolder.create(recipe)
+    folder = create_run(recipe)
     run(recipe, folder, Terminal(Console(file=said, width=300)))
     assert "1 needed, 0 found" in said.getvalue()
     assert "1 to be trained: 6 of 6 optimizer steps" in said.getvalue()

@@ -22,6 +22,7 @@ from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_holder import create_run, lock_run
 
 
 def quiet() -> Terminal:
@@ -31,7 +32,7 @@ def quiet() -> Terminal:
 def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[RunFolder, dict]:
     """A new run; it shares what the runs of the same test have stored unless it names a store of its own."""
     recipe = read_recipe(recipe_file, list(overrides))
-    run_folder = RunFolder.create(recipe, folder)
+    run_folder = create_run(recipe, folder)
     return run_folder, run(recipe, run_folder, quiet())
 
 
@@ -262,7 +263,7 @@ def test_two_processes_do_not_work_in_one_folder(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
     from test_cli import cola
 
-    with folder.lock():
+    with lock_run(folder.path):
         command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

@@ -16,8 +16,8 @@ from test_store import LORA_ONLY, SHORT, processes
 from cola.cli.app import app
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
-from cola.tree import locks
-from cola.tree.run_folder import RunFolder
+from cola.tree import locks, run_holder
+from cola.tree.run_holder import lock_run, take_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,9 +77,9 @@ def test_of_processes_that_ask_for_one_new_folder_at_once_one_works_and_the_othe
 def test_a_folder_has_no_name_before_its_maker_holds_it(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, lock, there = tmp_path / "new/run", RunFolder.lock, []
-    monkeypatch.setattr(RunFolder, "lock", lambda folder: there.append(path.exists()) or lock(folder))
-    with RunFolder.take(read_recipe(recipe_file), path) as (folder, fresh):
+    path, lock, there = tmp_path / "new/run", run_holder.lock_run, []
+    monkeypatch.setattr(run_holder, "lock_run", lambda folder: there.append(path.exists()) or lock(folder))
+    with take_run(read_recipe(recipe_file), path) as (folder, fresh):
         assert (folder.path, fresh) == (path, True)
     assert there == [False]  # else a second process holds what this one made, and neither takes it away
     assert [left.name for left in path.parent.iterdir()] == ["run"]
@@ -136,7 +136,7 @@ def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Pa
     (folder / "ablation.json").write_text(json.dumps({**record, "finished": False}))
     for path in (first / "arms", first / "summary.json"):  # it has only just begun
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with RunFolder(first).lock():
+    with lock_run(first):
         codes, said = at_once(words, tmp_path, 1)
         assert codes == [1]
         assert "another process is at work in this run" in said[0]
@@ -146,16 +146,16 @@ def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Pa
 def killed_before_the_recipe(words: list[str], cache: str, when: str) -> None:
     """The command, killed when it has made its folder, or holds it, and before its recipe is there."""
     os.environ["COLA_CACHE"] = cache
-    replace, claimed = Path.replace, RunFolder.lock
+    replace, lock = Path.replace, run_holder.lock_run
 
     def dies(*_: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if when == "made":
-        RunFolder.lock = dies
+        run_holder.lock_run = dies
     elif when == "recipe written aside":
         Path.replace = dies
-    assert (replace, claimed) != (Path.replace, RunFolder.lock)
+    assert (replace, lock) != (Path.replace, run_holder.lock_run)
     app(words)
 
 
@@ -186,7 +186,7 @@ def test_a_run_that_fails_to_begin_takes_no_folder_with_it_that_has_results(reci
     folder, _ = go(recipe_file, *SMALL)
 
     def fail() -> None:
-        with RunFolder.take(read_recipe(folder.path / "recipe.yaml"), folder.path) as (again, fresh):
+        with take_run(read_recipe(folder.path / "recipe.yaml"), folder.path) as (again, fresh):
             assert (again.path, fresh) == (folder.path, False)
             raise RunFolderError("stop")
 
