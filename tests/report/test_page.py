@@ -382,13 +382,13 @@ def test_no_label_of_a_figure_covers_another_or_is_cut_off(n_arms: int) -> None:
     for name, figure in figures.items():
         figure.draw_without_rendering()
         found = written(figure)
-        for number, (text, box) in enumerate(found):
+        for place, (text, box) in enumerate(found):
             assert box.x0 > -1, (name, text)
             assert box.x1 < figure.bbox.x1 + 1, (name, text)
             assert box.y0 > -1, (name, text)
             assert box.y1 < figure.bbox.y1 + 1, (name, text)
             small = box.shrunk(0.98, 0.8)  # letters do not fill their lines
-            covers = [other for other, second in found[number + 1 :] if small.overlaps(second.shrunk(0.98, 0.8))]
+            covers = [other for other, second in found[place + 1 :] if small.overlaps(second.shrunk(0.98, 0.8))]
             assert not covers, (name, text, covers)
 
 
