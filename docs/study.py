@@ -20,7 +20,8 @@ from cola.compare.contrasts import paired
 from cola.compare.iqm import iqm
 from cola.compare.spectra import summarized
 from cola.compare.tasks import summarize_tasks
-from cola.report.numbers import cost_cells, interval, size
+from cola.report import numbers
+from cola.report.numbers import count, size
 from cola.report.table import Table
 from cola.report.tables import (
     ablation_notes,
@@ -60,6 +61,11 @@ def by_task() -> dict[str, dict[str, Any]]:
 
 def contrasts() -> dict[tuple[str, str], dict[str, Any]]:
     return {(one["first"], one["second"]): one for one in over_tasks()["contrasts"]}
+
+
+def interval(estimate: dict[str, Any] | str | None) -> str:
+    """An estimate and its interval in words, as the tables have it."""
+    return str(numbers.interval(estimate))
 
 
 def titled(table: Table) -> str:
@@ -102,7 +108,7 @@ def later() -> str:
         return "The committed summary holds no contrast that was thought of later.\n"
     names = dict.fromkeys(arm for one in summary["contrasts"] for arm in (one["first"], one["second"]))
     arms = next(iter(by_task().values()))["arms"]
-    trained = ", ".join(f"{arm} {cost_cells(arms[arm])[0]}" for arm in names)
+    trained = ", ".join(f"{arm} {count(arms[arm]['num_trainable_params'])}" for arm in names)
     tables = "\n".join(titled(table) for table in task_tables(summary) if not table.title.startswith("Arms"))
     return f"{tables}\nParameters in training: {trained}.\n"
 
@@ -134,7 +140,7 @@ def of_primary(name: str) -> Path:
 
 def over(tasks: Sequence[str]) -> dict[str, Any]:
     """The primary contrast over some of the study's tasks, as the report over all of them has it."""
-    return primary_of(summarize_tasks([of_primary(task) for task in tasks]))
+    return primary_of(summarize_tasks([of_primary(task) for task in tasks]).content())
 
 
 def without() -> str:
@@ -251,7 +257,7 @@ def predictions() -> Iterator[tuple[str, str, str]]:
 def spectra_by_seed(task: str, arm: str) -> list[dict[str, Any]]:
     """What a run's summary says of an arm's spectra, of one seed at a time."""
     files = sorted((unpacked(task) / "arms" / arm).glob("seed-*/spectrum.json"))
-    return [summarized({arm: [spectrum_of(json.loads(file.read_text()))]})[arm] for file in files]
+    return [summarized({arm: [spectrum_of(json.loads(file.read_text()))]})[arm].content() for file in files]
 
 
 def listed(numbers: list[float], form: str) -> str:
@@ -314,7 +320,7 @@ def beside() -> str:
             mean(one["arms"][arm][key] / one["arms"]["lora"][key] for one in tasks.values())
             for key in ("flops", "train_seconds", "peak_memory")
         ]
-        trained = cost_cells(arms[arm])[0]
+        trained = count(arms[arm]["num_trainable_params"])
         table.rows.append([*row, f"{rank:.1f}", with_full, trained, *(f"{ratio:.2f}" for ratio in ratios)])
     of_lora = [
         size(max(one["arms"]["lora"]["peak_memory"] for one in tasks.values())),

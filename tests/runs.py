@@ -31,7 +31,7 @@ def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[
     """A new run; it shares what the runs of the same test have stored unless it names a store of its own."""
     recipe = read_recipe(recipe_file, list(overrides))
     run_folder = create_run(recipe, folder)
-    return run_folder, run(recipe, run_folder, quiet())
+    return run_folder, run(recipe, run_folder, quiet()).content()
 
 
 def result(folder: RunFolder, arm: str, seed: int = 0) -> dict:

@@ -86,7 +86,7 @@ def test_the_committed_numbers_come_from_the_scores_that_are_packed_beside_them(
             assert (kept / file).read_bytes() == (folder / file).read_bytes()
     for run in sorted(path.parent for path in folder.rglob("recipe.yaml")):
         opened, recipe = RunFolder.open(run)
-        made = json.loads(json.dumps(summarize(recipe, opened)))
+        made = json.loads(json.dumps(summarize(recipe, opened).content()))
         committed = json.loads((run / "summary.json").read_text())
         for key in ("arms", "contrasts", "spectra", "trials", "rows", "seeds"):
             ours, theirs = leaves(made[key]), leaves(committed[key])

@@ -21,6 +21,7 @@ from cola.run.interrupt import Interrupted, Signals
 
 if TYPE_CHECKING:
     from cola.compare.ablation import AblationFolder, Point
+    from cola.compare.records import Ablation, Summary
     from cola.recipe.recipe import Recipe
     from cola.recipe.schema import Tracking
     from cola.report.group_report import Comparison
@@ -218,6 +219,7 @@ def report(
                 raise ColaError("--contrast is for runs; name a point of the ablation, or several")
             _report_ablation(run_folder, wandb)
             return
+        from cola.compare.records import Wandb
         from cola.compare.summary import summarize
         from cola.report.terminal import Terminal
         from cola.report.tracking import sync_command
@@ -225,9 +227,9 @@ def report(
 
         folder, recipe = RunFolder.open(run_folder)
         folder.check_results()
-        summary = summarize(recipe, folder, pairs)
-        summary["wandb"] = {"mode": None, "sync": sync_command(folder.path)}
-        folder.write_json("summary.json", summary)
+        wandb_use = Wandb(mode=None, sync=sync_command(folder.path))
+        summary = summarize(recipe, folder, pairs).model_copy(update={"wandb": wandb_use})
+        folder.write("summary.json", summary)
         terminal = Terminal()
         _print_results(folder, summary, terminal)
         if wandb:
@@ -249,7 +251,7 @@ def compare(
         tables, notes = compare_runs(first, second)
         terminal = Terminal()
         for table in tables:
-            terminal.table(table.title, table.columns, table.rows)
+            terminal.table(table)
         for note in notes:
             terminal.say(note)
 
@@ -376,7 +378,7 @@ def evaluate(
         targets = targets_of(target, recipe, Loading(base, dtype, quantization, trust_remote_code), arm, seed)
         scored = score(targets, recipe, split or list(Split), terminal)
         table = scored_table([(one.label, one.evaluation, one.reported) for one in scored], METRICS[recipe.data.task])
-        terminal.table(table.title, table.columns, table.rows)
+        terminal.table(table)
         if out is not None:
             write_scores(scored, out)
             terminal.say(f"results  {out / 'eval.json'}")
@@ -505,12 +507,12 @@ def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
         with Signals().installed() as signals:
             summary = run_all(points, folder, terminal, signals)
         _print_ablation(folder, summary, terminal)
-        if not summary["interrupted"]:
+        if not summary.interrupted:
             _track_ablation(folder, summary, terminal, publish=False)
-    if summary["interrupted"]:
+    if summary.interrupted:
         terminal.say("interrupted; all that was trained is kept. Go on with the same command")
         return RESUMABLE
-    return 1 if summary["failed"] else 0
+    return 1 if summary.failed else 0
 
 
 def _report_ablation(path: Path, wandb: bool) -> None:
@@ -518,8 +520,8 @@ def _report_ablation(path: Path, wandb: bool) -> None:
     from cola.report.terminal import Terminal
 
     folder = AblationFolder(path)
-    summary = folder.read()
-    if "rows" not in summary:
+    summary = folder.summary()
+    if summary is None:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
     terminal = Terminal()
     _print_ablation(folder, summary, terminal)
@@ -537,11 +539,10 @@ def _pair(words: str) -> tuple[str, str]:
 def _report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]]) -> None:
     from cola.compare.tasks import summarize_tasks
     from cola.files import make_new
-    from cola.report.numbers import OF_P
     from cola.report.page import write_tasks
     from cola.report.tables import task_tables
     from cola.report.terminal import Terminal
-    from cola.report.verdict import contrast_sentence
+    from cola.report.verdict import OF_P, contrast_sentence
 
     if to is not None and to.exists():
         raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
@@ -549,27 +550,27 @@ def _report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str
     if to is None:
         to = make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
     terminal = Terminal()
-    page = write_tasks(to, summary)
-    for table in task_tables(summary):
-        terminal.table(table.title, table.columns, table.rows)
-    for one in summary["contrasts"] if summary["averaged"] else ():
-        terminal.say(contrast_sentence(one, summary["metric"]))
-    if summary["contrasts"]:
+    page = write_tasks(to, summary.content())
+    for table in task_tables(summary.content()):
+        terminal.table(table)
+    for one in summary.contrasts if summary.averaged else ():
+        terminal.say(contrast_sentence(one.content(), summary.metric))
+    if summary.contrasts:
         terminal.say(OF_P)
-    for note in summary["notes"]:
+    for note in summary.notes:
         terminal.say(note)
     terminal.say(f"report   {page}")
     terminal.say(f"results  {to / 'summary.json'}")
 
 
-def _print_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal: "Terminal") -> None:
+def _print_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Terminal") -> None:
     from cola.report.page import write_ablation
     from cola.report.tables import ablation_notes, ablation_table
 
-    page = write_ablation(folder, summary)
-    table = ablation_table(summary)
-    terminal.table(table.title, table.columns, table.rows)
-    for line in ablation_notes(summary):
+    page = write_ablation(folder, summary.content())
+    table = ablation_table(summary.content())
+    terminal.table(table)
+    for line in ablation_notes(summary.content()):
         terminal.say(line)
     terminal.say(f"report   {page}")
     terminal.say(f"results  {folder.path / 'ablation.json'}")
@@ -600,24 +601,24 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
         summary = run_recipe(recipe, folder, terminal, signals)
     _print_results(folder, summary, terminal)
     # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
-    if not summary["interrupted"] and summary["wandb"]["mode"] != "off":
+    if not summary.interrupted and summary.wandb and summary.wandb.mode != "off":
         _track_run(recipe, folder, summary, terminal)
     else:
         _say_sync(folder.path, terminal)
     return _exit_code(summary, f"cola run --resume {folder.path}", terminal)
 
 
-def _exit_code(summary: dict[str, Any], command: str, terminal: "Terminal") -> int:
-    if summary["interrupted"]:
+def _exit_code(summary: "Summary", command: str, terminal: "Terminal") -> int:
+    if summary.interrupted:
         terminal.say(f"interrupted; all that was trained is kept. Go on with the same command, or: {command}")
         return RESUMABLE
-    if any(arm["errors"] for arm in summary["arms"].values()):
+    if any(arm.errors for arm in summary.arms.values()):
         terminal.say(f"some arms failed; try them again with the same command, or: {command}")
         return 1
-    return 1 if summary["same_outputs"] else 0  # said among the results
+    return 1 if summary.same_outputs else 0  # said among the results
 
 
-def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal") -> None:
+def _print_results(folder: "RunFolder", summary: "Summary", terminal: "Terminal") -> None:
     from cola.report.numbers import size
     from cola.report.page import write_report
     from cola.report.tables import knots_table, result_tables
@@ -629,22 +630,22 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
         page = write_report(folder)
     finally:
         signal.signal(signal.SIGINT, before)
-    for table in [*result_tables(summary), knots_table(summary, short=True)]:
+    shown = summary.content()
+    for table in [*result_tables(shown), knots_table(shown, short=True)]:
         if table.rows:
-            terminal.table(table.title, table.columns, table.rows)
-    meta = summary["meta"] or {}
-    told = [note for part in ("data", "selfcheck") for note in meta.get(part, {}).get("notes", ())]  # before the run
-    for line in [*verdict(summary), *(note for note in summary["notes"] if note not in told)]:
+            terminal.table(table)
+    parts = (summary.meta.data, summary.meta.selfcheck) if summary.meta else ()
+    told = [note for part in parts if part for note in part.notes]  # before the run
+    for line in [*verdict(shown), *(note for note in summary.notes if note not in told)]:
         terminal.say(line)
     terminal.say(f"report   {page}")
     terminal.say(f"results  {folder.path / 'summary.json'}")
-    if summary.get("store"):
-        store = summary["store"]
-        terminal.say(f"store    {store['path']}, {size(store['bytes'])} on disk (cola store ls)")
+    if store := summary.store:
+        terminal.say(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
 
 
 def _track_run(
-    recipe: "Recipe", folder: "RunFolder", summary: dict[str, Any], terminal: "Terminal", publish: bool = False
+    recipe: "Recipe", folder: "RunFolder", summary: "Summary", terminal: "Terminal", publish: bool = False
 ) -> None:
     """Send a run's comparison to W&B; a point of an ablation is in the ablation's group."""
     from cola.report.page import comparison_of
@@ -653,10 +654,10 @@ def _track_run(
     group = above.name if (above / "ablation.json").is_file() else None
     with _tracking(terminal):
         config = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
-        _send(recipe.tracking, group, folder.path, comparison_of(folder, summary), config, terminal, publish)
+        _send(recipe.tracking, group, folder.path, comparison_of(folder, summary.content()), config, terminal, publish)
 
 
-def _track_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal: "Terminal", publish: bool) -> None:
+def _track_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Terminal", publish: bool) -> None:
     """Send an ablation's comparison to W&B, as its points' recipe says."""
     from cola.recipe.read import read_recipe
     from cola.report.page import comparison_of_ablation
@@ -666,7 +667,7 @@ def _track_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal:
         return
     with _tracking(terminal):
         settings = read_recipe(recipes[0]).tracking
-        _send(settings, None, folder.path, comparison_of_ablation(folder, summary), {}, terminal, publish)
+        _send(settings, None, folder.path, comparison_of_ablation(folder, summary.content()), {}, terminal, publish)
 
 
 @contextlib.contextmanager

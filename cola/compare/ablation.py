@@ -19,8 +19,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from cola.compare.contrasts import METRICS
 from cola.compare.records import (
     Ablation,
@@ -253,8 +251,3 @@ def _by_seed(results: list[Result]) -> list[AblationSeed]:
         )
         for r in results
     ]
-
-
-def mean_of(rows: list[AblationSeed], key: str) -> float:
-    """Mean over seeds."""
-    return float(np.mean([getattr(row, key) for row in rows]))

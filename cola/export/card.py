@@ -5,11 +5,13 @@ import re
 import jinja2
 from huggingface_hub import ModelCardData
 
+from cola.compare.records import Summary
 from cola.export.outcome import Outcome
 from cola.recipe.bounds import SPLITS, is_remote
 from cola.recipe.recipe import Recipe
-from cola.report.numbers import NONE, interval
-from cola.report.table import Table
+from cola.report.numbers import interval
+from cola.report.table import NONE, Shown, Table
+from cola.tree.run_folder import read_json
 
 
 def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts: list[str], name: str) -> str:
@@ -75,17 +77,17 @@ def _links_table(outcome: Outcome) -> Table:
     table = Table("The chain", [*columns, "validation loss"], [])
     looks = {look.step: look.loss for look in outcome.info.evaluations}
     knots = {knot.link: knot for knot in outcome.info.knots}
-    for number, (link, what) in enumerate(zip(outcome.info.links, outcome.links, strict=True), 1):
+    for number, link in enumerate(outcome.info.links, 1):
         knot, end = knots.get(number), link.last_step
-        modules = what.target_modules
+        modules = NONE if link.target_modules is None else link.target_modules
         cells = [knot and knot.relative_size_median, knot and knot.error_max, knot and knot.drift_max_logit_change]
         table.rows.append(
             [
-                f"{number}, {what.method}",
+                f"{number}, {link.method}",
                 f"{link.first_step + 1}–{end}",
-                NONE if what.rank is None else str(what.rank),
-                NONE if what.alpha is None else f"{what.alpha:g}",
-                NONE if modules is None else modules if isinstance(modules, str) else ", ".join(modules),
+                NONE if link.rank is None else str(link.rank),
+                NONE if link.alpha is None else f"{link.alpha:g}",
+                modules if isinstance(modules, str) else ", ".join(modules),
                 f"{link.learning_rate_peak:g}",
                 *(NONE if cell is None else f"{cell:.2g}" for cell in cells),
                 f"{looks[end]:.4f}" if end in looks else NONE,
@@ -98,13 +100,15 @@ def _results_table(outcome: Outcome) -> Table:
     """What the run measured of this arm and seed; against the others, over all seeds."""
     evaluation = outcome.result.evaluation
     scored = {split: getattr(evaluation, split) for split in SPLITS}
-    rows = [[split, f"{one.loss:.4f}", _score(one.score), str(one.n)] for split, one in scored.items()]
+    rows: list[list[Shown]] = [
+        [split, f"{one.loss:.4f}", _score(one.score), str(one.n)] for split, one in scored.items()
+    ]
     gap = evaluation.gap_acc
     rows.append(["gap", f"{evaluation.gap_loss:+.4f}", NONE if gap is None else f"{gap:+.4f}", ""])
-    arm = ((outcome.folder.summary() or {}).get("arms") or {}).get(outcome.job.arm, {})
-    for key in ("ft_gap", "closed"):
-        if arm.get(key) is not None:
-            rows.append([f"{key}, all seeds", "", interval(arm[key]), ""])
+    summary = read_json(outcome.folder.path / "summary.json", Summary)
+    if summary is not None and (arm := summary.arms.get(outcome.job.arm)) is not None:
+        compared = {key: value for key, value in arm.content().items() if key in ("ft_gap", "closed")}
+        rows += [[f"{key}, all seeds", "", interval(value), ""] for key, value in compared.items()]
     return Table("Results", ["", "loss", "score", "rows"], rows)
 
 

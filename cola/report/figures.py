@@ -8,10 +8,11 @@ import itertools
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cola.compare.ablation import mean_of, short
+from cola.compare.ablation import short
 from cola.report.charts import Curves, curves_figure, gaps_figure, train_test_figure
 from cola.report.choices import choices_figure
 from cola.report.costs import cost_figure
@@ -96,14 +97,18 @@ def _panel(
     name = clipped(row["arm"] for row in rows).get(rows[0]["arm"]) if rows else None
     for row in rows:
         if row["values"] is None:
-            level = mean_of(row["seeds"], key)
+            level = _mean(row["seeds"], key)
             axes.axhline(level, color=look.colour, linestyle=look.dash, linewidth=1.4, label=name)
     moving = [(at[points.index(row["values"])], row["seeds"]) for row in rows if row["values"] is not None]
     if moving:
-        means = [mean_of(seeds, key) for _, seeds in moving]
+        means = [_mean(seeds, key) for _, seeds in moving]
         axes.plot([x for x, _ in moving], means, color=look.colour, lw=1.8, marker=look.marker, ms=6, label=name)
     dots = [(x, seed[key]) for x, seeds in moving for seed in seeds if len(seeds) > 1]
     axes.plot([x for x, _ in dots], [y for _, y in dots], look.marker, color=look.colour, ms=3, alpha=0.5, mew=0)
+
+
+def _mean(seeds: list[dict[str, Any]], key: str) -> float:
+    return float(np.mean([seed[key] for seed in seeds]))
 
 
 def _positions(points: list[dict[str, str]]) -> list[float]:

@@ -1,8 +1,7 @@
 """`cola ablate`: the runs of an ablation's points, one after the other; what they share is trained once."""
 
-from typing import Any
-
 from cola.compare.ablation import AblationFolder, Point, summarize_ablation
+from cola.compare.records import Ablation
 from cola.errors import ColaError
 from cola.recipe.recipe import Recipe
 from cola.report.page import write_report
@@ -13,9 +12,7 @@ from cola.run.run import run
 from cola.tree.records import Result
 
 
-def ablate(
-    points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None
-) -> dict[str, Any]:
+def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None) -> Ablation:
     """Run every point that is not finished; returns the summary, which is also written to ablation.json. The caller
     holds the folder.
 
@@ -61,4 +58,4 @@ def _run_point(
         terminal.say(f"{place} → {run_folder.path}")
         summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
         write_report(run_folder)
-    return summary["interrupted"]
+    return summary.interrupted

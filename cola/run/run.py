@@ -6,8 +6,9 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from time import perf_counter, sleep
-from typing import Any, Literal
+from typing import Literal
 
+from cola.compare.records import StoreUse, Summary, Wandb
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
@@ -42,7 +43,7 @@ def run(
     group: str | None = None,
     tracked: set[str] | None = None,
     siblings: Sequence[Recipe] = (),
-) -> dict[str, Any]:
+) -> Summary:
     """Train and score everything the recipe asks for that neither the folder nor the store holds yet.
 
     Args:
@@ -88,10 +89,14 @@ def run(
             materials, folder, store, planner, meter, tree, meta, used, ready, tracker, tracked, signals, progress
         )
         interrupted = _stopped(bench, steps, terminal)
-    summary = summarize(recipe, folder) | {"interrupted": interrupted}
-    summary["wandb"] = {"mode": tracker.mode, "sync": sync_command(folder.path)}
-    summary["store"] = {"path": str(store.path), "bytes": size_of(store.path)}
-    folder.write_json("summary.json", summary)
+    summary = summarize(recipe, folder).model_copy(
+        update={
+            "interrupted": interrupted,
+            "wandb": Wandb(mode=tracker.mode, sync=sync_command(folder.path)),
+            "store": StoreUse(path=str(store.path), bytes=size_of(store.path)),
+        }
+    )
+    folder.write("summary.json", summary)
     return summary
 
 

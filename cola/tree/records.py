@@ -4,7 +4,8 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
-from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.arms import OneLink
+from cola.recipe.resolved import Rules
 from cola.tree.made import Made, Provenance
 from cola.tree.shapes import (
     Bytes,
@@ -120,7 +121,7 @@ class TrainInfo(Record):
         description="searched keys whose chosen number is the smallest or largest that was tried"
     )
     base: Base
-    rules: KnotRules | None = Field(
+    rules: Rules | None = Field(
         description="the arm's `knot` rules ([recipe.md](recipe.md)); `train_info.rules` is null without links",
         json_schema_extra={"key": "RULE"},
     )

@@ -216,10 +216,6 @@ class RunFolder:
         """What summary.json says of each arm's seeds; None where there is none yet."""
         return read_json(self.path / "summary.json", records.RunState)
 
-    def summary(self) -> dict[str, Any] | None:
-        """What summary.json holds; None where there is none yet."""
-        return self.state() and json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-
     def recipe_digest(self) -> str:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
         return hashlib.sha256((self.path / "recipe.yaml").read_bytes()).hexdigest()

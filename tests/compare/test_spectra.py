@@ -162,14 +162,13 @@ def test_the_summary_has_medians_over_matrices_and_means_over_seeds(many_arms: P
     assert 0 < chain["with_full"]["random"] < 1
     assert spectra["lora"]["overlap"] is None
     assert spectra["full"]["with_full"] is spectra["full"]["rows"][0]["rank"] is None
-    twice = summarized({"chain3": [spectrum_of(spectrum(many_arms, "chain3"))] * 2})["chain3"]
+    twice = summarized({"chain3": [spectrum_of(spectrum(many_arms, "chain3"))] * 2})["chain3"].content()
     assert twice["rows"] == chain["rows"]
     other = json.loads(json.dumps(spectrum(many_arms, "chain3")))
     for matrix in other["matrices"].values():
         matrix["updates"]["chain"]["effective_rank"] += 1
-    rows = summarized({"chain3": [spectrum_of(one) for one in (spectrum(many_arms, "chain3"), other)]})["chain3"][
-        "rows"
-    ]
+    both = [spectrum_of(one) for one in (spectrum(many_arms, "chain3"), other)]
+    rows = summarized({"chain3": both})["chain3"].content()["rows"]
     assert rows[-1]["effective_rank"] == pytest.approx(chain["rows"][-1]["effective_rank"] + 0.5)
 
 
@@ -180,13 +179,13 @@ def test_an_untouched_pair_has_the_spectra_of_nothing(many_arms: Path) -> None:
         matrix["updates"]["link 2"] |= {"stable_rank": None, "values": []}
         matrix["overlap"] = [two for two in matrix["overlap"] if "link 2" not in two["links"]]
         del matrix["with_full"]["updates"]["link 2"]
-    found = summarized({"chain3": [spectrum_of(record)]})["chain3"]
+    found = summarized({"chain3": [spectrum_of(record)]})["chain3"].content()
     assert found["rows"][1]["effective_rank"] is None
     assert found["values"]["link 2"] == []
     assert found["overlap"]["matrix"][1] == [None, 1.0, None]
     assert found["with_full"]["values"][1] is None
     for table in (spectra_table({"spectra": {"chain3": found}}), overlap_table({"spectra": {"chain3": found}})):
-        assert "–" in table.rows[1]
+        assert "–" in table.texts[1]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def test_spectra_that_fail_cost_a_warning_and_nothing_else(recipe_file: Path, mo
 def test_a_damaged_file_is_said_and_spoils_no_other(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, *SHORT)
     (folder.path / "arms/full/seed-0/spectrum.json").write_text("{")
-    after = summarize(read_recipe(folder.path / "recipe.yaml"), folder)
+    after = summarize(read_recipe(folder.path / "recipe.yaml"), folder).content()
     assert after["spectra"] == {"chain3": summary["spectra"]["chain3"]}
     assert any("full/seed-0/spectrum.json is damaged" in note for note in after["notes"])
 

@@ -60,7 +60,7 @@ def three_tasks(tmp_path: Path) -> list[Path]:
 
 
 def test_over_tasks_a_contrast_is_the_mean_of_the_tasks_means_of_paired_differences(tmp_path: Path) -> None:
-    summary = summarize_tasks(three_tasks(tmp_path))
+    summary = summarize_tasks(three_tasks(tmp_path)).content()
     [one] = summary["contrasts"]
     lora = [50, 52, 51, 49]
     means = [np.mean([(50 + by + s - lora[s]) / 100 for s in range(4)]) for by in (10, 14, 40)]
@@ -79,8 +79,8 @@ def test_over_tasks_a_contrast_is_the_mean_of_the_tasks_means_of_paired_differen
         dict(zip(("one", "two", "three"), means, strict=True))
     )
     tables = task_tables(summary)
-    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
-    assert tables[0].rows[0][2].startswith(f"{np.mean(means):+.3f} [+0.")
+    assert all(len(row) == len(table.columns) for table in tables for row in table.texts)
+    assert tables[0].texts[0][2].startswith(f"{np.mean(means):+.3f} [+0.")
     # Scores of tasks of different difficulty are never averaged: an arm has one column for each task.
     assert tables[1].columns == ["arm", "one", "two", "three"]
 
@@ -91,7 +91,7 @@ def test_a_task_where_one_arm_is_far_better_counts_as_much_as_two_where_it_is_wo
         task(tmp_path / name, name, {"lora": [50, 52, 51, 49], "chain3": [50 + by + s for s in range(4)]})
         for name, by in ahead.items()
     ]
-    [one] = summarize_tasks(runs)["contrasts"]
+    [one] = summarize_tasks(runs).content()["contrasts"]
     differences = [(50 + by + s - lora) / 100 for by in ahead.values() for s, lora in enumerate((50, 52, 51, 49))]
     assert one["value"] == pytest.approx(np.mean(differences)) == pytest.approx(0.0433, abs=1e-4)
     assert stats.trim_mean(differences, 0.25) < 0  # the interquartile mean said the opposite
@@ -102,14 +102,14 @@ def test_from_eight_tasks_on_the_interquartile_mean_stands_beside_the_mean(tmp_p
     runs = [
         task(tmp_path / f"t{by}", f"t{by}", {"lora": lora, "chain3": [50 + by + s for s in range(4)]}) for by in leads
     ]
-    summary = summarize_tasks(runs)
+    summary = summarize_tasks(runs).content()
     [one] = summary["contrasts"]
     differences = [(50 + by + s - lora[s]) / 100 for by in leads for s in range(4)]
     assert one["value"] == pytest.approx(np.mean(differences))
     assert one["iqm"]["value"] == pytest.approx(stats.trim_mean(differences, 0.25))
     assert one["iqm"]["low"] < one["iqm"]["value"] < one["iqm"]["high"]
     assert task_tables(summary)[0].columns[-1] == "interquartile mean [95 %]"
-    assert task_tables(summary)[0].rows[0][-1].startswith(f"{one['iqm']['value']:+.3f} [")
+    assert task_tables(summary)[0].texts[0][-1].startswith(f"{one['iqm']['value']:+.3f} [")
 
 
 def digits(one: dict[str, Any]) -> list[str]:
@@ -129,11 +129,11 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
 
     def of_run(folder: Path) -> dict[str, Any]:
         opened, plan = RunFolder.open(folder)
-        contrasts = summarize(plan, opened)["contrasts"]
+        contrasts = summarize(plan, opened).content()["contrasts"]
         return next(one for one in contrasts if [one["first"], one["second"]] == pair)
 
     def of_tasks(*folders: Path, label: str) -> dict[str, Any]:
-        contrasts = summarize_tasks(folders)["contrasts"]
+        contrasts = summarize_tasks(folders).content()["contrasts"]
         return next(one for one in contrasts if [one["first"], one["second"]] == pair)["tasks"][label]
 
     ours = digits(of_run(alone))
@@ -141,13 +141,13 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
     assert digits(of_tasks(alone, *others, label="alone")) == ours
     assert digits(of_tasks(*others[::-1], among, label="among")) == ours
     assert digits(of_tasks(first, second, label="halves")) == ours == digits(of_tasks(second, first, label="halves"))
-    over = [summarize_tasks(folders)["contrasts"][0] for folders in (others, others[::-1])]
+    over = [summarize_tasks(folders).content()["contrasts"][0] for folders in (others, others[::-1])]
     assert digits(over[0]) == digits(over[1])
     shown = f"{float(ours[0]):+.3f} [{float(ours[1]):+.3f}, {float(ours[2]):+.3f}]"
     table = contrasts_table({"metric": "exact match", "contrasts": [of_run(alone)]})
-    assert table.rows[0][2] == shown
+    assert table.texts[0][2] == shown
     for folders in ([alone, others[0]], [others[0], alone]):
-        assert task_tables(summarize_tasks(folders))[2].rows[0][2 + folders.index(alone)] == shown
+        assert task_tables(summarize_tasks(folders).content())[2].texts[0][2 + folders.index(alone)] == shown
 
 
 def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path:
         task(tmp_path / name, name, {"lora": [50 + s for s in range(6)], "chain3": [60] * 6, "base": [90] * 6})
         for name in ("one", "two")
     ]
-    named, later = summarize_tasks(runs, [("base", "lora"), ("lora", "chain3")])["contrasts"]
+    named, later = summarize_tasks(runs, [("base", "lora"), ("lora", "chain3")]).content()["contrasts"]
     assert (named["first"], named["role"], later["first"], later["role"]) == ("chain3", "primary", "base", "later")
     assert later["low"] > 0
     assert not later["claim"]
@@ -164,14 +164,14 @@ def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path:
     assert done.exit_code == 0, done.output
     assert "not named before" in done.output
     opened, plan = RunFolder.open(runs[0])
-    [*_, alone] = summarize(plan, opened, [("base", "lora")])["contrasts"]
+    [*_, alone] = summarize(plan, opened, [("base", "lora")]).content()["contrasts"]
     assert (alone["first"], alone["role"], digits(alone)) == ("base", "later", digits(later["tasks"]["one"]))
 
 
 def test_runs_on_the_same_data_are_more_seeds_of_one_task(tmp_path: Path) -> None:
     first = task(tmp_path / "a", "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d")
     second = task(tmp_path / "b", "one", {"lora": [52, 53], "chain3": [60, 61]}, data="d", first_seed=2)
-    summary = summarize_tasks([first, second])
+    summary = summarize_tasks([first, second]).content()
     assert [one["label"] for one in summary["tasks"]] == ["one"]
     assert summary["contrasts"][0]["n_seeds"] == 4
     assert summary["contrasts"][0]["tasks"]["one"]["value"] == pytest.approx((10 + 10 + 8 + 8) / 400)
@@ -179,7 +179,7 @@ def test_runs_on_the_same_data_are_more_seeds_of_one_task(tmp_path: Path) -> Non
 
 def test_a_seed_that_two_runs_have_counts_once_and_is_told(tmp_path: Path) -> None:
     runs = [task(tmp_path / name, "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d") for name in "ab"]
-    summary = summarize_tasks(runs)
+    summary = summarize_tasks(runs).content()
     assert summary["contrasts"][0]["n_seeds"] == 2
     assert any("b: lora seed 0, 1 is in an earlier run on the same data" in note for note in summary["notes"])
 
@@ -187,7 +187,7 @@ def test_a_seed_that_two_runs_have_counts_once_and_is_told(tmp_path: Path) -> No
 def test_an_arm_that_a_task_lacks_is_left_out_there_and_told(tmp_path: Path) -> None:
     runs = three_tasks(tmp_path)
     alone = task(tmp_path / "four", "four", {"lora": [50, 50]}, comparison={})
-    summary = summarize_tasks([*runs, alone])
+    summary = summarize_tasks([*runs, alone]).content()
     assert "chain3 − lora: not both are there, under one seed, for four" in summary["notes"]
     assert any("do not name the same primary contrast" in note for note in summary["notes"])
     assert summary["contrasts"][0]["role"] == "secondary"
@@ -199,7 +199,7 @@ def test_metrics_that_are_not_the_same_are_not_averaged_and_it_is_said(tmp_path:
         task(tmp_path / "a", "answers", {"lora": [50, 51], "chain3": [60, 61]}),
         task(tmp_path / "b", "texts", {"lora": [50, 51], "chain3": [60, 61]}, kind="text"),
     ]
-    summary = summarize_tasks(runs)
+    summary = summarize_tasks(runs).content()
     assert not summary["averaged"]
     [one] = summary["contrasts"]
     assert one["value"] is None
@@ -254,12 +254,12 @@ def test_two_runs_are_paired_where_their_data_is_the_same(tmp_path: Path) -> Non
     )
     tables, notes = compare_runs(first, second)
     recipes, numbers = tables[0], tables[-1]
-    rows = {row[0]: row[1:] for row in recipes.rows}
+    rows = {row[0]: row[1:] for row in recipes.texts}
     assert rows["arms.lora.rank"] == ["8", "16"]
     assert rows["arms.full.method"] == ["–", "full"]
     assert rows["arms.chain3.links"] == ["3", "–"]
     assert "seeds" not in rows
-    by_arm = {row[0]: row for row in numbers.rows}
+    by_arm = {row[0]: row for row in numbers.texts}
     assert by_arm["lora"][-1].startswith("+0.070 [")
     assert by_arm["chain3"][-1] == by_arm["full"][-1] == "–"
     assert by_arm["chain3"][1:3] == ["0.605 ± 0.007", "–"]
@@ -272,8 +272,8 @@ def test_runs_on_other_data_are_set_side_by_side_and_not_paired(tmp_path: Path) 
     second = task(tmp_path / "b", "two", {"lora": [57, 58]}, comparison={})
     tables, notes = compare_runs(first, second)
     assert "the data is not the same, so the two are set beside each other and not paired" in notes
-    assert tables[-1].rows[0][-1] == "–"
-    assert ["data.sha256", "one", "two"] in tables[1].rows
+    assert tables[-1].texts[0][-1] == "–"
+    assert ["data.sha256", "one", "two"] in tables[1].texts
 
 
 def test_metrics_that_differ_leave_the_losses_to_look_at(tmp_path: Path) -> None:

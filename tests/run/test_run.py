@@ -31,8 +31,8 @@ def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> Non
             rows = folder.scores(arm, 0, split)
             assert len(rows) == n
             evaluation = result(folder, arm)["evaluation"][split]
-            assert evaluation["loss"] == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows))
-            assert evaluation["score"] == pytest.approx(sum(r["score"] for r in rows) / n)
+            assert evaluation["loss"] == pytest.approx(sum(r.nats for r in rows) / sum(r.tokens for r in rows))
+            assert evaluation["score"] == pytest.approx(sum(r.score for r in rows) / n)
         evaluation = result(folder, arm)["evaluation"]
         assert evaluation["gap_loss"] == evaluation["test"]["loss"] - evaluation["train"]["loss"]
         assert evaluation["gap_acc"] == evaluation["train"]["score"] - evaluation["test"]["score"]
@@ -53,7 +53,7 @@ def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Pa
     knots = folder.path / "arms/chain3/seed-0/knots"
     for number in (1, 2, 3):
         model = PeftModel.from_pretrained(model, knots / f"link-{number}").merge_and_unload()
-    rows = {row["id"]: row for row in folder.scores("chain3", 0, "test")}
+    rows = {row.id: row for row in folder.scores("chain3", 0, "test")}
     recipe = read_recipe(folder.path / "recipe.yaml")
     from contextlib import nullcontext
 

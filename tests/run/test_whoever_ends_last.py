@@ -96,7 +96,7 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
         folder, summary = go(recipe_file, *ARMS, kept)
     assert summary["arms"][failing]["states"] == {0: "failed"}
     opened_again, recipe = RunFolder.open(folder.path)
-    again = run(recipe, opened_again, quiet())
+    again = run(recipe, opened_again, quiet()).content()
     assert spectra(folder.path) == in_order[0]
     assert again["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
