@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md from the schema, and the numbers of README, docs and experiments from committed results.
+"""Writes the pages and schemas that are made of models, and the numbers of pages that are made of committed results.
 
 python docs/generate.py            write
 python docs/generate.py --check    exit 1 if a file is not what would be written
@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from records import RECORDS, RESULTS, schemas, table
 from study import STUDY, headline
 from study import page as study_page
 
@@ -339,10 +340,20 @@ def architectures() -> str:
     return filled(ROOT / "docs/architectures.md", "table", "\n".join(text) + "\n")
 
 
+def results() -> str:
+    """docs/results.md with the keys of each file."""
+    text = RESULTS.read_text()
+    for name, model in RECORDS.items():
+        text = fill(text, f"keys of {name}", table(model))
+    return text
+
+
 def main() -> int:
     wanted = {
         ROOT / "docs/architectures.md": architectures(),
         ROOT / "docs/recipe.md": reference(),
+        RESULTS: results(),
+        **schemas(),
         ROOT / "README.md": readme(),
         STORE / "README.md": filled(STORE / "README.md", "cost", cost_of_the_store()),
         ROOT / "docs/precision.md": precision(),
@@ -354,6 +365,7 @@ def main() -> int:
             print(f"{path.relative_to(ROOT)} is out of date: run make docs")
         return 1 if stale else 0
     for path in stale:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(wanted[path])
         print(f"wrote {path.relative_to(ROOT)}")
     return 0

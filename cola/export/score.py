@@ -24,6 +24,7 @@ from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Model
 from cola.report.terminal import Terminal
+from cola.tree.records import EvaluationFile
 
 NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how it was made, what the run measured
 
@@ -286,10 +287,10 @@ def check_new(out: Path | None) -> None:
 def write_scores(scored: Sequence[Scored], folder: Path) -> None:
     """eval.json, what the self-check found, and every example's score, into a new folder."""
     folder.mkdir(parents=True)
-    found = {"eval.json": "evaluation", "selfcheck.json": "selfcheck"}
-    for name, what in found.items():
-        values = {one.label: getattr(one, what) for one in scored}
-        (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    evaluations = EvaluationFile.model_validate({one.label: one.evaluation for one in scored})
+    checks = {one.label: one.selfcheck for one in scored}
+    for name, content in (("eval.json", evaluations.model_dump(exclude_unset=True)), ("selfcheck.json", checks)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for one in scored:
         for split, rows in one.rows.items():
             where = folder / "scores" / one.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"

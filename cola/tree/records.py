@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, RootModel, model_validator
 
 from cola.recipe.arms import OneLink
 from cola.recipe.resolved import Rules
@@ -339,3 +339,19 @@ class RunState(Record):
 
     interrupted: bool
     arms: dict[str, ArmState]
+
+
+class SplitScores(Record):
+    """What was found of the splits that were asked for."""
+
+    train: Scored | None = None
+    validation: Scored | None = None
+    test: Scored | None = None
+    gap_loss: Loss | None = Field(default=None, description="test − train, where both were asked for")
+    gap_acc: Fraction | None = Field(default=None, description="train − test, likewise")
+
+
+class EvaluationFile(RootModel[dict[str, SplitScores]]):
+    """What `cola eval` found of each model, by its name."""
+
+    root: dict[str, SplitScores] = Field(json_schema_extra={"key": "MODEL"})

@@ -10,15 +10,20 @@ import pytest
 from conftest import run_once
 
 from cola.compare import ablation
+from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.recipe.arms import SEARCHABLE, LinkSettings
 from cola.recipe.bounds import SPLITS
 from cola.recipe.resolved import Rules
 from cola.tree import run_folder
+from cola.tree.made import Provenance
 from cola.tree.provenance import PACKAGES
+from cola.tree.records import Chosen, References, Result, TrialResult
 from cola.tree.run_folder import read_jsonl
+from cola.tree.spectra import Spectrum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+EXPERIMENTS, STUDY = Path(__file__).parents[2] / "experiments", "001-does-chaining-pay/results"
 PAGE = (Path(__file__).parents[2] / "docs/results.md").read_text(encoding="utf-8")
 # What the words in capital letters stand for.
 STANDS_FOR = {
@@ -143,6 +148,27 @@ def test_every_key_of_the_rows_is_documented(run: Path, heading: str, pattern: s
 )
 def test_every_key_of_the_other_files_is_documented(run: Path, heading: str, path: str) -> None:
     check(set(keys_of(json.loads((run / path).read_text()))), documented(heading))
+
+
+def test_what_a_model_has_read_it_writes_again_to_the_letter(run: Path) -> None:
+    shapes = {
+        "result.json": Result,
+        "provenance.json": Provenance,
+        "summary.json": Summary,
+        "segments.json": References,
+    }
+    files = [*run.glob("arms/**/result.json"), *(run / name for name in shapes if name != "result.json")]
+    files += [EXPERIMENTS / name / "summary.json" for name in ("000-quickstart", f"{STUDY}/trec", f"{STUDY}/schedule")]
+    records = [(file, shapes[file.name]) for file in files]
+    records += [(file, TrialResult) for file in run.glob("trials/**/result.json")]
+    records += [(file, Chosen) for file in run.glob("trials/**/chosen.json")]
+    records += [(file, Spectrum) for file in run.glob("arms/**/spectrum.json")]
+    records += [(EXPERIMENTS / f"{STUDY}/length/ablation.json", Ablation)]
+    records += [(EXPERIMENTS / f"{STUDY}/over-tasks/summary.json", TasksSummary)]
+    assert len(records) == 17
+    for file, shape in records:
+        value = json.loads(file.read_text())
+        assert json.dumps(shape.model_validate(value).content()) == json.dumps(value), file
 
 
 def test_the_page_is_about_the_format_that_is_written(run: Path) -> None:
