@@ -1,6 +1,7 @@
 """The house rules that a machine can check. Run: pytest tests/test_house.py"""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -94,6 +95,15 @@ def test_generated_docs_are_up_to_date() -> None:
         [sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_every_path_that_a_page_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = {ROOT / path for path in re.findall(r"\b(?:cola|tests|docs|recipes|experiments)/[\w./-]*\w", text)}
+    linked = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    named |= {(ROOT / page).parent / link for link in linked}
+    assert not [str(path) for path in sorted(named) if not path.exists()]
 
 
 def test_every_test_file_holds_a_test() -> None:
