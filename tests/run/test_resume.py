@@ -23,8 +23,8 @@ from runs import CHOICE, fresh, go, outcome, result, write_recipe
 from cola.link.model import Source
 from cola.recipe.read import read_recipe
 from cola.report.terminal import Terminal
+from cola.run.course import selection_key
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import selection_key
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
 from cola.tree.run_holder import create_run
@@ -564,7 +564,7 @@ def with_scaling(_dtype: str) -> Accelerator:
 def test_gradient_scaling_is_the_same_however_a_path_is_cut_and_shared(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cola.run.job.make_accelerator", with_scaling)
+    monkeypatch.setattr("cola.run.assignment.make_accelerator", with_scaling)
     common = ["model.dtype=float16", "arms.full=null", "arms.base=null", "training.steps=9", "comparison.primary=null"]
     common += ["training.schedule=constant", "training.learning_rate=3e-3"]
     lora, _ = go(recipe_file, *common, "arms.chain3=null", f"store={tmp_path / 'lora'}")

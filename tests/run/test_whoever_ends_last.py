@@ -21,8 +21,10 @@ from test_store import lineage_of, opened, race
 from cola.files import digest
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
+from cola.run import job as cola_job
 from cola.run import run as cola_run
-from cola.run.job import JobRun
+from cola.run.assignment import Assignment
+from cola.run.bench import Bench
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder
 
@@ -82,15 +84,15 @@ def test_spectra_are_the_same_where_full_fine_tuning_ends_last(
 def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     recipe_file: Path, in_order: Any, kept: str, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = JobRun.go
+    do_job = cola_run.do_job
 
-    def fails(self: JobRun) -> None:
-        if self.job.arm == failing:
+    def fails(bench: Bench, job: Job) -> None:
+        if job.arm == failing:
             raise MemoryError("none left")
-        go_on(self)
+        do_job(bench, job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobRun, "go", fails)
+        patch.setattr(cola_run, "do_job", fails)
         folder, summary = go(recipe_file, *ARMS, kept)
     assert summary["arms"][failing]["states"] == {0: "failed"}
     opened_again, recipe = RunFolder.open(folder.path)
@@ -151,14 +153,14 @@ def test_what_inspect_has_counted_stays_where_nothing_else_is_new(recipe_file: P
 
 def held_before_handing_out(words: list[str], said: Path, cache: str, begun: Any, go_on: Any) -> None:
     """The command, which waits where it has found its weights in the store and has not handed them out."""
-    hand_out = JobRun._hand_out
+    hand_out = cola_job.hand_out
 
-    def waits(self: JobRun, step: int) -> None:
+    def waits(given: Assignment, step: int) -> None:
         begun.set()
         assert go_on.wait(120)
-        hand_out(self, step)
+        hand_out(given, step)
 
-    JobRun._hand_out = waits
+    cola_job.hand_out = waits
     command(words, said, cache)
 
 

@@ -30,7 +30,7 @@ from cola.link.find import find_model
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
-from cola.run.plan_tree import meter_of, shared_tree
+from cola.run.plan_tree import Planner
 from cola.tree import store as store_file
 from cola.tree.run_folder import RunFolder
 from cola.tree.segments import Lineage, state_name
@@ -510,8 +510,8 @@ def test_processes_that_need_the_same_segment_train_it_once(recipe_file: Path, p
 def lineage_of(recipe: Recipe, job: Job) -> Lineage:
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    meter = meter_of(recipe, source.skeleton(), splits)
-    return shared_tree(recipe, [], source, meter, splits, "cpu").lineage(job)
+    planner = Planner(source, source.skeleton(), splits, "cpu")
+    return planner.tree(recipe, planner.meter(recipe)).lineage(job)
 
 
 @pytest.mark.slow
