@@ -1,6 +1,8 @@
 """The house rules that a machine can check. Run: pytest tests/test_house.py"""
 
 import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -104,6 +106,17 @@ def test_every_path_that_a_page_names_is_there(page: str) -> None:
     linked = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     named |= {(ROOT / page).parent / link for link in linked}
     assert not [str(path) for path in sorted(named) if not path.exists()]
+
+
+@pytest.mark.parametrize("folder", ["docs", "experiments"])
+def test_every_name_that_a_script_takes_from_cola_is_there(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cola."):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert there, f"{path}: {node.module} has no {alias.name}"
 
 
 def test_every_test_file_holds_a_test() -> None:
