@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -29,6 +30,7 @@ WITHOUT_TORCH = ["recipe", "compare", "report"]
 FILES = {path.relative_to(ROOT / "cola").as_posix(): path for path in sorted((ROOT / "cola").rglob("*.py"))}
 
 
+@cache
 def imports(path: Path, top: bool = False) -> set[str]:
     """Every module that a file imports, at its top or inside a function; `top`: at its top only."""
     tree = ast.parse(path.read_text())
