@@ -54,13 +54,14 @@ def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
     said = recipe.model_dump(mode="json", exclude={"link", "knot", "arms", "output", "store"})
     arms = {}
     for arm in recipe.arms:
-        links = [link.model_dump(mode="json") for link in recipe.links_of(arm)]
+        resolved = recipe.resolved(arm)
+        links = [link.record() for link in resolved.links]
         if arm not in common:
-            arms[arm] = {"links": len(links), **{key: links[0][key] for key in ("method", "rank") if links}}
+            arms[arm] = {"links": len(links), **{key: links[0].get(key) for key in ("method", "rank") if links}}
             continue
         alike = all(link == links[0] for link in links)
         each = (links[0] if links else {}) if alike else {str(n): link for n, link in enumerate(links, 1)}
-        rules = recipe.knot_of(arm).model_dump(mode="json") if len(links) > 1 else None
+        rules = resolved.rules.model_dump(mode="json") if len(links) > 1 else None
         rate = recipe.learning_rate_of(arm) if links else None
         searched = {key: search.search for key, search in recipe.searches_of(arm).items()}
         arms[arm] = {"links": len(links), **each, "knot": rules, "search": searched}

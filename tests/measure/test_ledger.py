@@ -41,8 +41,8 @@ from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
 from cola.link.find import find_model
 from cola.link.residual import Applied, LinkWeights, Pair, Residual
-from cola.recipe.arms import KnotRules
 from cola.recipe.read import read_recipe
+from cola.recipe.resolved import Rules
 from cola.report.page import write_report
 from cola.report.tables import knots_table
 from cola.tree.run_folder import FORMAT, RunFolder, read_jsonl
@@ -310,7 +310,7 @@ def test_a_knot_touches_no_bias_no_norm_and_no_embedding_that_the_head_shares(me
             if name.endswith("bias"):  # which are zeros in a model that nobody trained
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    chain = Chain(model, Base(model), KnotRules(merge=merge, merge_fraction=1.0, optimizer="fresh"))
+    chain = Chain(model, Base(model), Rules(merge=merge))
     links = [link(), link(first_step=5, seed=8)]
     touched = set()
     for knot in run_chain(chain, links, tune_with(batches(10)), outputs, no_gradients):
@@ -429,7 +429,7 @@ def test_outputs_that_did_not_change_have_no_drift() -> None:
 @pytest.mark.parametrize("merge", ["exact", "naive"])
 def test_a_knots_drift_is_that_of_the_outputs_before_and_after_it(merge: str) -> None:
     model = tiny_model().to(torch.bfloat16)
-    chain = Chain(model, Base(model), KnotRules(merge=merge, merge_fraction=1.0, optimizer="fresh"))
+    chain = Chain(model, Base(model), Rules(merge=merge))
     seen: list[Outputs] = []
 
     def probe(model: PreTrainedModel) -> Outputs:
