@@ -626,7 +626,7 @@ def test_a_damaged_note_of_a_wandb_run_begins_a_new_one(recipe_file: Path, damag
     note.parent.mkdir(parents=True)
     note.write_text(damage)
     opened, recipe = RunFolder.open(folder.path)
-    summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
+    summary = run(recipe, opened, Terminal(Console(file=io.StringIO()))).content()
     assert summary["wandb"]["mode"] == "offline"
     assert summary["arms"]["base"]["states"] == {0: "ok"}
 
@@ -637,7 +637,7 @@ def test_a_damaged_choice_of_a_learning_rate_fails_its_arm_alone(recipe_file: Pa
     (folder.path / "trials/lora/chosen.json").write_text("{")
     (folder.path / "arms/lora/seed-0/result.json").unlink()
     opened, recipe = RunFolder.open(folder.path)
-    summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
+    summary = run(recipe, opened, Terminal(Console(file=io.StringIO()))).content()
     assert summary["arms"]["lora"]["states"] == {0: "failed"}
     assert "chosen.json is damaged" in summary["arms"]["lora"]["errors"][0]
     assert any("chosen.json is damaged" in note for note in summary["notes"])  # its trials have no rows in the table
