@@ -79,13 +79,14 @@ class Comparer:
         """The recipe's contrasts, the primary one first; then those that are asked for now, and each trained arm
         against full fine-tuning."""
         comparison, full = self.recipe.comparison, self.recipe.full_arm
-        named: list[tuple[Role, tuple[str, str]]] = [("primary", comparison.primary)] if comparison.primary else []
-        named += [("secondary", pair) for pair in comparison.secondary]
-        named += [("later", pair) for pair in later if {*pair} not in [{*one} for _, one in named]]
-        said = [{*pair} for _, pair in named]
+        primary: list[tuple[Role, tuple[str, str]]] = [("primary", comparison.primary)] if comparison.primary else []
+        secondary: list[tuple[Role, tuple[str, str]]] = [("secondary", pair) for pair in comparison.secondary]
+        asked = [pair for pair in later if {*pair} not in [{*known} for _, known in (*primary, *secondary)]]
+        said = [{*pair} for pair in (*(known for _, known in (*primary, *secondary)), *asked)]
         trained = [arm for arm in self.recipe.arms if self.recipe.arms[arm].n_links and arm != full]
-        if full in self.recipe.arms:
-            named += [("later", (arm, full)) for arm in trained if {arm, full} not in said]
+        to_full = [(arm, full) for arm in trained if full in self.recipe.arms and {arm, full} not in said]
+        unnamed: list[tuple[Role, tuple[str, str]]] = [("later", pair) for pair in (*asked, *to_full)]
+        named = (*primary, *secondary, *unnamed)
         found = [one for role, pair in named if (one := self._contrast(role, *pair)) is not None]
         return settle(found)
 

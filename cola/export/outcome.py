@@ -57,7 +57,7 @@ class Outcome:
     @cached_property
     def links(self) -> list[Settings]:
         """What each link trained; empty for the base."""
-        return [settings_of(link.content()) for link in self.info.links]
+        return [settings_of(link.model_dump(exclude_unset=True)) for link in self.info.links]
 
     @property
     def method(self) -> str | None:
