@@ -165,7 +165,7 @@ def test_what_a_model_has_read_it_writes_again_to_the_letter(run: Path) -> None:
     records += [(file, Spectrum) for file in run.glob("arms/**/spectrum.json")]
     records += [(EXPERIMENTS / f"{STUDY}/length/ablation.json", Ablation)]
     records += [(EXPERIMENTS / f"{STUDY}/over-tasks/summary.json", TasksSummary)]
-    assert len(records) == 17
+    assert len(records) == 19
     for file, shape in records:
         value = json.loads(file.read_text())
         assert json.dumps(shape.model_validate(value).content()) == json.dumps(value), file
