@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from cola.data.encode import Encoder, Example, Rendered
+from cola.data.encode import Encoder, Example
 from cola.data.fields import fill
 from cola.data.sources import open_texts
 from cola.errors import DataError
@@ -31,10 +31,8 @@ def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -
     places = [pool.place(n) for n in range(pool.size or 0)]
     texts = [fill("{text}", pool.row(n), place, GENERAL) for n, place in enumerate(places)]
     data = Data(files=Files(train=str(path)), task="text", text="{text}", max_length=longest, too_long="split")
-    encode = Encoder(data, tokenizer)
-    passages = []
-    for place, whole, tokens in zip(places, texts, encode._tokens(texts), strict=True):
-        passages += encode._text(place, Rendered(whole, [], [], None, None), tokens).examples
+    encoded = Encoder(data, tokenizer).texts(places, texts, [None] * len(texts))
+    passages = [passage for whole in encoded for passage in whole.examples]
     if not passages:
         raise DataError(f"{GENERAL}: {path.name} holds no text of two tokens or more")
     return passages
