@@ -108,17 +108,9 @@ def _n_shared(prompt: list[int], whole: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row's examples (several where a long text is split; none where it is passed over).
+    """A row's examples (several where a long text is split; none where it is passed over), and whether it fits."""
 
-    Attributes:
-        text: Its prompt; of a text all of it.
-        group: What the row shares with others.
-        fits: Whether it is no longer than `data.max_length`.
-        examples: What came of it.
-    """
-
-    text: str
-    group: str | None
+    row: Rendered
     fits: bool
     examples: list[Example]
 
@@ -158,7 +150,7 @@ class Encoder:
             render(pool.row(i), place, self.data, self.tokenizer) for i, place in zip(indices, places, strict=True)
         ]
         if self.data.task == "text":
-            yield from self.texts(places, [row.prompt for row in rendered], [row.group for row in rendered])
+            yield from self.texts(places, rendered)
             return
         prompts = self._tokens([row.prompt for row in rendered])
         wholes = iter(self._tokens([row.prompt + answer for row in rendered for answer in row.answers]))
@@ -199,30 +191,30 @@ class Encoder:
         room = self.data.max_length - len(self.bos) - max(map(len, answers))
         fits = len(prompt) <= room
         if not fits and (self.data.too_long != "truncate" or room < 1):
-            return Encoded(row.prompt, row.group, False, [])
+            return Encoded(row, False, [])
         cut = prompt if fits else prompt[len(prompt) - room :]
         example = Example(place, [*self.bos, *cut], answers, 0, row.texts, row.group)
-        return Encoded(row.prompt, row.group, fits, [example])
+        return Encoded(row, fits, [example])
 
-    def texts(self, places: Sequence[str], texts: list[str], groups: Sequence[str | None]) -> Iterator[Encoded]:
-        """The examples of whole texts, which are all target but for a first token."""
-        for place, text, group, tokens in zip(places, texts, groups, self._tokens(texts), strict=True):
-            yield self._pieces(place, text, group, tokens)
+    def texts(self, places: Sequence[str], rows: Sequence[Rendered]) -> Iterator[Encoded]:
+        """The examples of rows that are all text, target but for a first token."""
+        for place, row, tokens in zip(places, rows, self._tokens([row.prompt for row in rows]), strict=True):
+            yield self._pieces(place, row, tokens)
 
-    def _pieces(self, place: str, text: str, group: str | None, tokens: list[int]) -> Encoded:
+    def _pieces(self, place: str, row: Rendered, tokens: list[int]) -> Encoded:
         # The first token has nothing before it to be predicted from, unless the tokenizer starts with one.
         limit = self.data.max_length - len(self.bos)
         if self.data.max_length < 2 or limit < 1:
             raise DataError("data.max_length: a text needs room for two tokens, one to predict the other from")
         fits = len(tokens) <= limit
         if not fits and self.data.too_long in ("drop", "error"):
-            return Encoded(text, group, False, [])
+            return Encoded(row, False, [])
         starts = range(0, len(tokens), limit) if self.data.too_long == "split" else [0]
         examples = []
         for number, start in enumerate(starts, start=1):
             piece = [*self.bos, *tokens[start : start + limit]]
             if len(piece) > 1:
                 whole = len(starts) == 1
-                name, shared = (place, group) if whole else (f"{place}.{number}", group or place)
-                examples.append(Example(name, piece[:1], [piece[1:]], 0, [], shared))
-        return Encoded(text, group, fits, examples)
+                name, group = (place, row.group) if whole else (f"{place}.{number}", row.group or place)
+                examples.append(Example(name, piece[:1], [piece[1:]], 0, [], group))
+        return Encoded(row, fits, examples)

@@ -2,7 +2,7 @@
 labels of a multiple choice mean."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,17 +37,17 @@ class Rendered:
 
     Attributes:
         prompt: What is read; for task `text` all of it.
-        answers: What follows it, blanks and answer prefix included.
+        group: What the row shares with others.
+        answers: What follows the prompt, blanks and answer prefix included.
         texts: The answers alone.
         label: Of a multiple choice.
-        group: What the row shares with others.
     """
 
     prompt: str
-    answers: list[str]
-    texts: list[str]
-    label: Label | None
-    group: str | None
+    group: str | None = None
+    answers: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    label: Label | None = None
 
 
 def render(row: Row, place: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -65,7 +65,7 @@ def render(row: Row, place: str, data: Data, tokenizer: PreTrainedTokenizerBase)
     group = text_of(row, data.group, place, "data.group") if data.group else None
     if data.task == "text":
         assert data.text is not None
-        return Rendered(fill(data.text, row, place, "data.text"), [], [], None, group)
+        return Rendered(fill(data.text, row, place, "data.text"), group)
     assert data.prompt is not None
     prompt = fill(data.prompt, row, place, "data.prompt")
     label = _label(row, place, data) if data.task == "multiple_choice" else None
@@ -77,7 +77,7 @@ def render(row: Row, place: str, data: Data, tokenizer: PreTrainedTokenizerBase)
     # Most vocabularies hold " Yes" and not "Yes", so blanks at the prompt's end go to the answer.
     blanks = "" if data.chat else prompt[len(prompt.rstrip(" ")) :]
     answers = [blanks + (data.answer_prefix or "") + text for text in texts]
-    return Rendered(prompt.removesuffix(blanks), answers, texts, label, group)
+    return Rendered(prompt.removesuffix(blanks), group, answers, texts, label)
 
 
 def _right_answer(row: Row, place: str, data: Data) -> str:

@@ -234,7 +234,7 @@ class _Drawing:
         return part
 
     def _take(self, part: _Drawn, encoded: Encoded) -> None:
-        marks = {("prompt", encoded.text), ("group", encoded.group)}
+        marks = {("prompt", encoded.row.prompt), ("group", encoded.row.group)}
         if marks & self.seen:
             part.overlapping += 1
             if self.data.overlap != "allow":
