@@ -217,15 +217,15 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
         raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")
     if seed is not None and seed not in recipe.seeds:
         raise RunFolderError(f"{run} has no seed {seed}; it has {', '.join(map(str, recipe.seeds))}")
-    found, missing = [], []
+    done, missing = [], []
     for name in [arm] if arm is not None else recipe.arms:
         for number in [seed] if seed is not None else recipe.seeds:
             job = Job(arm=name, seed=number)
             result = folder.result(job)
             if result is not None and result["status"] == "ok":
-                found.append(Outcome(folder, recipe, job, result))
+                done.append(Outcome(folder, recipe, job, result))
             else:
                 missing.append(f"{name} seed {number} ({'not run' if result is None else result['status']})")
-    if not found:
+    if not done:
         raise RunFolderError(f"{run}: no result of {', '.join(missing)}; go on with it by `cola run --resume {run}`")
-    return found
+    return done

@@ -108,22 +108,22 @@ class Learned:
         """
         started = perf_counter()
         self._full = None  # the last one's, before this one's are in memory
-        tuned, found, matrices = self._tuned(folder), {}, {}
+        tuned, svds, matrices = self._tuned(folder), {}, {}
         for name in self.looked_at:
             weight_OI, tuned_OI = self._began(name, dtype), tuned.of(name)
             if weight_OI is None or tuned_OI is None:
                 continue
             update_OI = tuned_OI.to(self._device, torch.float64) - weight_OI
             svd = dense_svd(update_OI, self._widest)
-            found[name] = Svd(svd.left_OR.cpu(), svd.values_R.cpu(), svd.right_IR.cpu())
-            numbers = numbers_of(found[name].values_R, weight_OI.norm().item())
+            svds[name] = Svd(svd.left_OR.cpu(), svd.values_R.cpu(), svd.right_IR.cpu())
+            numbers = numbers_of(svds[name].values_R, weight_OI.norm().item())
             matrices[name] = {
                 "shape": list(update_OI.shape),
                 "updates": {ALL: numbers},
                 "overlap": [],
                 "with_full": None,
             }
-        self._full = state, found
+        self._full = state, svds
         return {
             "left_out": None,
             "full": None,
@@ -141,9 +141,9 @@ class Learned:
             dtype: As for `of_full`.
         """
         if self._full is None or self._full[0] != state:
-            if (found := folder()) is None:
+            if (weights := folder()) is None:
                 return None
-            self.of_full(state, found, dtype)
+            self.of_full(state, weights, dtype)
         assert self._full is not None
         return self._full[1]
 
@@ -162,17 +162,17 @@ class Learned:
                 continue
             base = Tuned.of(weight_OI)
             base_left_OM = base.left_vectors()
-            found = None
+            intruders = None
             for what, numbers in matrix["updates"].items():
                 if isinstance(tuned, Matrices):
                     tuned_OI = tuned.of(name)
                     assert tuned_OI is not None  # it was there for the record
                     after = Tuned.of(tuned_OI.to(self._device))
-                    found = count_intruders(base_left_OM, after.left_vectors(TOP))
+                    intruders = count_intruders(base_left_OM, after.left_vectors(TOP))
                 elif what != "chain":  # which is where its last link led
                     B_OK, A_KI, _ = factors(tuned[: int(what.removeprefix("link "))], name)
-                    found = count_intruders(base_left_OM, base.plus(B_OK, A_KI).left_vectors(TOP))
-                numbers["intruders"] = found
+                    intruders = count_intruders(base_left_OM, base.plus(B_OK, A_KI).left_vectors(TOP))
+                numbers["intruders"] = intruders
 
     @cached_property
     def trained(self) -> list[str]:
