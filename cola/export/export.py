@@ -25,7 +25,7 @@ from cola.chain import Chain, retie
 from cola.data.encode import Example
 from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import load_splits
-from cola.errors import ModelError, RunFolderError
+from cola.errors import ModelError, RunFolderError, one_line
 from cola.export.card import model_card
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
@@ -368,9 +368,8 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
         hub.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Exported by cola")
     # The hub client, its http library and its cache raise errors without a common base.
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ModelError(
-            f"--push {repository}: the hub did not take it ({reason}); the export is in {folder}: log in by `hf auth "
-            f"login`, then `hf upload {repository} {folder}`"
+            f"--push {repository}: the hub did not take it ({type(error).__name__}: {one_line(error, 200)}); the "
+            f"export is in {folder}: log in by `hf auth login`, then `hf upload {repository} {folder}`"
         ) from error
     return str(url)

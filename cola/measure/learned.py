@@ -163,14 +163,14 @@ class Learned:
             base = Tuned.of(weight_OI)
             base_left_OM = base.left_vectors()
             intruders = None
-            for what, numbers in matrix["updates"].items():
+            for update, numbers in matrix["updates"].items():
                 if isinstance(tuned, Matrices):
                     tuned_OI = tuned.of(name)
                     assert tuned_OI is not None  # it was there for the record
                     after = Tuned.of(tuned_OI.to(self._device))
                     intruders = count_intruders(base_left_OM, after.left_vectors(TOP))
-                elif what != "chain":  # which is where its last link led
-                    B_OK, A_KI, _ = factors(tuned[: int(what.removeprefix("link "))], name)
+                elif update != "chain":  # which is where its last link led
+                    B_OK, A_KI, _ = factors(tuned[: int(update.removeprefix("link "))], name)
                     intruders = count_intruders(base_left_OM, base.plus(B_OK, A_KI).left_vectors(TOP))
                 numbers["intruders"] = intruders
 

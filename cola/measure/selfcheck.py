@@ -209,7 +209,7 @@ class _Trial:
         for place, cut in enumerate(cuts):
             alike = [logits[b, :cut] for b in (0, 2 * place + 1, 2 * place + 2)]
             # A fault is there under each replacement; where a router was at a tie, two of the three agree.
-            pairs = torch.stack([difference(one, other) for one, other in combinations(alike, 2)])
+            pairs = torch.stack([difference(first, other) for first, other in combinations(alike, 2)])
             moved = max(moved, pairs.min(0).values.max().item())
         # What the place in the batch alone changes is rounding; where that is nothing, the tokens are what moved it.
         rounding = 4 * difference(logits, twins).max().item()
