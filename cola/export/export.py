@@ -311,12 +311,14 @@ class _Trial:
     """The run's validation rows, and what a model makes of them."""
 
     def __init__(self, outcome: Outcome) -> None:
-        tokenizer = outcome.source.tokenizer()
-        splits = load_splits(outcome.recipe.data, tokenizer, outcome.recipe.drawn_seeds, outcome.source.ends())
-        check_fit(outcome.source, outcome.source.skeleton(), splits)
+        recipe, source = outcome.recipe, outcome.source
+        tokenizer, ends = source.tokenizer(), source.ends()
+        splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, ends)
+        check_fit(source, source.skeleton(), splits)
         self.rows = splits.validation
         self.accelerator = make_accelerator(outcome.dtype)
-        self.evaluator = Evaluator.of(outcome.recipe, tokenizer, splits, self.accelerator, outcome.source.ends())
+        batch_tokens = recipe.evaluation.batch_tokens
+        self.evaluator = Evaluator.of(recipe.data, batch_tokens, tokenizer, splits, self.accelerator, ends)
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         return evaluation_of({"validation": self.evaluator(model, self.rows)})["validation"]

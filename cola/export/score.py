@@ -117,7 +117,8 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
     accelerator = make_accelerator(target.dtype)
     if warning := dtype_warning(target.dtype, accelerator.device):
         terminal.warn(warning)
-    evaluator = Evaluator.of(data, tokenizer, loaded, accelerator, target.source.ends())
+    batch_tokens, ends = data.evaluation.batch_tokens, target.source.ends()
+    evaluator = Evaluator.of(data.data, batch_tokens, tokenizer, loaded, accelerator, ends)
     model = target.load(accelerator.device)
     examples = [example for _, part in loaded.items() for example in part]
     checked = self_check(Subject(target.label, model, evaluator, examples, target.n_virtual))
