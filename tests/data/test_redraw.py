@@ -7,10 +7,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+from runs import cola, go, result
 from scipy import stats
-from test_cli import cola
 from test_data import count, data_of, gym, refusal, write_rows
-from test_run import go, result
 from transformers import PreTrainedTokenizerFast
 
 from cola.compare.tasks import summarize_tasks

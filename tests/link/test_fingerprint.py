@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model
-from test_run import go, result
-from test_store import LORA_ONLY, SHORT
+from runs import LORA_ONLY, SHORT, go, result
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola.data.encode import tokenizer_fingerprint
 from cola.errors import ModelError
 from cola.link import checkpoint
 from cola.link.model import Source
-from cola.run.job import JobRun
+from cola.run import job as cola_job
+from cola.run.assignment import Assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,15 +117,15 @@ def test_a_file_that_lies_still_is_read_once_by_a_process_and_one_that_has_just_
 def test_a_base_that_changes_while_a_run_is_at_work_is_refused_and_nothing_is_made_of_it(
     recipe_file: Path, tmp_path: Path, twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, hand_out = tmp_path / "model", JobRun._hand_out
+    place, hand_out = tmp_path / "model", cola_job.hand_out
     put(twins[0], place)
 
-    def changes(self: JobRun, step: int) -> None:
-        hand_out(self, step)
+    def changes(given: Assignment, step: int) -> None:
+        hand_out(given, step)
         put(twins[1], place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobRun, "_hand_out", changes)
+        patch.setattr(cola_job, "hand_out", changes)
         arms = [*SHORT, "arms.base=null", "arms.full=null", f"model.name_or_path={place}"]
         with pytest.raises(ModelError, match="has changed since this run began"):
             go(recipe_file, *arms)
