@@ -24,7 +24,6 @@ from cola.link.model import Source
 from cola.link.residual import Residual, factors
 from cola.measure.spectrum import KEPT, TOP, Svd, Tuned, count_intruders, dense_svd, numbers_of, of_chain
 from cola.recipe.methods import Lora, Targets
-from cola.recipe.recipe import Recipe
 
 ALL = "all weights"  # full fine-tuning's update
 DORA = "DoRA scales the rows of the base's matrices, so what it adds to them is not of low rank"
@@ -66,13 +65,13 @@ class Learned:
     Attributes:
         source: The base.
         skeleton: The base without weights.
-        recipe: Its low-rank arms say which matrices matter.
+        pairs: All low-rank links that the run may train; they say which matrices matter.
         device: Where dense matrices are decomposed, if it is a GPU.
     """
 
     source: Source
     skeleton: PreTrainedModel
-    recipe: Recipe
+    pairs: Sequence[Lora]
     device: torch.device
     _full: tuple[str, dict[str, Svd]] | None = None  # of one state at a time: it is large
 
@@ -177,7 +176,7 @@ class Learned:
     @cached_property
     def trained(self) -> list[str]:
         """The matrices that some low-rank arm trains, in the model's order; where none does, all linear layers'."""
-        targets: set[Targets] = {pair.target_modules for pair in self._low_rank}
+        targets: set[Targets] = {pair.target_modules for pair in self.pairs}
         names = {name for modules in targets for name in adapters.target_names(self.skeleton, modules)}
         linear = adapters.target_names(self.skeleton, "all-linear")
         return [name for name, _ in self.skeleton.named_modules() if name in (names or linear)]
@@ -192,16 +191,10 @@ class Learned:
     def _device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # others have no float64
 
-    @cached_property
-    def _low_rank(self) -> list[Lora]:
-        """All pairs that the recipe may train."""
-        variants = [variant for arm in self.recipe.arms for variant in self.recipe.variants(arm)]
-        return [link for variant in variants for link in variant.links if isinstance(link, Lora)]
-
     @property
     def _widest(self) -> int:
         """Directions of full fine-tuning that chains may be compared in; a pair of `init: pissa` has twice its rank."""
-        return min(KEPT, max((2 * pair.rank for pair in self._low_rank), default=0))
+        return min(KEPT, max((2 * pair.rank for pair in self.pairs), default=0))
 
     def _tuned(self, folder: Path) -> Matrices:
         return Matrices(self.skeleton, sorted(folder.glob("model*.safetensors")))
