@@ -20,7 +20,7 @@ SEAMS = {
     "wandb": {"report/tracking.py"},
     "wandb_workspaces": {"report/group_report.py"},
     "reasoning_gym": {"data/sources.py"},
-    "typer": {"cli/app.py"},
+    "typer": {"cli/app.py", "cli/models.py", "cli/store.py"},
 }
 WITHOUT_TORCH = ["recipe", "compare", "report"]
 FILES = {path.relative_to(ROOT / "cola").as_posix(): path for path in sorted((ROOT / "cola").rglob("*.py"))}

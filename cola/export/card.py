@@ -8,8 +8,8 @@ from huggingface_hub import ModelCardData
 from cola.export.outcome import Outcome
 from cola.recipe.bounds import SPLITS, is_remote
 from cola.recipe.recipe import Recipe
-from cola.report.numbers import NONE, interval
-from cola.report.table import Table
+from cola.report.numbers import interval
+from cola.report.table import NONE, Shown, Table
 
 
 def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts: list[str], name: str) -> str:
@@ -97,7 +97,7 @@ def _links_table(outcome: Outcome) -> Table:
 def _results_table(outcome: Outcome) -> Table:
     """What the run measured of this arm and seed; against the others, over all seeds."""
     evaluation = outcome.result["evaluation"]
-    rows = [
+    rows: list[list[Shown]] = [
         [split, f"{evaluation[split]['loss']:.4f}", _score(evaluation[split]["score"]), str(evaluation[split]["n"])]
         for split in SPLITS
     ]

@@ -36,7 +36,7 @@ class Planner:
     splits: Splits
     device: str
     _orders: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)  # by rows of a step, and seed
-    _modules: dict[Targets, list[str]] = field(default_factory=dict)  # by target_modules
+    _modules: dict[Targets, list[str]] = field(default_factory=dict)
 
     def order(self, batch_size: int, seed: int, n_steps: int) -> list[list[int]]:
         """Indices of the training rows of each of the first steps, which are the same however many follow."""
@@ -92,10 +92,10 @@ class Planner:
     def _modules_of(self, link: Link) -> list[str] | None:
         if not isinstance(link.settings, Lora):
             return None
-        said = link.settings.target_modules
-        if said not in self._modules:
-            self._modules[said] = adapters.target_names(self.skeleton, said)
-        return self._modules[said]
+        targets = link.settings.target_modules
+        if targets not in self._modules:
+            self._modules[targets] = adapters.target_names(self.skeleton, targets)
+        return self._modules[targets]
 
 
 def _lengths(examples: Sequence[Example]) -> Lengths:

@@ -18,8 +18,8 @@ from cola.recipe.plan import jobs_of, plan_arm
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat, Rules
 from cola.recipe.schema import Search
-from cola.report.numbers import NONE, count_text
-from cola.report.table import Table
+from cola.report.numbers import count
+from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 from cola.report.tracking import mode_of
 
@@ -51,8 +51,7 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
     free = _free_bytes(Path(recipe.output).expanduser())
-    table = plan_table(recipe, steps, parameters)
-    terminal.table(f"{recipe.name}: plan", table.columns, table.rows)
+    terminal.table(plan_table(recipe, steps, parameters))
     jobs = jobs_of(recipe)
     trials = sum(job.trial for job in jobs)
     seeds = recipe.trial_seeds
@@ -175,7 +174,7 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
         steps: Optimizer steps of each arm's links; None where the number of rows is not known yet.
         parameters: Trainable parameters of each arm's largest link; None where the model is not on this disk.
     """
-    rows = []
+    rows: list[list[Shown]] = []
     for name in recipe.arms:
         resolved = recipe.resolved(name)
         links = resolved.links
@@ -191,10 +190,12 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
                 ", ".join([*_base(resolved.base), _trains(links)]) + (f"; {_knots(resolved.rules)}" if many else ""),
                 ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
                 rates if links else NONE,
-                count_text(parameters[name]) if parameters else "?",
+                count(parameters[name]) if parameters else "?",
             ]
         )
-    return Table("Plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows)
+    return Table(
+        f"{recipe.name}: plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows
+    )
 
 
 def _base(base: BaseFormat) -> list[str]:

@@ -629,7 +629,7 @@ def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
     summary = folder.summary()
     assert summary is not None
     short, long = knots_table(summary, short=True), knots_table(summary)
-    assert [row[:2] for row in short.rows] == [[arm, str(k)] for arm in ("chain3", "naive") for k in (1, 2, 3)]
+    assert [row[:2] for row in short.texts] == [[arm, str(k)] for arm in ("chain3", "naive") for k in (1, 2, 3)]
     assert set(COLUMNS) <= set(short.columns)
     assert set(short.columns) < set(long.columns)
     for again in (told.output, cola("report", path).output):
@@ -638,10 +638,10 @@ def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
         # The title is wrapped where the table is narrow, so the rows are looked for below it.
         below = lines[next(i for i, line in enumerate(lines) if short.title.split(":")[0] + ":" in line) :]
         assert any(all(column in line for column in short.columns) for line in below)
-        for row in short.rows:
+        for row in short.texts:
             assert any([cell.strip() for cell in line.split()] == row for line in below), row
     page = html.unescape((path / "report.html").read_text())
-    for cells in (long.columns, *long.rows):
+    for cells in (long.columns, *long.texts):
         places = [page.index(f">{cell}<", page.index(long.title)) for cell in cells]
         assert places
     found: dict[str, list[dict[str, Any]]] = {}

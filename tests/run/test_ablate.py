@@ -132,8 +132,8 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
 def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,3", "seeds=[0,1]", "arms.base=null")
     table = ablation_table(summary)
-    assert [row[:2] for row in table.rows] == [["lora", "–"], ["full", "–"], ["chain3", "1"], ["chain3", "3"]]
-    assert all("±" in row[2] for row in table.rows)
+    assert [row[:2] for row in table.texts] == [["lora", "–"], ["full", "–"], ["chain3", "1"], ["chain3", "3"]]
+    assert all("±" in row[2] for row in table.texts)
     assert [len(row["seeds"]) for row in summary["rows"]] == [2, 2, 2, 2]
     page = write_ablation(folder, summary).read_text()
     assert page.count("<svg") == 1
