@@ -64,7 +64,7 @@ def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Pa
     tokenizer = find_model(recipe.model).tokenizer()
     splits = load_splits(recipe.data, tokenizer)
     scores = Evaluator("answer", tokenizer, ["whitespace"], 4096, nullcontext, 4)(model, splits.test)
-    assert [s.nats for s in scores] == pytest.approx([rows[s.id]["nats"] for s in scores], rel=1e-4)
+    assert [s.nats for s in scores] == pytest.approx([rows[s.id].nats for s in scores], rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_results_to_the_bit_and_another_seed_does_not(recipe_file: Path) -> None:
