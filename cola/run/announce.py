@@ -43,14 +43,7 @@ def say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, term
 
 
 def say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
-    """How many segments are needed, found and to be trained.
-
-    Args:
-        bench: What the run's jobs share.
-        known: The jobs whose searched values are known by now.
-        jobs: These and those whose values are not.
-        terminal: Says it.
-    """
+    """How many segments are needed, found and to be trained; `known`: those jobs whose searched values are known."""
     needed = bench.tree.segments(known)
     missing: dict[str, int] = {}
     begun: dict[str, int] = {}
