@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -629,5 +630,7 @@ def test_training_makes_the_numbers_that_its_version_stands_for(tmp_path: Path) 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         os.environ["COLA_CACHE"] = str(Path(made) / "cache")
-        golden = {"training_version": segments.TRAINING_VERSION, "losses": curves(Path(made))}
+        words = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        golden = {"training_version": segments.TRAINING_VERSION, "commit": commit, "losses": curves(Path(made))}
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
