@@ -71,9 +71,7 @@ def knots_figure(summary: dict[str, Any]) -> Figure | None:
     largest = max((size for row in sizes for size in row if size is not None), default=0.0) or 1.0
     heats = [
         Heat("size ‖ΔW‖/‖W‖", columns, names, sizes, _percent, lambda size: size / largest),
-        Heat(
-            "error of what is applied", columns, names, cells(lambda k: k.get("error_max")), _scientific, _logarithmic
-        ),
+        Heat("error of what is applied", columns, names, errors, _scientific, _logarithmic),
         Heat("1 − cosine", columns, names, cells(_lost_cosine), _scientific, _logarithmic),
     ]
     beside = n_links <= 8  # else one below the other: the numbers need room
