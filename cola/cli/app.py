@@ -455,16 +455,18 @@ def store_prune(
     with _one_line_errors():
         from cola.cli.store_view import say_garbage
         from cola.report.terminal import Terminal
+        from cola.tree.locks import alone
+        from cola.tree.prune import prune
 
         opened = _open_store(store)
-        with opened.alone():
+        with alone(opened.path):
             garbage = say_garbage(opened, Terminal())
             if not garbage:
                 return
             if not yes and not sys.stdin.isatty():
                 raise ColaError("nothing was removed: there is no terminal to ask at; say --yes")
             if yes or typer.confirm("Remove these?"):
-                opened.prune(garbage)
+                prune(opened, garbage)
 
 
 def _open_store(path: Path | None) -> "Store":

@@ -20,10 +20,11 @@ from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress
 from cola.report.tracking import Tracker
 from cola.run.interrupt import Signals
+from cola.tree.locks import CHANGES, lock
 from cola.tree.measured import Measurements, rows_digest
 from cola.tree.run_folder import MADE_WITH, RunFolder
 from cola.tree.segments import Tree, merge_of
-from cola.tree.store import CHANGES, Store
+from cola.tree.store import Store
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Bench:
         """
         more = names - self.used["weights"]
         self.used["weights"] = names
-        with self.store.lock(CHANGES) if more else nullcontext():
+        with lock(self.store.path, CHANGES) if more else nullcontext():
             self.write_references()
 
     def write_references(self) -> None:

@@ -40,6 +40,7 @@ from cola.recipe.plan import Job, Link, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.run.bench import Bench
 from cola.run.interrupt import Interrupted
+from cola.tree.locks import lock
 from cola.tree.run_folder import FORMAT, MADE_WITH
 from cola.tree.states import States
 from cola.tree.store import hand_out
@@ -282,7 +283,7 @@ class JobRun:
             stop = min(step for step in self.cuts if step > self.at)
             waiting = f"waiting for another process that trains steps {start + 1} to {stop}"
             say = partial(self.bench.progress.stage, waiting)
-            with self.bench.store.lock(self.lineage.names[start + 1], say):
+            with lock(self.bench.store.path, self.lineage.names[start + 1], say):
                 # Another process may have trained all or a part of it, by now or before it was killed.
                 if found := self._deepest(range(self.at + 1, stop + 1)):
                     if not self._has_weights(found):

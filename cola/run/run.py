@@ -30,8 +30,10 @@ from cola.run.plan_tree import known_jobs, meter_of, say_plan, shared_tree
 from cola.run.search import with_choice
 from cola.run.settle import Spectra
 from cola.run.weights import let_full_weights_go, wanted_weights
+from cola.tree.locks import WAIT_SECONDS, claim, in_use
+from cola.tree.prune import register, size_of
 from cola.tree.run_folder import FORMAT, RunFolder
-from cola.tree.store import WAIT_SECONDS, Store, size_of
+from cola.tree.store import Store
 
 
 def run(
@@ -91,7 +93,7 @@ def run(
     steps = {job: tree.lineage(job).n_steps for job in jobs}
     interrupted = False
     with (
-        store.in_use(),
+        in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress(sum(steps.values())) as progress,
     ):
@@ -116,7 +118,7 @@ def run(
             used=used,
             ready=ready,
         )
-        store.register(folder.path)
+        register(store, folder.path)
         try:
             _do_all(bench, steps, terminal)
         except (KeyboardInterrupt, Interrupted):
@@ -146,7 +148,7 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
         for job in left:
             if not job.trial and open_trials.intersection(trials_of(bench.recipe, job.arm, job.seed)):
                 continue
-            with bench.store.claim(_claim(bench, job)) as mine:
+            with claim(bench.store.path, _claim(bench, job)) as mine:
                 if not mine:
                     continue
                 if searching and not job.trial:

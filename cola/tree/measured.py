@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cola.files import digest, each_once
 from cola.measure.scores import ExampleScore
+from cola.tree.locks import lock
 from cola.tree.run_folder import VERSION
 from cola.tree.segments import Lineage
 from cola.tree.store import Store
@@ -69,7 +70,7 @@ class Measurements:
         what = self._scores_of(split, step, form)
         value = self.store.recall(what)
         if value is None:
-            with self.store.lock(digest(what)):
+            with lock(self.store.path, digest(what)):
                 value = self.store.recall(what)
                 if value is None:
                     started = perf_counter()
