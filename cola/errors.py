@@ -4,6 +4,7 @@ The command line prints these without a traceback and exits with code 2; anythin
 and keeps its traceback. What of the user's is shown is cut here, so that no message is longer than can be read.
 """
 
+import difflib
 from collections.abc import Iterable
 from itertools import accumulate
 
@@ -30,6 +31,17 @@ def listed(names: Iterable[object], most: int = 40) -> str:
     shown = [plain(name) for name in names]
     more = len(shown) - most
     return ", ".join(shown) if more <= 0 else f"{', '.join(shown[:most])} and {more} more"
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """What another library's error says, on one line and cut; its kind, where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` of a name that is nearly one of those that there are; else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class ColaError(Exception):

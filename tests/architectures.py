@@ -26,8 +26,9 @@ from cola.errors import ColaError
 from cola.link import adapters
 from cola.link.base import Base
 from cola.link.drift import Outputs
+from cola.link.find import find_model
 from cola.link.forward import logits_at
-from cola.link.model import Source, find_model
+from cola.link.model import Source
 from cola.link.residual import stacked
 from cola.link.train import tune
 from cola.measure.evaluate import Evaluator, Ways

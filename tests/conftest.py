@@ -21,6 +21,9 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+# A tiny run waits for the disk 270 times, most of its time; what a test reads, the kernel has, even after a kill.
+os.fsync = lambda _: None
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -83,6 +86,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("NETRC", "/nonexistent")
     # accelerate fixes device and precision once per process; each test is a process of its own to it.
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's figures take longer to draw than its tiny trainings: they are, in tests that are marked `drawn`."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr("cola.report.page.figures_of", lambda *_: {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,7 +222,7 @@ ARMS = """
 
 def run_once(folder: Path, text: str, *overrides: str) -> Path:
     """A finished run for many tests to read, whose store they do not see."""
-    from test_run import go
+    from runs import go
 
     recipe = folder / "recipe.yaml"
     recipe.write_text(text)

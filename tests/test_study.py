@@ -14,12 +14,11 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from runs import assert_one_line, cola
 from scipy.stats import pearsonr, permutation_test, sem
 from scipy.stats import t as student
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
-from test_cli import cola
-from test_store import one_line
 
 from cola.compare.summary import summarize
 from cola.recipe.read import read_recipe
@@ -132,7 +131,7 @@ def test_a_report_of_a_folder_whose_results_have_gone_leaves_what_is_there(tmp_p
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for runs in ([folder], [folder, kept]):
         told = cola("report", *map(str, runs))
-        one_line(told)
+        assert_one_line(told)
         assert "tells of results that have gone" in told.output.replace("\n", " ")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

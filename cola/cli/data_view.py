@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from cola.data.encode import Example
 from cola.data.sources import open_pools
 from cola.data.splits import Splits, load_splits
-from cola.link.model import find_tokenizer
+from cola.link.find import find_tokenizer
 from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal

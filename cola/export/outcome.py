@@ -17,7 +17,8 @@ from cola.chain import Chain, retie
 from cola.errors import ModelError, RunFolderError, listed, quoted
 from cola.link import adapters, residual
 from cola.link.base import Base
-from cola.link.model import Source, find_model
+from cola.link.find import find_model
+from cola.link.model import Source
 from cola.link.residual import Residual
 from cola.recipe.arms import KnotRules, OneLink
 from cola.recipe.bounds import is_remote

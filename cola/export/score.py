@@ -15,7 +15,8 @@ from cola.errors import ModelError, RunFolderError
 from cola.export.outcome import Outcome, outcomes
 from cola.link import adapters
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
-from cola.link.model import Source, check_fit, find_adapter, find_model
+from cola.link.find import find_adapter, find_model
+from cola.link.model import Source, check_fit
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.scores import evaluation_of, score_rows
 from cola.measure.selfcheck import Subject, self_check

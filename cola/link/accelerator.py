@@ -9,8 +9,6 @@ from transformers.utils import logging as transformers_logging
 
 from cola import environment
 
-SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
-
 
 def quiet_libraries() -> None:
     """No warnings and progress bars of transformers between cola's own lines."""

@@ -1,12 +1,16 @@
-"""What a Hugging Face folder says of itself: which files hold its weights, and which tokens end an answer. No torch."""
+"""What a Hugging Face folder says of itself: which files hold its weights, what they hold, and which tokens end an
+answer. No torch."""
 
+import hashlib
 import json
 from pathlib import Path, PurePosixPath
+from time import time
 from typing import Any
 
 from cola.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 TEXT_PARTS = ("text_config", "decoder", "generator")  # of a config, as transformers' get_text_config knows them
 
 
@@ -95,3 +99,25 @@ def end_tokens(folder: Path) -> list[int]:
             )
         found |= dict.fromkeys(tokens)
     return list(found)
+
+
+def content_digest(file: Path) -> str:
+    """SHA-256 of a file's content, which is read once by each process that asks.
+
+    No stat says what a file holds: images and archives give every file one time and one inode on whatever machine, a
+    network file system may make them up, and what is written through a memory map may move no time at all. So nothing
+    is remembered between processes. To look at a file again within one tells whether it has been replaced; one that has
+    changed a moment ago may do so again within one tick of the clock, and is read again.
+    """
+    state = file.stat()
+    seen = (file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)
+    if seen in _digests:
+        return _digests[seen]
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if time() - state.st_ctime >= SETTLED_SECONDS:
+        _digests[seen] = digest
+    return digest
+
+
+_digests: dict[tuple[Path, int, int, int, int, int], str] = {}  # of files that lay still, in this process

@@ -105,8 +105,8 @@ def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimize
     return zero / total
 
 
-def check_cleared(cleared: float, rules: KnotRules | None) -> None:
-    """What a knot was to clear must be cleared.
+def check_cleared(cleared: float, rules: KnotRules | None) -> float:
+    """What a knot was to clear must be cleared; returns the share that is.
 
     Raises:
         MomentsNotCleared: it is not.
@@ -115,3 +115,4 @@ def check_cleared(cleared: float, rules: KnotRules | None) -> None:
         raise MomentsNotCleared(
             f"a knot was to clear {least_cleared(rules):.1%} of the optimizer's moments and {cleared:.1%} are zero"
         )
+    return cleared

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -37,7 +37,7 @@ class Step:
         tokens: Tokens read, prompts included, padding not.
         target_tokens: Tokens that the loss is taken on.
         seconds: Wall time of the step.
-        without_gradient: Trained tensors whose gradient was zero (A of a pair at its first step).
+        without_gradient: Trained tensors that have had no gradient in this link yet (A of a pair at its first step).
         cleared: Share of the optimizer's moments that were zero as a link began; None at its other steps.
         rows: Ids of the rows, in the order of the micro-batches.
     """
@@ -68,12 +68,11 @@ def tune(
     done: int = 0,
     moments: Moments | None = None,
 ) -> AcceleratedOptimizer:
-    """Train what is trainable, one optimizer step per batch.
+    """Train what is trainable, one optimizer step per batch; returns the optimizer as the last step left it.
 
     The loss of a step is the sum over all its target tokens divided by their number, however the rows are split
-    into micro-batches. The optimizer is built here, so a link begins without moments and with Adam's step count
-    at zero (COLA, Figure 1), unless it is given some. Dropout is
-    seeded anew at each step, so that a link which is stopped and goes on draws what it would have drawn.
+    into micro-batches. Dropout is seeded anew at each step, so that a link which is stopped and goes on draws what it
+    would have drawn.
 
     Args:
         model: Carries the trainable weights; left in eval mode.
@@ -84,77 +83,119 @@ def tune(
         done: Steps of the link that were made before.
         moments: The optimizer's state after those, from `read_moments`, or what a knot carries over, from `carried`.
 
-    Returns:
-        The optimizer, as it is after the last step.
-
     Raises:
-        NonFiniteLoss: names the step and the rows of its batch; the weights are those of the step before.
-        NoGradient: nothing that is trained depends on the loss.
+        NonFiniteLoss, NoGradient: from `_Watch`; the weights are those of the step before.
         MomentsNotCleared: the knot before cleared less than it was to.
     """
-    parameters = trainable(model)
-    skipped = 0
-    # What an earlier part of the job prepared must not be unscaled and stepped along, nor its moments kept alive.
-    accelerator.free_memory()
-    if accelerator.scaler is not None:
-        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
-    groups = _groups(model, link)
-    # Fused: one pass over each tensor. For all weights of a small model the plain one takes as long as a short batch.
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True)
-    optimizer = accelerator.prepare_optimizer(adamw)
-    assert isinstance(optimizer, AcceleratedOptimizer)
+    optimizer = _fresh_adamw(model, link, accelerator, betas=betas, eps=epsilon, weight_decay=weight_decay)
     if moments is not None:
         set_moments(model, optimizer, accelerator, moments)
-    cleared = None
-    if not done:
-        cleared = share_cleared(parameters, optimizer)
-        check_cleared(cleared, link.knot)
+    parameters = trainable(model)
+    cleared = None if done else check_cleared(share_cleared(parameters, optimizer), link.knot)
+    watch = _Watch(parameters, may_skip=accelerator.scaler is not None)
     for place, micro_batches in enumerate(batches, start=done):
-        started = perf_counter()
-        step, learning_rate = link.first_step + place + 1, link.learning_rates[place]
+        started, step, learning_rate = perf_counter(), link.first_step + place + 1, link.learning_rates[place]
         torch.manual_seed(derived_seed("dropout", link.seed, place))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["ratio"]
-        model.train()
-        n_targets = sum(batch.n_targets for batch in micro_batches)
-        loss_sum = torch.zeros((), device=accelerator.device)
-        for batch in micro_batches:
-            batch = batch.to(accelerator.device)
-            with accelerator.autocast():
-                logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
-                loss = cross_entropy(logits_NV, batch.targets_N, reduction="sum")
-            accelerator.backward(loss / n_targets)
-            loss_sum += loss.detach()
-        mean = loss_sum.item() / n_targets
-        norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        norm = float(norm) if norm is not None else math.nan
-        # Under fp16 gradient scaling an overflowed gradient is skipped and the scale lowered, by design; not for ever.
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        may_skip = accelerator.scaler is not None and skipped < MAX_SKIPPED
-        if not math.isfinite(mean) or not (math.isfinite(norm) or may_skip):
-            rows = ", ".join(row for batch in micro_batches for row in batch.ids)
-            what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
-            raise NonFiniteLoss(f"step {step}: {what}; rows of the batch: {rows}; try a lower learning_rate")
-        silent = sum(p.grad is None or _is_zero(p.grad) for p in parameters)
-        if silent == len(parameters):
-            raise NoGradient(
-                f"step {step}: none of the {len(parameters)} trained tensors got a gradient: nothing would be learned"
-            )
+        loss, norm = _gradient(model.train(), micro_batches, accelerator, parameters, max_grad_norm)
+        silent = watch.look(step, loss, norm, micro_batches)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens, rows = sum(batch.n_tokens for batch in micro_batches), [row for b in micro_batches for row in b.ids]
-        seconds = perf_counter() - started
-        made = Step(step, mean, norm, learning_rate, tokens, n_targets, seconds, silent, cleared, rows)
+        tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
+        rows, seconds = [row for batch in micro_batches for row in batch.ids], perf_counter() - started
+        on_step(Step(step, loss, norm, learning_rate, tokens, targets, seconds, silent, cleared, rows), optimizer)
         cleared = None
-        on_step(made, optimizer)
     model.eval()
     return optimizer
 
 
-def _is_zero(grad: Tensor) -> bool:
-    """Whether all entries are 0. A column tells nearly always, of an embedding too, whose gradient has few rows; to
-    look at all weights would take a fifth of a step of full fine-tuning."""
-    return not grad.select(-1, 0).any() and not grad.any()
+def _fresh_adamw(model: PreTrainedModel, link: Link, accelerator: Accelerator, **settings: Any) -> AcceleratedOptimizer:
+    """A new optimizer: a link begins without moments and with Adam's step count at zero (COLA, Figure 1), unless it is
+    given some."""
+    # What an earlier part of the job prepared must not be unscaled and stepped along, nor its moments kept alive.
+    accelerator.free_memory()
+    if accelerator.scaler is not None:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
+    # Fused: one pass over each tensor. For all weights of a small model the plain one takes as long as a short batch.
+    adamw = torch.optim.AdamW(_groups(model, link), lr=0.0, fused=True, **settings)
+    optimizer = accelerator.prepare_optimizer(adamw)
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    return optimizer
+
+
+def _gradient(
+    model: PreTrainedModel,
+    micro_batches: Sequence[MicroBatch],
+    accelerator: Accelerator,
+    parameters: Sequence[nn.Parameter],
+    max_norm: float | None,
+) -> tuple[float, float]:
+    """Give the parameters the gradient of the mean loss per target token, clipped; returns that loss and the L2 norm
+    before clipping. The device is waited for once."""
+    n_targets = sum(batch.n_targets for batch in micro_batches)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for batch in micro_batches:
+        loss = _loss_sum(model, batch, accelerator)
+        accelerator.backward(loss / n_targets)
+        loss_sum += loss.detach()
+    norm = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
+    assert norm is not None  # of one process
+    total, norm = torch.stack([loss_sum, norm.to(loss_sum)]).tolist()
+    return total / n_targets, norm
+
+
+def _loss_sum(model: PreTrainedModel, batch: MicroBatch, accelerator: Accelerator) -> Tensor:
+    """Nats of a micro-batch, summed over its targets."""
+    batch = batch.to(accelerator.device)
+    with accelerator.autocast():
+        logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+        return cross_entropy(logits_NV, batch.targets_N, reduction="sum")
+
+
+class _Watch:
+    """Stops a link that diverges, or in which nothing is learned.
+
+    Args:
+        parameters: What is trained.
+        may_skip: Whether a gradient may overflow now and then, under fp16 gradient scaling.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], may_skip: bool) -> None:
+        self.parameters, self.silent = parameters, list(parameters)  # silent: without a gradient so far
+        self.may_skip, self.skipped = may_skip, 0
+
+    def look(self, step: int, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> int:
+        """Look at a step's gradient before it is taken; returns how many tensors have had none in this link yet.
+
+        A tensor is looked at until it has had one, which nearly all have by the second step: a pass over all gradients
+        would take a fifth of a step of full fine-tuning.
+
+        Raises:
+            NonFiniteLoss: names the step and the rows of its batch.
+            NoGradient: nothing that is trained depends on the loss.
+        """
+        # Under fp16 gradient scaling an overflowed gradient is skipped and the scale lowered, by design; not for ever.
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        passable = math.isfinite(norm) or (self.may_skip and self.skipped < MAX_SKIPPED)
+        if not math.isfinite(loss) or not passable:
+            rows = ", ".join(row for batch in micro_batches for row in batch.ids)
+            trouble = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+            raise NonFiniteLoss(f"step {step}: {trouble}; rows of the batch: {rows}; try a lower learning_rate")
+        if norm == 0 and len(_without_gradient(self.parameters)) == len(self.parameters):
+            raise NoGradient(
+                f"step {step}: none of the {len(self.parameters)} trained tensors got a gradient: nothing would be "
+                "learned"
+            )
+        self.silent = _without_gradient(self.silent)
+        return len(self.silent)
+
+
+def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Those whose gradient is missing or zero throughout. The device is waited for once, not for each of them."""
+    told = [parameter.grad.any() for parameter in parameters if parameter.grad is not None]
+    some = iter(torch.stack(told).tolist() if told else [])
+    return [parameter for parameter in parameters if parameter.grad is None or not next(some)]
 
 
 def _groups(model: PreTrainedModel, link: Link) -> list[dict[str, Any]]:
@@ -211,7 +252,7 @@ def _scaled_gradients(
     sums: dict[str, Tensor] = {}
     finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
-    def watch(name: str, _module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def watch(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x_NI = args[0].detach().flatten(0, -2)
 
         def add(grad: Tensor) -> None:
@@ -228,10 +269,7 @@ def _scaled_gradients(
     try:
         for micro_batches in batches:
             for batch in micro_batches:
-                batch = batch.to(accelerator.device)
-                with accelerator.autocast():
-                    logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
-                    loss = cross_entropy(logits_NV, batch.targets_N, reduction="sum")
+                loss = _loss_sum(model, batch, accelerator)
                 n_targets += batch.n_targets
                 torch.autograd.backward(loss * scale, inputs=trainable(model))
                 if not finite:

@@ -7,8 +7,8 @@ from cola.errors import ColaError
 from cola.recipe.recipe import Recipe
 from cola.report.page import write_report
 from cola.report.terminal import Terminal
+from cola.run.bench import tracked_state
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import tracked_state
 from cola.run.run import run
 
 
@@ -54,7 +54,9 @@ def _run_point(
     with folder.run_folder(point) as (run_folder, _):
         if run_folder.finished:
             terminal.say(f"{place}: finished before")
-            tracked |= {tracked_state(result) for result in run_folder.results()}
+            for result in run_folder.results():
+                info = result["run_info"]
+                tracked.add(tracked_state(info["arm"], info["seed"], result["train_info"]["final_state"]))
             return False
         terminal.say(f"{place} → {run_folder.path}")
         summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)

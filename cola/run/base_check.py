@@ -6,33 +6,22 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from cola.data.encode import Example, fingerprint_of
-from cola.data.splits import Splits
+from cola.data.encode import fingerprint_of
 from cola.files import digest
 from cola.link import targets
 from cola.link.accelerator import make_accelerator
-from cola.link.model import Source
-from cola.measure.evaluate import Evaluator, Ways
+from cola.measure.evaluate import Ways
 from cola.measure.selfcheck import VERSION as SELFCHECK_VERSION
 from cola.measure.selfcheck import Subject, self_check, slowest
 from cola.recipe.plan import jobs_of
-from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.run.checks import virtual_tokens
+from cola.run.materials import Materials
 from cola.tree.segments import root_causes
 from cola.tree.store import Store
 
 
 def check_bases(
-    recipe: Recipe,
-    source: Source,
-    skeleton: PreTrainedModel,
-    evaluator: Evaluator,
-    splits: Splits,
-    general: list[Example],
-    store: Store,
-    used: dict[str, set[str]],
-    terminal: Terminal,
+    materials: Materials, store: Store, used: dict[str, set[str]], terminal: Terminal
 ) -> tuple[dict[str, Any], dict[tuple[str, str | None], PreTrainedModel]]:
     """Try every base that an arm has, unless it was tried before on these rows, with these versions.
 
@@ -42,34 +31,36 @@ def check_bases(
     Raises:
         ModelError: one of them is not what training and scoring rely on.
     """
+    recipe, source, skeleton = materials.recipe, materials.source, materials.skeleton
     bases: dict[tuple[str, str | None], list[str]] = {}
     for job in jobs_of(recipe):
         bases.setdefault(recipe.base_of(job.arm), []).append(job.arm)
-    examples = [example for _, part in splits.items() for example in part] + general
-    virtual, packages = virtual_tokens(recipe), {name: version(name) for name in ("torch", "transformers")}
+    examples = [example for _, part in materials.splits.items() for example in part] + materials.general
+    virtual = materials.virtual_tokens
     records, ready = [], {}
     for base in reversed(bases):  # the first one last: it is what the first job needs
         dtype, quantization = base
         methods = {link.method for arm in bases[base] for link in recipe.links_of(arm)}
         accelerator = make_accelerator(dtype)
-        what = {
+        asked = (virtual, bool(methods), "full" in methods)
+        causes = {
             "measured": "selfcheck",
             "version": SELFCHECK_VERSION,
             "state": digest(root_causes(source.fingerprint(), dtype, accelerator.device.type, quantization)),
-            "rows": digest([splits.fingerprint, fingerprint_of({"general": general})]),
-            "scoring": evaluator.causes(),
-            "asked": [virtual, bool(methods), "full" in methods],
-            "packages": packages,
+            "rows": digest([materials.splits.fingerprint, fingerprint_of({"general": materials.general})]),
+            "scoring": materials.evaluator.causes(),
+            "asked": list(asked),
+            "packages": {name: version(name) for name in ("torch", "transformers")},
         }
-        used["measured"].add(digest(what))
-        if (record := store.recall(what)) is None:
+        used["measured"].add(digest(causes))
+        if (record := store.recall(causes)) is None:
             terminal.say(f"self-check: trying what training and scoring rely on, on {source.name}")
             ready.clear()
             ready[base] = model = source.load(dtype, accelerator.device, quantization)
-            mine = replace(evaluator, autocast=accelerator.autocast)
-            subject = Subject(source.name, model, mine, examples, virtual, bool(methods), "full" in methods)
+            mine = replace(materials.evaluator, autocast=accelerator.autocast)
+            subject = Subject(source.name, model, mine, examples, *asked)
             record = {"dtype": dtype, "quantization": quantization, **self_check(subject)}
-            store.remember(what, record)
+            store.remember(causes, record)
         records.insert(0, record)
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     notes += targets.all_linear_notes(skeleton, recipe)
@@ -81,8 +72,3 @@ def check_bases(
         "shared": targets.shared_matrices(skeleton),
         "notes": notes,
     }, ready
-
-
-def one_row_a_pass(recipe: Recipe) -> Recipe:
-    """The recipe for a model whose rows must not share a pass."""
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_tokens": 1})})

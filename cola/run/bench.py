@@ -7,19 +7,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from cola.data.encode import Example
-from cola.data.splits import Splits
 from cola.files import digest
-from cola.link.adapters import count_parameters
-from cola.link.model import Source
 from cola.measure.cost import Meter
-from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS, Evaluator
-from cola.measure.learned import Learned
-from cola.recipe.arms import OneLink
+from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
+from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress
-from cola.report.tracking import Tracker
+from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
+from cola.run.materials import Materials
+from cola.run.plan_tree import Planner
 from cola.tree.locks import CHANGES, lock
 from cola.tree.measured import Measurements, rows_digest
 from cola.tree.run_folder import MADE_WITH, RunFolder
@@ -32,43 +30,45 @@ class Bench:
     """What all jobs of a run share.
 
     Attributes:
-        skeleton: The base without weights.
-        general: Passages of the general text; empty where none is scored.
-        scoring: What a score of each of them depends on besides the state and the rows.
+        materials: What the recipe is run with.
+        folder: The run's.
+        store: Has what was trained and measured before.
+        planner: Draws the rows of each step.
         meter: Counts what training costs.
-        learned: Takes the spectra of what was learned.
+        tree: Names the states of each job.
         meta: What a result says of how it was made.
-        tracked: Arms, seeds and final states that W&B has been sent.
         used: Names of the segments and measurements that the run's results rest on.
         ready: A base that was loaded to be tried, by dtype and quantization, for the first job that needs it.
+        tracker: Sends to W&B.
+        tracked: Arms, seeds and final states that it has been sent.
+        signals: Of the user's wish to stop.
+        progress: Shown to the user.
     """
 
-    recipe: Recipe
+    materials: Materials
     folder: RunFolder
-    source: Source
-    skeleton: PreTrainedModel
-    splits: Splits
-    general: list[Example]
-    evaluator: Evaluator
-    scoring: dict[str, dict[str, Any]]
     store: Store
-    tree: Tree
-    signals: Signals
-    progress: RunProgress
-    tracker: Tracker
-    tracked: set[str]
+    planner: Planner
     meter: Meter
-    learned: Learned
+    tree: Tree
     meta: dict[str, Any]
     used: dict[str, set[str]]
     ready: dict[tuple[str, str | None], PreTrainedModel]
-    _counts: dict[str, int] = field(default_factory=dict)
+    tracker: Tracker | NoTracker
+    tracked: set[str]
+    signals: Signals
+    progress: RunProgress
     _rows: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.materials.recipe
 
     @property
     def probe_rows(self) -> list[Example]:
         """The rows whose logits tell what a knot changed."""
-        return self.splits.validation[:PROBE_ROWS]
+        return self.materials.splits.validation[:PROBE_ROWS]
 
     def recipe_of(self, job: Job) -> Recipe:
         """The recipe with the job's searched values in their place."""
@@ -79,13 +79,22 @@ class Bench:
         probe, recipe = digest([rows_digest(self.probe_rows), PROBE_TARGETS]), self.recipe_of(job)
         rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
         tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
-        lineage, rows, used = self.tree.lineage(job), self.rows_of(job.seed), self.used["measured"]
-        return Measurements(self.store, lineage, rows, self.scoring, probe, tie, self.made, used)
+        lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
+        # What a score depends on besides the state and the rows.
+        scoring = {**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()}
+        return Measurements(self.store, lineage, rows, scoring, probe, tie, self.made, self.used["measured"])
+
+    def tracker_for(self, job: Job) -> Tracker | NoTracker:
+        """Of an arm, a seed and a final state W&B is told once, and of a trial nothing."""
+        state = tracked_state(job.arm, job.seed, self.tree.lineage(job).names[-1])
+        silent = job.trial or state in self.tracked
+        self.tracked.add(state)
+        return NoTracker() if silent else self.tracker
 
     def rows_of(self, seed: int) -> dict[str, str]:
         """Digest of each split's examples under a seed, and of the general text."""
         if seed not in self._rows:
-            parts = self.splits.of(seed) | {"general": self.general}
+            parts = self.materials.splits.of(seed) | {"general": self.materials.general}
             self._rows[seed] = {name: rows_digest(examples) for name, examples in parts.items()}
         return self._rows[seed]
 
@@ -94,12 +103,9 @@ class Bench:
         """With what this session makes states and measurements."""
         return {key: self.meta[key] for key in MADE_WITH}
 
-    def count_parameters(self, what: OneLink) -> int:
-        """Parameters that a link trains, counted once."""
-        key = what.model_dump_json()
-        if key not in self._counts:
-            self._counts[key] = count_parameters(self.skeleton, what)
-        return self._counts[key]
+    def order(self, seed: int, n_steps: int) -> list[list[int]]:
+        """Indices of the training rows of each of the first steps under a seed."""
+        return self.planner.order(self.recipe.training.batch_size, seed, n_steps)
 
     def want_weights(self, names: set[str]) -> None:
         """Note of which fully fine-tuned states this run needs the weights, before it looks for them.
@@ -115,3 +121,8 @@ class Bench:
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
         self.folder.write_json("segments.json", {kind: sorted(names) for kind, names in self.used.items()})
+
+
+def tracked_state(arm: str, seed: int, final_state: str) -> str:
+    """What identifies a training to W&B."""
+    return f"{arm} {seed} {final_state}"

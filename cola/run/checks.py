@@ -1,33 +1,23 @@
-"""What is checked before anything is trained, and what is said of it."""
-
-from typing import Any
+"""What a recipe asks of model, data and machine, checked before anything is trained."""
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola import environment
-from cola.compare.scope import overlap_note
-from cola.data.encode import Example, fingerprint_of
+from cola.data.encode import Example
 from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.data.splits import Splits
-from cola.errors import ModelError, RunChanged
-from cola.files import need_package, need_room
+from cola.errors import ModelError
+from cola.files import need_package
 from cola.link import adapters, starts
 from cola.link.accelerator import dtype_warning, make_accelerator
 from cola.link.model import Source, check_fit, check_tokens
 from cola.link.text_part import text_config
-from cola.measure.cost import Meter
 from cola.measure.memory import need_memory
-from cola.recipe.arms import Prune
-from cola.recipe.plan import Job, choice_of, plan_arm, trials_of
+from cola.recipe.plan import choice_of, plan_arm
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.run.weights import tuned_as_a_whole
-from cola.tree.provenance import provenance
-from cola.tree.run_folder import FORMAT, RunFolder
-from cola.tree.segments import Tree, merge_of
-from cola.tree.store import Store
 
 
 def check_accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
@@ -41,50 +31,17 @@ def check_accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
     return accelerator
 
 
-def say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -> None:
-    """Arms that come to the same weights in the same way: what differs between them in the recipe has no effect."""
-    ends: dict[tuple[str, str | None], str] = {}
-    for job in jobs:
-        if job.trial or job.seed != recipe.seeds[0]:
-            continue
-        lineage = tree.lineage(job)
-        low_rank = lineage.links and lineage.links[0].method == "lora"
-        merge = merge_of(recipe.knot_of(job.arm), "quantization" in lineage.root) if low_rank else None
-        twin = ends.setdefault((lineage.names[-1], merge), job.arm)
-        if twin != job.arm and not recipe.choices_of(job.arm):
-            terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
+def check_arms(
+    recipe: Recipe, source: Source, skeleton: PreTrainedModel, splits: Splits, device: torch.device
+) -> dict[str, int]:
+    """Check what each arm asks of the model and the data; returns the parameters that links train, by their settings.
 
-
-def say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, terminal: Terminal) -> None:
-    """What may surprise, or cannot be counted, is said before anything is trained."""
-    if note := overlap_note(recipe):
-        terminal.warn(note)
-    for arm in recipe.arms:
-        rules = recipe.knot_of(arm)
-        several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
-        if isinstance(rules.optimizer, Prune) and several and not rules.warmup_steps:
-            terminal.warn(
-                f"{arm}: pruning keeps Adam's step count, so entries that were cleared take steps of up to 6.6 times "
-                "the learning rate after a knot; knot.warmup_steps softens that"
-            )
-    for link in [link for job in jobs for link in tree.lineage(job).links]:
-        meter.steps(link, [], recipe.seeds[0])
-    if meter.trouble:
-        terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
-
-
-def device_description() -> str:
-    """What computes: the GPU and CUDA's version, or the CPU and its threads, whose number moves the last bits."""
-    if not torch.cuda.is_available():
-        return f"cpu, threads: {torch.get_num_threads()}"
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-
-
-def check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.device) -> None:
-    """What an arm asks of the model and the data, checked before anything is trained."""
-    skeleton = source.skeleton()
+    Raises:
+        ModelError: an arm cannot be had; the message names it.
+        DataError: a row is too long for the model.
+    """
     check_fit(source, skeleton, splits, virtual_tokens(recipe))
-    tried = set()
+    counts: dict[str, int] = {}
     for arm in recipe.arms:
         dtype, quantization = recipe.base_of(arm)
         if quantization is not None:
@@ -95,13 +52,13 @@ def check_arms(recipe: Recipe, source: Source, splits: Splits, device: torch.dev
                 for what in whats:
                     if what.method == "full" and dtype == "float16" and device.type == "cpu":
                         raise ModelError("full fine-tuning in float16 needs a GPU; set dtype: float32")
-                    if (key := what.model_dump_json()) not in tried:
-                        tried.add(key)
-                        attached = adapters.attach(source.skeleton(), what, 0)
-                        need_memory(sum(p.numel() for p in adapters.trainable(attached)), device)
+                    if (key := what.model_dump_json()) not in counts:
+                        counts[key] = adapters.count_parameters(skeleton, what)
+                        need_memory(counts[key], device)
                 starts.check_room(skeleton, whats[:1] if recipe.knot_of(arm).pair == "keep" else whats)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None
+    return counts
 
 
 def virtual_tokens(recipe: Recipe) -> int:
@@ -113,12 +70,15 @@ def virtual_tokens(recipe: Recipe) -> int:
 
 
 def general_text_of(
-    recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase, terminal: Terminal
+    recipe: Recipe,
+    source: Source,
+    skeleton: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    terminal: Terminal,
 ) -> list[Example]:
     """The passages of the general text, the same for all arms; none where the recipe leaves it out."""
     if recipe.evaluation.general_text is None:
         return []
-    skeleton = source.skeleton()
     positions = getattr(text_config(skeleton), "max_position_embeddings", None) or PASSAGE_TOKENS
     room = min(PASSAGE_TOKENS, positions - virtual_tokens(recipe))
     passages = load_passages(recipe.evaluation.general_text, tokenizer, room)
@@ -127,53 +87,3 @@ def general_text_of(
     n_tokens = sum(passage.n_tokens for passage in passages)
     terminal.say(f"general text: {n_tokens} tokens in {len(passages)} passages of {room}{why}")
     return passages
-
-
-def check_folder(
-    recipe: Recipe,
-    folder: RunFolder,
-    source: Source,
-    splits: Splits,
-    general: list[Example],
-    store: Store,
-    terminal: Terminal,
-) -> dict[str, Any]:
-    """What provenance.json will hold; a resumed run must have the recipe, the data and the base that it began with."""
-    meta = {
-        "format": FORMAT,
-        **provenance(),
-        "device": device_description(),
-        "recipe": {"sha256": folder.recipe_digest()},
-        "model": {"name": source.name, "revision": source.revision, "sha256": source.fingerprint()},
-        "data": {"sha256": splits.fingerprint, "notes": splits.notes},
-        "rows": splits.sizes,
-        "general_text": {
-            "name": recipe.evaluation.general_text,
-            "sha256": fingerprint_of({"general": general}),
-            "passages": len(general),
-            "longest": max((passage.n_tokens for passage in general), default=0),
-        },
-    }
-    folder.check_readable()
-    if (before := folder.provenance()) is not None:
-        for what in ("recipe", "model", "data", "general_text"):
-            if before[what]["sha256"] != meta[what]["sha256"]:
-                raise RunChanged(
-                    f"{folder.path}: the {what.replace('_', ' ')} is not the one this run began with; start a new run "
-                    "instead of resuming"
-                )
-        for what in ("cola", "commit", "packages", "machine", "device"):
-            if before[what] != meta[what]:
-                terminal.warn(f"{what} changed since this run began; each result says what it was made with")
-        return meta
-    weights = 4 * sum(parameter.numel() for parameter in source.skeleton().parameters())  # kept in float32
-    full = tuned_as_a_whole(recipe)
-    room = 50_000_000
-    room += 4 * weights if full else 0  # a checkpoint with its two moments, and the end or the best so far
-    kept = len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
-    # Of every value that is tried, until the best is known: before any is kept, or beside those of earlier seeds.
-    tried = sum(len(trials_of(recipe, arm, recipe.seeds[0])) for arm in full)
-    each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
-    room += weights * (kept + tried if each_seed else max(kept, tried))
-    need_room(store.path, room, "this run")
-    return meta

@@ -135,7 +135,8 @@ def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
     import torch
 
     from cola.link import adapters, starts, targets
-    from cola.link.model import Source, gguf_config
+    from cola.link.find import gguf_config
+    from cola.link.model import Source
     from cola.measure.memory import need_memory
 
     if path.is_file():

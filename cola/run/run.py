@@ -3,33 +3,31 @@
 import contextlib
 import errno
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from time import perf_counter, sleep
 from typing import Any
 
 from cola.compare.summary import summarize
-from cola.data.splits import load_splits
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
 from cola.link.accelerator import quiet_libraries
-from cola.link.model import find_model
-from cola.measure.evaluate import Evaluator, Ways
-from cola.measure.learned import Learned
-from cola.recipe.bounds import SPLITS
+from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker, sync_command
-from cola.run.base_check import check_bases, one_row_a_pass
+from cola.run.announce import say_cautions, say_plan, say_twins
+from cola.run.base_check import check_bases
 from cola.run.bench import Bench
-from cola.run.checks import check_accelerator, check_arms, check_folder, general_text_of, say_cautions, say_twins
+from cola.run.folder_check import check_folder
+from cola.run.full_weights import let_full_weights_go, wanted_weights
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import JobRun
-from cola.run.plan_tree import known_jobs, meter_of, say_plan, shared_tree
-from cola.run.search import with_choice
-from cola.run.settle import Spectra
-from cola.run.weights import let_full_weights_go, wanted_weights
+from cola.run.job import do_job
+from cola.run.materials import gather, heeding
+from cola.run.plan_tree import Planner
+from cola.run.search import chosen_jobs, known_jobs, with_choice
+from cola.run.spectrum_files import SpectrumFiles
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
 from cola.tree.prune import register, size_of
 from cola.tree.run_folder import FORMAT, RunFolder
@@ -63,84 +61,61 @@ def run(
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     quiet_libraries()
-    accelerator = check_accelerator(recipe, terminal)
-    source = find_model(recipe.model, terminal.say)
-    tokenizer = source.tokenizer()
-    splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, source.ends())
-    sizes = ", ".join(f"{n} {name}" for name, n in splits.sizes.items())
-    terminal.say(f"data: {sizes} examples" + (", other training rows under each seed" if splits.redrawn else ""))
-    for note in splits.notes:
-        terminal.warn(f"data: {note}")
-    check_arms(recipe, source, splits, accelerator.device)
-    general = general_text_of(recipe, source, tokenizer, terminal)
+    materials = gather(recipe, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
-    meta = check_folder(recipe, folder, source, splits, general, store, terminal)
-    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator, source.ends())
-    skeleton, used = source.skeleton(), folder.references()
-    meta["selfcheck"], ready = check_bases(recipe, source, skeleton, evaluator, splits, general, store, used, terminal)
+    meta, used = check_folder(materials, folder, store, terminal), folder.references()
+    meta["selfcheck"], ready = check_bases(materials, store, used, terminal)
     folder.write_json("provenance.json", (folder.provenance() or meta) | {"selfcheck": meta["selfcheck"]})
-    ways = Ways(**meta["selfcheck"]["ways"])
-    evaluator = evaluator.asking(ways)
-    if ways.rows == "alone":
-        recipe, siblings = one_row_a_pass(recipe), [one_row_a_pass(sibling) for sibling in siblings]
-    meter = meter_of(recipe, skeleton, splits)
-    tree = shared_tree(recipe, siblings, source, meter, splits, accelerator.device.type)
-    jobs = jobs_of(recipe)
+    materials = materials.asking(ways := Ways(**meta["selfcheck"]["ways"]))
+    recipe, siblings = materials.recipe, [heeding(ways, sibling) for sibling in siblings]
+    planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
+    meter, jobs = planner.meter(recipe), jobs_of(recipe)
+    tree = planner.tree(recipe, meter, siblings)
     if not siblings:  # a point of an ablation may well be another arm: a chain of one link is LoRA
         say_twins(recipe, tree, jobs, terminal)
     say_cautions(recipe, tree, jobs, meter, terminal)
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: tree.lineage(job).n_steps for job in jobs}
-    interrupted = False
     with (
         in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress(sum(steps.values())) as progress,
     ):
+        tracked = set() if tracked is None else tracked
         bench = Bench(
-            recipe=recipe,
-            folder=folder,
-            source=source,
-            skeleton=skeleton,
-            splits=splits,
-            general=general,
-            evaluator=evaluator,
-            scoring={**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()},
-            store=store,
-            tree=tree,
-            signals=signals,
-            progress=progress,
-            tracker=tracker,
-            tracked=set() if tracked is None else tracked,
-            meter=meter,
-            learned=Learned(source, skeleton, recipe, accelerator.device),
-            meta=meta,
-            used=used,
-            ready=ready,
+            materials, folder, store, planner, meter, tree, meta, used, ready, tracker, tracked, signals, progress
         )
-        register(store, folder.path)
-        try:
-            _do_all(bench, steps, terminal)
-        except (KeyboardInterrupt, Interrupted):
-            interrupted = True
-        progress.close()
-        bench.write_references()
-    summary = summarize(recipe, folder)
-    summary["interrupted"] = interrupted
+        interrupted = _stopped(bench, steps, terminal)
+    summary = summarize(recipe, folder) | {"interrupted": interrupted}
     summary["wandb"] = {"mode": tracker.mode, "sync": sync_command(folder.path)}
     summary["store"] = {"path": str(store.path), "bytes": size_of(store.path)}
     folder.write_json("summary.json", summary)
     return summary
 
 
+def _stopped(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> bool:
+    """Do every job; returns whether the user stopped it."""
+    register(bench.store, bench.folder.path)
+    stopped = False
+    try:
+        _do_all(bench, steps, terminal)
+    except (KeyboardInterrupt, Interrupted):
+        stopped = True
+    bench.progress.close()
+    bench.write_references()
+    return stopped
+
+
 def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
     """Every job, in order; what another process is at comes later, so that one command given twice shares the work.
 
     Args:
+        bench: What they share.
         steps: Optimizer steps of each job.
+        terminal: Told of the plan and of failures.
     """
-    left, known, spectra = list(steps), known_jobs(bench, list(steps)), Spectra(bench)
-    bench.want_weights(wanted_weights(bench, known, spectra))
+    left, known, files = list(steps), known_jobs(bench, steps), SpectrumFiles(bench)
+    bench.want_weights(wanted_weights(bench, known, files))
     say_plan(bench, known, left, terminal)
     searching, waits = len(known) < len(left), False
     while left:
@@ -152,14 +127,16 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
                 if not mine:
                     continue
                 if searching and not job.trial:
-                    known = known_jobs(bench, list(steps))
+                    known = known_jobs(bench, steps)
                     if not open_trials:
                         say_plan(bench, known, known, terminal)
                         searching = False
-                bench.want_weights(wanted_weights(bench, steps, spectra))
+                bench.want_weights(wanted_weights(bench, steps, files))
                 _do(bench, job, steps[job], terminal)
-                _settle(bench, [other for other in steps if other.seed == job.seed and not other.trial], spectra)
-                bench.want_weights(wanted_weights(bench, steps, spectra))
+                files.update(
+                    chosen_jobs(bench, [other for other in steps if other.seed == job.seed and not other.trial])
+                )
+                bench.want_weights(wanted_weights(bench, steps, files))
                 let_full_weights_go(bench, job.seed)
             left.remove(job)
             waits = False
@@ -188,7 +165,7 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
     started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
-        JobRun(bench, with_choice(bench, job)).go()
+        do_job(bench, with_choice(bench, job))
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
@@ -217,12 +194,3 @@ def _record_end(bench: Bench, job: Job, status: str, started: float, error: str 
     where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
     bench.folder.write_json(where, {"format": FORMAT, "status": status, "run_info": info})
     bench.tracker.finish({}, status)
-
-
-def _settle(bench: Bench, jobs: Iterable[Job], spectra: Spectra) -> None:
-    """Take the spectra that the end of a job has made possible, under its seed."""
-    chosen = []
-    for job in jobs:
-        with contextlib.suppress(ColaError):  # it has not been tried
-            chosen.append(with_choice(bench, job))
-    spectra.settle(chosen)

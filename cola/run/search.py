@@ -1,5 +1,7 @@
 """The value that a search chooses, by its trials' scores on validation."""
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -60,3 +62,20 @@ def with_choice(bench: Bench, job: Job) -> Job:
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
     bench.folder.write_json(where, {"chosen": chosen, "seeds": seeds, "trials": table})
     return replace(job, choice=choices[chosen])
+
+
+def chosen_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
+    """Those jobs whose searched values are known by now, with these."""
+    known = []
+    for job in jobs:
+        with contextlib.suppress(ColaError):  # said when its turn comes
+            known.append(with_choice(bench, job))
+    return known
+
+
+def known_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
+    """The same; what they rest on is noted for the store."""
+    known = chosen_jobs(bench, jobs)
+    bench.used["segments"] |= set(bench.tree.segments(known))
+    bench.write_references()
+    return known

@@ -36,13 +36,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import cola.run.job
+import cola.run.training
 from cola.chain import Chain, run_chain
 from cola.link import adapters
 from cola.link.accelerator import quiet_libraries
 from cola.link.base import Base
 from cola.link.drift import Outputs
-from cola.link.model import Source, find_model
+from cola.link.find import find_model
+from cola.link.model import Source
 from cola.recipe.plan import plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.schema import Model
@@ -368,7 +369,7 @@ def peak(recipe_file: Path, settings: list[str]) -> None:
     Loading holds the file's pages and the model at once, which is the same for every arm and would hide what comes
     after, so the high-water mark is set back when the first link is about to be trained.
     """
-    inner, marks = cola.job.tune, []
+    inner, marks = cola.run.training.tune, []
 
     def tune(*args: Any, **keywords: Any) -> Any:
         if not marks:
@@ -376,7 +377,7 @@ def peak(recipe_file: Path, settings: list[str]) -> None:
             Path("/proc/self/clear_refs").write_text("5")
         return inner(*args, **keywords)
 
-    cola.job.tune = tune
+    cola.run.training.tune = tune
     recipe = read_recipe(recipe_file, settings)
     run_folder = create_run(recipe)
     summary = run(recipe, run_folder, Terminal(Console(file=sys.stderr)))

@@ -13,18 +13,10 @@ import gguf
 import numpy as np
 import pytest
 from conftest import tiny_model
+from runs import cola, go
 from safetensors.torch import load_file, save_file
-from test_run import go
-from typer.testing import CliRunner, Result
 
-from cola.cli.app import app
 from cola.measure import memory
-
-RUNNER = CliRunner()
-
-
-def cola(*words: object) -> Result:
-    return RUNNER.invoke(app, [str(word) for word in words])
 
 
 def refused(*words: object) -> str:
@@ -75,6 +67,7 @@ def test_import_cola_loads_neither_torch_nor_wandb() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.drawn
 def test_a_run_prints_the_table_and_where_everything_is(recipe_file: Path) -> None:
     result = cola("run", recipe_file, "arms.full=null")
     assert result.exit_code == 0, result.output
@@ -245,6 +238,7 @@ def test_cut_off_weights_are_refused(recipe_file: Path, tiny_folder: Path, tmp_p
     assert nothing_left(recipe_file)
 
 
+@pytest.mark.drawn
 def test_a_damaged_file_of_a_run_is_named_and_only_where_all_needs_it_the_report_is_refused(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -330,6 +324,7 @@ def test_every_shipped_recipe_passes_its_dry_run(recipe: Path) -> None:
     assert f"cola run {recipe}" in text or f"cola ablate {recipe}" in text
 
 
+@pytest.mark.drawn
 def test_the_flagship_runs_end_to_end_by_overrides_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import cola
+from runs import cola
 from test_data import count, data_of, write_rows
 from transformers import PreTrainedTokenizerFast
 

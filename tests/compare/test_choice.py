@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from runs import cola, go, result
 from scipy import stats
-from test_cli import cola
-from test_run import go, result
 
 from cola.compare.choice import RESAMPLES, Trials, choose
 from cola.compare.scope import scope_of, scope_sentence

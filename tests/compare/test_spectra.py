@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from runs import assert_one_line, go, quiet, result
+from runs import wide_cola as cola
 from safetensors.numpy import load_file
 from test_architectures import make
-from test_run import go, quiet, result
-from test_store import cola, one_line
 
 from cola.compare.spectra import summarized
 from cola.compare.summary import summarize
@@ -386,11 +386,11 @@ def test_bad_input_to_inspect_is_one_line(copied: Path, tmp_path: Path) -> None:
         (["28a1993a", "--arm", "lora"], "--arm, --seed and --intruders belong to a run"),
     ):
         told = cola("inspect", *map(str, words))
-        one_line(told)
+        assert_one_line(told)
         assert said in told.output
     damaged = Path(shutil.copytree(copied, tmp_path / "damaged"))
     (damaged / "arms/lora/seed-0/spectrum.json").write_text("[]")
-    one_line(cola("inspect", str(damaged), "--arm", "lora"))
+    assert_one_line(cola("inspect", str(damaged), "--arm", "lora"))
     shutil.rmtree(damaged / "arms/chain3/seed-0/knots/link-2")
     (damaged / "arms/chain3/seed-0/spectrum.json").unlink()
     told = cola("inspect", str(damaged), "--arm", "chain3")

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from runs import cola
 from scipy import stats
-from test_cli import cola
 from test_statistics import rng
 from test_summary import ByHand, first_right, recipe
 

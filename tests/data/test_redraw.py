@@ -7,15 +7,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+from runs import cola, go, result
 from scipy import stats
-from test_cli import cola
 from test_data import count, data_of, gym, refusal, write_rows
-from test_run import go, result
 from transformers import PreTrainedTokenizerFast
 
 from cola.compare.tasks import summarize_tasks
 from cola.data.splits import Splits, load_splits
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.read import read_recipe
 from cola.report.verdict import verdict
 from cola.tree.run_folder import read_jsonl

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import SKY, tiny_model
 from peft import LoraConfig, get_peft_model
+from runs import cola
 from safetensors.torch import load_file, save_file
-from test_cli import cola
 from test_export import exported, plain, refused, reported, rows_of, with_adapter
 from transformers import AutoTokenizer
 

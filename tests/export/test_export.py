@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from children import stop_at_call
 from conftest import run_once
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from runs import cola
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import cola
-from test_resume import stop_at_call
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

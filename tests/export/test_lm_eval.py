@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import SKY, run_once
-from test_cli import cola
+from runs import cola
 from test_eval import foreign_adapter
 from test_export import exported, reported, rows_of, with_adapter
 from transformers import AutoTokenizer

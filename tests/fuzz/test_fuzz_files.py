@@ -6,9 +6,8 @@ Run: pytest tests/fuzz/test_fuzz_files.py (mutate.py says how to run more)
 import csv
 import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -201,15 +200,6 @@ def test_a_damaged_file_of_a_run_is_named_or_harmless(runs: list[Path], recipe: 
 # The store
 
 
-@pytest.fixture(scope="module")
-def without_sync() -> Iterator[None]:
-    """Hundreds of stores, none of which has to outlast the machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
-
-
-@pytest.mark.usefixtures("without_sync")
 @counted(100)
 @given(st.randoms(use_true_random=False))
 def test_a_damaged_file_of_the_store_is_set_aside(tmp_path_factory: pytest.TempPathFactory, random: Random) -> None:

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from cola.data.encode import Example
 from cola.data.splits import load_splits
 from cola.errors import ModelError
-from cola.link import model as model_module
+from cola.link import find
 from cola.link.base import Base
-from cola.link.model import Source, find_model
+from cola.link.find import find_model
+from cola.link.model import Source
 from cola.measure.evaluate import Evaluator
 from cola.recipe.data_section import Rows
 from cola.recipe.schema import Model
@@ -117,7 +118,7 @@ def test_the_hub_is_asked_for_the_files_that_the_index_names(folder: Path, monke
             (folder / file).write_bytes(whole[file])
         return str(folder)
 
-    monkeypatch.setattr(model_module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(find, "snapshot_download", snapshot_download)
     source = find_model(Model(name_or_path="some/model"))
     assert asked[1:] == [sorted(whole)]
     assert len(source.files) == 2

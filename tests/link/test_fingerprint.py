@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model
-from test_run import go, result
-from test_store import LORA_ONLY, SHORT
+from runs import LORA_ONLY, SHORT, go, result
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cola.data.encode import tokenizer_fingerprint
 from cola.errors import ModelError
-from cola.link import model as model_file
+from cola.link import checkpoint
 from cola.link.model import Source
-from cola.run.job import JobRun
+from cola.run import job as cola_job
+from cola.run.assignment import Assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def test_a_digest_is_that_of_the_content_whatever_the_times_are_set_to(tmp_path:
         else:
             path.write_bytes(content)
         os.utime(path, EPOCH)
-        assert model_file._file_digest(path) == sha256(path)
+        assert checkpoint.content_digest(path) == sha256(path)
 
 
 def test_two_processes_never_take_each_others_word_for_what_a_file_holds(
@@ -89,12 +89,12 @@ def test_two_processes_never_take_each_others_word_for_what_a_file_holds(
     path, seen = tmp_path / "weights", []
     path.write_bytes(b"one")
     image = path.stat()
-    monkeypatch.setattr(model_file, "time", lambda: time.time() + 1e6)
+    monkeypatch.setattr(checkpoint, "time", lambda: time.time() + 1e6)
     monkeypatch.setattr(type(path), "stat", lambda self, **_: image)
     for content in (b"one", b"two"):
         path.write_bytes(content)
-        monkeypatch.setattr(model_file, "_digests", {})  # as another process begins
-        seen.append(model_file._file_digest(path))
+        monkeypatch.setattr(checkpoint, "_digests", {})  # as another process begins
+        seen.append(checkpoint.content_digest(path))
     assert seen == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
 
 
@@ -106,26 +106,26 @@ def test_a_file_that_lies_still_is_read_once_by_a_process_and_one_that_has_just_
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append(args) or digest(*args))
     for _ in range(2):
-        assert model_file._file_digest(path) == hashlib.sha256(b"one").hexdigest()
+        assert checkpoint.content_digest(path) == hashlib.sha256(b"one").hexdigest()
     assert len(read) == 2
-    monkeypatch.setattr(model_file, "time", lambda: time.time() + 10)
+    monkeypatch.setattr(checkpoint, "time", lambda: time.time() + 10)
     for _ in range(3):
-        assert model_file._file_digest(path) == hashlib.sha256(b"one").hexdigest()
+        assert checkpoint.content_digest(path) == hashlib.sha256(b"one").hexdigest()
     assert len(read) == 3
 
 
 def test_a_base_that_changes_while_a_run_is_at_work_is_refused_and_nothing_is_made_of_it(
     recipe_file: Path, tmp_path: Path, twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, hand_out = tmp_path / "model", JobRun._hand_out
+    place, hand_out = tmp_path / "model", cola_job.hand_out
     put(twins[0], place)
 
-    def changes(self: JobRun, step: int) -> None:
-        hand_out(self, step)
+    def changes(given: Assignment, step: int) -> None:
+        hand_out(given, step)
         put(twins[1], place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobRun, "_hand_out", changes)
+        patch.setattr(cola_job, "hand_out", changes)
         arms = [*SHORT, "arms.base=null", "arms.full=null", f"model.name_or_path={place}"]
         with pytest.raises(ModelError, match="has changed since this run began"):
             go(recipe_file, *arms)

@@ -16,7 +16,7 @@ from conftest import SIZES, tiny_tokenizer
 
 from cola.data.encode import tokenizer_fingerprint
 from cola.errors import ModelError
-from cola.link.model import find_model, find_tokenizer
+from cola.link.find import find_model, find_tokenizer
 from cola.recipe import recipe
 
 TIED = {**SIZES, "tie_word_embeddings": True}

@@ -10,10 +10,8 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 from peft import PeftModel
-from test_cli import cola
+from runs import cola, go, outcome, quiet, result
 from test_methods import ADAMW, WIDE, batches, close, gradients, link, logits, outputs, what
-from test_resume import outcome
-from test_run import go, quiet, result
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from children import end, start
 from conftest import PROSE, run_once, tiny_tokenizer
 from peft import PeftModel
-from test_resume import end, fresh, outcome, start, write_recipe
-from test_run import go, result
+from runs import fresh, go, outcome, result, write_recipe
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cola.data.passages import PASSAGE_TOKENS, load_passages
@@ -170,7 +170,7 @@ def test_a_text_of_ones_own_is_found_beside_the_recipe_and_off_stays_off(recipe_
 
 
 def test_a_dry_run_says_that_the_text_is_missing(recipe_file: Path) -> None:
-    from test_run import quiet
+    from runs import quiet
 
     with pytest.raises(DataError, match=r"evaluation\.general_text: .*/gone\.txt does not exist"):
         preview(read_recipe(recipe_file, ["evaluation.general_text=gone.txt"]), quiet())
@@ -335,7 +335,7 @@ def test_only_the_untouched_base_is_loaded_where_its_loss_alone_is_missing(
 
 
 def test_a_resumed_run_must_have_the_text_it_began_with(recipe_file: Path, tmp_path: Path) -> None:
-    from test_run import quiet
+    from runs import quiet
 
     from cola.run.run import run
 

@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from offline import records
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from runs import cola, go, result
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from scipy.stats import entropy
 from test_architectures import make
 from test_chain import batches, chain_of, link, no_gradients, outputs, tune_with
-from test_cli import cola
-from test_run import go, result
 from test_summary import ByHand, first_right, recipe
-from test_tracking import records
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
@@ -40,7 +39,7 @@ from cola.data.splits import load_splits
 from cola.link import adapters, residual
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.link.residual import Applied, LinkWeights, Pair, Residual
 from cola.recipe.arms import KnotRules
 from cola.recipe.read import read_recipe
@@ -530,6 +529,7 @@ def test_the_ledger_of_a_run_is_that_of_the_adapters_it_leaves(recipe_file: Path
     assert len(rows) == 3 * 14
 
 
+@pytest.mark.drawn
 def test_what_is_no_pair_has_no_ledger(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.lora=null", "arms.chain3=null", "comparison.primary=null")
     assert knots_table(summary).rows == []
@@ -617,6 +617,7 @@ def test_over_seeds_sizes_are_means_and_losses_the_worst(tmp_path: Path) -> None
 COLUMNS = ["unchanged", "error", "cosine", "KL", "loss"]
 
 
+@pytest.mark.drawn
 def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

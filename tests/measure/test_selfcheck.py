@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers as hf
 from conftest import SIZES, tiny_tokenizer
+from runs import go
 from safetensors.torch import load_file
 from test_architectures import without
-from test_run import go
 from torch import Tensor, nn
 
 from cola.data.encode import Example

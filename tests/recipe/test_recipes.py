@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import SKY, tiny_model
-from test_run import go, quiet
+from runs import go, quiet
 from transformers import PreTrainedTokenizerFast
 
 from cola.compare.ablation import AblationFolder, points_of

@@ -32,6 +32,8 @@ from cola.report.numbers import NONE, count_text, duration, p_value_text, size
 from cola.report.page import page_states, page_tables, write_ablation, write_report
 from cola.report.table import Table, sort_key
 
+pytestmark = pytest.mark.drawn
+
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -426,7 +428,8 @@ def test_a_text_is_judged_by_its_loss_in_every_figure() -> None:
 
 
 def test_the_report_is_built_without_torch(pages: dict[str, Path]) -> None:
-    code = "import sys; from pathlib import Path; from cola.tree.run_folder import RunFolder; from cola.report.page import write_report;"
+    code = "import sys; from pathlib import Path; from cola.tree.run_folder import RunFolder;"
+    code += "from cola.report.page import write_report;"
     code += f"write_report(RunFolder(Path({str(pages['quickstart'].parent)!r})));"
     code += "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

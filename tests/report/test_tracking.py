@@ -1,23 +1,15 @@
 """W&B for real: an offline run read back with wandb's own reader. Run: pytest tests/report/test_tracking.py"""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_run import go, result
+from offline import records
+from runs import go, result
 
 from cola.recipe.schema import Tracking
 from cola.report.tracking import Tracker, mode_of
 
-
-def records(folder: Path) -> list[dict]:
-    """The records of one offline run, by `wandb leet inspect`."""
-    wandb = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([str(wandb), "leet", "inspect", "--json", str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
 
 def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tracking import records
-from typer.testing import CliRunner, Result
+from offline import records
+from runs import cola
+from typer.testing import Result
 
-from cola.cli.app import app
 from cola.recipe.schema import Tracking
 from cola.report import tracking
 from cola.report.group_report import KNOT_PANELS, Comparison, group_report
@@ -22,6 +22,8 @@ from cola.report.page import comparison_of
 from cola.report.table import Table
 from cola.report.tracking import Tracker, comparison_numbers, typed_rows
 from cola.tree.run_folder import RunFolder
+
+pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
 SUMMARY: dict[str, Any] = {
     "arms": {
@@ -124,10 +126,6 @@ def test_a_column_of_plain_numbers_is_one_of_numbers_and_any_other_keeps_its_tex
 
 # ---------------------------------------------------------------------------------------------------------
 # Offline, for real
-
-
-def cola(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

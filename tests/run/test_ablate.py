@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import cola
-from test_run import quiet, result
+from runs import cola, quiet, result
 
 from cola.compare.ablation import AblationFolder, points_of
 from cola.errors import RecipeError
@@ -25,12 +24,6 @@ from cola.tree.run_holder import create_run
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ["arms.full=null", "arms.base=null", "comparison.primary=null"]
-
-
-@pytest.fixture
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A point's page takes longer to draw than its tiny trainings: for tests that look at no page."""
-    monkeypatch.setattr("cola.run.ablate.write_report", lambda folder: folder.write_text("report.html", ""))
 
 
 def run_points(recipe_file: Path, *keys: str, paired: bool = False) -> tuple[AblationFolder, dict]:
@@ -101,7 +94,6 @@ def test_an_ablation_that_cannot_be_is_refused_before_anything_runs(
         points_of(recipe_file, keys, paired)
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_growing_a_chain_trains_each_link_once_and_length_four_tomorrow_trains_one(recipe_file: Path) -> None:
     grow = ["training.protocol=grow", "training.epochs=1", *SMALL]
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,2,3", *grow)
@@ -114,7 +106,6 @@ def test_growing_a_chain_trains_each_link_once_and_length_four_tomorrow_trains_o
     assert [row["test_loss"] for row in more["rows"]][:4] == [row["test_loss"] for row in summary["rows"]]
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_with_fixed_steps_the_common_beginnings_are_trained_once(recipe_file: Path) -> None:
     keys = ["arms.chain3.links=1,2,3", "training.epochs=2", *SMALL]
     folder, summary = run_points(recipe_file, *keys)
@@ -123,7 +114,6 @@ def test_with_fixed_steps_the_common_beginnings_are_trained_once(recipe_file: Pa
     assert [row["steps"] for row in summary["rows"]] == [6, 6, 6, 6]
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_path: Path) -> None:
     folder, _ = run_points(recipe_file, "arms.chain3.links=2,3", "training.protocol=grow", *SMALL)
     own = ["arms.chain3.links=3", "training.protocol=grow", *SMALL, f"store={tmp_path / 'own'}"]
@@ -138,6 +128,7 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
     assert result(point, "chain3")["evaluation"] == result(alone, "chain3")["evaluation"]
 
 
+@pytest.mark.drawn
 def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,3", "seeds=[0,1]", "arms.base=null")
     table = ablation_table(summary)
@@ -153,7 +144,6 @@ def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: P
     assert any("Protocol fixed" in note for note in ablation_notes(summary))
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
     _, summary = run_points(
         recipe_file, "link.rank=2,4", "arms.chain3=null", "arms.full=null", "comparison.primary=null"
@@ -166,7 +156,6 @@ def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_a_point_that_cannot_be_run_does_not_keep_the_others_from_it(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.target_modules=q_prj,v_proj", *SMALL)
     assert summary["failed"]
@@ -195,7 +184,6 @@ def test_an_ablation_that_is_stopped_goes_on_in_its_folder(recipe_file: Path) ->
     assert len(list(Path(runs).glob("tiny-ablation-*"))) == 1
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_cola_report_builds_the_page_of_an_ablation_again(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,2", *SMALL)
     page = write_ablation(folder, summary)
@@ -208,10 +196,9 @@ def test_cola_report_builds_the_page_of_an_ablation_again(recipe_file: Path, mon
     assert page.read_bytes() == before
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_an_ablation_is_one_group_in_wandb_and_an_arm_is_sent_once(recipe_file: Path) -> None:
     pytest.importorskip("wandb")
-    from test_tracking import records
+    from offline import records
 
     folder, _ = run_points(recipe_file, "arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL)
     runs = []
@@ -238,14 +225,12 @@ def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_f
     assert len({link.learning_rates for link in plan_arm(whole, "chain3", 0, 24)}) == 3
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
     _, summary = run_points(recipe_file, "model.dtype=float32,bfloat16", *SMALL)
     assert summary["finished"]
     assert [row["values"]["model.dtype"] for row in summary["rows"] if row["arm"] == "lora"] == ["float32", "bfloat16"]
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path) -> None:
     points = points_of(recipe_file, ["arms.chain3.links=1,2", *SMALL], paired=False)
     with AblationFolder.take(points) as folder:
@@ -263,7 +248,6 @@ def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: 
         assert ablate(points, other, quiet())["finished"]
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_file: Path) -> None:
     keys = ["arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL]
     points = points_of(recipe_file, keys, paired=False)
@@ -274,7 +258,6 @@ def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_fi
     assert len(list(folder.path.glob("points/*/wandb/offline-run-*"))) == 3
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_points_that_part_inside_a_link_share_the_steps_before(recipe_file: Path) -> None:
     # Warm-up over steps 1 to 3, and in step 4 both schedules stand at their peak: from the 5th on the rates differ.
     keys = ["training.schedule=constant,linear", "training.warmup_steps=3", "arms.chain3=null", *SMALL]

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from children import processes
+from runs import SHORT, go, result
+from runs import wide_cola as cola
 from safetensors.torch import load_file, save_file
-from test_run import go, result
-from test_store import SHORT, cola, keep, opened, processes, weights_in
+from test_store import keep, opened, weights_in
 
 from cola.tree import locks, prune
 from cola.tree.store import hand_out

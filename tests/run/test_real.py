@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import go, result
+from runs import go, result
 
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.schema import Model
 
 pytestmark = [

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from children import KILLED, end, start
 from conftest import SKY
+from offline import records
 from rich.console import Console
-from test_run import go, result
-from test_tracking import records
+from runs import CHOICE, fresh, go, outcome, result, write_recipe
 
 from cola.link.model import Source
 from cola.recipe.read import read_recipe
 from cola.report.terminal import Terminal
+from cola.run.course import selection_key
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import selection_key
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
 from cola.tree.run_holder import create_run
@@ -32,159 +32,11 @@ from cola.tree.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KILLED = -signal.SIGKILL
-
-# A child starts in a tenth of a second: all it needs has been imported before it is forked.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "test_resume"])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Children
-
-
-def kill_at_call(number: int, function: Callable[..., Any], half_way: bool = False) -> Callable[..., Any]:
-    """The function, but the process is killed at its n-th call, before it or inside what it calls."""
-    calls = 0
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            if half_way:
-                [model, base, residual, names, *how] = args
-                function(model, base, residual, names[: len(names) // 2], *how)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    return killing
-
-
-def stop_at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but the process gets Ctrl-C before its n-th call."""
-    calls = 0
-
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGINT)
-        return function(*args, **kwargs)
-
-    return stopping
-
-
 # What a process may be at when it is killed: writing, publishing, tying a knot, computing, stepping, scoring.
 PLACES = ("fsync", "rename", "replace", "rmtree", "knot", "half a knot", "logits", "AdamW", "score")
 N_KILLS = 3  # of each variant of a recipe; the variants begin two places apart, so each place is met in one or more
 
 
-def child(command: list[str], said: Path, environment: dict[str, str], place: str, number: int) -> None:
-    """Run a command line of cola, killed at the n-th time that it comes to a place."""
-    import shutil
-
-    from cola import chain
-    from cola.cli.app import app
-    from cola.link import forward, train
-    from cola.measure import evaluate
-
-    os.environ.update(environment)
-    # A W&B service of the tests' own process would outlive this one and hold its run; a user's dies with the command.
-    os.environ.pop("WANDB_SERVICE", None)
-    torch.set_num_threads(1)
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    match place:
-        case "fsync":
-            os.fsync = kill_at_call(number, os.fsync)
-        case "rename":
-            Path.rename = kill_at_call(number, Path.rename)
-        case "replace":
-            Path.replace = kill_at_call(number, Path.replace)
-        case "rmtree":
-            shutil.rmtree = kill_at_call(number, shutil.rmtree)
-        case "knot":
-            chain.residual.write = kill_at_call(number, chain.residual.write)
-        case "half a knot":
-            chain.residual.write = kill_at_call(number, chain.residual.write, half_way=True)
-        case "logits":
-            killing = kill_at_call(number, forward.logits_at)
-            train.logits_at = evaluate.logits_at = killing
-        case "AdamW":
-            torch.optim.AdamW.step = kill_at_call(number, torch.optim.AdamW.step)
-        case "AdamW, stopped":
-            torch.optim.AdamW.step = stop_at_call(number, torch.optim.AdamW.step)
-        case "let go":
-            Store.let_go = kill_at_call(number, Store.let_go)
-        case "score, stopped":
-            evaluate.Evaluator.__call__ = stop_at_call(number, evaluate.Evaluator.__call__)
-        case "score":
-            evaluate.Evaluator.__call__ = kill_at_call(number, evaluate.Evaluator.__call__)
-    app(command)
-
-
-def start(command: list[str], said: Path, place: str = "nothing", number: int = 0) -> Any:
-    environment = {"COLA_CACHE": os.environ["COLA_CACHE"]}
-    process = processes.Process(target=child, args=(command, said, environment, place, number))
-    process.start()
-    return process
-
-
-def end(process: Any) -> int:
-    process.join(120)
-    assert process.exitcode is not None, "the command does not come to an end"
-    return process.exitcode
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What must be the same to the bit
-
-
-@dataclass
-class Outcome:
-    """All of a run that says what was trained and scored, without times and places."""
-
-    files: dict[str, Any]
-
-    def differences(self, other: "Outcome") -> list[str]:
-        names = self.files.keys() | other.files.keys()
-        return sorted(name for name in names if self.files.get(name) != other.files.get(name))
-
-
-def outcome(run_folder: Path) -> Outcome:
-    files: dict[str, Any] = {}
-    for kind in ("arms", "trials"):
-        for path in sorted((run_folder / kind).rglob("*")):
-            name = str(path.relative_to(run_folder))
-            if path.suffix == ".safetensors" or path.parent.name == "scores":
-                files[name] = path.read_bytes()
-            elif path.name == "chosen.json":
-                files[name] = path.read_text()
-            elif path.name == "metrics.jsonl":
-                rows = read_jsonl(path)
-                files[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-            elif path.name == "ledger.jsonl":
-                files[name] = read_jsonl(path)
-            elif path.name == "result.json":
-                record = json.loads(path.read_text())
-                info = record["train_info"]
-                kept = ("learning_rate", "scored_step", "looked_loss", "steps", "segments", "scored_state", "tokens")
-                files[name] = [record["status"], record["evaluation"], {key: info[key] for key in kept}]
-    return Outcome(files)
-
-
-def write_recipe(folder: Path, recipe_text: str, *lines: str) -> Path:
-    """The tiny recipe with fewer rows and a checkpoint after every step."""
-    folder.mkdir(exist_ok=True)
-    text = recipe_text.replace("{train: 24, validation: 8, test: 16}", "{train: 16, validation: 4, test: 4}")
-    text = text.replace("epochs: 2, batch_size: 8", "steps: 9, batch_size: 4")
-    path = folder / "tiny.yaml"
-    path.write_text(text + "checkpoint_seconds: 0\n" + "\n".join(lines) + "\n")
-    return path
-
-
-CHOICE = ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,green,yellow,red]", "data.label=label"]
 VARIANTS = {
     "last": ["link.dropout=0.1", "training.schedule=constant", "evaluation.every=2", *CHOICE],
     "best": ["evaluation.checkpoint=best", "evaluation.every=1", "training.learning_rate=3e-2", "link.dropout=0.1"],
@@ -192,15 +44,6 @@ VARIANTS = {
     "knots": ["knot={optimizer: {prune_random: 0.5}, merge_fraction: 0.5}", "link.init=orthogonal", *CHOICE],
     "forgetful": ["keep_full_weights=false", "arms.lora=null", "comparison.primary=null", *CHOICE],
 }
-
-
-def fresh(recipe: Path, overrides: list[str], folder: Path) -> Outcome:
-    """The undisturbed run, with a store of its own."""
-    whole, summary = go(recipe, *overrides, f"store={folder / 'undisturbed'}", folder=folder / "undisturbed-run")
-    assert not summary["interrupted"]
-    made = outcome(whole.path)
-    assert any(name.endswith("result.json") for name in made.files)
-    return made
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -214,6 +57,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
     often = {"rmtree": 3, "knot": 3, "half a knot": 3, "score": 4, "AdamW": 8, "rename": 10}
     first = 2 * list(VARIANTS).index(variant)
     places = [*PLACES, "time"][first:] + [*PLACES, "time"][:first]
+    drawn = variant == "best"  # so that a kill may fall into the drawing of a page
     kills: list[str] = []
     rounds = 0
     while len(kills) < N_KILLS:
@@ -225,11 +69,11 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
         while code == KILLED:
             place = places[len(kills)] if len(kills) < N_KILLS else "nothing"
             if place == "time":
-                process = start(command, said)
+                process = start(command, said, drawn=drawn)
                 time.sleep(rng.uniform(0.3, 1.5))
                 process.kill()
             else:
-                process = start(command, said, place, rng.randint(1, often.get(place, 25)))
+                process = start(command, said, place, rng.randint(1, often.get(place, 25)), drawn=drawn)
             code = end(process)
             assert code in (0, KILLED), (kills, said.read_text())
             kills += [place] if code == KILLED else []
@@ -703,7 +547,7 @@ def with_scaling(_dtype: str) -> Accelerator:
 def test_gradient_scaling_is_the_same_however_a_path_is_cut_and_shared(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cola.run.job.make_accelerator", with_scaling)
+    monkeypatch.setattr("cola.run.assignment.make_accelerator", with_scaling)
     common = ["model.dtype=float16", "arms.full=null", "arms.base=null", "training.steps=9", "comparison.primary=null"]
     common += ["training.schedule=constant", "training.learning_rate=3e-3"]
     lora, _ = go(recipe_file, *common, "arms.chain3=null", f"store={tmp_path / 'lora'}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,32 +11,16 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import PeftModel
-from rich.console import Console
+from runs import go, quiet, result
 from safetensors.torch import load_file
 
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
 from cola.report.page import write_report
-from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
-from cola.tree.run_holder import create_run, lock_run
-
-
-def quiet() -> Terminal:
-    return Terminal(Console(file=open(os.devnull, "w")))  # noqa: PTH123 - closed with the process
-
-
-def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[RunFolder, dict]:
-    """A new run; it shares what the runs of the same test have stored unless it names a store of its own."""
-    recipe = read_recipe(recipe_file, list(overrides))
-    run_folder = create_run(recipe, folder)
-    return run_folder, run(recipe, run_folder, quiet())
-
-
-def result(folder: RunFolder, arm: str, seed: int = 0) -> dict:
-    return json.loads((folder.path / "arms" / arm / f"seed-{seed}" / "result.json").read_text())
+from cola.tree.run_holder import lock_run
 
 
 def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> None:
@@ -75,7 +58,7 @@ def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Pa
     from contextlib import nullcontext
 
     from cola.data.splits import load_splits
-    from cola.link.model import find_model
+    from cola.link.find import find_model
     from cola.measure.evaluate import Evaluator
 
     tokenizer = find_model(recipe.model).tokenizer()
@@ -179,6 +162,7 @@ def test_a_knot_that_drifts_more_than_is_allowed_fails_its_arm_alone(recipe_file
     assert "where 1e-12 is allowed (knot.max_drift)" in result(folder, "chain3")["run_info"]["error"]
 
 
+@pytest.mark.drawn
 def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.lora.learning_rate=1e20", "training.max_grad_norm=null")
     assert summary["arms"]["lora"]["states"] == {0: "failed"}
@@ -206,7 +190,7 @@ def test_what_is_finished_is_not_trained_again(recipe_file: Path) -> None:
 # A real `cola`: the signal comes to a process that nothing of the tests has prepared.
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Path, stop: signal.Signals) -> None:
-    from test_cli import cola
+    from runs import cola
 
     command = [sys.executable, "-m", "cola", "run", str(recipe_file)]
     command += ["training.epochs=30", "evaluation.every=never", "arms.full=null"]
@@ -244,6 +228,7 @@ def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, mo
     assert result(folder, "base")["evaluation"]["test"]["n"] == 16
 
 
+@pytest.mark.drawn
 def test_a_run_without_any_evaluation_point_has_a_page(recipe_file: Path) -> None:
     rates = ["arms.lora.learning_rate=1e20", "arms.chain3.learning_rate=1e20"]
     folder, summary = go(recipe_file, *rates, "arms.full=null", "training.max_grad_norm=null")
@@ -261,7 +246,7 @@ def test_recomputed_activations_change_no_result(recipe_file: Path) -> None:
 
 def test_two_processes_do_not_work_in_one_folder(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
-    from test_cli import cola
+    from runs import cola
 
     with lock_run(folder.path):
         command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
@@ -280,6 +265,7 @@ def test_a_resumed_run_goes_on_with_the_recipe_it_began_with(recipe_file: Path) 
         run(recipe, opened, quiet())
 
 
+@pytest.mark.drawn
 def test_multiple_choice_and_text_run_too(recipe_file: Path) -> None:
     choice = [
         "data.task=multiple_choice",
@@ -296,6 +282,7 @@ def test_multiple_choice_and_text_run_too(recipe_file: Path) -> None:
     assert f"{math.exp(summary['arms']['lora']['test_loss']['mean']):.2f}" in write_report(folder).read_text()
 
 
+@pytest.mark.drawn
 def test_the_report_shows_foreign_text_as_text(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.full=null", 'data.prompt="<script>alert(1)</script> {question}"')
     summary["arms"]["<b>x</b>"] = summary["arms"].pop("lora")

@@ -12,17 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from children import command, processes
 from conftest import recipe_of, run_once
+from runs import FULL_ONLY, SHORT, go, quiet, result
 from safetensors.torch import load_file
-from test_run import go, quiet, result
-from test_store import SHORT, lineage_of, opened, processes, race
+from test_store import lineage_of, opened, race
 
-from cola.cli.app import app
 from cola.files import digest
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
+from cola.run import job as cola_job
 from cola.run import run as cola_run
-from cola.run.job import JobRun
+from cola.run.assignment import Assignment
+from cola.run.bench import Bench
 from cola.run.run import run
 from cola.tree import locks, prune
 from cola.tree.run_folder import RunFolder
@@ -30,7 +32,6 @@ from cola.tree.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ARMS = [*SHORT, "arms.base=null", "arms.lora=null", "comparison.primary=null", "arms.chain3.links=2"]
-FULL_ONLY = ["arms.base=null", "arms.lora=null", "arms.chain3=null", "comparison.primary=null"]
 KEPT = ["keep_full_weights=true", "keep_full_weights=false"]
 
 
@@ -84,15 +85,15 @@ def test_spectra_are_the_same_where_full_fine_tuning_ends_last(
 def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     recipe_file: Path, in_order: Any, kept: str, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = JobRun.go
+    do_job = cola_run.do_job
 
-    def fails(self: JobRun) -> None:
-        if self.job.arm == failing:
+    def fails(bench: Bench, job: Job) -> None:
+        if job.arm == failing:
             raise MemoryError("none left")
-        go_on(self)
+        do_job(bench, job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobRun, "go", fails)
+        patch.setattr(cola_run, "do_job", fails)
         folder, summary = go(recipe_file, *ARMS, kept)
     assert summary["arms"][failing]["states"] == {0: "failed"}
     opened_again, recipe = RunFolder.open(folder.path)
@@ -100,16 +101,6 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     assert spectra(folder.path) == in_order[0]
     assert again["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
-
-
-def command(words: list[str], said: Path, cache: str) -> None:
-    """A command line of cola as a process of its own."""
-    os.environ["COLA_CACHE"] = cache
-    torch.set_num_threads(1)
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    app(words)
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -165,14 +156,14 @@ def test_what_inspect_has_counted_stays_where_nothing_else_is_new(recipe_file: P
 
 def held_before_handing_out(words: list[str], said: Path, cache: str, begun: Any, go_on: Any) -> None:
     """The command, which waits where it has found its weights in the store and has not handed them out."""
-    hand_out = JobRun._hand_out
+    hand_out = cola_job.hand_out
 
-    def waits(self: JobRun, step: int) -> None:
+    def waits(given: Assignment, step: int) -> None:
         begun.set()
         assert go_on.wait(120)
-        hand_out(self, step)
+        hand_out(given, step)
 
-    JobRun._hand_out = waits
+    cola_job.hand_out = waits
     command(words, said, cache)
 
 

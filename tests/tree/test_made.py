@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import cola
-from test_run import go, result
-from test_store import LORA_ONLY, SHORT
+from runs import LORA_ONLY, SHORT, cola, go, result
 
 from cola.compare.summary import made_differently
 from cola.report.page import write_report

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_run import go
-from test_store import LORA_ONLY, SHORT, processes
+from children import command, processes
+from runs import LORA_ONLY, SHORT, go
 
 from cola.cli.app import app
 from cola.errors import RunFolderError
@@ -24,23 +23,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [*SHORT, *LORA_ONLY]
 
 
-def command(words: list[str], said: Path, cache: str, together: Any) -> None:
-    """A command line of cola as a process of its own, begun when all the others are there too."""
-    os.environ["COLA_CACHE"] = cache
-    torch.set_num_threads(1)
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    together.wait(60)
-    app(words)
+def together_with(others: Any, words: list[str], said: Path, cache: str) -> None:
+    """The command, begun when all the others are there too."""
+    others.wait(60)
+    command(words, said, cache)
 
 
 def at_once(words: list[str], folder: Path, n_processes: int = 3) -> tuple[list[int], list[str]]:
     """One command by several processes that start together; the exit codes, and what each said, in their order."""
-    together = processes.Barrier(n_processes)
+    all_there = processes.Barrier(n_processes)
     said = [folder / f"said-{number}.txt" for number in range(n_processes)]
     running = [
-        processes.Process(target=command, args=(words, path, os.environ["COLA_CACHE"], together)) for path in said
+        processes.Process(target=together_with, args=(all_there, words, path, os.environ["COLA_CACHE"]))
+        for path in said
     ]
     for process in running:
         process.start()

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from conftest import SKY, tiny_model, tiny_tokenizer
-from test_run import go, result
+from runs import go, result
 
 from cola.data.splits import load_splits
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
-from cola.run.plan_tree import meter_of, shared_tree
+from cola.run.plan_tree import Planner
 from cola.tree import segments
 from cola.tree.run_folder import read_jsonl
 from cola.tree.segments import Lineage, Tree
@@ -127,8 +127,8 @@ def tree_of(case: Case, device: str = "cpu") -> Tree:
     recipe = read_recipe(case.write())
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    meter = meter_of(recipe, source.skeleton(), splits)
-    tree = shared_tree(recipe, [], source, meter, splits, device)
+    planner = Planner(source, source.skeleton(), splits, device)
+    tree = planner.tree(recipe, planner.meter(recipe))
     return Tree(recipe, tree.n_train, tree.root_of, tree.modules_of, tree.digests_of, tree.total_of)
 
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,21 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from children import command, processes
 from conftest import tiny_model
 from peft import PeftModel
-from test_run import go, result
-from typer.testing import CliRunner, Result
+from runs import FULL_ONLY, LORA_ONLY, SHORT, assert_one_line, go, result
+from runs import wide_cola as cola
 
-from cola.cli.app import app
 from cola.data.splits import load_splits
 from cola.errors import StoreError
 from cola.files import digest
 from cola.link import adapters
-from cola.link.model import find_model
+from cola.link.find import find_model
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
-from cola.run.plan_tree import meter_of, shared_tree
+from cola.run.plan_tree import Planner
 from cola.tree import locks, prune
 from cola.tree import store as store_file
 from cola.tree.segments import Lineage, state_name
@@ -38,14 +37,6 @@ from cola.tree.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "test_store"])
-
-SHORT = ["training.steps=4", "training.batch_size=4"]
-SHORT += ["data.rows.train=16", "data.rows.validation=4", "data.rows.test=4"]
-SHORT += ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,green,yellow,red]", "data.label=label"]
-FULL_ONLY = ["arms.base=null", "arms.lora=null", "arms.chain3=null", "comparison.primary=null"]
-LORA_ONLY = ["arms.full=null", "arms.base=null", "arms.chain3=null", "comparison.primary=null"]
 PAIR = [*SHORT, "arms.full=null", "arms.base=null", "arms.chain3.links=2", "training.schedule=constant"]
 
 
@@ -59,11 +50,6 @@ def opened(place: Path) -> tuple[Store, list[str]]:
     """A store and what it warns of."""
     said: list[str] = []
     return Store(place, said.append), said
-
-
-def cola(*words: str | Path) -> Result:
-    """The command line, in this process. rich wraps what it prints to the width of a terminal."""
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "1000"})
 
 
 def weights_in(store: Store) -> dict[str, bytes]:
@@ -443,16 +429,6 @@ def test_a_reader_does_not_take_a_state_that_is_being_let_go_for_a_damaged_one(
 # Two processes
 
 
-def command(words: list[str], said: Path, cache: str) -> None:
-    """A command line of cola as a process of its own."""
-    os.environ["COLA_CACHE"] = cache
-    torch.set_num_threads(1)
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    app(words)
-
-
 @dataclass
 class Raced:
     folders: list[Path]
@@ -501,8 +477,8 @@ def test_processes_that_need_the_same_segment_train_it_once(recipe_file: Path, p
 def lineage_of(recipe: Recipe, job: Job) -> Lineage:
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    meter = meter_of(recipe, source.skeleton(), splits)
-    return shared_tree(recipe, [], source, meter, splits, "cpu").lineage(job)
+    planner = Planner(source, source.skeleton(), splits, "cpu")
+    return planner.tree(recipe, planner.meter(recipe)).lineage(job)
 
 
 def test_a_process_leaves_to_another_what_that_is_at_and_does_the_rest(recipe_file: Path, place: Path) -> None:
@@ -759,7 +735,7 @@ def test_inspecting_says_what_a_link_trains_and_what_the_knot_before_it_did(
 @pytest.mark.parametrize("word", ["zzz", "", "0" * 32, "../..", "*"])
 def test_inspecting_what_is_not_there_is_one_line(recipe_file: Path, word: str) -> None:
     go(recipe_file, *SHORT, *LORA_ONLY)
-    one_line(cola("inspect", word))
+    assert_one_line(cola("inspect", word))
 
 
 def test_inspecting_what_could_be_two_segments_is_one_line(place: Path) -> None:
@@ -768,7 +744,7 @@ def test_inspecting_what_could_be_two_segments_is_one_line(place: Path) -> None:
     beginnings = [name[0] for name in names]
     twice = next(letter for letter in beginnings if beginnings.count(letter) > 1)
     told = cola("inspect", twice)
-    one_line(told)
+    assert_one_line(told)
     assert f"{beginnings.count(twice)} segments begin with '{twice}'" in told.output
 
 
@@ -778,7 +754,7 @@ def test_a_segment_that_is_damaged_or_whose_parent_has_gone_is_one_line(recipe_f
     store, _ = opened(place)
     shutil.rmtree(store.folder(first))
     told = cola("inspect", last)
-    one_line(told)
+    assert_one_line(told)
     assert first in told.output
     flip(store.folder(last) / "steps.jsonl", random.Random(0))
     told = cola("inspect", last)
@@ -790,7 +766,7 @@ def test_a_segment_that_is_damaged_or_whose_parent_has_gone_is_one_line(recipe_f
 @pytest.mark.parametrize("words", [["inspect", "abc"], ["store", "ls"], ["store", "verify"], ["store", "prune"]])
 def test_a_store_that_is_not_there_is_one_line_and_is_not_made(tmp_path: Path, words: list[str]) -> None:
     told = cola(*words, "--store", tmp_path / "nowhere")
-    one_line(told)
+    assert_one_line(told)
     assert str(tmp_path / "nowhere") in told.output
     assert not (tmp_path / "nowhere").exists()
 
@@ -802,7 +778,7 @@ def test_a_store_of_another_format_is_left_alone(place: Path, text: str) -> None
     (place / "format.json").write_text(text)
     with pytest.raises(StoreError, match="set store to another"):
         opened(place)
-    one_line(cola("store", "prune", "--yes"))
+    assert_one_line(cola("store", "prune", "--yes"))
     assert (store.folder(name) / "segment.json").exists()
 
 
@@ -824,15 +800,6 @@ def test_a_damaged_reference_frees_nothing_and_is_one_line(
         assert isinstance(told.exception, SystemExit | None), told.exception
         assert told.exit_code in (0, 2)
         assert store.has(name)
-
-
-def one_line(told: Result) -> None:
-    """An error that a user can read."""
-    assert isinstance(told.exception, SystemExit), told.exception
-    assert told.exit_code == 2, told.output
-    lines = [line for line in told.output.splitlines() if line]
-    assert len(lines) == 1, told.output
-    assert lines[0].startswith("error: ")
 
 
 def test_two_processes_may_make_one_store(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from cola.recipe.plan import Job, evaluation_steps, trials_of
 from cola.recipe.recipe import Recipe
 from cola.run.bench import Bench
 from cola.run.search import with_choice
-from cola.run.settle import Spectra
+from cola.run.spectrum_files import SpectrumFiles
 from cola.tree.prune import let_go
 
 
-def wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: Spectra) -> set[str]:
+def wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: SpectrumFiles) -> set[str]:
     """The fully fine-tuned states of which the run needs the weights: those that it keeps, and until a job is scored,
     and all spectra are taken that its weights are looked at for, whatever it may come to score."""
     recipe, wanted = bench.recipe, set()
@@ -24,7 +24,7 @@ def wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: Spectra) -> set[s
             result, chosen = bench.folder.result(job), with_choice(bench, job)
             lineage = bench.tree.lineage(chosen)
             if result is None or result["status"] != "ok":
-                points = evaluation_steps(recipe, lineage.links, bench.splits.sizes["train"]) if best else ()
+                points = evaluation_steps(recipe, lineage.links, bench.materials.splits.sizes["train"]) if best else ()
                 wanted |= {lineage.names[step] for step in (*bench.tree.cuts(chosen), *points)}
             elif job.trial:
                 # Where a seed is scored too, one of its trials may be what it chooses.

@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cola.files import digest
 from cola.link import adapters
 from cola.link.residual import LinkWeights, added
+from cola.measure.learned import Learned
 from cola.recipe.plan import Job
 from cola.run.bench import Bench
 from cola.tree.run_folder import read_spectrum, write_spectrum
 
 
 @dataclass
-class Spectra:
+class SpectrumFiles:
     """Keeps each arm's spectrum.json at what its run folder and the store allow to be said.
 
     An arm with pairs is compared with full fine-tuning under the same seed. Which of the two ends first, in which
@@ -27,7 +29,12 @@ class Spectra:
     bench: Bench
     _taken: dict[tuple[str, int], str | None] = field(default_factory=dict)  # with which state of full fine-tuning
 
-    def settle(self, jobs: Sequence[Job]) -> None:
+    @cached_property
+    def _learned(self) -> Learned:
+        materials = self.bench.materials
+        return Learned(materials.source, materials.skeleton, materials.recipe, materials.device)
+
+    def update(self, jobs: Sequence[Job]) -> None:
         """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""
         for job in jobs:
             result = self._result(job)
@@ -72,7 +79,7 @@ class Spectra:
             )
 
     def _of_full(self, job: Job, info: dict[str, Any]) -> dict[str, Any] | None:
-        learned, measured, step = self.bench.learned, self.bench.measurements(job), info["scored_step"]
+        learned, measured, step = self._learned, self.bench.measurements(job), info["scored_step"]
         beside = {"matrices": digest(learned.looked_at)}
         record = measured.known_spectrum(step, beside)
         if record is None and (folder := self._weights(info["scored_state"])) is not None:
@@ -82,7 +89,7 @@ class Spectra:
         return record
 
     def _of_chain(self, job: Job, info: dict[str, Any], full: dict[str, Any] | None) -> dict[str, Any]:
-        learned, measured, step = self.bench.learned, self.bench.measurements(job), info["scored_step"]
+        learned, measured, step = self._learned, self.bench.measurements(job), info["scored_step"]
         beside, update = {"full": None}, None
         if full is not None:
             state = full["train_info"]["scored_state"]

@@ -1,0 +1,204 @@
+"""Where a base, its tokenizer or an adapter lies: in a folder, in a GGUF file, in a package, or on the hub."""
+
+import contextlib
+import errno
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from cola.errors import ModelError, one_line
+from cola.files import cache_dir, package_file
+from cola.link import gguf_file
+from cola.link.checkpoint import content_digest, weight_names
+from cola.link.model import Source
+from cola.recipe.bounds import is_remote
+from cola.recipe.schema import Model
+
+HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
+
+
+def find_model(settings: Model, say: Callable[[str], None] = lambda text: None, quantized: bool = False) -> Source:
+    """Locate the base, downloading from the hub or dequantizing a GGUF file once where that is needed.
+
+    Args:
+        settings: The recipe's.
+        say: Told what takes a while.
+        quantized: Whether its weights may be codes already, which is for scoring only.
+
+    Raises:
+        ModelError: it is not there, cannot be reached, or is not in a format that is safe to load.
+    """
+    name = settings.name_or_path
+    if name.startswith("package://"):
+        return _source(settings, _from_gguf(package_file(name), say))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.name_or_path: {name}: no such file")
+        return _source(settings, _from_gguf(path, say))
+    if path.exists() or not is_remote(name):
+        if not path.exists():
+            raise ModelError(f"model.name_or_path: {name}: no such folder")
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
+        return _source(settings, path.resolve(), quantized=quantized)
+    snapshot = _from_hub(settings)
+    # The hub's cache names a snapshot by its commit.
+    return _source(settings, snapshot, revision=snapshot.name, quantized=quantized)
+
+
+def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The base's tokenizer, and the tokens that end an answer by the model. No weights are fetched from the hub, and a
+    GGUF file is not dequantized.
+
+    Raises:
+        ModelError: it is not there, or cannot be reached.
+    """
+    name = settings.name_or_path
+    path = package_file(name) if name.startswith("package://") else Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file() and (_gguf_folder(path, "models") / "config.json").is_file():
+        path = _gguf_folder(path, "models")  # a run has read it before, which takes a while
+    elif path.suffix == ".gguf" and path.is_file():
+        tokenizer = Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
+        with _reading(path):
+            return tokenizer, gguf_file.end_tokens(path)
+    if not path.exists() and is_remote(name):
+        path = _from_hub(settings, HUB_TEXTS)
+    elif not path.is_dir():
+        raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix == '.gguf' else 'folder'}")
+    source = Source(name, path, settings.trust_remote_code)
+    return source.tokenizer(), source.ends()
+
+
+def find_adapter(settings: Model) -> Path | None:
+    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter.
+
+    Raises:
+        ModelError: the hub cannot be reached.
+    """
+    name = settings.name_or_path
+    folder = Path(name).expanduser()
+    if is_remote(name) and not name.startswith("package://"):
+        folder = _from_hub(settings)
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _source(settings: Model, folder: Path, revision: str | None = None, quantized: bool = False) -> Source:
+    source = Source(settings.name_or_path, folder, settings.trust_remote_code, revision)
+    if not source.files:
+        if found := sorted(path.name for path in folder.glob("*.safetensors")):
+            raise ModelError(
+                f"model.name_or_path: {source.name} has {found[0]:.80}, and neither model.safetensors nor "
+                "model.safetensors.index.json, which names the files of the weights"
+            )
+        raise ModelError(
+            f"model.name_or_path: {source.name} has no .safetensors weights; pickled weights (.bin, .pt) can run code "
+            "and are not read: convert them with transformers' save_pretrained"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if not settings.trust_remote_code and "auto_map" in (folder / "config.json").read_text(encoding="utf-8"):
+            raise ModelError(
+                f"model.name_or_path: {source.name} needs Python code that comes with it, which is not run unless the "
+                "recipe says model.trust_remote_code: true"
+            ) from None
+        raise ModelError(f"model.name_or_path: {source.name}: {one_line(error)}") from error
+    codes = getattr(config, "quantization_config", None) or {}
+    if quantized and codes and codes.get("quant_method") != "bitsandbytes":
+        raise ModelError(
+            f"{source.name} is quantized by {codes.get('quant_method')}; only bitsandbytes' codes are read"
+        )
+    if codes and not quantized:
+        raise ModelError(
+            f"model.name_or_path: {source.name} is quantized already; give the dense model and say "
+            "model.quantization: nf4 (or int8)"
+        )
+    return source
+
+
+def _from_hub(settings: Model, files: Sequence[str] = HUB_FILES) -> Path:
+    name = settings.name_or_path
+
+    def fetch(revision: str | None, files: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        # The hub client, its http library and its cache raise errors without a common base.
+        except Exception as error:
+            raise ModelError(
+                f"model.name_or_path: {name}: no such folder here, and the hub did not give it "
+                f"({type(error).__name__}: {one_line(error)}); without a network, run `hf download {name} --local-dir "
+                "DIR` elsewhere and set model.name_or_path to that folder"
+            ) from error
+
+    folder = fetch(settings.revision, [*files, "*.py"] if settings.trust_remote_code else [*files])
+    if files is not HUB_FILES:
+        return folder
+    if others := [file for file in weight_names(folder) if not (folder / file).is_file()]:
+        fetch(folder.name, others)  # which the index, now here, is the first to name
+    return folder
+
+
+def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
+    """A safetensors folder with the file's weights in float32, made the first time and reused."""
+    folder = _gguf_folder(file, "models")
+    if (folder / "config.json").is_file():
+        return folder
+    say(f"dequantizing {file.name} to safetensors, once, into {folder}")
+    with _aside(folder) as aside, _reading(file):
+        gguf_file.convert(file, aside)
+    return folder
+
+
+def gguf_config(file: Path) -> Path:
+    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read.
+
+    Raises:
+        ModelError: it is no GGUF file that can be read.
+    """
+    dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, "configs")
+    if (dequantized / "config.json").is_file():
+        return dequantized
+    if not (folder / "config.json").is_file():
+        with _aside(folder) as aside, _reading(file):
+            gguf_file.read_config(file).save_pretrained(aside)
+    return folder
+
+
+def _gguf_folder(file: Path, kind: str) -> Path:
+    return cache_dir() / kind / f"{file.stem}-{content_digest(file)[:16]}-{gguf_file.VERSION}"
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Where to make a folder that holds a config.json, unless another process makes it first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
+    try:
+        yield aside
+        try:
+            aside.replace(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """One clear line for a GGUF file that cannot be read."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"model.name_or_path: {file}: {error}") from None
+    # transformers, gguf and tokenizers check little of what they read and raise what they like, plain Exceptions too.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ModelError(f"model.name_or_path: {file}: not a GGUF file that can be read: {one_line(error)}") from error

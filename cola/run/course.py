@@ -1,0 +1,110 @@
+"""The course of a job: its steps, looks at validation and knots, found or made, and the best so far."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from cola.measure.scores import ExampleScore, mean_loss, mean_score
+from cola.run.assignment import Assignment
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation point so far."""
+
+    key: tuple[float, float]
+    step: int
+
+
+@dataclass
+class Course:
+    """What is known of a job so far; all that is noted here is written down and shown.
+
+    Attributes:
+        given: The job's assignment.
+        metrics: metrics.jsonl, open.
+        at: Steps that were found or made.
+        reused: Those that were found.
+        steps: The record of each.
+        looks: Loss and score on validation, by step.
+        knots: The record of each, without its matrices.
+        best: The best look; None where the last step is scored whatever the looks say.
+    """
+
+    given: Assignment
+    metrics: TextIO
+    at: int = 0
+    reused: int = 0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    looks: dict[int, dict[str, Any]] = field(default_factory=dict)
+    knots: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
+    _ledger: list[dict[str, Any]] = field(default_factory=list)  # of each knot's matrices
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last knot is tied."""
+        return len(self.knots) == len(self.given.links)
+
+    @property
+    def scored_step(self) -> int:
+        """The step that is scored at the end."""
+        return self.best.step if self.best else self.given.n_steps
+
+    @property
+    def link_steps(self) -> list[dict[str, Any]]:
+        """The records of the current link's steps."""
+        return self.steps[self.given.links[self.given.lineage.link_of(self.at)].first_step :]
+
+    def note_step(self, record: dict[str, Any]) -> None:
+        """One more step is there."""
+        given, self.at = self.given, record["step"]
+        number, n_links = given.lineage.link_of(self.at) + 1, len(given.links)
+        self.steps.append(record)
+        self._write("step", {"link": number, **record})
+        name = f"link {number}/{n_links}" if n_links > 1 else "training"
+        given.bench.progress.step(name, record["loss"], record["tokens"], record["seconds"])
+        curves = {f"train/{key}": record[key] for key in ("loss", "grad_norm", "learning_rate")}
+        curves["train/tokens_per_second"] = record["tokens"] / max(record["seconds"], 1e-9)
+        given.tracker.log(self.at, curves)
+
+    def note_look(self, step: int, scores: list[ExampleScore]) -> None:
+        """Validation was scored after a step."""
+        link = self.given.lineage.link_of(step) + 1
+        look = {"step": step, "link": link, "loss": mean_loss(scores), "score": mean_score(scores)}
+        self.looks[step] = look
+        self.best = better(self.given, self.best, step, scores)
+        self._write("validation", look)
+        self.given.tracker.log(step, {"validation/loss": look["loss"], "validation/score": look["score"]})
+
+    def note_knot(self, record: dict[str, Any]) -> None:
+        """The next link is tied."""
+        knot = {key: value for key, value in record.items() if key != "matrices"}
+        self.knots.append(knot)
+        if not record["matrices"]:
+            return
+        matrices = record["matrices"].items()
+        self._ledger += [{"link": knot["link"], "module": name, **applied} for name, applied in matrices]
+        self.given.bench.folder.write_jsonl(self.given.file("ledger.jsonl"), self._ledger)
+        self._write("knot", knot)
+        numbers = {f"knot/{key}": number for key, number in knot.items() if isinstance(number, float)}
+        self.given.tracker.log(knot["step"], numbers)
+
+    def _write(self, kind: str, row: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps({"kind": kind, **row}) + "\n")
+
+
+def better(given: Assignment, best: Best | None, step: int, scores: list[ExampleScore]) -> Best | None:
+    """The best look once one more is known; None where the last step is scored whatever the looks say."""
+    if given.recipe.evaluation.checkpoint != "best":
+        return None
+    key = selection_key(given.recipe.evaluation.select_by, mean_loss(scores), mean_score(scores))
+    return Best(key, step) if best is None or key > best.key else best
+
+
+def selection_key(select_by: str, loss: float, score: float | None) -> tuple[float, float]:
+    """Orders looks at validation: the larger key is the better."""
+    if not math.isfinite(loss):
+        return (-math.inf, -math.inf)  # a model that has diverged is the worst, whatever it happens to score
+    return (score if select_by == "score" and score is not None else 0.0, -loss)

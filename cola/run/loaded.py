@@ -1,0 +1,125 @@
+"""The chain of a job, loaded when something is first asked of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+from transformers import PreTrainedModel
+
+from cola.chain import Chain, Knot, Probe, retie, run_chain
+from cola.errors import ModelError
+from cola.link import adapters
+from cola.link.base import Base
+from cola.link.moments import Moments
+from cola.link.residual import Residual, left_behind
+from cola.link.starts import Gradients, hold_out
+from cola.recipe.plan import Link
+from cola.run.assignment import Assignment
+
+
+class Loaded:
+    """A model in memory, with the links that are trained and tied in it; nothing until it is needed.
+
+    Args:
+        given: The job's assignment.
+        untouched: Called with the model before anything is attached to it or merged.
+    """
+
+    def __init__(self, given: Assignment, untouched: Callable[[PreTrainedModel], None]) -> None:
+        self.needed = False  # whether anything was loaded
+        self._given = given
+        self._untouched = untouched
+        self._placed: int | None = None  # the step whose tied weights the model has
+
+    def load(self) -> PreTrainedModel:
+        """The untouched base.
+
+        Raises:
+            ModelError: it is not the one that this run began with.
+        """
+        given, bench, source = self._given, self._given.bench, self._given.bench.materials.source
+        bench.progress.stage("loading the model")
+        self.needed = True
+        # Its name in the store says what the base was as the run began.
+        if source.fingerprint() != bench.meta["model"]["sha256"]:
+            raise ModelError(
+                f"model.name_or_path: {source.name} has changed since this run began; put it back and go on "
+                "with the same command, or start a new run"
+            )
+        ready = bench.ready.pop((given.dtype, given.quantization), None)
+        bench.ready.clear()  # nor is a second one kept in memory
+        if ready is not None:
+            return ready
+        return source.load(given.dtype, given.accelerator.device, given.quantization)
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The base with what was tied to it."""
+        given, model = self._given, self.load()
+        self._untouched(model)
+        if given.recipe.training.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        base = Base(model, given.bench.materials.source.files, quantized=given.quantization is not None)
+        return Chain(model, base, given.rules)
+
+    def run(
+        self, n_tied: int, tune: Callable[[Chain, Link], None], probe: Probe, gradients: Gradients
+    ) -> Iterator[Knot]:
+        """Train the links that are not tied yet.
+
+        Args:
+            n_tied: Links that the store has tied.
+            tune: As in `run_chain`, and so are the others.
+            probe: Asks the model.
+            gradients: Full gradients of matrices.
+        """
+        given = self._given
+        retie(self.chain, self._tied(given.ends[:n_tied], gone_on=False))
+        yield from run_chain(self.chain, given.links, tune, probe, gradients)
+        self._placed = given.n_steps
+
+    def put_back(self, step: int) -> Moments | None:
+        """Give the attached link the weights of a state that is there; returns the optimizer's state, if kept.
+
+        Raises:
+            FileNotFoundError: it has gone from the store.
+        """
+        moments = self._given.states.put_back(self.chain.model, step)
+        hold_out(self.chain.model, self.chain.base, self.chain.learned)
+        return moments
+
+    def model_after(self, step: int) -> PreTrainedModel:
+        """The model with the links up to a step tied.
+
+        Raises:
+            FileNotFoundError: a state that it takes has gone from the store.
+        """
+        given, chain = self._given, self.chain
+        if step in (0, self._placed):
+            return chain.model
+        number = given.lineage.link_of(step)
+        ends, link = given.ends[:number], given.links[number]
+        for needed in (*ends, step):
+            if not given.has_weights(needed):
+                raise FileNotFoundError(f"{given.job.label}: the state after step {needed} has gone from the store")
+        if link.method == "lora":
+            retie(chain, [*self._tied(ends, gone_on=True), given.states.pair(step)])
+        else:
+            chain.model = adapters.attach(chain.model, link.what, link.seed)
+            given.states.put_back(chain.model, step)
+            adapters.detach(chain.model)
+        self._placed = step
+        return chain.model
+
+    def _tied(self, ends: Sequence[int], gone_on: bool) -> Residual:
+        """What links that others follow have left in the chain, from the store.
+
+        Args:
+            ends: Their last steps.
+            gone_on: Whether the link after them has begun; a pair that is kept is in that link's then.
+        """
+        given = self._given
+        pairs, share = [given.states.pair(end) for end in ends], given.rules.merge_fraction or 1.0
+        keeps = given.rules.pair == "keep"
+        if keeps and pairs and not gone_on:
+            return [*left_behind(pairs[:-1], share, True), pairs[-1]]
+        return left_behind(pairs, share, keeps)

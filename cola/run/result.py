@@ -1,0 +1,168 @@
+"""What a job leaves in its run folder: the weights that are kept, the record of its result, what W&B is sent."""
+
+import shutil
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from cola.files import each_once
+from cola.link import adapters
+from cola.measure.cost import Cost
+from cola.recipe.plan import Job, Link
+from cola.recipe.recipe import Recipe
+from cola.run.assignment import Assignment
+from cola.run.course import Course
+from cola.tree.run_folder import FORMAT, MADE_WITH
+from cola.tree.store import hand_out as copy_out
+
+
+def hand_out(given: Assignment, scored_step: int) -> None:
+    """The knots, and the weights of full fine-tuning, into the run folder."""
+    kept = [(f"knots/link-{number}", link.last_step, link) for number, link in enumerate(given.links, 1)]
+    if 0 < scored_step < given.n_steps:
+        number = given.lineage.link_of(scored_step)
+        kept.append((f"knots/best-link-{number + 1}", scored_step, given.links[number]))
+    for name, step, link in kept:
+        full = link.method == "full"
+        if (link.method != "lora" and step != scored_step) or not given.has_weights(step):
+            continue
+        if full and not given.recipe.keep_full_weights:
+            continue
+        folder = given.path / {"lora": name, "full": "model"}.get(link.method, "adapter")
+        folder.mkdir(parents=True)
+        segment = given.states.there(step)
+        for file in segment.record["files"]:
+            if adapters.is_export(file):
+                copy_out(segment.folder / file, folder / file, large=full and file.endswith(".safetensors"))
+        if full:
+            given.evaluator.tokenizer.save_pretrained(folder)
+            if (own := given.bench.materials.source.folder / "generation_config.json").is_file():
+                shutil.copy(own, folder)
+
+
+def refer(given: Assignment, scored_step: int) -> None:
+    """Note in the run folder which states the result rests on."""
+    given.bench.used["segments"] |= {given.lineage.names[step] for step in (*given.cuts, scored_step) if step}
+    given.bench.write_references()
+
+
+def result_record(given: Assignment, course: Course, evaluation: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The content of result.json.
+
+    Args:
+        given: The job's assignment.
+        course: At its end.
+        evaluation: The scores.
+        seconds: That all of it took in this session.
+    """
+    created = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {
+        "format": FORMAT,
+        "status": "ok",
+        "run_info": {**asdict(given.job), "created_at": created, "seconds": seconds, "error": None},
+        "train_info": _train_info(given, course),
+        "evaluation": evaluation,
+        "meta_info": given.bench.meta,
+    }
+
+
+def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
+    names, steps, scored, cost = given.lineage.names, course.steps, course.scored_step, _cost(given)
+    # With what, and in how much memory, the segments were made, in this session or an earlier one.
+    segments = [segment.record for step in given.cuts if (segment := given.states.get(step)) is not None]
+    train_seconds = sum(step["seconds"] for step in steps)
+    return {
+        "learning_rate": max((max(link.learning_rates) for link in given.links), default=None),
+        "choice": dict(given.job.choice),
+        "at_grid_edge": _at_edge(given.bench.recipe, given.job),
+        "base": {"dtype": given.dtype, "quantization": given.quantization},
+        "rules": given.rules.model_dump(mode="json") if given.links else None,
+        "checkpoint": given.recipe.evaluation.checkpoint,
+        "scored_step": scored,
+        "looked_loss": course.looks[scored]["loss"] if scored in course.looks else None,
+        "steps": given.n_steps,
+        "reused_steps": course.reused,
+        "segments": [names[step] for step in given.cuts],
+        "segments_made": each_once({key: record["made"][key] for key in MADE_WITH} for record in segments),
+        "measured_made": given.measured.made_with,
+        "final_state": names[-1],
+        "scored_state": names[scored],
+        "tokens": sum(step["tokens"] for step in steps),
+        "flops": cost.flops,
+        "positions": cost.positions,
+        "without_gradient": min((step["without_gradient"] for step in steps), default=0),
+        "num_trainable_params": given.n_trained,
+        "num_total_params": sum(p.numel() for p in given.bench.materials.skeleton.parameters()),
+        "train_seconds": train_seconds,
+        # What the result costs, whichever session made its parts.
+        "total_seconds": train_seconds + given.measured.seconds + sum(knot["seconds"] for knot in course.knots),
+        "accelerator_memory_max": _peak(segments, "accelerator"),
+        "process_memory_max": _peak(segments, "process"),
+        "links": [link_record(link) | {"cleared": steps[link.first_step]["cleared"]} for link in given.links],
+        "knots": course.knots,
+        "evaluations": [course.looks[step] for step in sorted(course.looks)],
+    }
+
+
+def _cost(given: Assignment) -> Cost:
+    """FLOPs and positions of all the links' steps, whenever they were made."""
+    meter, order, seed = given.bench.meter, given.order, given.job.seed
+    costs = [meter.steps(link, order[link.first_step : link.last_step], seed) for link in given.links]
+    return sum((cost for steps in costs for cost in steps), Cost(0.0, 0))
+
+
+def _peak(segments: list[dict[str, Any]], memory: str) -> int | None:
+    """The largest memory that training took, whichever sessions did it; None where nothing was trained, or where a
+    state is from a version that did not note it."""
+    known = [record.get("memory", {}).get(memory) for record in segments]
+    return None if None in known else max(known, default=None)
+
+
+def link_record(link: Link) -> dict[str, Any]:
+    """A link for the records, its learning rates shortened to first, peak and last."""
+    rates = link.learning_rates
+    return {
+        **link.what.model_dump(mode="json", exclude_none=True),
+        "first_step": link.first_step,
+        "last_step": link.last_step,
+        "learning_rate_first": rates[0],
+        "learning_rate_peak": max(rates),
+        "learning_rate_last": rates[-1],
+        "seed": link.seed,
+    }
+
+
+def _at_edge(recipe: Recipe, job: Job) -> list[str]:
+    """The searched keys whose chosen number is the smallest or the largest that was tried."""
+    searches, chosen = recipe.searches_of(job.arm), dict(job.choice)
+    grids = {key: [v for v in search.search if type(v) in (int, float)] for key, search in searches.items()}
+    return [key for key, grid in grids.items() if grid and chosen.get(key) in (min(grid), max(grid))]
+
+
+def tracked_config(given: Assignment) -> dict[str, Any]:
+    """The config of the job's W&B run."""
+    meta = given.bench.meta
+    return {
+        "arm": given.job.arm,
+        "seed": given.job.seed,
+        "links": [link_record(link) for link in given.links],
+        "recipe": given.recipe.model_dump(mode="json", exclude_none=True),
+        "model_sha256": meta["model"]["sha256"],
+        "data_sha256": meta["data"]["sha256"],
+        "state": given.lineage.names[-1],
+    }
+
+
+def tracked_numbers(given: Assignment, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The final numbers under W&B's fixed names."""
+    if given.job.trial:
+        return {}
+    summary = {f"final/{split}_{key}": evaluation[split][key] for split in given.splits for key in ("loss", "score")}
+    summary |= {"gap/loss": evaluation["gap_loss"], "gap/acc": evaluation["gap_acc"]}
+    if (general := evaluation["general"]) is not None:
+        summary |= {"general/loss": general["loss"], "general/forgetting": general["forgetting"]}
+    # Full fine-tuning is trained first in each seed, so that every other arm knows its distance to it.
+    full = given.bench.folder.result(Job(arm=given.recipe.full_arm, seed=given.job.seed))
+    if full and full["status"] == "ok" and evaluation["test"]["score"] is not None:
+        summary["gap/ft"] = full["evaluation"]["test"]["score"] - evaluation["test"]["score"]
+    return summary

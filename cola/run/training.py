@@ -1,0 +1,176 @@
+"""What a job trains: from what was found in the store to the last knot, while other processes may do the same."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from time import perf_counter
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import PreTrainedModel
+
+from cola.chain import Chain
+from cola.data.batches import training_batches
+from cola.link.drift import Outputs
+from cola.link.moments import Moments, carried, carries, read_moments
+from cola.link.train import Step, full_gradients, tune
+from cola.recipe.plan import Link
+from cola.run.assignment import Assignment
+from cola.run.course import Course
+from cola.run.find import deepest, recall
+from cola.run.interrupt import Interrupted
+from cola.run.keep import Keeper
+from cola.run.knots import check_drift, knot_record
+from cola.run.loaded import Loaded
+from cola.run.scoring import score_attached
+from cola.tree.locks import lock
+
+
+class NothingLeft(Exception):
+    """While this process waited, another one trained and scored it all, and let the weights go."""
+
+
+def train(given: Assignment, course: Course, loaded: Loaded) -> None:
+    """Make what the course lacks: the rest of the link at hand, and all links after it.
+
+    Raises:
+        Interrupted: the user stopped it; a checkpoint is kept.
+        ColaError: the arm has diverged, or a knot moved what it should not.
+    """
+    trainer, tuned = Trainer(given, course, loaded, Keeper(given, course)), perf_counter()
+
+    def tune_link(_chain: Chain, link: Link) -> None:
+        nonlocal tuned
+        trainer.tune(link)
+        tuned = perf_counter()
+
+    try:
+        for knot in loaded.run(len(course.knots), tune_link, trainer.probe, trainer.gradients):
+            number = len(course.knots)
+            record = knot_record(given, number, knot, perf_counter() - tuned)
+            check_drift(given, record)
+            given.measured.keep_knot(given.links[number].last_step, record)
+            given.bench.write_references()
+            course.note_knot(record)
+    except NothingLeft:
+        recall(given, course, given.n_steps, with_knot=True)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Brings a link's weights to its last step.
+
+    Attributes:
+        given: The job's assignment.
+        course: Gets the steps and looks.
+        loaded: Has the link attached.
+        keeper: Keeps the states.
+    """
+
+    given: Assignment
+    course: Course
+    loaded: Loaded
+    keeper: Keeper
+
+    def probe(self, model: PreTrainedModel) -> Outputs:
+        """What a model says on the rows that tell what a knot changed."""
+        return self.given.evaluator.outputs(model, self.given.bench.probe_rows)
+
+    def gradients(self, model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Full gradients over the link's first batches, for a pair that is drawn along them."""
+        given = self.given
+        given.bench.progress.stage("taking the full gradient")
+        rows = given.order[link.first_step : link.last_step][: link.what.init_batches]
+        batches = training_batches(given.rows["train"], rows, given.recipe.training.micro_batch_tokens)
+        return full_gradients(model, names, batches, given.accelerator)
+
+    def tune(self, link: Link) -> None:
+        """Take the steps from the store as far as it has them, and make the others.
+
+        Raises:
+            NothingLeft: another process has come to the job's end.
+        """
+        given, course = self.given, self.course
+        heads = [link.first_step, *given.cuts]  # where segments begin, those of other runs too that are come across
+        moments = self._first_moments(link)
+        while course.at < link.last_step:
+            start = max(step for step in heads if step <= course.at)
+            stop = min(step for step in given.cuts if step > course.at)
+            waiting = f"waiting for another process that trains steps {start + 1} to {stop}"
+            say = partial(given.bench.progress.stage, waiting)
+            with lock(given.bench.store.path, given.lineage.names[start + 1], say):
+                # Another process may have trained all or a part of it, by now or before it was killed.
+                if found := deepest(given, course, range(course.at + 1, stop + 1)):
+                    if not given.has_weights(found):
+                        raise NothingLeft
+                    try:
+                        moments = self.loaded.put_back(found)
+                    except FileNotFoundError:
+                        given.states.forget(found)  # a run that cuts elsewhere has dropped it
+                        continue
+                    kind = given.states.there(found).kind
+                    self.keeper.go_on_from(found, kind)
+                    recall(given, course, found, with_knot=False)
+                    self._look_if_due()
+                    if kind == "segment":
+                        heads.append(found)  # from here on the lock is another one
+                        continue
+                if course.at < stop:
+                    moments = self._advance(link, stop, moments)
+
+    def _first_moments(self, link: Link) -> Moments | None:
+        """The optimizer's state where this process takes up a link; None: a fresh one."""
+        if self.course.at > link.first_step:
+            moments = self.loaded.put_back(self.course.at)
+            self._look_if_due()
+            return moments
+        if link.knot is not None and carries(link.knot):
+            return carried(self.given.states.moments(link.first_step), link.knot, link.seed)
+        return None
+
+    def _advance(self, link: Link, stop: int, moments: Moments | None) -> Moments | None:
+        """Make the optimizer steps up to `stop`; returns the optimizer's state where the link goes on."""
+        given, at, training = self.given, self.course.at, self.given.recipe.training
+        model = self.loaded.chain.model
+        with given.bench.signals.deferred():
+            optimizer = tune(
+                model,
+                link,
+                training_batches(given.rows["train"], given.order[at:stop], training.micro_batch_tokens),
+                given.accelerator,
+                partial(self._on_step, stop),
+                betas=training.betas,
+                epsilon=training.epsilon,
+                weight_decay=training.weight_decay,
+                max_grad_norm=training.max_grad_norm,
+                done=at - link.first_step,
+                moments=moments,
+            )
+        return read_moments(model, optimizer, given.accelerator) if stop < link.last_step else None
+
+    def _on_step(self, stop: int, step: Step, optimizer: AcceleratedOptimizer) -> None:
+        bench, course, model = self.given.bench, self.course, self.loaded.chain.model
+        course.note_step(asdict(step))
+        if course.at == stop:
+            self.keeper.keep_end(model, optimizer)
+        elif self.given.states.checkpoint_due():
+            self.keeper.keep_checkpoint(model, optimizer, stop)
+        try:
+            with bench.signals.at_once():
+                self._look_if_due()
+        except Interrupted:
+            if course.at < stop:
+                bench.progress.stage(f"keeping a checkpoint at step {course.at}")
+                self.keeper.keep_checkpoint(model, optimizer, stop)
+            raise
+
+    def _look_if_due(self) -> None:
+        """Score validation at an evaluation point, and keep the weights if they are the best so far."""
+        course, model = self.course, self.loaded.chain.model
+        if course.at not in self.given.points or course.at in course.looks:
+            return
+        before = course.best
+        course.note_look(course.at, score_attached(self.given, model, course.at))
+        self.given.bench.write_references()
+        if course.best is not before:
+            self.keeper.keep_best(model, before.step if before else None)

@@ -1,0 +1,70 @@
+"""tune: what it looks at, and what it waits for. Run: pytest tests/link/test_train.py"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from conftest import tiny_model
+from test_methods import ADAMW, batches, chain_of, gradients, link
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cola.chain import extend
+from cola.errors import NoGradient
+from cola.link import adapters
+from cola.link.train import Step, tune
+from cola.recipe.plan import Link
+
+
+class Calls(TorchDispatchMode):
+    """Counts the tensor operations that are made, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def trained(own: Link) -> tuple[list[Step], list[Counter[str]]]:
+    """The steps of a link on the tiny model, and the operations of each."""
+    chain = chain_of(tiny_model())
+    extend(chain, own, gradients)
+    steps, counts = [], []
+    with Calls() as calls:
+
+        def note(step: Step, _: object) -> None:
+            steps.append(step)
+            counts.append(calls.counts.copy())
+            calls.counts.clear()
+
+        tune(chain.model, own, batches(own.last_step), Accelerator(), note, **ADAMW)
+    return steps, counts
+
+
+def test_a_gradient_is_looked_at_until_its_tensor_has_had_one_and_at_no_later_step() -> None:
+    """Fails if the check for silent gradients returns to later steps, where it costs a pass over all of them each."""
+    steps, counts = trained(link(n_steps=5))
+    assert [step.without_gradient for step in steps] == [14, 0, 0, 0, 0]  # beside B = 0 no A has one at first
+    assert [count["any"] for count in counts] == [28, 14, 0, 0, 0]
+
+
+def test_a_step_waits_for_the_device_as_often_for_many_tensors_as_for_few() -> None:
+    """Fails if a step reads a number of each trained tensor: on a GPU each would wait for all that was asked before."""
+    (_, few), (_, many) = trained(link(n_steps=2, target_modules=["q_proj"])), trained(link(n_steps=2))
+    assert [c["_local_scalar_dense"] for c in many] == [c["_local_scalar_dense"] for c in few]
+
+
+def test_a_gradient_that_is_lost_at_a_later_step_is_an_error_too() -> None:
+    chain, own = chain_of(tiny_model()), link()
+    extend(chain, own, gradients)
+
+    def lose(step: Step, _: object) -> None:
+        if step.step == 3:
+            for parameter in adapters.trainable(chain.model):  # beside A = 0 and B = 0 nothing gets a gradient
+                parameter.data.zero_()
+
+    with pytest.raises(NoGradient, match=r"step 4: none of the 28 trained tensors got a gradient"):
+        tune(chain.model, own, batches(own.last_step), Accelerator(), lose, **ADAMW)
