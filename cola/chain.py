@@ -19,8 +19,9 @@ from cola.link import adapters, residual, starts
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
 from cola.link.residual import Applied, LinkWeights, Residual
-from cola.recipe.arms import KnotRules
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
+from cola.recipe.resolved import Rules
 
 Probe = Callable[[PreTrainedModel], Outputs]  # what a model says on fixed inputs
 
@@ -31,7 +32,7 @@ class Chain:
 
     model: PreTrainedModel
     base: Base
-    rules: KnotRules
+    rules: Rules
     learned: Residual = field(default_factory=list)
 
 
@@ -72,12 +73,12 @@ def run_chain(
 
 def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
     """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
-    if link.method == "lora":
-        chain.base.remember(adapters.target_names(chain.model, link.what))
-    last = chain.learned[-1] if link.knot and link.knot.pair == "keep" else None
+    if isinstance(link.settings, Lora):
+        chain.base.remember(adapters.target_names(chain.model, link.settings.target_modules))
+    last = chain.learned[-1] if link.keeps_pair else None
     if last is not None:
         retie(chain, [*chain.learned[:-1], {}])  # a control: the pair before, untied, goes on in its place
-    chain.model = adapters.attach(chain.model, link.what, link.seed)
+    chain.model = adapters.attach(chain.model, link.settings, link.seed)
     starts.draw(chain.model, link, chain.base, chain.learned, gradients, last)
 
 
@@ -86,15 +87,14 @@ def retie(chain: Chain, learned: Residual, account: bool = False) -> dict[str, A
     before, chain.learned = chain.learned, list(learned)
     names = residual.modules_of([*before, *learned])
     chain.base.remember(names)
-    merge = chain.rules.merge or "exact"
-    return residual.write(chain.model, chain.base, learned, names, merge, before if account else None)
+    return residual.write(chain.model, chain.base, learned, names, chain.rules.merge, before if account else None)
 
 
 def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool) -> Knot:
     """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
     before = probe(chain.model)
     weights = adapters.detach(chain.model)
-    share = (chain.rules.merge_fraction or 1.0) if more_to_come else 1.0
+    share = chain.rules.merge_fraction if more_to_come else 1.0
     applied = retie(chain, [*chain.learned, residual.times(weights, share)], account=True)
     after = probe(chain.model)
     return Knot(weights, after, Drift.between(start, before, after), {name: applied[name] for name in weights})

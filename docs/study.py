@@ -20,7 +20,8 @@ from cola.compare.contrasts import paired
 from cola.compare.iqm import iqm
 from cola.compare.spectra import summarized
 from cola.compare.tasks import summarize_tasks
-from cola.report.numbers import cost_cells, interval, size
+from cola.report import numbers
+from cola.report.numbers import count, size
 from cola.report.table import Table
 from cola.report.tables import (
     ablation_notes,
@@ -59,6 +60,11 @@ def by_task() -> dict[str, dict[str, Any]]:
 
 def contrasts() -> dict[tuple[str, str], dict[str, Any]]:
     return {(one["first"], one["second"]): one for one in over_tasks()["contrasts"]}
+
+
+def interval(estimate: dict[str, Any] | str | None) -> str:
+    """An estimate and its interval in words, as the tables have it."""
+    return str(numbers.interval(estimate))
 
 
 def titled(table: Table) -> str:
@@ -101,7 +107,7 @@ def later() -> str:
         return "The committed summary holds no contrast that was thought of later.\n"
     names = dict.fromkeys(arm for one in summary["contrasts"] for arm in (one["first"], one["second"]))
     arms = next(iter(by_task().values()))["arms"]
-    trained = ", ".join(f"{arm} {cost_cells(arms[arm])[0]}" for arm in names)
+    trained = ", ".join(f"{arm} {count(arms[arm]['num_trainable_params'])}" for arm in names)
     tables = "\n".join(titled(table) for table in task_tables(summary) if not table.title.startswith("Arms"))
     return f"{tables}\nParameters in training: {trained}.\n"
 
@@ -315,7 +321,7 @@ def beside() -> str:
             mean(one["arms"][arm][key] / one["arms"]["lora"][key] for one in tasks.values())
             for key in ("flops", "train_seconds", "peak_memory")
         ]
-        trained = cost_cells(arms[arm])[0]
+        trained = count(arms[arm]["num_trainable_params"])
         table.rows.append([*row, f"{rank:.1f}", with_full, trained, *(f"{ratio:.2f}" for ratio in ratios)])
     of_lora = [
         size(max(one["arms"]["lora"]["peak_memory"] for one in tasks.values())),

@@ -34,8 +34,9 @@ from cola.link.train import tune
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.selfcheck import Subject, self_check
 from cola.recipe import recipe
-from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.methods import settings_of
 from cola.recipe.plan import Link
+from cola.recipe.resolved import Rules
 
 RESULTS = Path(__file__).parent.parent / "docs/architectures.json"
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
@@ -129,8 +130,9 @@ def rows_of(task: str, tokenizer: hf.PreTrainedTokenizerBase) -> list[Example]:
 
 
 def links_of(arm: str) -> list[Link]:
-    whats = [OneLink(**(what | PAIR if what["method"] == "lora" else what)) for what in ARMS[arm]]
-    return [Link(what=what, knot=None, first_step=n, learning_rates=(1e-2,), seed=n) for n, what in enumerate(whats)]
+    links = [settings_of(link | PAIR if link["method"] == "lora" else link) for link in ARMS[arm]]
+    place = {"knot": None, "learning_rates": (1e-2,)}
+    return [Link(settings=settings, first_step=n, seed=n, **place) for n, settings in enumerate(links)]
 
 
 @torch.no_grad()
@@ -147,8 +149,7 @@ def probe(model: hf.PreTrainedModel) -> Outputs:
 def trained(source: Source, arm: str, rows: Sequence[Example]) -> Chain:
     """The arm after one step a link."""
     model = source.load("float32", torch.device("cpu"))
-    rules = KnotRules(merge="exact", merge_fraction=1.0, optimizer="fresh")
-    chain = Chain(model, Base(model, source.files), rules)
+    chain = Chain(model, Base(model, source.files), Rules())
 
     def tune_link(chain: Chain, link: Link) -> None:
         tune(chain.model, link, [[collate(list(map(training_row, rows)))]], Accelerator(), lambda *_: None, **ADAMW)
@@ -199,14 +200,14 @@ def examined(name: str, arm: str, folder: Path, tokenizer: hf.PreTrainedTokenize
     try:
         source = find_model(recipe.Model(name_or_path=str(base)))
         for link in links_of(arm):
-            adapters.attach(source.skeleton(), link.what, 0)  # as a run does before anything is trained
+            adapters.attach(source.skeleton(), link.settings, 0)  # as a run does before anything is trained
         chain = trained(source, arm, rows_of("answer", tokenizer))
     except ColaError as error:
         return str(error)
     expected = logits(chain.model)
     load = hf.AutoModelForCausalLM.from_pretrained
     if arm == "full":
-        adapters.save(folder / "full", chain.model, links_of(arm)[0].what, str(base), source.skeleton())
+        adapters.save(folder / "full", chain.model, links_of(arm)[0].settings, str(base), source.skeleton())
         plain = load(folder / "full")
     elif arm == "base":
         plain = load(base)

@@ -22,8 +22,9 @@ from cola.link import adapters, residual
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
 from cola.link.train import tune
-from cola.recipe.arms import KnotRules, OneLink
+from cola.recipe.methods import settings_of
 from cola.recipe.plan import Link
+from cola.recipe.resolved import Rules
 
 INPUTS = torch.randint(1, 400, (4, 12), generator=torch.Generator().manual_seed(1))
 ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
@@ -34,11 +35,11 @@ def link(**settings: object) -> Link:
     place = {"knot": None, "first_step": 0, "learning_rates": (1e-2,) * 5, "seed": 7}
     place |= {key: settings.pop(key) for key in list(settings) if key in place}
     pair = {"method": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
-    return Link(what=OneLink(**(settings if "method" in settings else pair | settings)), **place)
+    return Link(settings=settings_of(settings if "method" in settings else pair | settings), **place)
 
 
 def chain_of(model: PreTrainedModel) -> Chain:
-    return Chain(model, Base(model), KnotRules(merge="exact", merge_fraction=1.0, optimizer="fresh"))
+    return Chain(model, Base(model), Rules())
 
 
 def no_gradients(*_: object) -> dict[str, Tensor]:
@@ -288,13 +289,13 @@ def test_the_first_draw_does_not_depend_on_the_global_generator() -> None:
         torch.manual_seed(noise)
         torch.rand(noise)
         model = tiny_model()
-        adapters.attach(model, link().what, link().seed)
+        adapters.attach(model, link().settings, link().seed)
         state = torch.random.get_rng_state()
         pairs.append(adapters.read_pair(model)["model.layers.0.mlp.up_proj"].A_RI)
         assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(*pairs)
     other = tiny_model()
-    adapters.attach(other, link().what, seed=8)
+    adapters.attach(other, link().settings, seed=8)
     assert not torch.equal(pairs[0], adapters.read_pair(other)["model.layers.0.mlp.up_proj"].A_RI)
 
 
@@ -304,7 +305,7 @@ def test_a_saved_knot_is_a_peft_adapter(tmp_path: Path) -> None:
     extend(chain, link(), no_gradients)
     tune_with(batches(5))(chain, link())
     expected = logits(model)
-    adapters.save(tmp_path, model, link().what, "some/base", tiny_model())
+    adapters.save(tmp_path, model, link().settings, "some/base", tiny_model())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
@@ -320,7 +321,7 @@ def test_a_knot_on_some_of_the_layers_is_saved_for_those_alone(tmp_path: Path) -
     extend(chain, link(target_modules=[one]), no_gradients)
     tune_with(batches(5))(chain, link())
     expected = logits(model)
-    adapters.save(tmp_path, model, link().what, "some/base", tiny_model())
+    adapters.save(tmp_path, model, link().settings, "some/base", tiny_model())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [one]
     assert torch.allclose(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected, atol=1e-6)
 
@@ -329,13 +330,13 @@ def test_target_modules_that_match_nothing_are_named_with_what_there_is() -> Non
     with pytest.raises(
         ModelError, match=r"'q_prj' matches no linear layer; did you mean q_proj\? the model has .*v_proj"
     ):
-        adapters.target_names(tiny_model(), link(target_modules=["v_proj", "q_prj"]).what)
+        adapters.target_names(tiny_model(), link(target_modules=["v_proj", "q_prj"]).settings.target_modules)
 
 
 def test_a_tied_head_cannot_be_a_target() -> None:
     model = Qwen2ForCausalLM(tiny_config(tie_word_embeddings=True))
     with pytest.raises(ModelError, match="shares its matrix with the input embeddings"):
-        adapters.target_names(model, link(target_modules=["lm_head"]).what)
+        adapters.target_names(model, link(target_modules=["lm_head"]).settings.target_modules)
 
 
 def test_full_fine_tuning_is_a_link_that_leaves_no_pair() -> None:

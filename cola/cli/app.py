@@ -249,7 +249,7 @@ def compare(
         tables, notes = compare_runs(first, second)
         terminal = Terminal()
         for table in tables:
-            terminal.table(table.title, table.columns, table.rows)
+            terminal.table(table)
         for note in notes:
             terminal.say(note)
 
@@ -376,7 +376,7 @@ def evaluate(
         targets = targets_of(target, recipe, Loading(base, dtype, quantization, trust_remote_code), arm, seed)
         scored = score(targets, recipe, split or list(Split), terminal)
         table = scored_table([(one.label, one.evaluation, one.reported) for one in scored], METRICS[recipe.data.task])
-        terminal.table(table.title, table.columns, table.rows)
+        terminal.table(table)
         if out is not None:
             write_scores(scored, out)
             terminal.say(f"results  {out / 'eval.json'}")
@@ -539,11 +539,10 @@ def _pair(words: str) -> tuple[str, str]:
 def _report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]]) -> None:
     from cola.compare.tasks import summarize_tasks
     from cola.files import make_new
-    from cola.report.numbers import OF_P
     from cola.report.page import write_tasks
     from cola.report.tables import task_tables
     from cola.report.terminal import Terminal
-    from cola.report.verdict import contrast_sentence
+    from cola.report.verdict import OF_P, contrast_sentence
 
     if to is not None and to.exists():
         raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
@@ -553,7 +552,7 @@ def _report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str
     terminal = Terminal()
     page = write_tasks(to, summary)
     for table in task_tables(summary):
-        terminal.table(table.title, table.columns, table.rows)
+        terminal.table(table)
     for one in summary["contrasts"] if summary["averaged"] else ():
         terminal.say(contrast_sentence(one, summary["metric"]))
     if summary["contrasts"]:
@@ -570,7 +569,7 @@ def _print_ablation(folder: "AblationFolder", summary: dict[str, Any], terminal:
 
     page = write_ablation(folder, summary)
     table = ablation_table(summary)
-    terminal.table(table.title, table.columns, table.rows)
+    terminal.table(table)
     for line in ablation_notes(summary):
         terminal.say(line)
     terminal.say(f"report   {page}")
@@ -633,7 +632,7 @@ def _print_results(folder: "RunFolder", summary: dict[str, Any], terminal: "Term
         signal.signal(signal.SIGINT, before)
     for table in [*result_tables(summary), knots_table(summary, short=True)]:
         if table.rows:
-            terminal.table(table.title, table.columns, table.rows)
+            terminal.table(table)
     meta = summary["meta"] or {}
     told = [note for part in ("data", "selfcheck") for note in meta.get(part, {}).get("notes", ())]  # before the run
     for line in [*verdict(summary), *(note for note in summary["notes"] if note not in told)]:

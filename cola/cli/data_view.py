@@ -15,6 +15,7 @@ from cola.data.splits import Splits, load_splits
 from cola.link.find import find_tokenizer
 from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
+from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 
 BETWEEN, TARGET, PART = "│", "▸", "‥"
@@ -42,9 +43,10 @@ def show(recipe: Recipe, terminal: Terminal, split: str, n_rows: int) -> None:
     seed = recipe.seeds[0]
     drawn = splits.of(seed)
     whose = f", train as seed {seed} draws it" if splits.redrawn else ""
-    terminal.table(f"{recipe.name}: rows{whose}", ["from", "rows", *SPLITS, "not drawn"], _rows(recipe, drawn))
+    columns = ["from", "rows", *SPLITS, "not drawn"]
+    terminal.table(Table(f"{recipe.name}: rows{whose}", columns, _rows(recipe, drawn)))
     columns = ["split", "examples", "tokens", "targets", "longest"]
-    terminal.table(f"{recipe.name}: tokens{whose}", columns, [_tokens(name, drawn[name]) for name in SPLITS])
+    terminal.table(Table(f"{recipe.name}: tokens{whose}", columns, [_tokens(name, drawn[name]) for name in SPLITS]))
     _say_left_out(splits, terminal)
     examples = drawn[split]
     if n_rows:
@@ -63,15 +65,15 @@ def show(recipe: Recipe, terminal: Terminal, split: str, n_rows: int) -> None:
                 _print(terminal, pieces(tokenizer, [*example.prompt, *answer])[len(example.prompt) :], len(answer))
 
 
-def _rows(recipe: Recipe, drawn: dict[str, list[Example]]) -> list[list[str]]:
+def _rows(recipe: Recipe, drawn: dict[str, list[Example]]) -> list[list[Shown]]:
     """Of each file: how many rows it has, and how many of them are in each split."""
     pools = open_pools(recipe.data)
-    table = []
+    table: list[list[Shown]] = []
     for pool in dict.fromkeys(pools.values()):
         # A text that was cut is one row and several examples.
         used = {s: len({_row_of(e) for e in drawn[s]}) if pools[s] is pool else 0 for s in SPLITS}
-        size, left = ("no end", "–") if pool.size is None else (str(pool.size), str(pool.size - sum(used.values())))
-        table.append([pool.name, size, *(str(used[s]) if pools[s] is pool else "–" for s in SPLITS), left])
+        size, left = ("no end", NONE) if pool.size is None else (str(pool.size), str(pool.size - sum(used.values())))
+        table.append([pool.name, size, *(str(used[s]) if pools[s] is pool else NONE for s in SPLITS), left])
     return table
 
 
@@ -80,7 +82,7 @@ def _row_of(example: Example) -> str:
     return f"{name}{colon}{number.partition('.')[0]}"
 
 
-def _tokens(split: str, examples: Sequence[Example]) -> list[str]:
+def _tokens(split: str, examples: Sequence[Example]) -> list[Shown]:
     lengths = [example.n_tokens for example in examples]
     targets = sum(len(example.answers[example.gold]) for example in examples)
     return [split, *map(str, (len(examples), sum(lengths), targets, max(lengths)))]

@@ -59,7 +59,7 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
         tables += [detail] if len(detail.rows) <= FEW else []
     for table in tables:
         if table.rows:
-            terminal.table(table.title, table.columns, table.rows)
+            terminal.table(table)
     where = found[0].path if len(found) == 1 else run / "arms" / "ARM" / "seed-S"
     terminal.say(f"matrix by matrix: {where / SPECTRUM}")
 

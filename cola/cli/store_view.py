@@ -9,7 +9,8 @@ from typing import Any
 from cola.errors import StoreError
 from cola.files import digest
 from cola.recipe.arms import LinkSettings
-from cola.report.numbers import NONE, duration, size
+from cola.report.numbers import duration, size
+from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 from cola.tree import prune
 from cola.tree.store import Segment, Store
@@ -106,7 +107,7 @@ def show_all(store: Store, terminal: Terminal) -> None:
         rows.append(_row(store, folder, made_at, used))
     if rows:
         columns = ["segment", "kind", "steps", "recipe, arm, seed", "made", "size", "runs"]
-        terminal.table(f"{store.path}", columns, rows)
+        terminal.table(Table(f"{store.path}", columns, rows))
     measured = list(store.measurements())
     damaged = list((store.path / "damaged").iterdir())
     terminal.say(
@@ -125,7 +126,7 @@ def _with_times(folders: Iterable[Path]) -> Iterator[tuple[Path, float]]:
             yield folder, folder.stat().st_mtime
 
 
-def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]]) -> list[str]:
+def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]]) -> list[Shown]:
     record: dict[str, Any] = store.record(folder)
     made = record.get("made") or {}
     n_runs = sum(folder.name in names for names in used.values())
@@ -156,7 +157,7 @@ def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
             terminal.say(f"run folder {run} is gone; what it alone referred to is let go")
     loose = [path for path in garbage if path.parent.parent.name == "segments"]
     for folder, made_at in _with_times(loose):
-        terminal.say("  ".join(_row(store, folder, made_at, used)))
+        terminal.say("  ".join(map(str, _row(store, folder, made_at, used))))
     kept = sum(1 for run in used if run.is_dir())
     terminal.say(
         f"{store.path}: {len(loose)} segments and {len(garbage) - len(loose)} measurements and left-overs that no "

@@ -8,8 +8,8 @@ from huggingface_hub import ModelCardData
 from cola.export.outcome import Outcome
 from cola.recipe.bounds import SPLITS, is_remote
 from cola.recipe.recipe import Recipe
-from cola.report.numbers import NONE, interval
-from cola.report.table import Table
+from cola.report.numbers import interval
+from cola.report.table import NONE, Shown, Table
 
 
 def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts: list[str], name: str) -> str:
@@ -75,17 +75,17 @@ def _links_table(outcome: Outcome) -> Table:
     table = Table("The chain", [*columns, "validation loss"], [])
     looks = {look["step"]: look["loss"] for look in outcome.info["evaluations"]}
     knots = {knot["link"]: knot for knot in outcome.info["knots"]}
-    for number, (link, what) in enumerate(zip(outcome.info["links"], outcome.links, strict=True), 1):
+    for number, link in enumerate(outcome.info["links"], 1):
         knot, end = knots.get(number, {}), link["last_step"]
-        modules = what.target_modules
+        modules = link.get("target_modules", NONE)
         cells = [knot.get("relative_size_median"), knot.get("error_max"), knot.get("drift_max_logit_change")]
         table.rows.append(
             [
-                f"{number}, {what.method}",
+                f"{number}, {link['method']}",
                 f"{link['first_step'] + 1}–{end}",
-                NONE if what.rank is None else str(what.rank),
-                NONE if what.alpha is None else f"{what.alpha:g}",
-                NONE if modules is None else modules if isinstance(modules, str) else ", ".join(modules),
+                str(link["rank"]) if "rank" in link else NONE,
+                f"{link['alpha']:g}" if "alpha" in link else NONE,
+                modules if isinstance(modules, str) else ", ".join(modules),
                 f"{link['learning_rate_peak']:g}",
                 *(NONE if cell is None else f"{cell:.2g}" for cell in cells),
                 f"{looks[end]:.4f}" if end in looks else NONE,
@@ -97,7 +97,7 @@ def _links_table(outcome: Outcome) -> Table:
 def _results_table(outcome: Outcome) -> Table:
     """What the run measured of this arm and seed; against the others, over all seeds."""
     evaluation = outcome.result["evaluation"]
-    rows = [
+    rows: list[list[Shown]] = [
         [split, f"{evaluation[split]['loss']:.4f}", _score(evaluation[split]["score"]), str(evaluation[split]["n"])]
         for split in SPLITS
     ]

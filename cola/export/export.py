@@ -39,7 +39,7 @@ from cola.link.residual import Residual, compressed, stacked
 from cola.measure.evaluate import PROBE_ROWS, Evaluator
 from cola.measure.scores import evaluation_of
 from cola.measure.selfcheck import Subject, self_check
-from cola.recipe.arms import KnotRules
+from cola.recipe.resolved import Rules
 from cola.report.terminal import Terminal
 
 FORMAT = 1  # of cola.json
@@ -144,7 +144,7 @@ def _check(outcome: Outcome, request: Request) -> None:
         outcome.link_folders()  # says what is missing
     if request.rank is not None and request.form == "knots":
         raise ModelError("--rank compresses the chain as a whole; export it --as adapter or --as merged")
-    dora = [link for link in outcome.residual() if link] if any(link.use_dora for link in outcome.links) else []
+    dora = [link for link in outcome.residual() if link] if outcome.has_dora else []
     if dora and (request.rank is not None or (request.form == "adapter" and len(dora) > 1)):
         raise ModelError(
             f"arm {arm}: DoRA scales whole rows of the weight, which a chain of it leaves no low-rank pair for; export "
@@ -179,7 +179,7 @@ def _write(outcome: Outcome, request: Request, folder: Path, terminal: Terminal)
         for number, (link, pair) in enumerate(zip(outcome.link_folders(), learned, strict=True), 1):
             if pair:  # the chain holds nothing of a link whose pair went on into the next
                 _write_link(outcome, link, [pair], folder / f"link-{number}", name)
-    elif any(link.use_dora for link in outcome.links):
+    elif outcome.has_dora:
         _write_link(outcome, outcome.link_folders()[-1], learned[-1:], folder, name)
     else:
         adapters.save_pair(folder, stacked(learned), name, source.skeleton())
@@ -331,7 +331,7 @@ def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str |
     else:
         model = source.load("float32", device, quantization).dequantize()
         base = Base(model)
-    retie(Chain(model, base, KnotRules(merge="exact")), learned)
+    retie(Chain(model, base, Rules(merge="exact")), learned)
     # A dense one has been loaded in it, but for the few tensors that its class keeps finer.
     return model if quantization is None else model.to(getattr(torch, dtype))
 

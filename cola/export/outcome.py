@@ -20,10 +20,11 @@ from cola.link.base import Base
 from cola.link.find import find_model
 from cola.link.model import Source
 from cola.link.residual import Residual
-from cola.recipe.arms import KnotRules, OneLink
 from cola.recipe.bounds import is_remote
+from cola.recipe.methods import Lora, Settings, settings_of
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
+from cola.recipe.resolved import Rules
 from cola.tree.run_folder import RunFolder
 
 
@@ -54,16 +55,19 @@ class Outcome:
         return self.result["train_info"]
 
     @cached_property
-    def links(self) -> list[OneLink]:
+    def links(self) -> list[Settings]:
         """What each link trained; empty for the base."""
-        return [
-            OneLink(**{key: link[key] for key in OneLink.model_fields if key in link}) for link in self.info["links"]
-        ]
+        return [settings_of(link) for link in self.info["links"]]
 
     @property
     def method(self) -> str | None:
         """The links' method; None for the base."""
         return self.links[0].method if self.links else None
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether a link trained the lengths of the weight's rows too."""
+        return any(isinstance(link, Lora) and link.use_dora for link in self.links)
 
     @property
     def dtype(self) -> str:
@@ -101,7 +105,7 @@ class Outcome:
             ModelError: as `link_folders`, or one is damaged.
         """
         pairs, rules = self._pairs(), self.rules
-        return [*residual.left_behind(pairs[:-1], rules.merge_fraction or 1.0, rules.pair == "keep"), pairs[-1]]
+        return [*residual.left_behind(pairs[:-1], rules.merge_fraction, rules.keeps_pair), pairs[-1]]
 
     def added(self) -> Residual:
         """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link.
@@ -109,7 +113,7 @@ class Outcome:
         Raises:
             ModelError: as `link_folders`, or one is damaged.
         """
-        return residual.added(self._pairs(), self.rules.merge_fraction or 1.0, self.rules.pair == "keep")
+        return residual.added(self._pairs(), self.rules.merge_fraction, self.rules.keeps_pair)
 
     def _pairs(self) -> Residual:
         pairs = []
@@ -121,9 +125,9 @@ class Outcome:
         return pairs
 
     @property
-    def rules(self) -> KnotRules:
+    def rules(self) -> Rules:
         """What happened at its knots."""
-        return KnotRules(**self.info["rules"])
+        return Rules(**self.info["rules"])
 
     @cached_property
     def source(self) -> Source:

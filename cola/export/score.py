@@ -198,7 +198,7 @@ def _label(name: str) -> str:
 def _of_run(outcome: Outcome) -> Target:
     provenance = outcome.folder.provenance()
     assert provenance is not None  # a result was written after it
-    virtual = (outcome.links[0].num_virtual_tokens or 0) if outcome.links else 0
+    virtual = outcome.links[0].virtual_tokens if outcome.links else 0
     reported = provenance["data"]["sha256"], outcome.result["evaluation"]
     label = f"{outcome.job.arm} seed {outcome.job.seed}"
     return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, reported, outcome.job.seed)

@@ -32,16 +32,16 @@ from cola.link.base import weight_of
 from cola.link.residual import LinkWeights, Pair
 from cola.link.targets import target_names
 from cola.link.text_part import outside_text, text_config
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Adapter, Full, Lora, Prefix, PromptTuning, PTuning, Settings, VirtualTokens
 
 ADAPTER = "default"
 # transformers' generate hands positions over, and PEFT leaves them to the model, every time with a warning.
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 
-PROMPTS = {"prefix": PrefixTuningConfig, "p_tuning": PromptEncoderConfig, "prompt_tuning": PromptTuningConfig}
+PROMPTS = {Prefix: PrefixTuningConfig, PTuning: PromptEncoderConfig, PromptTuning: PromptTuningConfig}
 
 
-def attach(model: PreTrainedModel, what: OneLink, seed: int) -> PreTrainedModel:
+def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedModel:
     """Give the model the weights that a link trains; everything else is frozen.
 
     They are drawn from the link's own seed, whatever state the global generator is in, and kept in float32. A low-rank
@@ -58,25 +58,25 @@ def attach(model: PreTrainedModel, what: OneLink, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # which PEFT 0.21 asks for
-        match what.method:
-            case "full":
+        match settings:
+            case Full():
                 model.float().requires_grad_(True)
                 for name in outside_text(model):
                     model.get_submodule(name).requires_grad_(False)
-                for part in what.freeze or ():
+                for part in settings.freeze:
                     module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()
                     assert isinstance(module, nn.Module)
                     module.requires_grad_(False)
                 return model
-            case "lora":
+            case Lora():
                 # PEFT sets fan_in_fan_out by itself for Conv1D and warns that it did.
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-                inject_adapter_in_model(_lora_config(what, target_names(model, what)), model, ADAPTER)
-            case "adapter":
-                assert what.bottleneck is not None
-                bottleneck.attach(model, what.bottleneck, what.placement or "", what.activation or "")
-            case _:
-                model = _with_virtual_tokens(model, what)
+                names = target_names(model, settings.target_modules)
+                inject_adapter_in_model(_lora_config(settings, names), model, ADAPTER)
+            case Adapter():
+                bottleneck.attach(model, settings.bottleneck, settings.placement, settings.activation)
+            case VirtualTokens():
+                model = _with_virtual_tokens(model, settings)
     for name, parameter in model.named_parameters():
         mine = _is_trained(name)
         parameter.requires_grad_(mine)
@@ -90,34 +90,30 @@ def _is_trained(name: str) -> bool:
     return any(part in name for part in ("lora_", f".{bottleneck.NAME}.", "prompt_encoder."))
 
 
-def _lora_config(what: OneLink, names: list[str]) -> LoraConfig:
-    assert what.rank is not None
+def _lora_config(settings: Lora, names: list[str]) -> LoraConfig:
     return LoraConfig(
-        r=what.rank,
-        lora_alpha=what.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
-        lora_dropout=what.dropout or 0.0,
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
+        lora_dropout=settings.dropout,
         target_modules=names,
-        init_lora_weights="gaussian" if what.init == "gaussian" else True,
-        use_rslora=bool(what.use_rslora),
-        use_dora=bool(what.use_dora),
+        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
-def _with_virtual_tokens(model: PreTrainedModel, what: OneLink) -> PreTrainedModel:
+def _with_virtual_tokens(model: PreTrainedModel, settings: VirtualTokens) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         return model
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": what.num_virtual_tokens}
-    hidden = what.encoder_hidden_size or text_config(model).hidden_size
-    if what.method == "p_tuning":
-        settings["encoder_hidden_size"] = hidden
-    elif what.method == "prefix":
-        settings |= {"prefix_projection": what.prefix_projection, "encoder_hidden_size": hidden}
+    config = settings.model_dump()
+    if isinstance(settings, Prefix | PTuning):
+        config["encoder_hidden_size"] = settings.encoder_hidden_size or text_config(model).hidden_size
     try:
-        wrapped = get_peft_model(model, PROMPTS[what.method or ""](**settings), ADAPTER)
+        wrapped = get_peft_model(model, PROMPTS[type(settings)](task_type="CAUSAL_LM", **config), ADAPTER)
     except (ValueError, AttributeError, KeyError) as error:
-        raise ModelError(f"method {what.method}: PEFT cannot add virtual tokens to this model: {error}") from error
+        raise ModelError(f"method {settings.method}: PEFT cannot add virtual tokens to this model: {error}") from error
     return wrapped  # pyright: ignore[reportReturnType] - it stands for the model wherever one is called
 
 
@@ -131,9 +127,9 @@ def virtual_tokens(model: PreTrainedModel) -> int:
     return getattr(model.active_peft_config, "num_virtual_tokens", None) or 0 if isinstance(model, PeftModel) else 0
 
 
-def count_parameters(skeleton: PreTrainedModel, what: OneLink) -> int:
+def count_parameters(skeleton: PreTrainedModel, settings: Settings) -> int:
     """Parameters that a link trains, a shared one once, from the model on the meta device."""
-    attached = attach(copy.deepcopy(skeleton), what, 0)
+    attached = attach(copy.deepcopy(skeleton), settings, 0)
     return sum(parameter.numel() for parameter in trainable(attached))
 
 
@@ -193,27 +189,27 @@ def detach(model: PreTrainedModel) -> LinkWeights:
     return pair
 
 
-def save(folder: Path, model: PreTrainedModel, what: OneLink, base_name: str, skeleton: PreTrainedModel) -> None:
+def save(folder: Path, model: PreTrainedModel, settings: Settings, base_name: str, skeleton: PreTrainedModel) -> None:
     """Write what a link trains; `put_back` reads it. A pair is a standard PEFT adapter, for the model as it was when
     the link began; all weights are a Hugging Face folder; virtual tokens have PEFT's folder beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    if what.method == "lora":
+    if isinstance(settings, Lora):
         # With what was taken out of the weight beside it (PiSSA) the pair is a plain one of twice the rank.
-        save_pair(folder, read_pair(model), base_name, skeleton, bool(what.use_dora), what.dropout or 0.0)
+        save_pair(folder, read_pair(model), base_name, skeleton, settings.use_dora, settings.dropout)
         return
-    if what.method == "full":
+    if settings.is_whole:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_state(model).items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / settings.file, metadata={"format": "pt"})
         model.config.save_pretrained(folder)
         return
-    save_file(_own_weights(model), folder / _file_of(what), metadata={"format": "pt"})
+    save_file(_own_weights(model), folder / settings.file, metadata={"format": "pt"})
     if isinstance(model, PeftModel):
         model.peft_config[ADAPTER].base_model_name_or_path = base_name
         # "auto" would look on the hub for whether the embeddings were resized.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
     else:
-        shape = what.model_dump(include={"method", "bottleneck", "placement", "activation"}) | {"base": base_name}
+        shape = settings.record() | {"base": base_name}
         (folder / "bottleneck.json").write_text(json.dumps(shape, indent=1) + "\n", encoding="utf-8")
 
 
@@ -227,11 +223,6 @@ def kept_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that belong to a model's state; the others are computed from its config."""
     state = model.state_dict()
     return [name for name, _ in model.named_buffers() if name in state]
-
-
-def _file_of(what: OneLink) -> str:
-    """PEFT's own file of virtual tokens has what an encoder makes of them; training goes on with the encoder."""
-    return "bottleneck.safetensors" if what.method == "adapter" else "encoder.safetensors"
 
 
 def _own_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -345,15 +336,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def put_back(folder: Path, model: PreTrainedModel, what: OneLink) -> None:
+def put_back(folder: Path, model: PreTrainedModel, settings: Settings) -> None:
     """Give the attached weights the values that `save` wrote."""
-    if what.method == "lora":
+    if settings.is_pair:
         set_pair(model, load_pair(folder))
         return
-    full = what.method == "full"
-    weights = load_file(folder / ("model.safetensors" if full else _file_of(what)))
-    for name, tensor in whole_state(model).items() if full else model.named_parameters():
-        if full or _is_trained(name):
+    weights = load_file(folder / settings.file)
+    for name, tensor in whole_state(model).items() if settings.is_whole else model.named_parameters():
+        if settings.is_whole or _is_trained(name):
             tensor.copy_(weights[name])
 
 

@@ -14,7 +14,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from cola.errors import MomentsNotCleared, MomentsNotKept
-from cola.recipe.arms import KnotRules, Prune
+from cola.recipe.arms import Prune
+from cola.recipe.resolved import Rules
 
 Moments = dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter; scaler/KEY under fp16
 
@@ -45,12 +46,7 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
         accelerator.scaler.load_state_dict(known)
 
 
-def carries(rules: KnotRules) -> bool:
-    """Whether a knot hands the optimizer's state on, or a part of it."""
-    return rules.optimizer not in (None, "fresh", "zero")
-
-
-def carried(moments: Moments | None, rules: KnotRules, seed: int) -> Moments | None:
+def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
     """What the next link's optimizer begins with, after the one that ended with `moments`; None: a fresh one.
 
     Args:
@@ -61,7 +57,7 @@ def carried(moments: Moments | None, rules: KnotRules, seed: int) -> Moments | N
     Raises:
         MomentsNotKept: there is nothing that could be handed on.
     """
-    if not carries(rules):
+    if not rules.hands_on:
         return None
     if moments is None:
         raise MomentsNotKept(
@@ -83,13 +79,11 @@ def carried(moments: Moments | None, rules: KnotRules, seed: int) -> Moments | N
     return kept
 
 
-def least_cleared(rules: KnotRules | None) -> float:
+def least_cleared(rules: Rules | None) -> float:
     """The share of the moments that must be zero when a link begins."""
-    if rules is None or not carries(rules):
+    if rules is None or not rules.hands_on:
         return 1.0
-    if isinstance(rules.optimizer, Prune):
-        return rules.optimizer.prune_magnitude or rules.optimizer.prune_random or 0.0
-    return 0.0
+    return rules.optimizer.share if isinstance(rules.optimizer, Prune) else 0.0
 
 
 def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimizer) -> float:
@@ -105,7 +99,7 @@ def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimize
     return zero / total
 
 
-def check_cleared(cleared: float, rules: KnotRules | None) -> float:
+def check_cleared(cleared: float, rules: Rules | None) -> float:
     """What a knot was to clear must be cleared; returns the share that is.
 
     Raises:

@@ -27,7 +27,7 @@ from cola.errors import ModelError
 from cola.link import adapters, residual
 from cola.link.base import Base, shape_of
 from cola.link.residual import LinkWeights, Residual
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Lora, Settings
 from cola.recipe.plan import Link
 
 ROW_LENGTH = 1 / math.sqrt(
@@ -60,8 +60,10 @@ def draw(
         adapters.set_pair(model, kept)
         hold_out(model, base, learned)
         return
+    if not isinstance(link.settings, Lora):
+        return
     layers = adapters.pair_layers(model)
-    init, rank = link.what.init, link.what.rank or 0
+    init, rank = link.settings.init, link.settings.rank
     generator = torch.Generator().manual_seed(link.seed)
     if init == "gradient":
         with torch.enable_grad():
@@ -119,27 +121,27 @@ def orthogonal_rows(used_KI: Tensor, rank: int, generator: torch.Generator) -> T
     return fresh_IR.T.float()
 
 
-def check_room(skeleton: PreTrainedModel, links: Sequence[OneLink]) -> None:
+def check_room(skeleton: PreTrainedModel, links: Sequence[Settings]) -> None:
     """Whether the model's matrices have room for the directions that the starts of these links ask for.
 
     Raises:
         ModelError: names the module, its size and what would fit.
     """
     used: dict[str, int] = {}
-    for number, what in enumerate(links, 1):
-        if what.method != "lora" or what.rank is None:
+    for number, pair in enumerate(links, 1):
+        if not isinstance(pair, Lora):
             continue
-        for name in adapters.target_names(skeleton, what):
+        for name in adapters.target_names(skeleton, pair.target_modules):
             n_out, n_in = shape_of(skeleton, name)
-            before, room = used.get(name, 0), n_in if what.init == "orthogonal" else min(n_in, n_out)
-            if what.init == "orthogonal" and before and before + what.rank > room:
+            before, room = used.get(name, 0), n_in if pair.init == "orthogonal" else min(n_in, n_out)
+            if pair.init == "orthogonal" and before and before + pair.rank > room:
                 raise ModelError(
-                    f"init: orthogonal: link {number} has rank {what.rank} and the links before it take {before} of "
+                    f"init: orthogonal: link {number} has rank {pair.rank} and the links before it take {before} of "
                     f"the {room} input directions of {name}; lower rank or the number of links"
                 )
-            if what.init in ("gradient", "pissa") and what.rank > room:
+            if pair.init in ("gradient", "pissa") and pair.rank > room:
                 raise ModelError(
-                    f"init: {what.init}: {name} is {n_out} x {n_in} and has {room} singular vectors, so rank "
-                    f"{what.rank} is too large; lower it, or use init: default"
+                    f"init: {pair.init}: {name} is {n_out} x {n_in} and has {room} singular vectors, so rank "
+                    f"{pair.rank} is too large; lower it, or use init: default"
                 )
-            used[name] = before + what.rank * (2 if what.init == "pissa" else 1)  # with what was taken out
+            used[name] = before + pair.rank * (2 if pair.init == "pissa" else 1)  # with what was taken out

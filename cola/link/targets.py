@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft import (
     LoraConfig,
@@ -14,11 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cola.errors import ModelError, listed, quoted
 from cola.link.text_part import in_text, outside_text
-from cola.recipe.arms import OneLink
-from cola.recipe.recipe import Recipe
+from cola.recipe.methods import Lora, Settings, Targets
 
 
-def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
+def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
     """Full names of the linear modules of the text part that target_modules means, in the model's order.
 
     Raises:
@@ -29,15 +28,14 @@ def target_names(model: PreTrainedModel, what: OneLink) -> list[str]:
     every = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     linear = {name: module for name, module in every.items() if in_text(name, outside)}
     shared = {name: names for names in shared_matrices(model) for name in names}
-    if what.target_modules == "all-linear":
+    if target_modules == "all-linear":
         free = [name for name, module in linear.items() if module is not head and f"{name}.weight" not in shared]
         own = [name for name in free if not _is_bypassed(model, name)]
         if not own:
             raise ModelError("target_modules: all-linear means no layer of this model: " + left_out_note(model, []))
         return own
-    assert isinstance(what.target_modules, tuple | list)
     found = []
-    for target in what.target_modules:
+    for target in target_modules:
         matches = [name for name in linear if name == target or name.endswith("." + target)]
         if not matches:
             if beyond := next((name for name in every if name == target or name.endswith("." + target)), None):
@@ -154,10 +152,15 @@ def left_out_note(model: PreTrainedModel, names: Sequence[str]) -> str:
     return f"no pair is put on {', '.join(told)}; method: full trains all weights"
 
 
-def all_linear_notes(skeleton: PreTrainedModel, recipe: Recipe) -> list[str]:
-    """What is to be said of a recipe's arms that adapt all linear layers: one sentence, or none."""
-    whole = [arm for arm in recipe.arms if any(link.target_modules == "all-linear" for link in recipe.links_of(arm))]
-    if not whole:
+def all_linear_notes(skeleton: PreTrainedModel, arms: Mapping[str, Sequence[Settings]]) -> list[str]:
+    """What is to be said of the arms, given by the links of each, that adapt all linear layers: one sentence, or
+    none."""
+    every = [
+        arm
+        for arm, links in arms.items()
+        if any(isinstance(link, Lora) and link.target_modules == "all-linear" for link in links)
+    ]
+    if not every:
         return []
-    note = left_out_note(skeleton, target_names(skeleton, OneLink(method="lora", target_modules="all-linear")))
-    return [f"{', '.join(whole)}: target_modules: all-linear: {note}"] if note else []
+    note = left_out_note(skeleton, target_names(skeleton, "all-linear"))
+    return [f"{', '.join(every)}: target_modules: all-linear: {note}"] if note else []

@@ -19,6 +19,7 @@ from cola.errors import NoGradient, NonFiniteLoss
 from cola.link.adapters import trainable
 from cola.link.forward import logits_at
 from cola.link.moments import Moments, check_cleared, set_moments, share_cleared
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Link, derived_seed
 
 GRADIENT_SCALE = 2.0**12  # of the summed loss of a pass, under float16; training's begins at 2**16 for a mean
@@ -200,7 +201,7 @@ def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 
 def _groups(model: PreTrainedModel, link: Link) -> list[dict[str, Any]]:
     """AdamW's parameter groups: all alike, or LoRA+'s, in which B and whatever is a vector learn faster than A."""
-    ratio = link.what.loraplus_lr_ratio or 1.0
+    ratio = link.settings.loraplus_lr_ratio if isinstance(link.settings, Lora) else 1.0
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in named if ratio != 1 and ("lora_B" in name or p.ndim == 1)]
     known = set(map(id, fast))

@@ -26,9 +26,10 @@ from cola.files import cache_dir, digest, write_text
 from cola.link import adapters
 from cola.link.base import shape_of
 from cola.link.text_part import text_config
-from cola.recipe.arms import OneLink
-from cola.recipe.plan import Choice, Job, Link, budget_steps, own_lengths, plan_arm
+from cola.recipe.methods import Lora, Prefix, Settings, VirtualTokens
+from cola.recipe.plan import Job, Link, budget_steps, own_lengths, plan_arm
 from cola.recipe.recipe import Recipe
+from cola.recipe.schema import Choice
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
 COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
@@ -86,15 +87,16 @@ class Meter:
     def steps(self, link: Link, order: Sequence[Sequence[int]], seed: int) -> list[Cost]:
         """The cost of each optimizer step of a link, given the rows of each under a seed."""
         known = self.redrawn[seed] if self.redrawn else self.rows
-        costs = self._steps(link.what, order, known, self.checkpointing)
-        drawn = link.knot is None or link.knot.pair != "keep"
-        if costs and drawn and link.what.init_batches:
-            costs[0] += self._start(link.what, order[: link.what.init_batches], known)
+        costs = self._steps(link.settings, order, known, self.checkpointing)
+        if costs and isinstance(link.settings, Lora) and link.settings.init_batches and not link.keeps_pair:
+            costs[0] += self._start(link.settings, order[: link.settings.init_batches], known)
         return costs
 
-    def _steps(self, what: OneLink, order: Sequence[Sequence[int]], known: Lengths, checkpointing: bool) -> list[Cost]:
-        polynomial, per_target = self._shape(what, checkpointing)
-        virtual = what.num_virtual_tokens or 0
+    def _steps(
+        self, settings: Settings, order: Sequence[Sequence[int]], known: Lengths, checkpointing: bool
+    ) -> list[Cost]:
+        polynomial, per_target = self._shape(settings, checkpointing)
+        virtual = settings.virtual_tokens
         costs = []
         for rows in order:
             tokens, targets = zip(*(known[row] for row in rows), strict=True)
@@ -102,23 +104,23 @@ class Meter:
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
         return costs
 
-    def _start(self, what: OneLink, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
+    def _start(self, pair: Lora, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
         """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
         activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
         head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
-        for name in adapters.target_names(self.skeleton, what):
+        for name in adapters.target_names(self.skeleton, pair.target_modules):
             product = 2 * math.prod(shape_of(self.skeleton, name))
             if self.skeleton.get_submodule(name) is head:
                 at_target += product
             else:
                 at_row += product
         tokens, targets = (sum(n) for n in zip(*(known[row] for rows in order for row in rows), strict=True))
-        return sum(self._steps(what, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
+        return sum(self._steps(pair, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
 
-    def _shape(self, what: OneLink, checkpointing: bool) -> tuple[list[float], float]:
+    def _shape(self, settings: Settings, checkpointing: bool) -> tuple[list[float], float]:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
         # What changes no shape is left out; counting takes seconds, so it is remembered.
-        key = what.model_dump(mode="json", exclude=SHAPELESS)
+        key = {key: value for key, value in settings.record().items() if key not in SHAPELESS}
         model = [
             repr(self.skeleton.config.to_dict()),
             type(self.skeleton).__module__,
@@ -131,10 +133,10 @@ class Meter:
                 return self._shapes[name]
             try:
                 model = copy.deepcopy(self.skeleton).requires_grad_(False)
-                if what.method not in adapters.PROMPTS:  # whose tokens are stood in for
-                    model = adapters.attach(model, what, 0)
+                if not isinstance(settings, VirtualTokens):  # which are stood in for
+                    model = adapters.attach(model, settings, 0)
                 counts, per_target = zip(
-                    *(self._count(model, what, length, checkpointing) for length in LENGTHS), strict=True
+                    *(self._count(model, settings, length, checkpointing) for length in LENGTHS), strict=True
                 )
             # A model's own code may ask the meta device for values, and fail in any way: no reason to lose an arm.
             except Exception as error:
@@ -146,21 +148,23 @@ class Meter:
                 write_text(note, json.dumps(self._shapes[name]))
         return self._shapes[name]
 
-    def _count(self, model: PreTrainedModel, what: OneLink, length: int, checkpointing: bool) -> tuple[float, float]:
+    def _count(
+        self, model: PreTrainedModel, settings: Settings, length: int, checkpointing: bool
+    ) -> tuple[float, float]:
         """FLOPs of a row without the head, and of the head at one target."""
-        virtual = what.num_virtual_tokens or 0
+        virtual = settings.virtual_tokens
         body: Any = model.base_model
         head: Any = model.get_output_embeddings()
         hidden = text_config(model).hidden_size
         # With a cache, if an empty one, transformers does not look for packed rows, in positions without values here.
         inputs: dict[str, object] = {"past_key_values": DynamicCache(config=text_config(model)), "use_cache": True}
         with torch.device("meta"):
-            if what.method in ("p_tuning", "prompt_tuning"):
+            if isinstance(settings, Prefix):
+                inputs["past_key_values"] = _cache(model, virtual)
+            if virtual and not isinstance(settings, Prefix):
                 inputs["inputs_embeds"] = torch.zeros(1, virtual + length, hidden, requires_grad=True)
             else:
                 inputs["input_ids"] = torch.zeros(1, length, dtype=torch.long)
-            if what.method == "prefix":
-                inputs["past_key_values"] = _cache(model, virtual)
         with FlopCounterMode(display=False) as counter:
             output = body(**inputs).last_hidden_state
             forward = counter.get_total_flops()
@@ -227,7 +231,7 @@ class Budget:
         if key not in self._known:
             allowed = self.cost(Job(arm=reference, seed=job.seed), budget).of(training.match)
             # Links that say their own lengths leave nothing to be found, or the rest of them.
-            recipe = self.recipe.with_choice(job.arm, dict(job.choice))
+            recipe = self.recipe.with_choice(job.arm, job.choice)
             own = own_lengths(recipe, job.arm, n_train)
             low = sum(steps or 1 for steps in own)
             least = self.cost(job, low).of(training.match)

@@ -23,7 +23,7 @@ from cola.link.base import Base, as_stored, shape_of
 from cola.link.model import Source
 from cola.link.residual import Residual, factors
 from cola.measure.spectrum import KEPT, TOP, Svd, Tuned, count_intruders, dense_svd, numbers_of, of_chain
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Lora, Targets
 from cola.recipe.recipe import Recipe
 
 ALL = "all weights"  # full fine-tuning's update
@@ -177,9 +177,9 @@ class Learned:
     @cached_property
     def trained(self) -> list[str]:
         """The matrices that some low-rank arm trains, in the model's order; where none does, all linear layers'."""
-        targets = {str(what.target_modules): what for what in self._low_rank}.values()
-        names = {name for what in targets for name in adapters.target_names(self.skeleton, what)}
-        linear = adapters.target_names(self.skeleton, OneLink(target_modules="all-linear"))
+        targets: set[Targets] = {pair.target_modules for pair in self._low_rank}
+        names = {name for modules in targets for name in adapters.target_names(self.skeleton, modules)}
+        linear = adapters.target_names(self.skeleton, "all-linear")
         return [name for name, _ in self.skeleton.named_modules() if name in (names or linear)]
 
     @cached_property
@@ -193,18 +193,15 @@ class Learned:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # others have no float64
 
     @cached_property
-    def _low_rank(self) -> list[OneLink]:
+    def _low_rank(self) -> list[Lora]:
         """All pairs that the recipe may train."""
-        recipe = self.recipe
-        arms = [
-            recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
-        ]
-        return [what for links in arms for what in links if what.method == "lora"]
+        variants = [variant for arm in self.recipe.arms for variant in self.recipe.variants(arm)]
+        return [link for variant in variants for link in variant.links if isinstance(link, Lora)]
 
     @property
     def _widest(self) -> int:
         """Directions of full fine-tuning that chains may be compared in; a pair of `init: pissa` has twice its rank."""
-        return min(KEPT, max((2 * (what.rank or 0) for what in self._low_rank), default=0))
+        return min(KEPT, max((2 * pair.rank for pair in self._low_rank), default=0))
 
     def _tuned(self, folder: Path) -> Matrices:
         return Matrices(self.skeleton, sorted(folder.glob("model*.safetensors")))

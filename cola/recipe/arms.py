@@ -23,30 +23,10 @@ from cola.recipe.bounds import (
     WarmUp,
     Width,
 )
+from cola.recipe.methods import Activation, Init, Part, Placement
 from cola.recipe.schema import Rate, Search
 
 MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
-
-# Each method, the keys it takes and their defaults; a None is worked out from other keys or the model.
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {
-        "rank": 8,
-        "alpha": None,
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-        "init": "default",
-        "init_batches": None,
-        "use_rslora": False,
-        "use_dora": False,
-        "loraplus_lr_ratio": 1.0,
-    },
-    "full": {"freeze": []},
-    "adapter": {"bottleneck": 64, "placement": "pfeiffer", "activation": "relu"},
-    "prefix": {"num_virtual_tokens": 20, "prefix_projection": False, "encoder_hidden_size": None},
-    "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": None},
-    "prompt_tuning": {"num_virtual_tokens": 20},
-}
-METHODS["qlora"] = METHODS["lora"]  # LoRA on an NF4 base: `method: lora` and `quantization: nf4` in two words
 
 
 class LinkSettings(Section):
@@ -72,7 +52,7 @@ class LinkSettings(Section):
         description="lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every "
         "linear layer but the output head. Default: `all-linear`.",
     )
-    init: Literal["default", "gaussian", "pissa", "orthogonal", "gradient"] | None = Field(
+    init: Init | None = Field(
         default=None,
         description="lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with "
         "standard deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; "
@@ -91,19 +71,17 @@ class LinkSettings(Section):
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
         default=None, description="lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
     )
-    freeze: list[Literal["embeddings", "head"]] | None = Field(
+    freeze: list[Part] | None = Field(
         default=None,
         description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
         "Default: nothing.",
     )
     bottleneck: Width | None = Field(default=None, description="adapter: inner width. Default: 64.")
-    placement: Literal["pfeiffer", "houlsby"] | None = Field(
+    placement: Placement | None = Field(
         default=None,
         description="adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`.",
     )
-    activation: Literal["relu", "gelu", "silu"] | None = Field(
-        default=None, description="adapter: the nonlinearity. Default: `relu`."
-    )
+    activation: Activation | None = Field(default=None, description="adapter: the nonlinearity. Default: `relu`.")
     num_virtual_tokens: Width | None = Field(
         default=None, description="prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
     )
@@ -167,6 +145,13 @@ class Prune(Section):
         if (self.prune_magnitude is None) == (self.prune_random is None):
             raise ValueError("give prune_magnitude or prune_random, one of them")
         return self
+
+    @property
+    def share(self) -> float:
+        """The share of the entries that is cleared."""
+        share = self.prune_random if self.prune_magnitude is None else self.prune_magnitude
+        assert share is not None  # `_one_rule`
+        return share
 
 
 class KnotRules(Section):
@@ -284,22 +269,3 @@ class Arm(LinkSettings):
 
 
 SEARCHABLE = ("links", *(key for key in LinkSettings.model_fields if key != "method"))
-
-
-def resolve(default: LinkSettings, arm: Arm, link: OneLink) -> OneLink:
-    def first(key: str, fallback: Any) -> Any:
-        return next((v for s in (link, arm, default) if (v := getattr(s, key)) is not None), fallback)
-
-    method = first("method", "lora")
-    settings = {key: first(key, fallback) for key, fallback in METHODS[method].items()}
-    if "rank" in settings:
-        # An alpha belongs to the rank beside which it stands: a link with a rank of its own does not take over an
-        # alpha from further out, or a step-down in rank would silently be a step-up in scale. A multiple is safe.
-        near = [s.alpha for s in (link, arm, default)]
-        own = next((s.alpha for s in (link, arm, default) if s.alpha or s.rank), None)
-        alpha = own or next((alpha for alpha in near if isinstance(alpha, str)), "2r")
-        settings["alpha"] = float(alpha[:-1]) * settings["rank"] if isinstance(alpha, str) else alpha
-    if settings.get("init") == "gradient":
-        settings["init_batches"] = settings["init_batches"] or 8
-    lengths = {"steps": link.steps, "epochs": link.epochs, "learning_rate": link.learning_rate}
-    return OneLink(method="lora" if method == "qlora" else method, **settings, **lengths)

@@ -5,17 +5,14 @@ Pure arithmetic: no torch, no files, no network. Steps are optimizer steps.
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
 
 from cola.errors import RecipeError
-from cola.recipe.arms import KnotRules, OneLink
 from cola.recipe.bounds import MOST_STEPS
+from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
-from cola.recipe.schema import Search, Training
-
-Choice: TypeAlias = tuple[tuple[str, Any], ...]  # searched keys and the values tried
+from cola.recipe.resolved import Rules
+from cola.recipe.schema import Choice, Search, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +20,15 @@ class Link:
     """One link of an arm, ready to be trained.
 
     Attributes:
-        what: What is trained, every setting explicit.
+        settings: What is trained.
         knot: The rules at the joint before it; None for the first link.
         first_step: Steps of the run before this link.
         learning_rates: The learning rate of each of the link's optimizer steps.
         seed: Seed of its weights' first draw and of its dropout.
     """
 
-    what: OneLink
-    knot: KnotRules | None
+    settings: Settings
+    knot: Rules | None
     first_step: int
     learning_rates: tuple[float, ...]
     seed: int
@@ -42,10 +39,9 @@ class Link:
         return self.first_step + len(self.learning_rates)
 
     @property
-    def method(self) -> str:
-        """`lora`, `full`, `adapter`, `prefix`, `p_tuning` or `prompt_tuning`."""
-        assert self.what.method is not None
-        return self.what.method
+    def keeps_pair(self) -> bool:
+        """Whether it goes on with the pair of the link before."""
+        return self.knot is not None and self.knot.keeps_pair
 
 
 def derived_seed(*causes: object) -> int:
@@ -89,48 +85,31 @@ def plan_arm(
         RecipeError: the links' own lengths do not add up to the run's steps, there are more steps than a run may have,
             or a link has no learning rate above 0.
     """
-    recipe = recipe.with_choice(arm, dict(choice) or next(iter(recipe.choices_of(arm)), {}))
-    training, rules = recipe.training, recipe.knot_of(arm)
-    settings = recipe.links_of(arm)
-    if not settings:
+    recipe = recipe.with_choice(arm, choice or recipe.choices_of(arm)[0])
+    resolved, training = recipe.resolved(arm), recipe.training
+    if not resolved.links:
         return []
-    lengths = _share(recipe, arm, settings, n_train, total or budget_steps(training, n_train))
+    rules, own_rates = resolved.rules, _own_rates(recipe, arm)
+    lengths = _share(recipe, arm, n_train, total or budget_steps(training, n_train))
     if sum(lengths) > MOST_STEPS:  # before there is a number for each
         raise RecipeError(
             f"arms.{arm}: {sum(lengths)} optimizer steps; {MOST_STEPS} are the most: lower training.epochs or "
             "training.steps, raise training.batch_size, or take fewer links"
         )
-    peak = _number(recipe.learning_rate_of(arm))
-    assert peak is not None
-    scopes = [sum(lengths)] if rules.schedule == "run" else lengths
-    warmups = [(scopes[0], training.warmup_steps, "training")]
-    warmups += [(length, rules.warmup_steps or 0, f"arms.{arm}.knot") for length in lengths[1:]]
-    for scope, warmup, section in warmups:
-        if warmup >= scope:
-            raise RecipeError(
-                f"{section}.warmup_steps: {warmup:g} of {scope} steps leave none for the rest of the schedule"
-            )
-    whole = schedule(training, sum(lengths))
+    _check_warmups(arm, lengths, training, rules)
     links, first = [], 0
-    for number, (link, length) in enumerate(zip(settings, lengths, strict=True)):
-        if rules.schedule == "link":
-            shape = schedule(training, length, rules.warmup_steps if number else None)
-        else:
-            shape = whole[first : first + length]
-            rewarm = _warmup(rules.warmup_steps or 0, length) if number else 0
-            if rewarm:
-                shape = [factor * min(1.0, step / rewarm) for step, factor in enumerate(shape)]
+    for number, factors in enumerate(_factors(lengths, training, rules)):
         links.append(
             Link(
-                what=link.model_copy(update={"steps": None, "epochs": None, "learning_rate": None}),
+                settings=resolved.links[number],
                 knot=rules if number else None,
                 first_step=first,
-                learning_rates=tuple((_number(link.learning_rate) or peak) * factor for factor in shape),
+                learning_rates=tuple(own_rates[number] * factor for factor in factors),
                 # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
                 seed=derived_seed("link", seed, number),
             )
         )
-        first += length
+        first += len(factors)
     for number, link in enumerate(links, 1):
         if not any(link.learning_rates):  # the first step of a warm-up has none
             raise RecipeError(
@@ -140,20 +119,51 @@ def plan_arm(
     return links
 
 
-def _number(rate: float | Search | None) -> float | None:
-    assert not isinstance(rate, Search), "the search was replaced by one of its values"
-    return rate
+def _own_rates(recipe: Recipe, arm: str) -> list[float]:
+    """The peak learning rate of each link of an arm, none of which is searched any more."""
+    links, peak = recipe.arms[arm].links, recipe.learning_rate_of(arm)
+    rates = [peak] * links if isinstance(links, int) else [link.learning_rate or peak for link in links]
+    numbers = [float(rate) for rate in rates if not isinstance(rate, Search)]
+    assert len(numbers) == len(rates), "the search was replaced by one of its values"
+    return numbers
 
 
-def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int, total: int) -> list[int]:
+def _check_warmups(arm: str, lengths: list[int], training: Training, rules: Rules) -> None:
+    """A warm-up must leave steps of its scope for what comes after it."""
+    scopes = [(sum(lengths) if rules.schedule == "run" else lengths[0], training.warmup_steps, "training")]
+    scopes += [(length, rules.warmup_steps, f"arms.{arm}.knot") for length in lengths[1:]]
+    for scope, warmup, section in scopes:
+        if warmup >= scope:
+            raise RecipeError(
+                f"{section}.warmup_steps: {warmup:g} of {scope} steps leave none for the rest of the schedule"
+            )
+
+
+def _factors(lengths: list[int], training: Training, rules: Rules) -> list[list[float]]:
+    """Of each link's steps the learning rate as a factor of its peak."""
+    if rules.schedule == "link":
+        warmups = [training.warmup_steps] + [rules.warmup_steps] * (len(lengths) - 1)
+        return [schedule(training, length, warmup) for length, warmup in zip(lengths, warmups, strict=True)]
+    whole, found, first = schedule(training, sum(lengths), training.warmup_steps), [], 0
+    for length in lengths:
+        factors = whole[first : first + length]
+        if first and (rewarm := _warmup(rules.warmup_steps, length)):
+            factors = [factor * min(1.0, step / rewarm) for step, factor in enumerate(factors)]
+        found.append(factors)
+        first += length
+    return found
+
+
+def _share(recipe: Recipe, arm: str, n_train: int, total: int) -> list[int]:
+    """Optimizer steps of each link, whatever they do not say themselves shared out evenly."""
     own = own_lengths(recipe, arm, n_train)
     if recipe.training.protocol == "grow":
         return [steps or total for steps in own]
     free = [i for i, steps in enumerate(own) if steps is None]
     left = total - sum(steps or 0 for steps in own)
-    if len(free) == len(links) and total < len(links):
+    if len(free) == len(own) and total < len(own):
         raise RecipeError(
-            f"arms.{arm}.links: {len(links)} links need {len(links)} steps or more and the run has {total}; raise "
+            f"arms.{arm}.links: {len(own)} links need {len(own)} steps or more and the run has {total}; raise "
             "training.epochs or training.steps, or lower training.batch_size"
         )
     if left < len(free) or (not free and left != 0):
@@ -168,8 +178,9 @@ def _share(recipe: Recipe, arm: str, links: list[OneLink], n_train: int, total: 
 
 def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
     """Optimizer steps of an arm's links, as far as they say them themselves."""
-    per_epoch = steps_per_epoch(recipe.training, n_train)
-    links = recipe.links_of(arm)
+    per_epoch, links = steps_per_epoch(recipe.training, n_train), recipe.arms[arm].links
+    if isinstance(links, int):
+        return [None] * links
     return [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
 
 
@@ -178,13 +189,13 @@ def _warmup(warmup_steps: float, scope: int) -> int:
     return min(round(warmup_steps * scope), scope - 1) if warmup_steps < 1 else int(warmup_steps)
 
 
-def schedule(training: Training, n_steps: int, warmup_steps: float | None = None) -> list[float]:
+def schedule(training: Training, n_steps: int, warmup_steps: float) -> list[float]:
     """Factors of the peak learning rate for the steps of a scope.
 
     The formulas are those of transformers' `get_linear_schedule_with_warmup` and its siblings, so the first
-    step of a warm-up has learning rate 0. `warmup_steps`: default training.warmup_steps.
+    step of a warm-up has learning rate 0.
     """
-    warmup = _warmup(training.warmup_steps if warmup_steps is None else warmup_steps, n_steps)
+    warmup = _warmup(warmup_steps, n_steps)
     rising, rest = [step / warmup for step in range(min(warmup, n_steps))], n_steps - warmup
     match training.schedule:
         case "constant":
@@ -227,11 +238,6 @@ class Job:
         return f"{self.arm} seed {self.seed}" + (f" {choice_text(self.choice)}" if self.trial else "")
 
 
-def choice_of(values: Mapping[str, Any]) -> Choice:
-    """Searched values in a form that can be a key."""
-    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in values.items())
-
-
 def choice_text(choice: Choice) -> str:
     """Searched values in words: `learning_rate=0.0006 rank=8`."""
     return " ".join(f"{k}={'+'.join(v) if isinstance(v, tuple) else repr(v).strip(chr(39))}" for k, v in choice)
@@ -245,17 +251,15 @@ def trials_of(recipe: Recipe, arm: str, seed: int) -> list[Job]:
     if (search := recipe.search_of(arm)) is None:
         return []
     seeds = [seed] if search.per == "seed" else recipe.search_seeds(arm)
-    choices = map(choice_of, recipe.choices_of(arm))
-    return [Job(arm=arm, seed=one, choice=choice, trial=True) for choice in choices for one in seeds]
+    return [Job(arm=arm, seed=one, choice=choice, trial=True) for choice in recipe.choices_of(arm) for one in seeds]
 
 
 def candidates_of(recipe: Recipe) -> list[Job]:
     """Everything that may be trained: the trials, and each arm and seed at every choice of its search."""
-    found = []
+    jobs = []
     for job in jobs_of(recipe):
-        choices = [] if job.trial else recipe.choices_of(job.arm)
-        found += [replace(job, choice=choice_of(choice)) for choice in choices] or [job]
-    return found
+        jobs += [job] if job.trial else [replace(job, choice=choice) for choice in recipe.choices_of(job.arm)]
+    return jobs
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cola.errors import RecipeError, listed, plain, quoted
-from cola.recipe.arms import METHODS, Arm
+from cola.recipe.arms import Arm
+from cola.recipe.checks import check_recipe
 from cola.recipe.faults import explain, near_files
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import resolved_values
@@ -76,6 +77,10 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(error, raw, str(path), marks))) from None
+    try:
+        check_recipe(recipe)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from None
     for override in overrides or []:
         _refuse_idle_override(recipe, override.partition("=")[0])
     return resolved_values(recipe, base=path.parent)
@@ -88,7 +93,7 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
         return
     trained = {name: arm for name, arm in recipe.arms.items() if arm.n_links}
     if key not in ("method", "learning_rate"):
-        takes = {name: METHODS[recipe.links_of(name)[0].method or "lora"] for name in trained}
+        takes = {name: type(recipe.resolved(name).links[0]).model_fields for name in trained}
         trained = {name: arm for name, arm in trained.items() if key in takes[name]}
 
     def says(arm: Arm) -> bool:

@@ -1,6 +1,6 @@
 """The sections of a recipe, key by key, and the bounds of each value. No torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -81,6 +81,9 @@ class Search(Section):
         if len(values) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
             raise ValueError("a search names each value, and each seed, once")
         return self
+
+
+Choice: TypeAlias = tuple[tuple[str, Any], ...]  # searched keys and the values tried, lists as tuples
 
 
 def _rates(search: Search) -> Search:

@@ -10,6 +10,7 @@ from cola.recipe.arms import Arm, LinkSettings
 from cola.recipe.bounds import SAMPLE, is_remote
 from cola.recipe.data_section import Files
 from cola.recipe.recipe import Recipe
+from cola.recipe.resolved import resolve
 from cola.recipe.schema import Search
 from cola.recipe.yaml12 import RecipeDumper
 
@@ -39,41 +40,41 @@ def resolved_values(recipe: Recipe, base: Path) -> Recipe:
     name = recipe.model.name_or_path
     model = recipe.model.model_copy(update={"name_or_path": name if is_remote(name) else find_path(name, base)})
     # Without an arm's own rules, what holds at every knot.
-    rules = recipe.model_copy(update={"arms": {"all": Arm()}}).knot_of("all")
-    knot = recipe.knot.model_copy(update=rules.model_dump(include={"merge", "pair", "merge_fraction", "schedule"}))
-    knot = knot.model_copy(update={"optimizer": rules.optimizer})
+    rules = resolve(Arm(), recipe.link, recipe.knot, recipe.model, recipe.training).rules
+    keys = ("merge", "pair", "merge_fraction", "optimizer", "schedule")
+    knot = recipe.knot.model_copy(update={key: getattr(rules, key) for key in keys})
     training = recipe.training
     if isinstance(rate := training.learning_rate, Search):
         training = training.model_copy(update={"learning_rate": _with_seeds(rate, [recipe.unscored_seed])})
-    arms = {}
-    for arm, settings in recipe.arms.items():
-        links = recipe.links_of(arm)
-        seeds, searches = recipe.search_seeds(arm), recipe.searches_of(arm)
-        searched = {key: _with_seeds(search, seeds) for key, search in searches.items()}
-        explicit: dict[str, Any] = {}
-        # What is searched has no value yet, nor has what follows from it.
-        open_keys = {*searched} | ({"alpha"} if "rank" in searched else set())
-        open_keys |= {"init_batches"} if "init" in searched else set()
-        if links and isinstance(settings.links, int):
-            said = links[0].model_dump(exclude={"steps", "epochs", "learning_rate", *open_keys})
-            explicit = {key: value for key, value in said.items() if key in LinkSettings.model_fields}
-        elif isinstance(settings.links, list):
-            own = zip(links, settings.links, strict=True)
-            links = [one.model_copy(update={key: getattr(mine, key, None) for key in open_keys}) for one, mine in own]
-        if "rank" in searched and "alpha" not in searched:
-            # Written beside the rank that is still to be chosen, or as a multiple of any.
-            common = recipe.link.alpha
-            explicit["alpha"] = settings.alpha or (common if isinstance(common, str) else None)
-        if links:
-            explicit["search"] = searched or None
-            explicit["learning_rate"] = None if "learning_rate" in searched else recipe.learning_rate_of(arm)
-            explicit["quantization"] = recipe.base_of(arm)[1] or settings.quantization
-        n_links = settings.links if isinstance(settings.links, int) else links
-        arms[arm] = settings.model_copy(update=explicit | {"links": n_links})
+    arms = {name: _explicit_arm(recipe, name) for name in recipe.arms}
     # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
     parts = {"data": data.model_copy(update=update), "model": model, "knot": knot, "training": training}
     parts |= {"arms": arms, "link": LinkSettings(), "evaluation": evaluation}
     return recipe.model_copy(update=parts)
+
+
+def _explicit_arm(recipe: Recipe, name: str) -> Arm:
+    """An arm that says every setting of its links itself, but those that a search is still to choose."""
+    arm, resolved, searches = recipe.arms[name], recipe.resolved(name), recipe.searches_of(name)
+    if not resolved.links:
+        return arm
+    # What is searched has no value yet, nor has what follows from it.
+    follows = {"rank": "alpha", "init": "init_batches"}
+    unknown = {*searches, *(follows[key] for key in follows.keys() & searches)}
+    known = [{key: v for key, v in link.record().items() if key not in unknown} for link in resolved.links]
+    update: dict[str, Any] = known[0]
+    if isinstance(arm.links, list):
+        links = [entry.model_copy(update=said) for entry, said in zip(arm.links, known, strict=True)]
+        update = {"links": links}
+    if "rank" in searches and "alpha" not in searches:
+        # Written beside the rank that is still to be chosen, or as a multiple of any.
+        shared = recipe.link.alpha
+        update["alpha"] = arm.alpha or (shared if isinstance(shared, str) else None)
+    seeds = recipe.search_seeds(name)
+    update["search"] = {key: _with_seeds(search, seeds) for key, search in searches.items()} or None
+    update["learning_rate"] = None if "learning_rate" in searches else recipe.learning_rate_of(name)
+    update["quantization"] = resolved.base.quantization or arm.quantization
+    return arm.model_copy(update=update)
 
 
 def _with_seeds(search: Search, seeds: list[int]) -> Search:

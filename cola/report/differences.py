@@ -11,8 +11,8 @@ from cola.compare.statistics import estimate
 from cola.compare.summary import made_differently, summarize
 from cola.compare.tasks import Run, open_runs
 from cola.recipe.recipe import Recipe
-from cola.report.numbers import NONE, interval, spread
-from cola.report.table import Table
+from cola.report.numbers import interval, spread
+from cola.report.table import NONE, Shown, Table
 from cola.tree.run_folder import MADE_WITH, RunFolder
 
 
@@ -54,13 +54,14 @@ def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
     said = recipe.model_dump(mode="json", exclude={"link", "knot", "arms", "output", "store"})
     arms = {}
     for arm in recipe.arms:
-        links = [link.model_dump(mode="json") for link in recipe.links_of(arm)]
+        resolved = recipe.resolved(arm)
+        links = [link.record() for link in resolved.links]
         if arm not in common:
-            arms[arm] = {"links": len(links), **{key: links[0][key] for key in ("method", "rank") if links}}
+            arms[arm] = {"links": len(links), **{key: links[0].get(key) for key in ("method", "rank") if links}}
             continue
         alike = all(link == links[0] for link in links)
         each = (links[0] if links else {}) if alike else {str(n): link for n, link in enumerate(links, 1)}
-        rules = recipe.knot_of(arm).model_dump(mode="json") if len(links) > 1 else None
+        rules = resolved.rules.model_dump(mode="json") if len(links) > 1 else None
         rate = recipe.learning_rate_of(arm) if links else None
         searched = {key: search.search for key, search in recipe.searches_of(arm).items()}
         arms[arm] = {"links": len(links), **each, "knot": rules, "search": searched}
@@ -75,7 +76,7 @@ def _made(run: Run) -> dict[str, Any]:
     return made | {"model.sha256": provenance["model"]["sha256"], "data.sha256": provenance["data"]["sha256"]}
 
 
-def _rows(a: Any, b: Any) -> list[list[str]]:
+def _rows(a: Any, b: Any) -> list[list[Shown]]:
     left, right = dict(_leaves(a)), dict(_leaves(b))
     keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
     return [[key, left.get(key, NONE), right.get(key, NONE)] for key in keys]
@@ -100,7 +101,7 @@ def _numbers(a: Run, b: Run, titles: tuple[str, str], notes: list[str]) -> Table
     table = Table(f"Arms: test, {a.causes[2] if same else 'not paired'}", columns, [])
     for arm in dict.fromkeys([*summaries[0], *summaries[1]]):
         of_arm = [summary.get(arm, {}) for summary in summaries]
-        cells = [spread(one.get(key)) for one in of_arm]
+        cells: list[Shown] = [spread(one.get(key)) for one in of_arm]
         cells += [spread(one.get("gap_loss"), signed=True) for one in of_arm]
         found = None
         if same and (scores := _pair(a, b, arm, notes)) is not None:

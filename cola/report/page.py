@@ -28,8 +28,8 @@ from cola.report.charts import curve_of
 from cola.report.drawing import Figure, save, svg
 from cola.report.figures import NAMES, ablation_figure, contrasts_figure, figures_of
 from cola.report.group_report import Comparison
-from cola.report.numbers import NONE, OF_P, states_text
-from cola.report.table import Table, sort_key
+from cola.report.numbers import number, states_text
+from cola.report.table import NONE, Table
 from cola.report.tables import (
     ablation_notes,
     ablation_table,
@@ -43,7 +43,7 @@ from cola.report.tables import (
     task_tables,
 )
 from cola.report.tracking import comparison_numbers
-from cola.report.verdict import contrast_sentence, verdict
+from cola.report.verdict import OF_P, contrast_sentence, verdict
 from cola.tree.records import MetricRow
 from cola.tree.run_folder import RunFolder, place_of, read_jsonl
 
@@ -163,7 +163,7 @@ def curves_table(curves: dict[str, list[list[dict[str, Any]]]]) -> Table:
         curve = curve_of(seeds)
         for step, loss in curve.validation:
             n = sum(step in dict(points) for points in curve.seeds)
-            table.rows.append([name, str(step), f"{loss:.4f}", str(n)])
+            table.rows.append([name, number(step, "d"), number(loss, ".4f"), number(n, "d")])
     return table
 
 
@@ -192,7 +192,6 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["sort_key"] = lambda cell: "" if cell == NONE or (key := sort_key(cell)) is None else f"{key!r}"
     environment.globals |= {"NONE": NONE, "of_p": OF_P}
     return environment.get_template(template).render(script=Markup(script), policy=POLICY.format(digest), **values)
 

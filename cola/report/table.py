@@ -1,33 +1,74 @@
-"""A table, in text, HTML, Markdown, LaTeX and CSV."""
+"""A table of cells, in text, HTML, Markdown, LaTeX and CSV."""
 
 import csv
 import io
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+NONE = "–"  # where there is nothing to say
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a table.
+
+    Attributes:
+        text: What is read.
+        value: The number that the text begins with, in units of one and rounded as it is there, by which its column is
+            sorted; None where it begins with none.
+        alone: Whether the text is that number and no more: no unit, no spread, no interval.
+    """
+
+    text: str
+    value: float | None = None
+    alone: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Shown = Cell | str  # a str is a cell of words
 
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text; the first column names the row."""
+    """A titled table; the first column names the row."""
 
     title: str
     columns: list[str]
-    rows: list[list[str]]
+    rows: list[list[Shown]]
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, Callable[..., Shown]], rows: Iterable[tuple[Any, ...]]) -> "Table":
+        """A table by its columns: each says what it shows of a row's values."""
+        return cls(title, list(columns), [[shown(*row) for shown in columns.values()] for row in rows])
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        """The rows, every cell with its value."""
+        return [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in self.rows]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The rows as they are read."""
+        return [[str(cell) for cell in row] for row in self.rows]
 
     def markdown(self) -> str:
         """The table for a README."""
-        lines = [self.columns, [":--", *["--:"] * (len(self.columns) - 1)], *self.rows]
+        lines = [self.columns, [":--", *["--:"] * (len(self.columns) - 1)], *self.texts]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def csv(self) -> str:
         """The table for another program: the same texts, the title left out."""
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([self.columns, *self.rows])
+        csv.writer(buffer, lineterminator="\n").writerows([self.columns, *self.texts])
         return buffer.getvalue()
 
     def latex(self, label: str) -> str:
         """The table for a paper that loads booktabs; the title is its caption."""
-        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.rows)]
+        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.texts)]
         return "\n".join(
             [
                 r"% needs \usepackage{booktabs}",
@@ -60,18 +101,3 @@ def _latex(text: str) -> str:
     """A text that LaTeX sets as it stands; a minus before a number is a minus and no hyphen."""
     text = re.sub(r"(?<![\w.)])-(?=\.?\d)", "−", text)
     return "".join(LATEX.get(sign, sign) for sign in text)
-
-
-SIZES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21, "%": 0.01}
-NUMBER = re.compile(r"([+−-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?: ?([A-Za-z%]+))?(?=$|[\s,;–])", re.IGNORECASE)
-
-
-def sort_key(cell: str) -> float | None:
-    """The number that a cell begins with, in units of one, by which its column is sorted; None where it is a text."""
-    found = NUMBER.match(cell)
-    if found is None or (found[2] and found[2] not in SIZES):
-        return None
-    number = float(found[1].replace("−", "-")) * SIZES.get(found[2], 1)
-    # A time in two units; the second never stands alone.
-    rest = re.match(r" (\d+) (min|s)$", cell[found.end() :]) if found[2] in ("h", "min") else None
-    return number + (int(rest[1]) * SIZES[rest[2]] if rest else 0)

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from cola.report.numbers import duration
+from cola.report.table import Table
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -56,30 +57,29 @@ class Terminal:
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(text)}")
 
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    def table(self, table: Table) -> None:
         """A table, as wide as it needs to be where the output is no terminal; a narrow terminal wraps its cells."""
-        table = Table(
-            title=title,
+        shown = RichTable(
+            title=table.title,
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
         )
-        for number, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(escape, row))
-
-        natural = Measurement.get(self.console, self.console.options.update(max_width=sys.maxsize), table).maximum
+        for number, column in enumerate(table.columns):
+            shown.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+        for row in table.texts:
+            shown.add_row(*map(escape, row))
+        natural = Measurement.get(self.console, self.console.options.update(max_width=sys.maxsize), shown).maximum
         if self.console.is_terminal:
-            cells = list(zip(columns, *rows, strict=True))
+            cells = list(zip(table.columns, *table.texts, strict=True))
             lines = natural - sum(fitting(cells, sys.maxsize))
-            for column, width in zip(table.columns, fitting(cells, self.console.width - lines), strict=True):
+            for column, width in zip(shown.columns, fitting(cells, self.console.width - lines), strict=True):
                 column.width = width
         else:
             self.console.width = max(self.console.width, natural)
-        self.console.print(table)
+        self.console.print(shown)
 
     @contextmanager
     def progress(self, total_steps: int) -> Iterator["RunProgress"]:

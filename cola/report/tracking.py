@@ -37,15 +37,14 @@ from urllib.parse import urlsplit
 from cola.files import write_text
 from cola.recipe.schema import Tracking
 from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
-from cola.report.numbers import NONE, choice_share
-from cola.report.table import Table
+from cola.report.numbers import choice_share
+from cola.report.table import NONE, Table
 from cola.report.verdict import verdict
 from cola.tree.run_folder import WANDB_NOTE
 
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
 COPIES = "WANDB_DATA_DIR"
-NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
@@ -74,12 +73,11 @@ def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
 def typed_rows(table: Table) -> list[Iterable[Any]]:
     """A table's rows for W&B, which sorts and draws a column of numbers: one whose every cell is a plain number or a
     dash holds numbers and None, any other keeps its text. The first column names the rows and stays text."""
-    columns = [list(column) for column in zip(*table.rows, strict=True)]
     typed = [
-        [None if cell == NONE else float(cell) for cell in column]
-        if number and all(cell == NONE or NUMBER.fullmatch(cell) for cell in column)
-        else column
-        for number, column in enumerate(columns)
+        [cell.value for cell in column]
+        if number and all(cell.alone or cell.text == NONE for cell in column)
+        else [cell.text for cell in column]
+        for number, column in enumerate(zip(*table.cells, strict=True))
     ]
     return [list(row) for row in zip(*typed, strict=True)]
 

@@ -2,9 +2,18 @@
 
 from typing import Any
 
+from cola.compare.choice import SURE
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
-from cola.report.numbers import OF_P, p_value_text, uncertain_text
+from cola.report.numbers import p_value, values_text
+
+# Beside every table of contrasts.
+OF_P = (
+    "p, as the interval: for other seeds and other test examples, with one seed for other examples alone (the level at "
+    "which the interval ends at 0). "
+    "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
+    "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
+)
 
 
 def of_contrasts(summary: dict[str, Any]) -> str:
@@ -30,7 +39,7 @@ def contrast_sentence(one: dict[str, Any], metric: str) -> str:
         return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
     corrected = one["p_holm"] is not None
     p = one["p_holm"] if corrected else one["p"]
-    said = f"{'Holm-corrected ' if corrected else ''}p = {p_value_text(p)}".replace("= <", "<")
+    said = f"{'Holm-corrected ' if corrected else ''}p = {p_value(p)}".replace("= <", "<")
     if one["claim"]:
         return f"{line}, {said}: {better} is the better one."
     why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one["n_seeds"] < FEWEST_RUNS else said
@@ -73,7 +82,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             f"The arms were trained for {steps[0]} to {steps[-1]} optimizer steps: what differs between them may be "
             "due to that alone."
         )
-    lines += uncertain_text(summary)
+    lines += _uncertain(summary)
     for name, arm in summary["arms"].items():
         if (arm.get("max_lost") or 0) > 0.2:
             lines.append(
@@ -93,4 +102,24 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             lines.append(f"{name} seed {seed} failed: {error}")
         if 0 < arm["n_seeds"] < n_seeds:
             lines.append(f"{name}: {arm['n_seeds']} of {n_seeds} seeds are there; its means are over those.")
+    return lines
+
+
+def _uncertain(summary: dict[str, Any]) -> list[str]:
+    """Of each arm whose value resampled trials would often not choose, what else they would."""
+    lines = []
+    for arm, search in summary["trials"].items():
+        if search["per"] == "seed":
+            continue  # the choice is in the intervals
+        (choice,) = search["choices"]
+        shares = [trial["share"] for trial in choice["trials"]]
+        if shares[choice["chosen"]] is None or shares[choice["chosen"]] >= SURE:
+            continue
+        others = sorted((n for n in range(len(shares)) if n != choice["chosen"]), key=lambda n: -(shares[n] or 0))
+        first, second = (choice["trials"][n] for n in (choice["chosen"], others[0]))
+        lines.append(
+            f"{arm}: {values_text(first['values'])} is chosen in {first['share']:.0%} of resampled trials and "
+            f"{values_text(second['values'])} in {second['share'] or 0:.0%}: the choice is uncertain, and no interval "
+            "carries that; a search per: seed would."
+        )
     return lines

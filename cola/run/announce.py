@@ -17,10 +17,10 @@ def say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -
         if job.trial or job.seed != recipe.seeds[0]:
             continue
         lineage = tree.lineage(job)
-        low_rank = lineage.links and lineage.links[0].method == "lora"
-        merge = merge_of(recipe.knot_of(job.arm), "quantization" in lineage.root) if low_rank else None
+        low_rank = lineage.links and lineage.links[0].settings.is_pair
+        merge = merge_of(recipe.resolved(job.arm).rules, "quantization" in lineage.root) if low_rank else None
         twin = ends.setdefault((lineage.names[-1], merge), job.arm)
-        if twin != job.arm and not recipe.choices_of(job.arm):
+        if twin != job.arm and not recipe.searches_of(job.arm):
             terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
 
 
@@ -29,7 +29,7 @@ def say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, term
     if note := overlap_note(recipe):
         terminal.warn(note)
     for arm in recipe.arms:
-        rules = recipe.knot_of(arm)
+        rules = recipe.resolved(arm).rules
         several = recipe.arms[arm].n_links > 1 or "links" in recipe.searches_of(arm)
         if isinstance(rules.optimizer, Prune) and several and not rules.warmup_steps:
             terminal.warn(

@@ -11,10 +11,10 @@ from cola.data.encode import Example
 from cola.link.accelerator import make_accelerator
 from cola.measure.evaluate import Evaluator
 from cola.measure.memory import peaks, restart_peaks
-from cola.recipe.arms import KnotRules
 from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import Job, Link, evaluation_steps
 from cola.recipe.recipe import Recipe
+from cola.recipe.resolved import ResolvedArm
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.bench import Bench
 from cola.tree.measured import Measurements
@@ -31,10 +31,7 @@ class Assignment:
     Attributes:
         bench: What the run's jobs share.
         job: Its searched values chosen.
-        recipe: With those values in their place.
-        rules: The arm's, at its knots.
-        dtype: Number format of the base.
-        quantization: Of the base; None: as it is stored.
+        arm: What the recipe makes of it, its rules at knots and the format of its base among it.
         path: The job's folder.
         rows: The examples of each split.
         lineage: Names of all states.
@@ -50,10 +47,7 @@ class Assignment:
 
     bench: Bench
     job: Job
-    recipe: Recipe
-    rules: KnotRules
-    dtype: str
-    quantization: str | None
+    arm: ResolvedArm
     path: Path
     rows: dict[str, list[Example]]
     lineage: Lineage
@@ -69,12 +63,11 @@ class Assignment:
     @classmethod
     def of(cls, bench: Bench, job: Job) -> "Assignment":
         """Clear the job's folder, and count memory from now on."""
-        recipe = bench.recipe_of(job)
-        dtype, quantization = recipe.base_of(job.arm)
+        recipe, arm = bench.recipe, bench.recipe.resolved(job.arm, job.choice)
         path = bench.folder.start_job(job)
         lineage, rows = bench.tree.lineage(job), bench.materials.splits.of(job.seed)
-        accelerator = make_accelerator(dtype)
-        n_trained = max((bench.materials.count_parameters(link.what) for link in lineage.links), default=0)
+        accelerator = make_accelerator(arm.base.dtype)
+        n_trained = max((bench.materials.count_parameters(link.settings) for link in lineage.links), default=0)
         process = restart_peaks(accelerator.device)
         states = States(
             bench.store,
@@ -89,10 +82,7 @@ class Assignment:
         return cls(
             bench=bench,
             job=job,
-            recipe=recipe,
-            rules=recipe.knot_of(job.arm),
-            dtype=dtype,
-            quantization=quantization,
+            arm=arm,
             path=path,
             rows=rows,
             lineage=lineage,
@@ -105,6 +95,11 @@ class Assignment:
             tracker=bench.tracker_for(job),
             n_trained=n_trained,
         )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's."""
+        return self.bench.recipe
 
     @property
     def links(self) -> list[Link]:

@@ -34,13 +34,13 @@ def check_bases(
     recipe, source, skeleton = materials.recipe, materials.source, materials.skeleton
     bases: dict[tuple[str, str | None], list[str]] = {}
     for job in jobs_of(recipe):
-        bases.setdefault(recipe.base_of(job.arm), []).append(job.arm)
+        bases.setdefault(recipe.resolved(job.arm).base, []).append(job.arm)
     examples = [example for _, part in materials.splits.items() for example in part] + materials.general
     virtual = materials.virtual_tokens
     records, ready = [], {}
     for base in reversed(bases):  # the first one last: it is what the first job needs
         dtype, quantization = base
-        methods = {link.method for arm in bases[base] for link in recipe.links_of(arm)}
+        methods = {link.method for arm in bases[base] for link in recipe.resolved(arm).links}
         accelerator = make_accelerator(dtype)
         asked = (virtual, bool(methods), "full" in methods)
         causes = {
@@ -63,7 +63,7 @@ def check_bases(
             store.remember(causes, record)
         records.insert(0, record)
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
-    notes += targets.all_linear_notes(skeleton, recipe)
+    notes += targets.all_linear_notes(skeleton, {arm: recipe.resolved(arm).links for arm in recipe.arms})
     for note in notes:
         terminal.warn(note)
     return {

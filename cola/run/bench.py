@@ -70,15 +70,11 @@ class Bench:
         """The rows whose logits tell what a knot changed."""
         return self.materials.splits.validation[:PROBE_ROWS]
 
-    def recipe_of(self, job: Job) -> Recipe:
-        """The recipe with the job's searched values in their place."""
-        return self.recipe.with_choice(job.arm, dict(job.choice))
-
     def measurements(self, job: Job) -> Measurements:
         """What was and will be measured of a job's states."""
-        probe, recipe = digest([rows_digest(self.probe_rows), PROBE_TARGETS]), self.recipe_of(job)
-        rules, quantized = recipe.knot_of(job.arm), recipe.base_of(job.arm)[1] is not None
-        tie = {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction}
+        probe = digest([rows_digest(self.probe_rows), PROBE_TARGETS])
+        arm = self.recipe.resolved(job.arm, job.choice)
+        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
         lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
         # What a score depends on besides the state and the rows.
         scoring = {**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()}

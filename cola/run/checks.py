@@ -15,7 +15,8 @@ from cola.link.accelerator import dtype_warning, make_accelerator
 from cola.link.model import Source, check_fit, check_tokens
 from cola.link.text_part import text_config
 from cola.measure.memory import need_memory
-from cola.recipe.plan import choice_of, plan_arm
+from cola.recipe.methods import Settings
+from cola.recipe.plan import plan_arm
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 
@@ -25,7 +26,7 @@ def check_accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
     accelerator = make_accelerator(recipe.model.dtype)
     if said := environment.note():
         terminal.warn(said)
-    for dtype in sorted({recipe.base_of(arm)[0] for arm in recipe.arms}):
+    for dtype in sorted({recipe.resolved(arm).base.dtype for arm in recipe.arms}):
         if warning := dtype_warning(dtype, accelerator.device):
             terminal.warn(warning)
     return accelerator
@@ -33,7 +34,7 @@ def check_accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
 
 def check_arms(
     recipe: Recipe, source: Source, skeleton: PreTrainedModel, splits: Splits, device: torch.device
-) -> dict[str, int]:
+) -> dict[Settings, int]:
     """Check what each arm asks of the model and the data; returns the parameters that links train, by their settings.
 
     Raises:
@@ -41,21 +42,21 @@ def check_arms(
         DataError: a row is too long for the model.
     """
     check_fit(source, skeleton, splits, virtual_tokens(recipe))
-    counts: dict[str, int] = {}
+    counts: dict[Settings, int] = {}
     for arm in recipe.arms:
-        dtype, quantization = recipe.base_of(arm)
+        rules, (dtype, quantization) = recipe.resolved(arm).rules, recipe.resolved(arm).base
         if quantization is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
-        for choice in map(choice_of, recipe.choices_of(arm) or [{}]):
-            whats = [link.what for link in plan_arm(recipe, arm, 0, splits.sizes["train"], choice)]
+        for choice in recipe.choices_of(arm):
+            links = [link.settings for link in plan_arm(recipe, arm, 0, splits.sizes["train"], choice)]
             try:
-                for what in whats:
-                    if what.method == "full" and dtype == "float16" and device.type == "cpu":
+                for settings in links:
+                    if settings.is_whole and dtype == "float16" and device.type == "cpu":
                         raise ModelError("full fine-tuning in float16 needs a GPU; set dtype: float32")
-                    if (key := what.model_dump_json()) not in counts:
-                        counts[key] = adapters.count_parameters(skeleton, what)
-                        need_memory(counts[key], device)
-                starts.check_room(skeleton, whats[:1] if recipe.knot_of(arm).pair == "keep" else whats)
+                    if settings not in counts:
+                        counts[settings] = adapters.count_parameters(skeleton, settings)
+                        need_memory(counts[settings], device)
+                starts.check_room(skeleton, links[:1] if rules.keeps_pair else links)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None
     return counts
@@ -63,10 +64,8 @@ def check_arms(
 
 def virtual_tokens(recipe: Recipe) -> int:
     """The largest number of virtual tokens that an arm puts before a row."""
-    tried = [
-        recipe.with_choice(arm, one).links_of(arm) for arm in recipe.arms for one in recipe.choices_of(arm) or [{}]
-    ]
-    return max((link.num_virtual_tokens or 0 for links in tried for link in links), default=0)
+    variants = [variant for arm in recipe.arms for variant in recipe.variants(arm)]
+    return max((link.virtual_tokens for variant in variants for link in variant.links), default=0)
 
 
 def general_text_of(

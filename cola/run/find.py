@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from cola.link.moments import carries
 from cola.run.assignment import Assignment
 from cola.run.course import Course, better
 from cola.run.knots import check_drift
@@ -17,7 +16,7 @@ def deepest(given: Assignment, course: Course, steps: Sequence[int]) -> int | No
 def _goes_on(given: Assignment, step: int) -> bool:
     """Whether training can go on from a state: it has its moments, or ends a link whose next needs none."""
     segment = given.states.get(step)
-    fresh = [end for end in given.ends if end == given.n_steps or not carries(given.rules)]
+    fresh = [end for end in given.ends if end == given.n_steps or not given.arm.rules.hands_on]
     return segment is not None and (segment.resumable or step in fresh)
 
 

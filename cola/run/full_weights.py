@@ -37,7 +37,7 @@ def wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: SpectrumFiles) ->
 
 def tuned_as_a_whole(recipe: Recipe) -> list[str]:
     """The arms that train all weights."""
-    return [arm for arm in recipe.arms if any(link.method == "full" for link in recipe.links_of(arm))]
+    return [arm for arm in recipe.arms if any(link.is_whole for link in recipe.resolved(arm).links)]
 
 
 def let_full_weights_go(bench: Bench, seed: int) -> None:

@@ -32,7 +32,7 @@ class Keeper:
         """The end of a segment."""
         given, at = self.given, self.course.at
         link = given.links[given.lineage.link_of(at)]
-        goes_on = link.method == "lora" or given.bench.tree.goes_on(given.lineage.names[at])
+        goes_on = link.settings.is_pair or given.bench.tree.goes_on(given.lineage.names[at])
         self._keep("segment", model, self._moments(model, optimizer) if goes_on else None, None)
         self._leave()
 

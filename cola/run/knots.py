@@ -43,11 +43,11 @@ def check_drift(given: Assignment, record: dict[str, Any]) -> None:
     Raises:
         KnotDrift: it moved more.
     """
-    rules, followed = given.rules, record["link"] < len(given.links)
-    moves = rules.merge == "naive" or ((rules.merge_fraction or 1) < 1 and followed)
+    (rules, base), followed = (given.arm.rules, given.arm.base), record["link"] < len(given.links)
+    moves = rules.merge == "naive" or (rules.merge_fraction < 1 and followed)
     # On a GPU int8 products round the activations too, so that rounding moves codes.
-    coarse = given.quantization == "int8" and given.accelerator.device.type == "cuda"
-    allowed = rules.max_drift or (math.inf if moves else MAX_DRIFT["float16" if coarse else given.dtype])
+    coarse = base.quantization == "int8" and given.accelerator.device.type == "cuda"
+    allowed = rules.max_drift or (math.inf if moves else MAX_DRIFT["float16" if coarse else base.dtype])
     Drift(**{key: record[f"drift_{key}"] for key in Drift.__dataclass_fields__}).check(allowed)
 
 

@@ -45,11 +45,11 @@ class Loaded:
                 f"model.name_or_path: {source.name} has changed since this run began; put it back and go on "
                 "with the same command, or start a new run"
             )
-        ready = bench.ready.pop((given.dtype, given.quantization), None)
+        ready = bench.ready.pop(given.arm.base, None)
         bench.ready.clear()  # nor is a second one kept in memory
         if ready is not None:
             return ready
-        return source.load(given.dtype, given.accelerator.device, given.quantization)
+        return source.load(given.arm.base.dtype, given.accelerator.device, given.arm.base.quantization)
 
     @cached_property
     def chain(self) -> Chain:
@@ -58,8 +58,8 @@ class Loaded:
         self._untouched(model)
         if given.recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        base = Base(model, given.bench.materials.source.files, quantized=given.quantization is not None)
-        return Chain(model, base, given.rules)
+        base = Base(model, given.bench.materials.source.files, quantized=given.arm.base.quantization is not None)
+        return Chain(model, base, given.arm.rules)
 
     def run(
         self, n_tied: int, tune: Callable[[Chain, Link], None], probe: Probe, gradients: Gradients
@@ -101,10 +101,10 @@ class Loaded:
         for needed in (*ends, step):
             if not given.has_weights(needed):
                 raise FileNotFoundError(f"{given.job.label}: the state after step {needed} has gone from the store")
-        if link.method == "lora":
+        if link.settings.is_pair:
             retie(chain, [*self._tied(ends, gone_on=True), given.states.pair(step)])
         else:
-            chain.model = adapters.attach(chain.model, link.what, link.seed)
+            chain.model = adapters.attach(chain.model, link.settings, link.seed)
             given.states.put_back(chain.model, step)
             adapters.detach(chain.model)
         self._placed = step
@@ -117,9 +117,7 @@ class Loaded:
             ends: Their last steps.
             gone_on: Whether the link after them has begun; a pair that is kept is in that link's then.
         """
-        given = self._given
-        pairs, share = [given.states.pair(end) for end in ends], given.rules.merge_fraction or 1.0
-        keeps = given.rules.pair == "keep"
-        if keeps and pairs and not gone_on:
-            return [*left_behind(pairs[:-1], share, True), pairs[-1]]
-        return left_behind(pairs, share, keeps)
+        pairs, rules = [self._given.states.pair(end) for end in ends], self._given.arm.rules
+        if rules.keeps_pair and pairs and not gone_on:
+            return [*left_behind(pairs[:-1], rules.merge_fraction, True), pairs[-1]]
+        return left_behind(pairs, rules.merge_fraction, rules.keeps_pair)

@@ -11,7 +11,7 @@ from cola.link.adapters import count_parameters
 from cola.link.find import find_model
 from cola.link.model import Source
 from cola.measure.evaluate import Evaluator, Ways
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.checks import check_accelerator, check_arms, general_text_of, virtual_tokens
@@ -38,19 +38,18 @@ class Materials:
     general: list[Example]
     evaluator: Evaluator
     device: torch.device
-    _counts: dict[str, int] = field(default_factory=dict)
+    _counts: dict[Settings, int] = field(default_factory=dict)
 
     @property
     def virtual_tokens(self) -> int:
         """The most that an arm puts before a row."""
         return virtual_tokens(self.recipe)
 
-    def count_parameters(self, what: OneLink) -> int:
+    def count_parameters(self, settings: Settings) -> int:
         """Parameters that a link trains, counted once."""
-        key = what.model_dump_json()
-        if key not in self._counts:
-            self._counts[key] = count_parameters(self.skeleton, what)
-        return self._counts[key]
+        if settings not in self._counts:
+            self._counts[settings] = count_parameters(self.skeleton, settings)
+        return self._counts[settings]
 
     def asking(self, ways: Ways) -> "Materials":
         """The same for a model that is asked in these ways."""

@@ -14,6 +14,7 @@ from cola.errors import ColaError
 from cola.link import adapters
 from cola.link.model import Source
 from cola.measure.cost import Budget, Lengths, Meter
+from cola.recipe.methods import Lora, Targets
 from cola.recipe.plan import Link, candidates_of
 from cola.recipe.recipe import Recipe
 from cola.tree.segments import Causes, Tree, root_causes
@@ -35,7 +36,7 @@ class Planner:
     splits: Splits
     device: str
     _orders: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)  # by rows of a step, and seed
-    _modules: dict[str, list[str]] = field(default_factory=dict)  # by target_modules
+    _modules: dict[Targets, list[str]] = field(default_factory=dict)
 
     def order(self, batch_size: int, seed: int, n_steps: int) -> list[list[int]]:
         """Indices of the training rows of each of the first steps, which are the same however many follow."""
@@ -75,7 +76,7 @@ class Planner:
             return digests.get(seed, [])[:n_steps]
 
         def root_of(arm: str) -> Causes:
-            dtype, quantization = recipe.base_of(arm)
+            dtype, quantization = recipe.resolved(arm).base
             return root_causes(fingerprint, dtype, self.device, quantization)
 
         return Tree(
@@ -89,12 +90,12 @@ class Planner:
         )
 
     def _modules_of(self, link: Link) -> list[str] | None:
-        if link.method != "lora":
+        if not isinstance(link.settings, Lora):
             return None
-        said = str(link.what.target_modules)
-        if said not in self._modules:
-            self._modules[said] = adapters.target_names(self.skeleton, link.what)
-        return self._modules[said]
+        targets = link.settings.target_modules
+        if targets not in self._modules:
+            self._modules[targets] = adapters.target_names(self.skeleton, targets)
+        return self._modules[targets]
 
 
 def _lengths(examples: Sequence[Example]) -> Lengths:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ from cola.compare.scope import overlap_note
 from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.files import need_package, package_file
-from cola.recipe.arms import KnotRules, OneLink, Prune
+from cola.recipe.arms import Prune
 from cola.recipe.bounds import SAMPLE, SPLITS, is_remote
 from cola.recipe.data_section import Data
+from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
 from cola.recipe.plan import jobs_of, plan_arm
 from cola.recipe.recipe import Recipe
+from cola.recipe.resolved import BaseFormat, Rules
 from cola.recipe.schema import Search
-from cola.report.numbers import NONE, count_text
-from cola.report.table import Table
+from cola.report.numbers import count
+from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 from cola.report.tracking import mode_of
 
@@ -42,14 +45,13 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     steps = {arm: [len(link.learning_rates) for link in links[arm]] if known else None for arm in recipe.arms}
     unchecked += _check_data(recipe)
     for arm in recipe.arms:
-        if (quantization := recipe.base_of(arm)[1]) is not None:
+        if (quantization := recipe.resolved(arm).base.quantization) is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
     parameters, notes = _parameters(recipe)
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
     free = _free_bytes(Path(recipe.output).expanduser())
-    table = plan_table(recipe, steps, parameters)
-    terminal.table(f"{recipe.name}: plan", table.columns, table.rows)
+    terminal.table(plan_table(recipe, steps, parameters))
     jobs = jobs_of(recipe)
     trials = sum(job.trial for job in jobs)
     seeds = recipe.trial_seeds
@@ -145,17 +147,16 @@ def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
         raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     skeleton = Source(name, path, recipe.model.trust_remote_code).skeleton()
-    counts = {}
-    for arm in recipe.arms:
-        links = recipe.links_of(arm)
+    counts, arms = {}, {arm: recipe.resolved(arm) for arm in recipe.arms}
+    for arm, resolved in arms.items():
+        links = resolved.links
         try:
-            starts.check_room(skeleton, links[:1] if recipe.knot_of(arm).pair == "keep" else links)
-            distinct = {link.model_dump_json(): link for link in links}.values()
-            counts[arm] = max((adapters.count_parameters(skeleton, link) for link in distinct), default=0)
+            starts.check_room(skeleton, links[:1] if resolved.rules.keeps_pair else links)
+            counts[arm] = max((adapters.count_parameters(skeleton, link) for link in set(links)), default=0)
             need_memory(counts[arm], device)
         except (ModelError, ValueError) as error:
             raise ModelError(f"arms.{arm}: {error}") from None
-    return counts, targets.all_linear_notes(skeleton, recipe)
+    return counts, targets.all_linear_notes(skeleton, {arm: resolved.links for arm, resolved in arms.items()})
 
 
 def _free_bytes(output: Path) -> str:
@@ -173,9 +174,10 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
         steps: Optimizer steps of each arm's links; None where the number of rows is not known yet.
         parameters: Trainable parameters of each arm's largest link; None where the model is not on this disk.
     """
-    rows = []
+    rows: list[list[Shown]] = []
     for name in recipe.arms:
-        links = recipe.links_of(name)
+        resolved = recipe.resolved(name)
+        links = resolved.links
         rate, searches = recipe.learning_rate_of(name), recipe.searches_of(name)
         rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
         rates += "".join(f", {key} of {len(s.search)}" for key, s in searches.items() if key != "learning_rate")
@@ -185,61 +187,62 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
             [
                 name,
                 str(len(links)),
-                ", ".join([*_base(recipe, name), _trains(links)])
-                + (f"; {_knots(recipe.knot_of(name))}" if many else ""),
+                ", ".join([*_base(resolved.base), _trains(links)]) + (f"; {_knots(resolved.rules)}" if many else ""),
                 ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
                 rates if links else NONE,
-                count_text(parameters[name]) if parameters else "?",
+                count(parameters[name]) if parameters else "?",
             ]
         )
-    return Table("Plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows)
+    return Table(
+        f"{recipe.name}: plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows
+    )
 
 
-def _base(recipe: Recipe, arm: str) -> list[str]:
+def _base(base: BaseFormat) -> list[str]:
     """The base's format, where it is not what it is by default."""
-    dtype, quantization = recipe.base_of(arm)
-    return [what for what in (quantization, dtype) if what not in (None, "float32")]
+    return [said for said in (base.quantization, base.dtype) if said not in (None, "float32")]
 
 
-def _trains(links: list[OneLink]) -> str:
+def _trains(links: Sequence[Settings]) -> str:
     """What an arm's links train, in words; settings that change along the chain are written with an arrow."""
     if not links:
         return NONE
 
     def along(values: list[Any]) -> str:
-        texts = [", ".join(v) if isinstance(v, list) else f"{v:g}" if isinstance(v, float | int) else v for v in values]
+        texts = [v if isinstance(v, str) else ", ".join(v) if isinstance(v, tuple) else f"{v:g}" for v in values]
         return texts[0] if len(set(texts)) == 1 else " → ".join(texts)
 
     one = links[0]
-    match one.method:
-        case "full":
+    match one:
+        case Full():
             return "all weights" + (f" but the {' and '.join(one.freeze)}" if one.freeze else "")
-        case "adapter":
+        case Adapter():
             return f"bottlenecks of {one.bottleneck}, {one.placement}"
-        case "prefix" | "p_tuning" | "prompt_tuning":
+        case VirtualTokens():
             return f"{one.num_virtual_tokens} virtual tokens, {one.method}"
+    pairs = [link for link in links if isinstance(link, Lora)]
     rank, alpha, modules = (
-        along([getattr(link, key) for link in links]) for key in ("rank", "alpha", "target_modules")
+        along([getattr(pair, key) for pair in pairs]) for key in ("rank", "alpha", "target_modules")
     )
-    kinds = [kind for key, kind in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if getattr(one, key)]
-    kinds += [f"LoRA+ {one.loraplus_lr_ratio:g}"] if one.loraplus_lr_ratio != 1 else []
-    inits = along([link.init for link in links])
+    first = pairs[0]
+    kinds = [kind for key, kind in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if getattr(first, key)]
+    kinds += [f"LoRA+ {first.loraplus_lr_ratio:g}"] if first.loraplus_lr_ratio != 1 else []
+    inits = along([pair.init for pair in pairs])
     kinds += [f"init {inits}"] if inits != "default" else []
     return ", ".join([f"a pair of rank {rank}, alpha {alpha}, on {modules}", *kinds])
 
 
-def _knots(rules: KnotRules) -> str:
+def _knots(rules: Rules) -> str:
     """What an arm's knots do; a fresh optimizer and one schedule over the run go without saying."""
-    parts = [{"exact": "merged", "naive": "merged in place", "no": "not merged"}[rules.merge or "exact"]]
-    if rules.pair == "keep":
+    parts = [{"exact": "merged", "naive": "merged in place", "no": "not merged"}[rules.merge]]
+    if rules.keeps_pair:
         parts = ["the same pair goes on"]
-    if rules.merge_fraction not in (None, 1):
+    if rules.merge_fraction != 1:
         parts.append(f"{rules.merge_fraction:.0%} kept")
     if isinstance(rules.optimizer, Prune):
-        share = rules.optimizer.prune_magnitude or rules.optimizer.prune_random or 0
         how = "by magnitude" if rules.optimizer.prune_magnitude else "at random"
-        parts.append(f"{share:.1%} of the moments pruned {how}")
-    elif rules.optimizer not in ("fresh", "zero"):
+        parts.append(f"{rules.optimizer.share:.1%} of the moments pruned {how}")
+    elif rules.hands_on:
         parts.append("optimizer kept")
     if rules.schedule == "link":
         parts.append("schedule restarted")

@@ -23,12 +23,12 @@ def hand_out(given: Assignment, scored_step: int) -> None:
         number = given.lineage.link_of(scored_step)
         kept.append((f"knots/best-link-{number + 1}", scored_step, given.links[number]))
     for name, step, link in kept:
-        full = link.method == "full"
-        if (link.method != "lora" and step != scored_step) or not given.has_weights(step):
+        full = link.settings.is_whole
+        if (not link.settings.is_pair and step != scored_step) or not given.has_weights(step):
             continue
         if full and not given.recipe.keep_full_weights:
             continue
-        folder = given.path / {"lora": name, "full": "model"}.get(link.method, "adapter")
+        folder = given.path / {"lora": name, "full": "model"}.get(link.settings.method, "adapter")
         folder.mkdir(parents=True)
         segment = given.states.there(step)
         for file in segment.record["files"]:
@@ -74,9 +74,9 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
     return {
         "learning_rate": max((max(link.learning_rates) for link in given.links), default=None),
         "choice": dict(given.job.choice),
-        "at_grid_edge": _at_edge(given.bench.recipe, given.job),
-        "base": {"dtype": given.dtype, "quantization": given.quantization},
-        "rules": given.rules.model_dump(mode="json") if given.links else None,
+        "at_grid_edge": _at_edge(given.recipe, given.job),
+        "base": given.arm.base._asdict(),
+        "rules": given.arm.rules.model_dump(mode="json") if given.links else None,
         "checkpoint": given.recipe.evaluation.checkpoint,
         "scored_step": scored,
         "looked_loss": course.looks[scored]["loss"] if scored in course.looks else None,
@@ -122,7 +122,7 @@ def link_record(link: Link) -> dict[str, Any]:
     """A link for the records, its learning rates shortened to first, peak and last."""
     rates = link.learning_rates
     return {
-        **link.what.model_dump(mode="json", exclude_none=True),
+        **link.settings.record(),
         "first_step": link.first_step,
         "last_step": link.last_step,
         "learning_rate_first": rates[0],
@@ -146,7 +146,7 @@ def tracked_config(given: Assignment) -> dict[str, Any]:
         "arm": given.job.arm,
         "seed": given.job.seed,
         "links": [link_record(link) for link in given.links],
-        "recipe": given.recipe.model_dump(mode="json", exclude_none=True),
+        "recipe": given.recipe.with_choice(given.job.arm, given.job.choice).model_dump(mode="json", exclude_none=True),
         "model_sha256": meta["model"]["sha256"],
         "data_sha256": meta["data"]["sha256"],
         "state": given.lineage.names[-1],

@@ -55,7 +55,7 @@ class SpectrumFiles:
         if arm != recipe.full_arm:
             return False
         state = _state_of(self._full(seed))
-        others = [name for name in recipe.arms if any(link.method == "lora" for link in recipe.links_of(name))]
+        others = [name for name in recipe.arms if any(link.is_pair for link in recipe.resolved(name).links)]
         return any(self._taken.get((name, seed)) != state for name in others)
 
     def _take(self, job: Job, result: dict[str, Any], full: dict[str, Any] | None) -> None:
@@ -107,9 +107,9 @@ class SpectrumFiles:
             return record
         names = self.bench.tree.lineage(job).names
         ends = [link["last_step"] for link in info["links"] if link["last_step"] < step]
-        rules = self.bench.recipe_of(job).knot_of(job.arm)
+        rules = self.bench.recipe.resolved(job.arm, job.choice).rules
         pairs = [self._pair(names[end]) for end in (*ends, step)]
-        links = added(pairs, rules.merge_fraction or 1.0, rules.pair == "keep")
+        links = added(pairs, rules.merge_fraction, rules.keeps_pair)
         record = learned.of_links(links, update, beside["full"]) | {"made": self.bench.made}
         measured.keep_spectrum(step, beside, record)
         return record

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from cola.chain import Chain
 from cola.data.batches import training_batches
 from cola.link.drift import Outputs
-from cola.link.moments import Moments, carried, carries, read_moments
+from cola.link.moments import Moments, carried, read_moments
 from cola.link.train import Step, full_gradients, tune
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
 from cola.run.assignment import Assignment
 from cola.run.course import Course
@@ -80,7 +81,8 @@ class Trainer:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
         given = self.given
         given.bench.progress.stage("taking the full gradient")
-        rows = given.order[link.first_step : link.last_step][: link.what.init_batches]
+        assert isinstance(link.settings, Lora)
+        rows = given.order[link.first_step : link.last_step][: link.settings.init_batches]
         batches = training_batches(given.rows["train"], rows, given.recipe.training.micro_batch_tokens)
         return full_gradients(model, names, batches, given.accelerator)
 
@@ -124,7 +126,7 @@ class Trainer:
             moments = self.loaded.put_back(self.course.at)
             self._look_if_due()
             return moments
-        if link.knot is not None and carries(link.knot):
+        if link.knot is not None and link.knot.hands_on:
             return carried(self.given.states.moments(link.first_step), link.knot, link.seed)
         return None
 

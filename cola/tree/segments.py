@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cola.files import canonical, digest
-from cola.recipe.arms import KnotRules, OneLink, Prune
+from cola.recipe.arms import Prune
+from cola.recipe.methods import Lora, Settings
 from cola.recipe.plan import Job, Link, plan_arm
 from cola.recipe.recipe import Recipe
+from cola.recipe.resolved import Rules
 from cola.recipe.schema import Training
 
 # Part of every name: raise it when the same causes would train other weights (tests/golden holds a loss curve).
@@ -120,8 +122,8 @@ def lineage(
         theirs = digests[link.first_step : link.last_step]
         header = {
             "parent": names[-1],
-            "method": link.method,
-            "settings": _settings(link.what),
+            "method": link.settings.method,
+            "settings": _settings(link.settings),
             "modules": modules_of(link),
             "start": _start(link, number, theirs, root["dtype"]),
             "seed": link.seed,
@@ -132,10 +134,10 @@ def lineage(
                 "epsilon": training.epsilon,
                 "weight_decay": training.weight_decay,
                 "max_grad_norm": training.max_grad_norm,
-                "ratio": link.what.loraplus_lr_ratio or 1.0,
+                "ratio": link.settings.loraplus_lr_ratio if isinstance(link.settings, Lora) else 1.0,
             },
         }
-        if link.method == "full" and buffers:
+        if link.settings.is_whole and buffers:
             header["buffers"] = list(buffers)  # what was kept before they were is no whole model
         mine = list(zip(link.learning_rates, theirs, strict=True))
         names += _names(header, mine)
@@ -144,38 +146,41 @@ def lineage(
     return Lineage(root, links, headers, steps, names)
 
 
-def _settings(what: OneLink) -> Causes:
+def _settings(settings: Settings) -> Causes:
     """What a link trains, without what is said elsewhere: the modules by their full names, the start, the rates."""
     said = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
-    return what.model_dump(mode="json", exclude=said, exclude_none=True)
+    return {key: value for key, value in settings.record().items() if key not in said}
 
 
 def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:
     """How the link's weights are drawn; orthogonal to nothing is the default draw."""
-    init = link.what.init or "default"
-    if link.knot is not None and link.knot.pair == "keep":
+    if link.keeps_pair:
         return {"init": "kept"}
+    if not isinstance(link.settings, Lora):
+        return {"init": "default"}
+    init = link.settings.init
     start: Causes = {"init": "default" if init == "orthogonal" and not number else init}
     if init == "gradient":
-        start["batches"] = list(digests[: link.what.init_batches])
+        start["batches"] = list(digests[: link.settings.init_batches])
         start |= {"scaled": True} if dtype == "float16" else {}  # before it was, small gradients were lost
     return start
 
 
-def knot_causes(rules: KnotRules, quantized: bool) -> Causes:
+def knot_causes(rules: Rules, quantized: bool) -> Causes:
     """What a knot does to the weights and to the optimizer, each effect in one spelling.
 
     Moments and step count set to zero are a fresh optimizer.
     """
-    optimizer = rules.optimizer if isinstance(rules.optimizer, str) or rules.optimizer is None else None
-    pruned = rules.optimizer.model_dump(exclude_none=True) if isinstance(rules.optimizer, Prune) else None
-    resets = {"optimizer": pruned or ("fresh" if optimizer == "zero" else optimizer)}
-    if rules.pair == "keep":
+    optimizer: Any = rules.optimizer if rules.hands_on else "fresh"
+    if isinstance(optimizer, Prune):
+        optimizer = optimizer.model_dump(exclude_none=True)
+    resets = {"optimizer": optimizer}
+    if rules.keeps_pair:
         return {"pair": "keep", **resets}  # untied again where the next link begins, however it was tied
     return {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction, **resets}
 
 
-def merge_of(rules: KnotRules, quantized: bool) -> str | None:
+def merge_of(rules: Rules, quantized: bool) -> str:
     """How links are tied; a quantized base has its pairs beside the codes whatever the rules say."""
     return "no" if quantized else rules.merge
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from cola.link import adapters
 from cola.link.moments import Moments
 from cola.link.residual import LinkWeights
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Settings
 from cola.tree.segments import Lineage
 from cola.tree.store import Segment, Store
 
@@ -70,11 +70,11 @@ class States:
 
     def pair(self, step: int) -> LinkWeights:
         """The low-rank pair of a state that is there; empty for another method."""
-        return adapters.load_pair(self.there(step).folder) if self._what(step).method == "lora" else {}
+        return adapters.load_pair(self.there(step).folder) if self._settings(step).is_pair else {}
 
     def put_back(self, model: PreTrainedModel, step: int) -> Moments | None:
         """Give the attached weights the values of a state that is there; returns the optimizer's state, if kept."""
-        adapters.put_back(self.there(step).folder, model, self._what(step))
+        adapters.put_back(self.there(step).folder, model, self._settings(step))
         return self.moments(step)
 
     def moments(self, step: int) -> Moments | None:
@@ -116,7 +116,7 @@ class States:
         link = self.lineage.links[number]
 
         def write(folder: Path) -> None:
-            adapters.save(folder, model, link.what, self.base_name, self.skeleton)
+            adapters.save(folder, model, link.settings, self.base_name, self.skeleton)
             if moments is not None:
                 save_file(moments, folder / "optimizer.safetensors")
             (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -155,5 +155,5 @@ class States:
             self._verified.pop(step, None)
             self.store.drop(self.lineage.names[step], kind)
 
-    def _what(self, step: int) -> OneLink:
-        return self.lineage.links[self.lineage.link_of(step)].what
+    def _settings(self, step: int) -> Settings:
+        return self.lineage.links[self.lineage.link_of(step)].settings

@@ -183,7 +183,9 @@ def one_format(source: Source, links: list[Path], dtype: str, quantization: str 
         return {**compare(W0, start, learned[length], weights(model, names)), "kept": kept}
 
     cola_, drifts = {}, []
-    chain = Chain(model, Base(model, source.files, quantization is not None), read_recipe(LINKS).knot_of("chain"))
+    chain = Chain(
+        model, Base(model, source.files, quantization is not None), read_recipe(LINKS).resolved("chain").rules
+    )
     plan = plan_arm(read_recipe(LINKS), "chain", 0, 640)
     pairs = list(map(adapters.load_pair, links))
     knots = run_chain(

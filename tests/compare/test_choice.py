@@ -267,7 +267,7 @@ def test_each_seed_chooses_for_itself_and_what_it_chose_is_not_trained_again(rec
         assert summary["arms"][arm]["learning_rate"] == chosen
         edge = [seed for seed, rate in zip((0, 1), chosen, strict=True) if rate in (rates[0], rates[-1])]
         assert summary["arms"][arm]["at_grid_edge"] == ({"learning_rate": edge} if edge else {})
-    rows = [row for row in named_tables(summary)["trials"].rows if row[0] == "lora"]
+    rows = [row for row in named_tables(summary)["trials"].texts if row[0] == "lora"]
     by = {row[1]: row[-2] for row in rows}
     for rate in RATES:
         seeds = [

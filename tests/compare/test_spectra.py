@@ -183,7 +183,7 @@ def test_an_untouched_pair_has_the_spectra_of_nothing(many_arms: Path) -> None:
     assert found["overlap"]["matrix"][1] == [None, 1.0, None]
     assert found["with_full"]["values"][1] is None
     for table in (spectra_table({"spectra": {"chain3": found}}), overlap_table({"spectra": {"chain3": found}})):
-        assert "–" in table.rows[1]
+        assert "–" in table.texts[1]
 
 
 # ---------------------------------------------------------------------------------------------------------

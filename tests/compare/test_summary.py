@@ -191,7 +191,7 @@ def test_the_interval_of_a_gap_is_that_of_the_test_examples_less_what_was_traine
         found = arm[f"{key}_interval"]
         assert found["value"] == pytest.approx(arm[key]["mean"]) == pytest.approx(values.mean())
         assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
-    assert result_tables(run.summary(recipe()))[0].rows[1][4].startswith(f"{arm['gap_loss']['mean']:+.3f} [")
+    assert result_tables(run.summary(recipe()))[0].texts[1][4].startswith(f"{arm['gap_loss']['mean']:+.3f} [")
 
 
 def test_seeds_whose_gaps_differ_widen_its_interval(run: ByHand) -> None:
@@ -311,8 +311,8 @@ def test_an_arm_that_did_not_finish_has_no_numbers_and_takes_no_other_along(run:
     assert summary["arms"]["lora"]["test_score"]["mean"] == 0.5
     assert "ft_gap" not in summary["arms"]["lora"]
     tables = result_tables(summary)
-    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
-    assert ["full", status] in [row[:2] for row in tables[0].rows]
+    assert all(len(row) == len(table.columns) for table in tables for row in table.texts)
+    assert ["full", status] in [row[:2] for row in tables[0].texts]
 
 
 def test_an_empty_run_folder_has_no_numbers_at_all(run: ByHand) -> None:
@@ -322,7 +322,7 @@ def test_an_empty_run_folder_has_no_numbers_at_all(run: ByHand) -> None:
     }
     assert summary["contrasts"] == []
     assert summary["rows"] is None
-    assert all(row[1] == "missing" for table in result_tables(summary) for row in table.rows)
+    assert all(row[1] == "missing" for table in result_tables(summary) for row in table.texts)
 
 
 def test_results_of_arms_and_seeds_that_the_recipe_does_not_name_are_left_out(run: ByHand) -> None:
@@ -348,7 +348,7 @@ def test_a_text_is_compared_by_the_loss_per_token_more_being_better(run: ByHand)
     assert "chain3 does better here, but 1 seed cannot carry a claim" in verdict(summary)[0]
     table = result_tables(summary)[0]
     assert table.columns[-3:] == ["test perplexity", "ft_gap", "closed"]
-    assert {row[0]: row[-3] for row in table.rows}["lora"] == f"{math.exp(losses.sum() / 200):.2f}"
+    assert {row[0]: row[-3] for row in table.texts}["lora"] == f"{math.exp(losses.sum() / 200):.2f}"
 
 
 def test_a_text_difference_is_per_token_as_the_loss_is(run: ByHand) -> None:
@@ -456,13 +456,13 @@ def test_the_table_of_contrasts_says_which_were_named_before(run: ByHand) -> Non
     six_seeds(run, lora=100, chain3=150, full=160)
     table = contrasts_table(run.summary(recipe(seeds=range(6))))
     assert table.title == "Contrasts on test: exact match, more is better"
-    assert [row[:2] for row in table.rows] == [
+    assert [row[:2] for row in table.texts] == [
         ["chain3 − lora", "primary"],
         ["lora − full", "not named before"],
         ["chain3 − full", "not named before"],
     ]
-    assert all(len(row) == len(table.columns) for row in table.rows)
-    assert table.rows[0][-2:] == ["6", "200"]
+    assert all(len(row) == len(table.columns) for row in table.texts)
+    assert table.texts[0][-2:] == ["6", "200"]
 
 
 def test_a_contrast_of_losses_is_minus_the_loss_per_token(run: ByHand) -> None:
@@ -600,7 +600,7 @@ def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: B
     searched = recipe(comparison={}).model_copy(update={"arms": {"lora": arm}})
     table = result_tables(run.summary(searched))[-1]
     assert table.title.startswith("Trials of the search, on validation, by loss; matched: optimizer steps")
-    assert table.rows == [
+    assert table.texts == [
         ["lora", "rank=4, init=default", "0.500", "0.250", "", "–"],
         ["lora", "rank=4, init=pissa", "0.250", "0.750", "chosen", "–"],
         ["lora", "rank=8, init=default", "failed", "failed", "", "–"],
@@ -615,7 +615,7 @@ def test_a_base_has_a_column_only_where_the_arms_bases_differ(run: ByHand) -> No
     run.ok("chain3", 0, first_right(10), base={"dtype": "bfloat16", "quantization": "nf4"})
     cost = result_tables(run.summary(recipe()))[-1]
     place = cost.columns.index("base")
-    assert {row[0]: row[place] for row in cost.rows if row[0] in ("lora", "chain3")} == {
+    assert {row[0]: row[place] for row in cost.texts if row[0] in ("lora", "chain3")} == {
         "lora": "float32",
         "chain3": "nf4",
     }

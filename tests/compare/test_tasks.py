@@ -79,8 +79,8 @@ def test_over_tasks_a_contrast_is_the_mean_of_the_tasks_means_of_paired_differen
         dict(zip(("one", "two", "three"), means, strict=True))
     )
     tables = task_tables(summary)
-    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
-    assert tables[0].rows[0][2].startswith(f"{np.mean(means):+.3f} [+0.")
+    assert all(len(row) == len(table.columns) for table in tables for row in table.texts)
+    assert tables[0].texts[0][2].startswith(f"{np.mean(means):+.3f} [+0.")
     # Scores of tasks of different difficulty are never averaged: an arm has one column for each task.
     assert tables[1].columns == ["arm", "one", "two", "three"]
 
@@ -109,7 +109,7 @@ def test_from_eight_tasks_on_the_interquartile_mean_stands_beside_the_mean(tmp_p
     assert one["iqm"]["value"] == pytest.approx(stats.trim_mean(differences, 0.25))
     assert one["iqm"]["low"] < one["iqm"]["value"] < one["iqm"]["high"]
     assert task_tables(summary)[0].columns[-1] == "interquartile mean [95 %]"
-    assert task_tables(summary)[0].rows[0][-1].startswith(f"{one['iqm']['value']:+.3f} [")
+    assert task_tables(summary)[0].texts[0][-1].startswith(f"{one['iqm']['value']:+.3f} [")
 
 
 def digits(one: dict[str, Any]) -> list[str]:
@@ -145,9 +145,9 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
     assert digits(over[0]) == digits(over[1])
     shown = f"{float(ours[0]):+.3f} [{float(ours[1]):+.3f}, {float(ours[2]):+.3f}]"
     table = contrasts_table({"metric": "exact match", "contrasts": [of_run(alone)]})
-    assert table.rows[0][2] == shown
+    assert table.texts[0][2] == shown
     for folders in ([alone, others[0]], [others[0], alone]):
-        assert task_tables(summarize_tasks(folders))[2].rows[0][2 + folders.index(alone)] == shown
+        assert task_tables(summarize_tasks(folders))[2].texts[0][2 + folders.index(alone)] == shown
 
 
 def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path: Path) -> None:
@@ -254,12 +254,12 @@ def test_two_runs_are_paired_where_their_data_is_the_same(tmp_path: Path) -> Non
     )
     tables, notes = compare_runs(first, second)
     recipes, numbers = tables[0], tables[-1]
-    rows = {row[0]: row[1:] for row in recipes.rows}
+    rows = {row[0]: row[1:] for row in recipes.texts}
     assert rows["arms.lora.rank"] == ["8", "16"]
     assert rows["arms.full.method"] == ["–", "full"]
     assert rows["arms.chain3.links"] == ["3", "–"]
     assert "seeds" not in rows
-    by_arm = {row[0]: row for row in numbers.rows}
+    by_arm = {row[0]: row for row in numbers.texts}
     assert by_arm["lora"][-1].startswith("+0.070 [")
     assert by_arm["chain3"][-1] == by_arm["full"][-1] == "–"
     assert by_arm["chain3"][1:3] == ["0.605 ± 0.007", "–"]
@@ -272,8 +272,8 @@ def test_runs_on_other_data_are_set_side_by_side_and_not_paired(tmp_path: Path) 
     second = task(tmp_path / "b", "two", {"lora": [57, 58]}, comparison={})
     tables, notes = compare_runs(first, second)
     assert "the data is not the same, so the two are set beside each other and not paired" in notes
-    assert tables[-1].rows[0][-1] == "–"
-    assert ["data.sha256", "one", "two"] in tables[1].rows
+    assert tables[-1].texts[0][-1] == "–"
+    assert ["data.sha256", "one", "two"] in tables[1].texts
 
 
 def test_metrics_that_differ_leave_the_losses_to_look_at(tmp_path: Path) -> None:

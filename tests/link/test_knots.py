@@ -22,9 +22,11 @@ from cola.link.base import Base
 from cola.link.moments import Moments, carried, check_cleared, read_moments
 from cola.link.train import tune
 from cola.measure.cost import Meter
-from cola.recipe.arms import KnotRules, Prune
+from cola.recipe.arms import Prune
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Link, plan_arm
 from cola.recipe.read import read_recipe
+from cola.recipe.resolved import Rules
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
 from cola.tree.segments import lineage, root_causes
@@ -34,17 +36,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "model.layers.0.mlp.up_proj"
 
 
-def rules(**settings: Any) -> KnotRules:
-    explicit = {"merge": "exact", "merge_fraction": 1.0, "optimizer": "fresh", "schedule": "run", "warmup_steps": 0}
-    return KnotRules(**explicit | settings)
+def magnitude(share: float) -> Rules:
+    return Rules(optimizer=Prune(prune_magnitude=share))
 
 
-def magnitude(share: float) -> KnotRules:
-    return rules(optimizer=Prune(prune_magnitude=share))
-
-
-def at_random(share: float) -> KnotRules:
-    return rules(optimizer=Prune(prune_random=share))
+def at_random(share: float) -> Rules:
+    return Rules(optimizer=Prune(prune_random=share))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -62,12 +59,12 @@ def some_moments(draw: Callable[..., Tensor] = torch.randn) -> Moments:
 
 @pytest.mark.parametrize("optimizer", ["fresh", "zero"])
 def test_a_fresh_optimizer_carries_nothing(optimizer: str) -> None:
-    assert carried(some_moments(), rules(optimizer=optimizer), 0) is None
+    assert carried(some_moments(), Rules(optimizer=optimizer), 0) is None
 
 
 def test_a_kept_optimizer_carries_all_of_it() -> None:
     moments = some_moments()
-    kept = carried(moments, rules(optimizer="keep"), 0)
+    kept = carried(moments, Rules(optimizer="keep"), 0)
     assert kept is not None
     assert kept.keys() == moments.keys()
     assert all(torch.equal(kept[key], moments[key]) for key in moments)
@@ -77,7 +74,7 @@ def test_a_kept_optimizer_carries_all_of_it() -> None:
 @pytest.mark.parametrize("rule", [magnitude, at_random])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.9, 0.999])
 def test_pruning_clears_an_exact_number_of_the_same_entries_of_both_moments(
-    draw: Callable[..., Tensor], rule: Callable[[float], KnotRules], share: float
+    draw: Callable[..., Tensor], rule: Callable[[float], Rules], share: float
 ) -> None:
     moments = some_moments(draw)
     before = {key: value.clone() for key, value in moments.items()}
@@ -115,27 +112,27 @@ def test_pruning_by_magnitude_clears_the_smallest_first_moments_and_at_random_ot
 
 def test_a_knot_that_clears_too_little_is_an_error() -> None:
     check_cleared(0.9, magnitude(0.9))
-    check_cleared(0.0, rules(optimizer="keep"))
+    check_cleared(0.0, Rules(optimizer="keep"))
     check_cleared(1.0, None)
-    for cleared, rule in ((0.89, magnitude(0.9)), (0.0, at_random(0.1)), (0.999, rules()), (0.5, None)):
+    for cleared, rule in ((0.89, magnitude(0.9)), (0.0, at_random(0.1)), (0.999, Rules()), (0.5, None)):
         with pytest.raises(MomentsNotCleared, match=rf"and {cleared:.1%} are zero"):
             check_cleared(cleared, rule)
 
 
-def first_update(moments: Moments | None, rule: KnotRules) -> dict[str, Tensor]:
+def first_update(moments: Moments | None, rule: Rules) -> dict[str, Tensor]:
     """Of B at the first step of a link whose learning rate is 0.01."""
     model = tiny_model()
     chain = Chain(model, Base(model), rule)
     own = link(n_steps=1)
     extend(chain, own, gradients)
     settings = ADAMW | {"weight_decay": 0.0, "max_grad_norm": None}
-    knotted = Link(what=own.what, knot=rule, first_step=0, learning_rates=(1e-2,), seed=own.seed)
+    knotted = Link(settings=own.settings, knot=rule, first_step=0, learning_rates=(1e-2,), seed=own.seed)
     tune(model, knotted, batches(1), Accelerator(), lambda *_: None, **settings, moments=moments)
     return {name: pair.B_OR for name, pair in adapters.read_pair(model).items()}
 
 
 def test_after_a_fresh_knot_an_entry_moves_by_the_learning_rate_and_with_a_kept_step_count_by_316_percent() -> None:
-    fresh = first_update(None, rules())
+    fresh = first_update(None, Rules())
     # PyTorch's AdamW on one entry: moments at zero, and the step count as it was after 10,000 steps.
     entry = torch.zeros(1, requires_grad=True)
     adamw = torch.optim.AdamW([entry], lr=1e-2, weight_decay=0.0)
@@ -152,7 +149,7 @@ def test_after_a_fresh_knot_an_entry_moves_by_the_learning_rate_and_with_a_kept_
         if parameter.requires_grad
         for key, value in zeros.items()
     }
-    trapped = first_update(trap, rules(optimizer="keep"))
+    trapped = first_update(trap, Rules(optimizer="keep"))
     for name, B_OR in fresh.items():
         assert (B_OR.abs().median() - 1e-2).abs() < 1e-5
         assert B_OR.abs().max() < 1.0001e-2
@@ -164,17 +161,16 @@ def test_kept_moments_go_on_as_one_adamw_does() -> None:
     own, pairs = link(n_steps=6), []
     for cut in (None, 3):
         model = tiny_model()
-        extend(Chain(model, Base(model), rules()), own, gradients)
+        extend(Chain(model, Base(model), Rules()), own, gradients)
         accelerator, moments = Accelerator(), None
         for first, last in ((0, cut), (cut, 6)) if cut else ((0, 6),):
-            knot = rules(optimizer="keep") if first else None
-            part = Link(
-                what=own.what, knot=knot, first_step=first, learning_rates=own.learning_rates[first:last], seed=7
-            )
+            knot = Rules(optimizer="keep") if first else None
+            rates = own.learning_rates[first:last]
+            part = Link(settings=own.settings, knot=knot, first_step=first, learning_rates=rates, seed=7)
             optimizer = tune(
                 model, part, batches(6)[first:last], accelerator, lambda *_: None, **ADAMW, moments=moments
             )
-            moments = carried(read_moments(model, optimizer, accelerator), rules(optimizer="keep"), 0)
+            moments = carried(read_moments(model, optimizer, accelerator), Rules(optimizer="keep"), 0)
         pairs.append(adapters.read_pair(model)[NAME])
     assert torch.equal(pairs[0].A_RI, pairs[1].A_RI)
     assert torch.equal(pairs[0].B_OR, pairs[1].B_OR)
@@ -223,7 +219,7 @@ def test_what_a_knot_clears_is_measured_and_recorded(recipe_file: Path) -> None:
 
 
 def trained_chain(
-    rule: KnotRules, n_links: int = 3, dtype: torch.dtype = torch.float32, **settings: Any
+    rule: Rules, n_links: int = 3, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> tuple[Chain, list[Any], Tensor]:
     """A chain, the adapters that PEFT would have been given at each knot, and the outputs before the last knot."""
     model = tiny_model().to(dtype)
@@ -240,8 +236,8 @@ def trained_chain(
 
 
 def test_pairs_kept_beside_the_weights_are_the_function_of_pairs_merged_into_them() -> None:
-    exact, _, _ = trained_chain(rules())
-    beside, _, before = trained_chain(rules(merge="no"))
+    exact, _, _ = trained_chain(Rules())
+    beside, _, before = trained_chain(Rules(merge="no"))
     assert close(logits(beside.model), logits(exact.model), 1e-4)
     assert close(logits(beside.model), before, 2e-6)
     plain = tiny_model()
@@ -250,7 +246,7 @@ def test_pairs_kept_beside_the_weights_are_the_function_of_pairs_merged_into_the
 
 
 def test_an_exact_merge_is_the_float32_sum_rounded_once() -> None:
-    chain, pairs, _ = trained_chain(rules(), dtype=torch.bfloat16)
+    chain, pairs, _ = trained_chain(Rules(), dtype=torch.bfloat16)
     weight = tiny_model().to(torch.bfloat16).get_submodule(NAME).weight.double()
     expected = weight + sum(2.0 * pair[NAME].B_OR.double() @ pair[NAME].A_RI.double() for pair in pairs)
     found = chain.model.get_submodule(NAME).weight
@@ -260,8 +256,8 @@ def test_an_exact_merge_is_the_float32_sum_rounded_once() -> None:
 
 
 def test_a_naive_merge_is_pefts_in_place_link_by_link(tmp_path: Path) -> None:
-    chain, pairs, _ = trained_chain(rules(merge="naive"), dtype=torch.bfloat16)
-    exact, _, _ = trained_chain(rules(), dtype=torch.bfloat16)
+    chain, pairs, _ = trained_chain(Rules(merge="naive"), dtype=torch.bfloat16)
+    exact, _, _ = trained_chain(Rules(), dtype=torch.bfloat16)
     model: Any = tiny_model().to(torch.bfloat16)
     for number, pair in enumerate(pairs):
         carrier = tiny_model()
@@ -278,7 +274,7 @@ def test_naive_merging_loses_small_updates_that_an_exact_merge_keeps() -> None:
     losses = {}
     for merge in ("exact", "naive"):
         model = tiny_model().to(torch.bfloat16)
-        chain = Chain(model, Base(model), rules(merge=merge))
+        chain = Chain(model, Base(model), Rules(merge=merge))
         chain.base.remember([NAME])
         start = chain.base.weight(NAME).float()
         generator = torch.Generator().manual_seed(0)
@@ -300,7 +296,7 @@ def test_naive_merging_loses_small_updates_that_an_exact_merge_keeps() -> None:
 def test_a_fraction_of_each_pair_is_kept_and_all_of_the_last(merge: str, init: str) -> None:
     if (merge, init) == ("no", "pissa"):
         pytest.skip("nothing can be taken out of weights that are not written")
-    chain, pairs, before = trained_chain(rules(merge=merge, merge_fraction=0.25), init=init)
+    chain, pairs, before = trained_chain(Rules(merge=merge, merge_fraction=0.25), init=init)
     after = logits(chain.model)
     assert close(after, before, 2e-6)  # the last knot lets nothing go
     deltas = [2.0 * (pair[NAME].B_OR @ pair[NAME].A_RI) for pair in pairs]
@@ -361,12 +357,13 @@ def test_a_warm_up_after_a_knot_leads_up_to_the_runs_schedule(recipe_file: Path)
 def end_name(recipe_file: Path, *overrides: str) -> str:
     """The name of the last state of the arm chain3."""
     recipe = read_recipe(recipe_file, list(overrides))
-    dtype, quantization = recipe.base_of("chain3")
+    dtype, quantization = recipe.resolved("chain3").base
     links = plan_arm(recipe, "chain3", 0, 24)
     root = root_causes("base", dtype, "cpu", quantization)
 
     def modules_of(one: Link) -> list[str] | None:
-        return adapters.target_names(tiny_model(), one.what) if one.method == "lora" else None
+        assert isinstance(one.settings, Lora)
+        return adapters.target_names(tiny_model(), one.settings.target_modules)
 
     return lineage(root, links, recipe.training, modules_of, [str(n) for n in range(6)]).names[-1]
 

@@ -42,24 +42,24 @@ from cola.link.train import full_gradients, tune
 from cola.measure.cost import Budget, Meter
 from cola.measure.evaluate import Evaluator
 from cola.measure.likelihood import choice_nats
-from cola.recipe.arms import METHODS, KnotRules, OneLink
+from cola.recipe.methods import Settings, settings_of
 from cola.recipe.plan import Job, Link
 from cola.recipe.read import read_recipe
+from cola.recipe.resolved import Rules
 
 ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
-RULES = KnotRules(merge="exact", merge_fraction=1.0, optimizer="fresh", schedule="run", warmup_steps=0)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Gradients = starts.Gradients
 
 
-def what(method: str = "lora", **settings: Any) -> OneLink:
+def what(method: str = "lora", **settings: Any) -> Settings:
     small = {"rank": 4, "alpha": 8.0} if method == "lora" else {}
-    return OneLink(method=method, **{**METHODS[method], **small, **settings})
+    return settings_of({"method": method, **small, **settings})
 
 
 def link(method: str = "lora", n_steps: int = 6, first_step: int = 0, seed: int = 7, **settings: Any) -> Link:
     rates = tuple(1e-2 * (1 - i / (2 * n_steps)) for i in range(n_steps))
-    return Link(what=what(method, **settings), knot=None, first_step=first_step, learning_rates=rates, seed=seed)
+    return Link(settings=what(method, **settings), knot=None, first_step=first_step, learning_rates=rates, seed=seed)
 
 
 def links(n: int, **settings: Any) -> list[Link]:
@@ -71,7 +71,7 @@ def gradients(model: PreTrainedModel, own: Link, names: Sequence[str]) -> dict[s
 
 
 def chain_of(model: PreTrainedModel, base: Base | None = None) -> Chain:
-    return Chain(model, base or Base(model), RULES)
+    return Chain(model, base or Base(model), Rules())
 
 
 def tuner(losses: list[float] | None = None) -> Callable[[Chain, Link], None]:
@@ -151,7 +151,7 @@ def test_a_variant_is_pefts_step_for_step_and_tied_it_is_pefts_merge(variant: st
     extend(chain, own, gradients)
     tuner(losses)(chain, own)
     trained = logits(chain.model)
-    adapters.save(tmp_path, chain.model, own.what, "some/base", tiny_model())
+    adapters.save(tmp_path, chain.model, own.settings, "some/base", tiny_model())
     tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False)
 
     reference = plain_peft(settings, own.seed)
@@ -209,7 +209,7 @@ def test_a_chain_of_a_variant_is_pefts_merge_repeated(variant: str, tmp_path: Pa
     def tune_and_save(chain: Chain, own: Link) -> None:
         tuner()(chain, own)
         folders.append(tmp_path / str(own.first_step))
-        adapters.save(folders[-1], chain.model, own.what, "some/base", tiny_model())
+        adapters.save(folders[-1], chain.model, own.settings, "some/base", tiny_model())
 
     knots = list(run_chain(chain, links(3, **VARIANTS[variant]), tune_and_save, outputs, gradients))
     model: Any = tiny_model()
@@ -239,11 +239,11 @@ def test_a_pissa_link_that_is_put_back_is_the_one_that_was_kept(tmp_path: Path) 
     list(run_chain(chain, own[:1], tuner(), outputs, gradients))
     extend(chain, own[1], gradients)
     tuner()(chain, own[1])
-    adapters.save(tmp_path, chain.model, own[1].what, "some/base", tiny_model())
+    adapters.save(tmp_path, chain.model, own[1].settings, "some/base", tiny_model())
     again = chain_of(tiny_model())
     list(run_chain(again, own[:1], tuner(), outputs, gradients))
     extend(again, own[1], gradients)
-    adapters.put_back(tmp_path, again.model, own[1].what)
+    adapters.put_back(tmp_path, again.model, own[1].settings)
     starts.hold_out(again.model, again.base, again.learned)
     assert torch.equal(logits(again.model), logits(chain.model))
 
@@ -422,7 +422,7 @@ def test_a_bottleneck_is_the_formula(make: Callable[[], PreTrainedModel], placem
     assert moved == []
     n_each = 32 * 5 + 5 + 5 * 32 + 32
     assert (
-        adapters.count_parameters(make(), own.what)
+        adapters.count_parameters(make(), own.settings)
         == n_places * n_each
         == (4 if placement == "houlsby" else 2) * n_each
     )
@@ -432,10 +432,10 @@ def test_bottlenecks_are_put_back_as_they_were_kept(tmp_path: Path) -> None:
     own, chain = link("adapter", bottleneck=5), chain_of(tiny_model())
     extend(chain, own, gradients)
     tuner()(chain, own)
-    adapters.save(tmp_path, chain.model, own.what, "some/base", tiny_model())
+    adapters.save(tmp_path, chain.model, own.settings, "some/base", tiny_model())
     again = chain_of(tiny_model())
     extend(again, own, gradients)
-    adapters.put_back(tmp_path, again.model, own.what)
+    adapters.put_back(tmp_path, again.model, own.settings)
     assert torch.equal(logits(again.model), logits(chain.model))
     assert json.loads((tmp_path / "bottleneck.json").read_text())["bottleneck"] == 5
 
@@ -497,7 +497,7 @@ def virtual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     extend(chain, own, gradients)
     tuner(losses)(chain, own)
     folder = tmp_path_factory.mktemp("virtual")
-    adapters.save(folder, chain.model, own.what, "some/base", tiny_model())
+    adapters.save(folder, chain.model, own.settings, "some/base", tiny_model())
     reference = plain_virtual(request.param, own.seed)
     assert losses == pytest.approx(train_plainly(reference, own), rel=1e-5)
     return request.param, chain.model, reference, PeftModel.from_pretrained(tiny_model(), folder)
@@ -570,7 +570,7 @@ def test_what_full_fine_tuning_freezes_stays(tied: bool, freeze: list[str]) -> N
     chain = chain_of(tiny_model(tie_word_embeddings=tied))
     own = link("full", freeze=freeze)
     extend(chain, own, gradients)
-    assert adapters.count_parameters(tiny_model(tie_word_embeddings=tied), own.what) == sum(
+    assert adapters.count_parameters(tiny_model(tie_word_embeddings=tied), own.settings) == sum(
         p.numel() for p in chain.model.parameters() if p.requires_grad
     )
     tuner()(chain, own)
@@ -621,7 +621,7 @@ def test_flops_are_those_that_pytorch_counts_on_the_real_model(case: str, tied: 
         skeleton = Qwen2ForCausalLM(tiny_config(tie_word_embeddings=tied))
     rows = [(7, 2), (19, 5), (30, 1)]
     costs = Meter(skeleton, rows, False).steps(own, [[0], [1, 2]], 0)
-    model = adapters.attach(tiny_model(tie_word_embeddings=tied), own.what, 0)
+    model = adapters.attach(tiny_model(tie_word_embeddings=tied), own.settings, 0)
     counted = []
     for n_tokens, n_targets in rows:
         where = torch.zeros(1, n_tokens, dtype=torch.bool)
@@ -661,7 +661,7 @@ def test_the_flops_of_a_gradient_start_are_those_that_pytorch_counts_as_it_is_ta
     meter = Meter(skeleton, rows, checkpointing)
     before, after = meter.steps(plain, order, 0), meter.steps(own, order, 0)
     assert after[1:] == before[1:]
-    model = adapters.attach(tiny_model(), own.what, 0)
+    model = adapters.attach(tiny_model(), own.settings, 0)
     if checkpointing:
         model.gradient_checkpointing_enable()
     # Each row in a pass of its own, so that nothing is padded.

@@ -21,7 +21,7 @@ from cola.link.base import Base
 from cola.link.text_part import in_text, outside_text
 from cola.measure import cost
 from cola.measure.learned import Matrices
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import settings_of
 from cola.report.captions import alternative
 from cola.report.figures import figures_of
 
@@ -55,15 +55,15 @@ def test_what_no_text_passes_through_is_known() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_the_text_part_and_nothing_of_the_tower(method: str) -> None:
-    what = OneLink(**METHODS[method])
-    model = adapters.attach(make(), what, 0)
+    settings = settings_of(METHODS[method])
+    model = adapters.attach(make(), settings, 0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert not any("vision" in name or "projector" in name for name in trained)
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(model.get_parameter(name).grad is not None for name in trained)
     meter = cost.Meter(make().to("meta"), [(9, 3)], False)
-    assert meter._shape(what, False)[1] > 0
+    assert meter._shape(settings, False)[1] > 0
     assert meter.trouble is None
 
 
@@ -79,8 +79,8 @@ def test_full_fine_tuning_and_a_chain_leave_the_tower_as_it_was() -> None:
 
 def test_a_module_of_the_tower_is_no_target() -> None:
     with pytest.raises(ModelError, match=r"'fc1' is in a part of the model that text does not pass through"):
-        adapters.target_names(make(), OneLink(**PAIR, target_modules=["q_proj", "fc1"]))
-    names = adapters.target_names(make(), OneLink(**PAIR, target_modules=["q_proj"]))
+        adapters.target_names(make(), ("q_proj", "fc1"))
+    names = adapters.target_names(make(), ("q_proj",))
     assert names == [f"model.language_model.layers.{n}.self_attn.q_proj" for n in range(2)]
 
 
@@ -88,7 +88,7 @@ def test_matrices_are_found_under_the_names_of_the_file(tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(tmp_path)
     files = [tmp_path / "model.safetensors"]
-    names = adapters.target_names(model, OneLink(**METHODS["lora"]))
+    names = adapters.target_names(model, "all-linear")
     found, base = Matrices(make().to("meta"), files), Base(model, files)
     base.remember(names)
     assert len(names) == 14
@@ -98,11 +98,11 @@ def test_matrices_are_found_under_the_names_of_the_file(tmp_path: Path) -> None:
 
 def test_a_pair_where_the_fused_kernels_pass_over_it_is_refused_and_left_out() -> None:
     model = of("Mamba", state_size=8, intermediate_size=None)
-    names = adapters.target_names(model, OneLink(**METHODS["lora"]))
+    names = adapters.target_names(model, "all-linear")
     assert {name.rpartition(".")[2] for name in names} == {"in_proj", "x_proj", "dt_proj"}
-    adapters.attach(model, OneLink(**METHODS["lora"]), 0)
+    adapters.attach(model, settings_of(METHODS["lora"]), 0)
     with pytest.raises(ModelError, match=r"out_proj: PEFT puts no pair there"):
-        adapters.target_names(of("Mamba", state_size=8), OneLink(**PAIR, target_modules=["in_proj", "out_proj"]))
+        adapters.target_names(of("Mamba", state_size=8), ("in_proj", "out_proj"))
 
 
 def test_an_update_of_nothing_spoils_no_page() -> None:

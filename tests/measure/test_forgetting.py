@@ -249,10 +249,10 @@ def test_the_table_and_the_summary_say_what_was_forgotten(many: Path) -> None:
     assert arm["sd"] == pytest.approx(abs(one[0] - one[1]) / 2**0.5)
     loss, _, cost = result_tables(summary)
     place = loss.columns.index("forgetting")
-    cells = {row[0]: row[place] for row in loss.rows}
+    cells = {row[0]: row[place] for row in loss.texts}
     assert cells["base"] == "+0.000 ± 0.000"
     assert cells["chain3"] == f"{arm['mean']:+.3f} ± {arm['sd']:.3f}"
-    assert all(len(row) == len(table.columns) for table in (loss, cost) for row in table.rows)
+    assert all(len(row) == len(table.columns) for table in (loss, cost) for row in table.texts)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -415,6 +415,6 @@ def test_a_run_all_from_the_store_tells_the_memory_that_training_took(recipe_fil
         assert again["arms"][arm]["peak_memory"] == summary["arms"][arm]["peak_memory"] is not None
     assert summary["arms"]["base"]["peak_memory"] is None
     cost = result_tables(summary)[-1]
-    cells = {row[0]: row[cost.columns.index("memory")] for row in cost.rows}
+    cells = {row[0]: row[cost.columns.index("memory")] for row in cost.texts}
     assert cells["base"] == "–"
     assert re.fullmatch(r"\d+ MB|\d+\.\d\d GB", cells["full"])

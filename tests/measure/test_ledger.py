@@ -41,8 +41,8 @@ from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
 from cola.link.find import find_model
 from cola.link.residual import Applied, LinkWeights, Pair, Residual
-from cola.recipe.arms import KnotRules
 from cola.recipe.read import read_recipe
+from cola.recipe.resolved import Rules
 from cola.report.page import write_report
 from cola.report.tables import knots_table
 from cola.tree.run_folder import FORMAT, RunFolder, read_jsonl
@@ -310,7 +310,7 @@ def test_a_knot_touches_no_bias_no_norm_and_no_embedding_that_the_head_shares(me
             if name.endswith("bias"):  # which are zeros in a model that nobody trained
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    chain = Chain(model, Base(model), KnotRules(merge=merge, merge_fraction=1.0, optimizer="fresh"))
+    chain = Chain(model, Base(model), Rules(merge=merge))
     links = [link(), link(first_step=5, seed=8)]
     touched = set()
     for knot in run_chain(chain, links, tune_with(batches(10)), outputs, no_gradients):
@@ -429,7 +429,7 @@ def test_outputs_that_did_not_change_have_no_drift() -> None:
 @pytest.mark.parametrize("merge", ["exact", "naive"])
 def test_a_knots_drift_is_that_of_the_outputs_before_and_after_it(merge: str) -> None:
     model = tiny_model().to(torch.bfloat16)
-    chain = Chain(model, Base(model), KnotRules(merge=merge, merge_fraction=1.0, optimizer="fresh"))
+    chain = Chain(model, Base(model), Rules(merge=merge))
     seen: list[Outputs] = []
 
     def probe(model: PreTrainedModel) -> Outputs:
@@ -629,7 +629,7 @@ def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
     summary = folder.summary()
     assert summary is not None
     short, long = knots_table(summary, short=True), knots_table(summary)
-    assert [row[:2] for row in short.rows] == [[arm, str(k)] for arm in ("chain3", "naive") for k in (1, 2, 3)]
+    assert [row[:2] for row in short.texts] == [[arm, str(k)] for arm in ("chain3", "naive") for k in (1, 2, 3)]
     assert set(COLUMNS) <= set(short.columns)
     assert set(short.columns) < set(long.columns)
     for again in (told.output, cola("report", path).output):
@@ -638,10 +638,10 @@ def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
         # The title is wrapped where the table is narrow, so the rows are looked for below it.
         below = lines[next(i for i, line in enumerate(lines) if short.title.split(":")[0] + ":" in line) :]
         assert any(all(column in line for column in short.columns) for line in below)
-        for row in short.rows:
+        for row in short.texts:
             assert any([cell.strip() for cell in line.split()] == row for line in below), row
     page = html.unescape((path / "report.html").read_text())
-    for cells in (long.columns, *long.rows):
+    for cells in (long.columns, *long.texts):
         places = [page.index(f">{cell}<", page.index(long.title)) for cell in cells]
         assert places
     found: dict[str, list[dict[str, Any]]] = {}

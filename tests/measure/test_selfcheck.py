@@ -28,7 +28,7 @@ from cola.link.targets import left_out, left_out_note, shared_matrices, target_n
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.likelihood import choice_nats
 from cola.measure.selfcheck import Subject, difference, self_check, slowest
-from cola.recipe.arms import OneLink
+from cola.recipe.methods import Full
 
 TOKENIZER = tiny_tokenizer()
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
@@ -356,7 +356,7 @@ def test_several_bases_are_all_asked_in_the_slowest_of_their_ways() -> None:
 
 @pytest.mark.parametrize("name", ["glm4", "gpt2"])
 def test_what_is_kept_of_full_fine_tuning_is_all_of_the_state_dict(name: str, tmp_path: Path) -> None:
-    model, full = make(name), OneLink(method="full")
+    model, full = make(name), Full()
     for buffer in kept_buffers(model):
         model.get_buffer(buffer).copy_(torch.randn(model.get_buffer(buffer).shape))
     adapters.save(tmp_path, model, full, "base", model)
@@ -374,7 +374,7 @@ def test_what_is_kept_of_full_fine_tuning_is_all_of_the_state_dict(name: str, tm
 
 
 def all_linear(model: Any) -> list[str]:
-    return target_names(model, OneLink(method="lora", target_modules="all-linear"))
+    return target_names(model, "all-linear")
 
 
 def test_what_all_linear_leaves_out_is_named_with_its_share() -> None:
@@ -404,7 +404,7 @@ def test_what_all_linear_leaves_out_is_named_with_its_share() -> None:
 )
 def test_a_name_that_takes_no_pair_says_what_it_is(name: str, target: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        target_names(make(name), OneLink(method="lora", target_modules=[target]))
+        target_names(make(name), (target,))
 
 
 def test_matrices_that_several_modules_share_get_no_pair_and_are_said() -> None:
@@ -418,7 +418,7 @@ def test_matrices_that_several_modules_share_get_no_pair_and_are_said() -> None:
     assert "self_attn.q_proj.weight (" in left_out_note(model, all_linear(model))
     assert "shared by several modules" in left_out_note(model, all_linear(model))
     with pytest.raises(ModelError, match=r"q_proj shares its matrix with model\.layers\.1\.self_attn\.q_proj\.weight"):
-        target_names(model, OneLink(method="lora", target_modules=["q_proj"]))
+        target_names(model, ("q_proj",))
     # A whole layer in two places is one: its pair is seen from both.
     model = make("llama")
     model.model.layers[1] = model.model.layers[0]

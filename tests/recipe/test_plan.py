@@ -103,7 +103,7 @@ def test_a_step_down_in_rank_takes_its_epochs_per_link() -> None:
     chain = {"links": [{"rank": 8, "epochs": 1}, {"rank": 4, "epochs": 2}, {"rank": 2, "epochs": 1}]}
     links = plan_arm(recipe({"down": chain}, training={"epochs": 4, "batch_size": 8}), "down", 0, n_train=21)
     # 21 rows in batches of 8 are 3 steps.
-    assert [(link.what.rank, link.what.alpha, n) for link, n in zip(links, lengths(links), strict=True)] == [
+    assert [(link.settings.rank, link.settings.alpha, n) for link, n in zip(links, lengths(links), strict=True)] == [
         (8, 16, 3),
         (4, 8, 6),
         (2, 4, 3),
@@ -168,7 +168,7 @@ def reference(
     ],
 )
 def test_schedules_are_those_of_transformers_at_every_step(name: str, make: Callable, warmup: int) -> None:
-    ours = schedule(Training(steps=50, schedule=name, warmup_steps=warmup), 50)
+    ours = schedule(Training(steps=50, schedule=name), 50, warmup)
     assert ours == pytest.approx(reference(lambda o: make(o, warmup, 50), 50), abs=1e-12)
 
 
@@ -187,13 +187,13 @@ def test_the_names_mean_what_they_mean_to_transformers_trainer(ours: str, theirs
 
 
 def test_a_constant_schedule_without_warm_up_is_constant() -> None:
-    ours = schedule(Training(steps=9, schedule="constant"), 9)
+    ours = schedule(Training(steps=9, schedule="constant"), 9, 0)
     assert ours == reference(get_constant_schedule, 9)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.03, 0.5, 0.999])
 def test_a_warm_up_below_one_is_a_fraction_of_the_steps(fraction: float) -> None:
-    ours = schedule(Training(steps=200, warmup_steps=fraction), 200)
+    ours = schedule(Training(steps=200), 200, fraction)
     warmup = {0.1: 20, 0.03: 6, 0.5: 100, 0.999: 199}[fraction]  # one is left to come after it
     assert ours == pytest.approx(reference(lambda o: get_linear_schedule_with_warmup(o, warmup, 200), 200), abs=1e-12)
 

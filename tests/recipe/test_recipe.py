@@ -509,16 +509,16 @@ def test_every_combination_of_an_arms_searches_is_a_trial_whatever_the_order_the
     other = "{search: {links: [1, 3], rank: {search: [4, 8]}}}"
     recipe = read(swap("{links: 1}", one).replace("{links: 3}", other))
     assert recipe.choices_of("lora") == recipe.choices_of("chain3")
-    assert recipe.choices_of("lora") == [{"links": links, "rank": rank} for links in (1, 3) for rank in (4, 8)]
+    assert recipe.choices_of("lora") == [(("links", links), ("rank", rank)) for links in (1, 3) for rank in (4, 8)]
 
 
 def test_a_searched_value_means_what_it_means_where_it_is_written_alone(read: Read) -> None:
     arm = "{target_modules: {search: [q_proj, all-linear]}, use_rslora: {search: [true, false]}}"
     recipe = read(swap("  lora: {links: 1}\n  chain3: {links: 3}\n", f"  lora: {arm}\n"))
-    links = [recipe.with_choice("lora", choice).links_of("lora")[0] for choice in recipe.choices_of("lora")]
+    links = [variant.links[0] for variant in recipe.variants("lora")]
     assert [(link.target_modules, link.use_rslora) for link in links] == [
-        (["q_proj"], True),
-        (["q_proj"], False),
+        (("q_proj",), True),
+        (("q_proj",), False),
         ("all-linear", True),
         ("all-linear", False),
     ]
@@ -528,7 +528,7 @@ def test_an_alpha_beside_another_rank_is_not_taken_over_by_a_rank_that_is_search
     text = swap("  lora: {links: 1}\n  chain3: {links: 3}\n", "  lora: {rank: {search: [2, 8]}}\n")
     for link, alphas in (("{rank: 4, alpha: 5}", [4, 16]), ("{rank: 4, alpha: 1r}", [2, 8])):
         recipe = read(text + f"link: {link}\n")
-        chosen = [recipe.with_choice("lora", choice).links_of("lora")[0] for choice in recipe.choices_of("lora")]
+        chosen = [variant.links[0] for variant in recipe.variants("lora")]
         assert [link.alpha for link in chosen] == alphas
 
 
@@ -556,23 +556,23 @@ def test_alpha_is_twice_the_rank_wherever_the_rank_is_given(
     read: Read, link: str, arm: str, expected: list[tuple[int, float]]
 ) -> None:
     recipe = read(swap("{links: 3}", arm) + f"link: {link}\n")
-    assert [(x.rank, x.alpha) for x in recipe.links_of("chain3")] == expected
+    assert [(x.rank, x.alpha) for x in recipe.resolved("chain3").links] == expected
 
 
 def test_a_setting_nearer_to_the_link_wins(read: Read) -> None:
     text = swap("{links: 3}", "{dropout: 0.2, links: [{dropout: 0.3}, {}]}").replace("{links: 1}", "{}")
     recipe = read(text + "link: {dropout: 0.1, target_modules: q_proj}\n")
-    assert [link.dropout for link in recipe.links_of("chain3")] == [0.3, 0.2]
-    assert [link.dropout for link in recipe.links_of("lora")] == [0.1]
-    assert recipe.links_of("lora")[0].target_modules == ["q_proj"]
+    assert [link.dropout for link in recipe.resolved("chain3").links] == [0.3, 0.2]
+    assert [link.dropout for link in recipe.resolved("lora").links] == [0.1]
+    assert recipe.resolved("lora").links[0].target_modules == ("q_proj",)
 
 
 def test_settings_of_all_pairs_do_not_reach_full_fine_tuning(read: Read) -> None:
     recipe = read(
         swap("{links: 3}", "{method: full}") + "link: {rank: 4, alpha: 2, dropout: 0.1, learning_rate: 0.5}\n"
     )
-    (link,) = recipe.links_of("chain3")
-    assert (link.method, link.rank, link.alpha, link.dropout, link.target_modules) == ("full", None, None, None, None)
+    (link,) = recipe.resolved("chain3").links
+    assert link.record() == {"method": "full", "freeze": []}
     assert recipe.learning_rate_of("chain3") == 0.5
 
 
@@ -651,7 +651,7 @@ def test_a_setting_of_all_links_is_written_out_into_the_arms(read: Read) -> None
 def test_overrides_reach_into_lists_by_index(read: Read) -> None:
     text = swap("{links: 3}", "{links: [{rank: 4}, {rank: 2}]}")
     recipe = read(text, "arms.chain3.links.1.rank=16", "arms.chain3.links.0={rank: 32}")
-    assert [link.rank for link in recipe.links_of("chain3")] == [32, 16]
+    assert [link.rank for link in recipe.resolved("chain3").links] == [32, 16]
 
 
 def test_an_override_of_null_removes_an_arm_and_a_mapping_adds_one(read: Read) -> None:
@@ -690,7 +690,9 @@ def test_epochs_and_steps_replace_one_another(read: Read) -> None:
     assert (training.steps, training.epochs) == (70, None)
     training = read(PLAIN, "training.steps=70", "training.epochs=0.5").training
     assert (training.steps, training.epochs) == (None, 0.5)
-    link = read(swap("{links: 3}", "{links: [{epochs: 1}, {}]}"), "arms.chain3.links.0.steps=4").links_of("chain3")[0]
+    recipe = read(swap("{links: 3}", "{links: [{epochs: 1}, {}]}"), "arms.chain3.links.0.steps=4")
+    assert isinstance(recipe.arms["chain3"].links, list)
+    link = recipe.arms["chain3"].links[0]
     assert (link.steps, link.epochs) == (4, None)
 
 
@@ -841,7 +843,7 @@ def test_the_recipes_of_this_repository_can_be_read() -> None:
 def test_a_search_over_links_of_a_list_sets_the_value_of_each(read: Read) -> None:
     arms = "{lora: {links: [{epochs: 1}, {epochs: 1}], rank: {search: [2, 16]}}}"
     recipe = read(PLAIN, f"arms={arms}", "comparison={}", "training.epochs=2", "link.alpha=2r")
-    chosen = [recipe.with_choice("lora", choice).links_of("lora") for choice in recipe.choices_of("lora")]
+    chosen = [variant.links for variant in recipe.variants("lora")]
     assert [[(link.rank, link.alpha) for link in links] for links in chosen] == [[(2, 4)] * 2, [(16, 32)] * 2]
     assert read(dump_recipe(recipe)) == recipe
 
@@ -871,7 +873,7 @@ SHARED = swap(
 
 def test_an_override_changes_the_place_that_it_names_and_no_other_alias(read: Read) -> None:
     recipe = read(SHARED, "arms.chain3.links.2.rank=2", "arms.one.rank=16", "arms.merged.rank=3")
-    assert [link.rank for link in recipe.links_of("chain3")] == [8, 8, 2]
+    assert [link.rank for link in recipe.resolved("chain3").links] == [8, 8, 2]
     assert {name: recipe.arms[name].rank for name in ("one", "other", "merged")} == {"one": 16, "other": 4, "merged": 3}
     assert recipe.arms["merged"].dropout == 0.5
 

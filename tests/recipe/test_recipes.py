@@ -15,7 +15,6 @@ from runs import go, quiet
 from transformers import PreTrainedTokenizerFast
 
 from cola.compare.ablation import AblationFolder, points_of
-from cola.recipe.arms import METHODS
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.yaml12 import values_of
@@ -127,14 +126,15 @@ def test_the_ablations_of_the_headers_run(
 
 def settings_of(recipe: Recipe, arm: str) -> dict[str, Any]:
     """Everything that is said of an arm, by key: one value where all its links have the same, else a list of them."""
-    links, (dtype, quantization) = recipe.links_of(arm), recipe.base_of(arm)
-    said: dict[str, Any] = {"links": [(link.epochs, link.steps) for link in links], "dtype": dtype}
-    said |= {"quantization": quantization, "learning_rate": recipe.learning_rate_of(arm)}
-    said |= {f"knot.{key}": value for key, value in recipe.knot_of(arm).model_dump().items()}
-    for key in METHODS[links[0].method or "lora"] | {"method": None}:
-        values = [getattr(link, key) for link in links]
+    resolved, own = recipe.resolved(arm), recipe.arms[arm].links
+    lengths = [(link.epochs, link.steps) for link in own] if isinstance(own, list) else [(None, None)] * own
+    said: dict[str, Any] = {"links": lengths, **resolved.base._asdict(), "learning_rate": recipe.learning_rate_of(arm)}
+    said |= {f"knot.{key}": value for key, value in resolved.rules.model_dump().items()}
+    links = [link.record() for link in resolved.links]
+    for key in links[0]:
+        values = [link[key] for link in links]
         if key == "alpha":  # the scale of the update: alpha is said as a multiple of the rank
-            values = [link.alpha / link.rank for link in links if link.alpha and link.rank]
+            values = [link["alpha"] / link["rank"] for link in links]
         said[key] = values[0] if all(value == values[0] for value in values) else values
     return said
 

@@ -28,9 +28,9 @@ from cola.report.drawing import Look, clipped, looks, save, svg
 from cola.report.figures import NAMES, figures_of
 from cola.report.forest import p_text
 from cola.report.heatmaps import _percent
-from cola.report.numbers import NONE, count_text, duration, p_value_text, size
+from cola.report.numbers import count, duration, given, interval, number, p_value, size, small, spread, value_range
 from cola.report.page import page_states, page_tables, write_ablation, write_report
-from cola.report.table import Table, sort_key
+from cola.report.table import NONE, Cell, Table
 
 pytestmark = pytest.mark.drawn
 
@@ -147,7 +147,7 @@ def test_every_figure_and_table_is_a_file_for_a_paper(pages: dict[str, Path]) ->
     }
     for name, table in tables.items():
         with (folder / "tables" / f"{name}.csv").open(newline="") as file:
-            assert list(csv.reader(file)) == [table.columns, *table.rows]
+            assert list(csv.reader(file)) == [table.columns, *table.texts]
         assert (folder / "tables" / f"{name}.tex").read_text() == table.latex(name)
 
 
@@ -213,44 +213,40 @@ def test_what_is_not_whole_stands_under_the_verdict() -> None:
     assert "interrupted-arm: 1 interrupted, 5 missing, no numbers" in states
     assert states[-1] == f"same outputs: {names[3]} and {names[4]}"
     assert page_states(quickstart()) == ["one seed: nothing is said about another"]
-    rows = {row[0]: row for row in page_tables(summary, {})["arms"].rows}
+    rows = {row[0]: row for row in page_tables(summary, {})["arms"].texts}
     assert rows["interrupted-arm"][1:] == ["1 interrupted, 5 missing", *[NONE] * (len(rows["lora"]) - 2)]
     assert rows["lora"][1] == "ok"
 
 
 @pytest.mark.parametrize(
-    ("cell", "number"),
+    ("cell", "text", "value"),
     [
-        ("2.44 M", 2.44e6),
-        ("16.0 k", 16e3),
-        ("7.41 T", 7.41e12),
-        ("38 s", 38),
-        ("1 min 18 s", 78),
-        ("2 h 5 min", 7500),
-        ("+0.025 [-0.005, +0.060]", 0.025),
-        ("−0.025 [−0.050, −0.001]", -0.025),
-        ("+.025 [−.005, +.060]", 0.025),
-        ("-0.100 ± 0.020", -0.1),
-        ("5e-05", 5e-5),
-        ("0.0003–0.0006", 3e-4),
-        ("12.5%", 0.125),
-        ("2.31 GB", 2.31e9),
-        ("90", 90),
-        ("–", None),
-        ("undefined", None),
-        ("chain3", None),
-        ("1 interrupted, 5 missing", None),
-        ("rank=4", None),
-        ("", None),
+        (count(2.44e6), "2.44 M", 2.44e6),
+        (count(15957), "16.0 k", 16e3),
+        (count(7.41e12), "7.41 T", 7.41e12),
+        (duration(38), "38 s", 38),
+        (duration(78), "1 min 18 s", 78),
+        (duration(7501), "2 h 5 min", 7500),
+        (interval({"value": 0.0251, "low": -0.005, "high": 0.06}), "+0.025 [-0.005, +0.060]", 0.025),
+        (spread({"mean": -0.1, "sd": 0.02}, signed=True), "-0.100 ± 0.020", -0.1),
+        (small(5e-5), "5e-05", 5e-5),
+        (value_range([0.0006, None, 0.0003]), "0.0003–0.0006", 3e-4),
+        (number(0.125, ".1%"), "12.5%", 0.125),
+        (size(2.31e9), "2.31 GB", 2.31e9),
+        (number(90, "d"), "90", 90),
+        (number(None, ".3f"), NONE, None),
+        (number(math.nan, ".3f"), "nan", None),
+        (interval("undefined"), "undefined", None),
+        (given("0.001"), "0.001", 0.001),
+        (given("exact"), "exact", None),
     ],
 )
-def test_a_cell_is_sorted_by_its_number_in_units_of_one(cell: str, number: float | None) -> None:
-    found = sort_key(cell)
-    assert found is None if number is None else found == pytest.approx(number)
+def test_a_cell_is_sorted_by_its_number_in_units_of_one(cell: Cell, text: str, value: float | None) -> None:
+    assert (cell.text, cell.value) == (text, value if value is None else pytest.approx(value))
 
 
 @pytest.mark.parametrize(
-    ("number", "as_count", "as_size"),
+    ("value", "as_count", "as_size"),
     [
         (0, "0", "0 B"),
         (999.4, "999", "999 B"),
@@ -267,15 +263,15 @@ def test_a_cell_is_sorted_by_its_number_in_units_of_one(cell: str, number: float
     ],
 )
 def test_a_count_has_three_digits_in_a_unit_that_it_has_one_of(
-    number: float, as_count: str, as_size: str | None
+    value: float, as_count: str, as_size: str | None
 ) -> None:
-    assert count_text(number) == as_count
-    assert sort_key(count_text(number)) == (None if as_count == NONE else pytest.approx(number, rel=6e-3))
+    assert count(value).text == as_count
+    assert count(value).value == (None if as_count == NONE else pytest.approx(value, rel=6e-3))
     if as_size is not None:
-        assert size(number) == as_size
-    if as_size is not None and number >= 1000:
-        assert sort_key(as_size) == pytest.approx(number, rel=6e-3)
-    assert size(None) == NONE
+        assert size(value).text == as_size
+    if as_size is not None and value >= 1000:
+        assert size(value).value == pytest.approx(value, rel=6e-3)
+    assert size(None).text == NONE
 
 
 @pytest.mark.parametrize(
@@ -291,7 +287,7 @@ def test_a_count_has_three_digits_in_a_unit_that_it_has_one_of(
     ],
 )
 def test_a_time_is_rounded_to_the_unit_that_it_is_shown_in(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert duration(seconds).text == text
 
 
 @pytest.mark.parametrize(
@@ -302,7 +298,7 @@ def test_a_time_is_rounded_to_the_unit_that_it_is_shown_in(seconds: float, text:
     ],
 )
 def test_a_p_is_not_rounded_across_the_level_of_a_claim(p: float | None, text: str) -> None:
-    assert p_value_text(p) == text
+    assert p_value(p).text == text
 
 
 def test_a_change_of_a_whole_matrix_is_a_hundred_percent() -> None:
@@ -328,7 +324,7 @@ def test_latex_sets_every_sign_as_it_stands() -> None:
 
 def test_csv_holds_what_the_table_holds() -> None:
     table = Table("t", ["arm", 'a "b", c'], [["x\ny", "1,5"], ["–", ""]])
-    assert list(csv.reader(io.StringIO(table.csv(), newline=""))) == [table.columns, *table.rows]
+    assert list(csv.reader(io.StringIO(table.csv(), newline=""))) == [table.columns, *table.texts]
 
 
 def test_fifty_arms_look_different_each() -> None:
@@ -388,13 +384,13 @@ def test_no_label_of_a_figure_covers_another_or_is_cut_off(n_arms: int) -> None:
     for name, figure in figures.items():
         figure.draw_without_rendering()
         found = written(figure)
-        for number, (text, box) in enumerate(found):
+        for place, (text, box) in enumerate(found):
             assert box.x0 > -1, (name, text)
             assert box.x1 < figure.bbox.x1 + 1, (name, text)
             assert box.y0 > -1, (name, text)
             assert box.y1 < figure.bbox.y1 + 1, (name, text)
             small = box.shrunk(0.98, 0.8)  # letters do not fill their lines
-            covers = [other for other, second in found[number + 1 :] if small.overlaps(second.shrunk(0.98, 0.8))]
+            covers = [other for other, second in found[place + 1 :] if small.overlaps(second.shrunk(0.98, 0.8))]
             assert not covers, (name, text, covers)
 
 
@@ -553,7 +549,7 @@ class TestInABrowser:
         with Opened(chromium, pages["quickstart"]) as opened:
             seconds = sorted(arm["total_seconds"] for arm in quickstart()["arms"].values())
             for column, expected in (
-                ("time", [duration(each) for each in seconds]),
+                ("time", [duration(each).text for each in seconds]),
                 ("trained", ["0", "2.44 M", "2.44 M", "135 M"]),
             ):
                 heads = opened.page.locator("table[aria-labelledby=table-cost] thead th")

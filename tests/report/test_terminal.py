@@ -3,13 +3,14 @@ import io
 import pytest
 from rich.console import Console
 
+from cola.report.table import Table
 from cola.report.terminal import Terminal
 
 
 def table_on(columns: list[str], rows: list[list[str]], width: int, terminal: bool) -> list[str]:
     """The lines of a table on a terminal or in a file."""
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, soft_wrap=True, color_system=None)
-    Terminal(console).table("", columns, rows)
+    Terminal(console).table(Table("", [*columns], [[*row] for row in rows]))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import socket
 import time
@@ -18,8 +19,9 @@ from typer.testing import Result
 from cola.recipe.schema import Tracking
 from cola.report import tracking
 from cola.report.group_report import KNOT_PANELS, Comparison, group_report
+from cola.report.numbers import number, small, spread
 from cola.report.page import comparison_of
-from cola.report.table import Table
+from cola.report.table import NONE, Shown, Table
 from cola.report.tracking import Tracker, comparison_numbers, typed_rows
 from cola.tree.run_folder import RunFolder
 
@@ -117,9 +119,12 @@ def test_the_numbers_of_a_summary_have_fixed_names_and_what_is_unknown_has_none(
 
 
 def test_a_column_of_plain_numbers_is_one_of_numbers_and_any_other_keeps_its_text() -> None:
-    rows = [["1", "+0.291", "4e-07", "0.1 ± 0.2", "7.44%"], ["2", "–", "0", "–", "nan"]]
+    rows: list[list[Shown]] = [
+        ["1", number(0.2911, "+.3f"), small(4e-7), spread({"mean": 0.1, "sd": 0.2}), number(0.0744, ".2%")],
+        ["2", NONE, small(0.0), NONE, number(math.nan, ".2f")],
+    ]
     assert typed_rows(Table("", ["arm", "a", "b", "c", "d"], rows)) == [
-        ["1", 0.291, 4e-07, "0.1 ± 0.2", "7.44%"],
+        ["1", 0.291, 4e-07, "0.100 ± 0.200", "7.44%"],
         ["2", None, 0.0, "–", "nan"],
     ]
 

@@ -72,8 +72,8 @@ def test_several_keys_make_a_grid_and_paired_lists_go_together(recipe_file: Path
         {"arms.chain3.links": "2", "arms.chain3.rank": "12"},
         {"arms.chain3.links": "4", "arms.chain3.rank": "6"},
     ]
-    assert [len(p.recipe.links_of("chain3")) for p in pairs] == [1, 2, 4]
-    assert [p.recipe.links_of("chain3")[0].rank for p in pairs] == [24, 12, 6]
+    assert [len(p.recipe.resolved("chain3").links) for p in pairs] == [1, 2, 4]
+    assert [p.recipe.resolved("chain3").links[0].rank for p in pairs] == [24, 12, 6]
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
 def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,3", "seeds=[0,1]", "arms.base=null")
     table = ablation_table(summary)
-    assert [row[:2] for row in table.rows] == [["lora", "–"], ["full", "–"], ["chain3", "1"], ["chain3", "3"]]
-    assert all("±" in row[2] for row in table.rows)
+    assert [row[:2] for row in table.texts] == [["lora", "–"], ["full", "–"], ["chain3", "1"], ["chain3", "3"]]
+    assert all("±" in row[2] for row in table.texts)
     assert [len(row["seeds"]) for row in summary["rows"]] == [2, 2, 2, 2]
     page = write_ablation(folder, summary).read_text()
     assert page.count("<svg") == 1
@@ -214,7 +214,7 @@ def test_an_ablation_is_one_group_in_wandb_and_an_arm_is_sent_once(recipe_file: 
 
 def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_file: Path) -> None:
     recipe = read_recipe(recipe_file, ["training.protocol=grow", "training.epochs=1"])
-    assert recipe.knot.schedule == recipe.knot_of("chain3").schedule == "link"
+    assert recipe.knot.schedule == recipe.resolved("chain3").rules.schedule == "link"
     first, second, third = plan_arm(recipe, "chain3", 0, 24)
     assert first.learning_rates == second.learning_rates == third.learning_rates
     assert first.learning_rates == pytest.approx((1e-2, 1e-2 * 2 / 3, 1e-2 / 3))

@@ -10,8 +10,9 @@ import pytest
 from conftest import run_once
 
 from cola.compare import ablation
-from cola.recipe.arms import SEARCHABLE, KnotRules, OneLink
+from cola.recipe.arms import SEARCHABLE, LinkSettings
 from cola.recipe.bounds import SPLITS
+from cola.recipe.resolved import Rules
 from cola.tree import run_folder
 from cola.tree.provenance import PACKAGES
 from cola.tree.run_folder import read_jsonl
@@ -23,8 +24,8 @@ PAGE = (Path(__file__).parents[2] / "docs/results.md").read_text(encoding="utf-8
 STANDS_FOR = {
     "SPLIT": set(SPLITS),
     "KEY": set(SEARCHABLE),
-    "RULE": set(KnotRules.model_fields),
-    "SETTING": set(OneLink.model_fields),
+    "RULE": set(Rules.model_fields),
+    "SETTING": set(LinkSettings.model_fields),
     "PACKAGE": set(PACKAGES),
 }
 
