@@ -1,6 +1,6 @@
 """Names: what changes the weights changes the name, and nothing else does. Run: pytest tests/tree/test_segments.py
 
-`python tests/tree/test_segments.py` writes the golden loss curves anew.
+`PYTHONPATH=.:tests python tests/tree/test_segments.py` writes the golden loss curves anew, with the commit that was checked out.
 """
 
 import copy
@@ -23,6 +23,7 @@ from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
 from cola.run.plan_tree import Planner
 from cola.tree import segments
+from cola.tree.provenance import commit
 from cola.tree.run_folder import read_jsonl
 from cola.tree.segments import Lineage, Tree
 from cola.tree.store import Store
@@ -613,7 +614,7 @@ def test_training_makes_the_numbers_that_its_version_stands_for(tmp_path: Path) 
     golden = json.loads(GOLDEN.read_text())
     advice = (
         "The store would serve states that this code would not make. If the change of the numbers is meant, raise "
-        "TRAINING_VERSION in cola/tree/segments.py and write the curves anew: python tests/tree/test_segments.py"
+        "TRAINING_VERSION in cola/tree/segments.py and write the curves anew, as the head of this file says"
     )
     assert golden["training_version"] == segments.TRAINING_VERSION, advice
     found = curves(tmp_path)
@@ -625,5 +626,9 @@ def test_training_makes_the_numbers_that_its_version_stands_for(tmp_path: Path) 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         os.environ["COLA_CACHE"] = str(Path(made) / "cache")
-        golden = {"training_version": segments.TRAINING_VERSION, "losses": curves(Path(made))}
+        golden = {
+            "commit": commit()["hash"],
+            "training_version": segments.TRAINING_VERSION,
+            "losses": curves(Path(made)),
+        }
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
