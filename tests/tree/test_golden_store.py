@@ -1,7 +1,7 @@
 """A store that an earlier commit has made serves the code of today. Run: pytest tests/tree/test_golden_store.py
 
-`PYTHONPATH=.:tests python tests/tree/test_golden_store.py CODE` makes it anew, by the cola that lies in the folder CODE;
-tests/golden/README.md names the commit that it was.
+`PYTHONPATH=.:tests python tests/tree/test_golden_store.py CODE` makes it anew, by the cola that lies in the folder
+CODE; tests/golden/README.md names the commit that it was.
 """
 
 import json
