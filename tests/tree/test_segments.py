@@ -1,6 +1,6 @@
 """Names: what changes the weights changes the name, and nothing else does. Run: pytest tests/tree/test_segments.py
 
-`PYTHONPATH=.:tests python tests/tree/test_segments.py` writes the golden loss curves anew, and of which commit they are.
+`PYTHONPATH=.:tests python tests/tree/test_segments.py` writes the golden loss curves anew, and of which commit.
 """
 
 import copy
