@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from cola.run.assignment import Assignment
-from cola.run.course import Course, better
-from cola.run.knots import check_drift
+from cola.run.course import Course, better, check_drift
 
 
 def deepest(given: Assignment, course: Course, steps: Sequence[int]) -> int | None:

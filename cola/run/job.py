@@ -1,7 +1,7 @@
 """One arm and seed, from the base weights through its links to a scored, recorded result:
 
     find      what the store has of it is taken from there             find.py
-    train     the rest is made, link by link                           training.py, keep.py, loaded.py, knots.py
+    train     the rest is made, link by link                           training.py, keep.py, loaded.py
     select    the last step, or the best look at validation            course.py
     score     every split and the general text, by the tied model      scoring.py
     record    the weights that are kept, result.json, W&B              result.py

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,24 +36,14 @@ def with_choice(bench: Bench, job: Job) -> Job:
         return replace(job, choice=choices[int(written["chosen"])])
     table = []
     for choice in choices:
-        found = []
-        for trial in trials:
-            result = bench.folder.result(trial) if trial.choice == choice else None
-            if trial.choice == choice and (result is None or result["status"] == "interrupted"):
-                raise SearchOpen(f"{job.arm}: its search is not at its end")
-            if result is not None and result["status"] == "ok":
-                found.append(result["evaluation"]["validation"])
+        results = [bench.folder.result(trial) for trial in trials if trial.choice == choice]
+        if any(result is None or result["status"] == "interrupted" for result in results):
+            raise SearchOpen(f"{job.arm}: its search is not at its end")
+        looks = [result["evaluation"]["validation"] for result in results if result and result["status"] == "ok"]
         # A choice at which some seed failed is no candidate: its mean would be over other seeds than the rest.
-        whole = len(found) == len(trials) // len(choices)
-        scored = whole and found[0]["score"] is not None
-        table.append(
-            {
-                "values": dict(choice),
-                "loss": float(np.mean([one["loss"] for one in found])) if whole else None,
-                "score": float(np.mean([one["score"] for one in found])) if scored else None,
-                "failed": not whole,
-            }
-        )
+        failed = len(looks) < len(results)
+        means = {key: None if failed else _mean([look[key] for look in looks]) for key in ("loss", "score")}
+        table.append({"values": dict(choice), **means, "failed": failed})
     candidates = [number for number, row in enumerate(table) if not row["failed"]]
     where = choice_file(job.arm, seed)
     if not candidates:
@@ -62,6 +53,10 @@ def with_choice(bench: Bench, job: Job) -> Job:
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
     bench.folder.write_json(where, {"chosen": chosen, "seeds": seeds, "trials": table})
     return replace(job, choice=choices[chosen])
+
+
+def _mean(numbers: list[Any]) -> float | None:
+    return None if numbers[0] is None else float(np.mean(numbers))  # plain text has no score
 
 
 def chosen_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:

@@ -17,11 +17,10 @@ from cola.link.train import Step, full_gradients, tune
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
 from cola.run.assignment import Assignment
-from cola.run.course import Course
+from cola.run.course import Course, check_drift, knot_record
 from cola.run.find import deepest, recall
 from cola.run.interrupt import Interrupted
 from cola.run.keep import Keeper
-from cola.run.knots import check_drift, knot_record
 from cola.run.loaded import Loaded
 from cola.run.scoring import score_attached
 from cola.tree.locks import lock
