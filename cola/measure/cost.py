@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from cola.errors import RecipeError
+from cola.errors import RecipeError, one_line
 from cola.files import cache_dir, digest, write_text
 from cola.link import adapters
 from cola.link.base import shape_of
@@ -140,7 +140,7 @@ class Meter:
                 )
             # A model's own code may ask the meta device for values, and fail in any way: no reason to lose an arm.
             except Exception as error:
-                self.trouble = self.trouble or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self.trouble = self.trouble or f"{type(error).__name__}: {one_line(error, 200)}"
                 self._shapes[name] = [math.nan], math.nan
             else:
                 polynomial = [float(factor) for factor in np.polyfit(LENGTHS, counts, 2).round(3)]
