@@ -117,6 +117,7 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, tmp_path_factory.mktemp("architecture")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", architectures.ARMS)
 def test_an_architecture_goes_the_whole_way_as_its_row_of_the_table_says(
     kept: tuple[str, Path], arm: str, tokenizer: hf.PreTrainedTokenizerBase

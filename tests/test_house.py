@@ -1,8 +1,12 @@
 """The house rules that a machine can check. Run: pytest tests/test_house.py"""
 
 import ast
+import importlib
+import importlib.util
+import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -20,12 +24,13 @@ SEAMS = {
     "wandb": {"report/tracking.py"},
     "wandb_workspaces": {"report/group_report.py"},
     "reasoning_gym": {"data/sources.py"},
-    "typer": {"cli/app.py"},
+    "typer": {"cli/app.py", "cli/models.py", "cli/store.py"},
 }
 WITHOUT_TORCH = ["recipe", "compare", "report"]
 FILES = {path.relative_to(ROOT / "cola").as_posix(): path for path in sorted((ROOT / "cola").rglob("*.py"))}
 
 
+@cache
 def imports(path: Path, top: bool = False) -> set[str]:
     """Every module that a file imports, at its top or inside a function; `top`: at its top only."""
     tree = ast.parse(path.read_text())
@@ -94,6 +99,26 @@ def test_generated_docs_are_up_to_date() -> None:
         [sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_every_path_that_a_page_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = {ROOT / path for path in re.findall(r"\b(?:cola|tests|docs|recipes|experiments)/[\w./-]*\w", text)}
+    linked = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    named |= {(ROOT / page).parent / link for link in linked}
+    assert not [str(path) for path in sorted(named) if not path.exists()]
+
+
+@pytest.mark.parametrize("folder", ["docs", "experiments"])
+def test_every_name_that_a_script_takes_from_cola_is_there(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cola."):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert there, f"{path}: {node.module} has no {alias.name}"
 
 
 def test_every_test_file_holds_a_test() -> None:

@@ -24,6 +24,8 @@ from cola.compare.summary import summarize
 from cola.recipe.read import read_recipe
 from cola.tree.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 TASKS = sorted(path.stem for path in STUDY.glob("*.yaml"))
 

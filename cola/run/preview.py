@@ -16,7 +16,7 @@ from cola.recipe.data_section import Data
 from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
 from cola.recipe.plan import jobs_of, plan_arm
 from cola.recipe.recipe import Recipe
-from cola.recipe.resolved import BaseFormat, Rules
+from cola.recipe.resolved import Rules
 from cola.recipe.schema import Search
 from cola.report.numbers import count
 from cola.report.table import NONE, Shown, Table
@@ -68,8 +68,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     score = recipe.evaluation
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
     terminal.say(f"scored checkpoint: {rule}; W&B: {mode_of(recipe.tracking)}; output: {recipe.output} ({free} free)")
-    for what in unchecked:
-        terminal.say(f"not checked without weights or network: {what}")
+    for part in unchecked:
+        terminal.say(f"not checked without weights or network: {part}")
 
 
 def _check_data(recipe: Recipe) -> list[str]:
@@ -176,18 +176,20 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
     """
     rows: list[list[Shown]] = []
     for name in recipe.arms:
-        resolved = recipe.resolved(name)
-        links = resolved.links
+        arm = recipe.resolved(name)
+        links = arm.links
         rate, searches = recipe.learning_rate_of(name), recipe.searches_of(name)
         rates = f"best of {len(rate.search)}" if isinstance(rate, Search) else f"{rate:g}"
         rates += "".join(f", {key} of {len(s.search)}" for key, s in searches.items() if key != "learning_rate")
         rates += " for each seed" if any(search.per == "seed" for search in searches.values()) else ""
-        lengths, many = steps[name], len(links) > 1
+        base = [said for said in (arm.base.quantization, arm.base.dtype) if said not in (None, "float32")]
+        knots = f"; {_knots(arm.rules)}" if len(links) > 1 else ""
+        lengths = steps[name]
         rows.append(
             [
                 name,
                 str(len(links)),
-                ", ".join([*_base(resolved.base), _trains(links)]) + (f"; {_knots(resolved.rules)}" if many else ""),
+                ", ".join([*base, _trains(links)]) + knots,
                 ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
                 rates if links else NONE,
                 count(parameters[name]) if parameters else "?",
@@ -196,11 +198,6 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
     return Table(
         f"{recipe.name}: plan", ["arm", "links", "each link trains", "steps", "learning rate", "parameters"], rows
     )
-
-
-def _base(base: BaseFormat) -> list[str]:
-    """The base's format, where it is not what it is by default."""
-    return [said for said in (base.quantization, base.dtype) if said not in (None, "float32")]
 
 
 def _trains(links: Sequence[Settings]) -> str:
@@ -212,22 +209,19 @@ def _trains(links: Sequence[Settings]) -> str:
         texts = [v if isinstance(v, str) else ", ".join(v) if isinstance(v, tuple) else f"{v:g}" for v in values]
         return texts[0] if len(set(texts)) == 1 else " → ".join(texts)
 
-    one = links[0]
-    match one:
-        case Full():
-            return "all weights" + (f" but the {' and '.join(one.freeze)}" if one.freeze else "")
-        case Adapter():
-            return f"bottlenecks of {one.bottleneck}, {one.placement}"
-        case VirtualTokens():
-            return f"{one.num_virtual_tokens} virtual tokens, {one.method}"
-    pairs = [link for link in links if isinstance(link, Lora)]
-    rank, alpha, modules = (
-        along([getattr(pair, key) for pair in pairs]) for key in ("rank", "alpha", "target_modules")
+    match links[0]:
+        case Full(freeze=parts):
+            return "all weights" + (f" but the {' and '.join(parts)}" if parts else "")
+        case Adapter() as adapter:
+            return f"bottlenecks of {adapter.bottleneck}, {adapter.placement}"
+        case VirtualTokens() as prompt:
+            return f"{prompt.num_virtual_tokens} virtual tokens, {prompt.method}"
+    first, *_ = pairs = [link for link in links if isinstance(link, Lora)]
+    rank, alpha, modules, inits = (
+        along([getattr(pair, key) for pair in pairs]) for key in ("rank", "alpha", "target_modules", "init")
     )
-    first = pairs[0]
     kinds = [kind for key, kind in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if getattr(first, key)]
     kinds += [f"LoRA+ {first.loraplus_lr_ratio:g}"] if first.loraplus_lr_ratio != 1 else []
-    inits = along([pair.init for pair in pairs])
     kinds += [f"init {inits}"] if inits != "default" else []
     return ", ".join([f"a pair of rank {rank}, alpha {alpha}, on {modules}", *kinds])
 

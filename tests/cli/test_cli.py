@@ -291,6 +291,7 @@ def test_a_hub_data_set_is_read_by_datasets(recipe_file: Path, tmp_path: Path) -
     assert "no_such" in refused(recipe_file, hub.replace("test: test", "test: no_such"), *names)
 
 
+@pytest.mark.slow
 def test_half_precision_without_the_instructions_for_it_is_warned_about(recipe_file: Path) -> None:
     result = cola("run", recipe_file, "model.dtype=float16", "arms.full=null")
     assert result.exit_code == 0, result.output
@@ -324,6 +325,7 @@ def test_every_shipped_recipe_passes_its_dry_run(recipe: Path) -> None:
     assert f"cola run {recipe}" in text or f"cola ablate {recipe}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_the_flagship_runs_end_to_end_by_overrides_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

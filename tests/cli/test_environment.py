@@ -143,6 +143,7 @@ def test_torchs_switches_are_what_they_are_when_it_is_imported(monkeypatch: pyte
     assert small.count_nonzero() == 8  # numbers below the normal ones are not flushed to zero
 
 
+@pytest.mark.slow
 def test_a_changed_environment_or_file_changes_the_name_or_leaves_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def coverage(per: str, n_seeds: int = 6, n_runs: int = 20_000) -> float:
     return float(np.mean(np.abs(differences_SR.mean(axis=0)) <= half_R))
 
 
+@pytest.mark.slow
 def test_an_interval_without_the_noise_of_the_choice_is_too_short_and_a_choice_of_each_seed_brings_it_in() -> None:
     assert coverage("arm") < 0.85
     assert 0.92 <= coverage("seed") <= 0.98
@@ -228,6 +229,7 @@ def validation(path: Path) -> tuple[float, float]:
 RATES = [1e-4, 3e-3, 3e-2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_by", ["loss", "score"])
 def test_trials_run_on_a_seed_of_their_own_and_their_loss_or_score_decides(recipe_file: Path, select_by: str) -> None:
     grid = f"training.learning_rate={{search: {RATES}, select_by: {select_by}}}"
@@ -284,6 +286,7 @@ def test_each_seed_chooses_for_itself_and_what_it_chose_is_not_trained_again(rec
             assert segment.has_weights == (rate == summary["arms"]["full"]["learning_rate"][seed])
 
 
+@pytest.mark.slow
 def test_a_choice_that_resampled_trials_often_do_not_make_is_said_to_be_uncertain(recipe_file: Path) -> None:
     grid = "training.learning_rate={search: [1e-3, 1.01e-3, 1e-7], seeds: [0, 7]}"
     small = ["arms.full=null", "arms.base=null", "arms.chain3=null", "comparison.primary=null"]
@@ -343,6 +346,7 @@ def test_the_figure_of_the_choice_needs_no_more_than_the_summary() -> None:
     assert choices_figure(summary) is None
 
 
+@pytest.mark.slow
 def test_the_study_chooses_by_the_rule_that_it_had(tmp_path: Path) -> None:
     study = Path(__file__).parents[2] / "experiments/001-does-chaining-pay"
     for path in sorted(study.glob("*.yaml")):

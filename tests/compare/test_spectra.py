@@ -205,6 +205,7 @@ def test_a_second_run_takes_its_spectra_from_the_store(recipe_file: Path, monkey
     assert spectrum(second.path, "chain3")["matrices"]["model.layers.0.self_attn.q_proj"]["with_full"]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_whose_weights_were_let_go_is_still_compared_with(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, *SHORT, "keep_full_weights=false")
     assert not (folder.path / "arms/full/seed-0/model").exists()
@@ -216,6 +217,7 @@ def test_full_fine_tuning_whose_weights_were_let_go_is_still_compared_with(recip
     assert later["spectra"]["chain3"]["overlap"] is not None
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_inside_a_link_is_what_is_looked_at(recipe_file: Path) -> None:
     unlearnable = ("data.prompt=row {id}", "data.answer={answer}", "link.rank=16", "training.schedule=constant")
     settings = ("evaluation.checkpoint=best", "evaluation.every=1", "training.epochs=8", "training.learning_rate=3e-2")
@@ -226,6 +228,7 @@ def test_a_best_checkpoint_inside_a_link_is_what_is_looked_at(recipe_file: Path)
     assert updates == [*(f"link {number}" for number in range(1, scored + 1)), "chain"]
 
 
+@pytest.mark.slow
 def test_spectra_that_fail_cost_a_warning_and_nothing_else(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise torch.linalg.LinAlgError("it did not converge")
@@ -264,6 +267,7 @@ def test_a_finished_run_does_nothing_anew(recipe_file: Path) -> None:
 # Which matrices
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_looked_at_where_the_low_rank_arms_train(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, *SHORT, "link.target_modules=[q_proj, v_proj]")
     names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in (0, 1) for kind in "qv"]

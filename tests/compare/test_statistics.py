@@ -209,6 +209,7 @@ def covered(make: Callable[[], Sequence[Table]], true: float, times: int = 800) 
     return float(np.mean([one.low <= true <= one.high for one in results]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("n_seeds", [3, 6, 10])
 @pytest.mark.parametrize("spread", SPREADS)
@@ -217,6 +218,7 @@ def test_95_percent_intervals_cover_the_truth_as_often_as_they_say(n_seeds: int,
     assert 0.92 <= covered(lambda: [crossed(generator, n_seeds, 100, SPREADS[spread])], 0.3) <= 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_with_two_seeds_that_matter_fewer_intervals_hold_the_truth() -> None:
     """Nearer 90 % than 95, as docs/numbers.md says."""
@@ -224,6 +226,7 @@ def test_with_two_seeds_that_matter_fewer_intervals_hold_the_truth() -> None:
     assert 0.85 <= covered(lambda: [crossed(generator, 2, 100, SPREADS["all"])], 0.3) < 0.94
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_one_task_whose_seeds_are_skewed_and_decide_alone_has_nine_in_ten() -> None:
     """As Student's interval of six exponential values has; docs/numbers.md says so."""
@@ -237,6 +240,7 @@ def test_what_a_plain_bootstrap_of_six_seeds_would_cover_is_what_the_module_says
     assert 2 * stats.norm.cdf(Z * math.sqrt(2 - 1 / 6)) - 1 == pytest.approx(0.99, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("n_seeds", [4, 6])
 def test_intervals_of_right_and_wrong_answers_cover_too(n_seeds: int) -> None:
@@ -244,6 +248,7 @@ def test_intervals_of_right_and_wrong_answers_cover_too(n_seeds: int) -> None:
     assert 0.92 <= covered(lambda: [binary(generator, n_seeds, 150)[0]], binary(generator, 1, 1)[1]) <= 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_intervals_over_groups_cover_too() -> None:
     generator = rng(21)
@@ -259,6 +264,7 @@ SEEDS_ON_TASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("n_seeds", [3, 6])
 @pytest.mark.parametrize("seeds", SEEDS_ON_TASKS)
@@ -294,6 +300,7 @@ def sizes(spread: tuple[float, float, float], n_seeds: int, n_tasks: int) -> tup
     return rejected[0] / 1000, rejected[1] / 1000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("null", NULLS)
 def test_p_rejects_a_true_null_for_new_rows_and_seeds_as_often_as_it_says(null: str) -> None:
@@ -303,6 +310,7 @@ def test_p_rejects_a_true_null_for_new_rows_and_seeds_as_often_as_it_says(null: 
     assert bool(flips > 0.07) is (null in ("the test rows decide", "all"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_over_tasks_p_has_its_size_where_the_test_rows_decide() -> None:
     ours, flips = sizes(NULLS["the test rows decide"], 6, 3)
@@ -585,10 +593,11 @@ def test_an_interquartile_mean_takes_eight_tasks() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_the_interquartile_mean_of_tasks_that_are_alike_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is symmetric, so that the truth is that of every task."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
     generator = rng(23)
     hits = []
     for _ in range(200):

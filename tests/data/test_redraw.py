@@ -54,6 +54,7 @@ def test_each_seed_draws_its_own_training_rows_from_what_test_and_validation_hav
     assert again == splits
 
 
+@pytest.mark.slow
 def test_each_row_is_as_likely_as_any_other_to_be_drawn_by_a_seed(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -135,6 +136,7 @@ def test_all_arms_of_a_seed_train_on_the_rows_that_it_draws_and_are_scored_on_th
     assert any("each seed draws 24 of 176 rows" in note for note in summary["notes"])
 
 
+@pytest.mark.slow
 def test_the_flops_of_a_seed_are_those_of_its_own_rows(recipe_file: Path) -> None:
     # By tokens every arm gets as many steps as cost no more than lora's under the same seed.
     settings = ["training.match=tokens", "arms.chain3.links=1", "arms.chain3.rank=2", "arms.full=null", "seeds=[0, 1]"]
@@ -163,6 +165,7 @@ def test_eval_scores_a_seed_on_the_rows_that_it_was_trained_on(recipe_file: Path
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]  # so that the wrong rows would show
 
 
+@pytest.mark.slow
 def test_runs_that_draw_for_other_seeds_are_more_seeds_of_one_task(recipe_file: Path) -> None:
     few = [*REDRAW, "arms.full=null", "evaluation.every=never"]
     folders = [go(recipe_file, *few, f"seeds={seeds}")[0].path for seeds in ([0, 1], [2])]

@@ -150,6 +150,7 @@ def test_an_adapter_names_its_base_itself(many_arms: Path, warm_folder: Path, tm
     assert moved == named
 
 
+@pytest.mark.slow
 def test_quantization_and_dtype_may_be_asked_for(many_arms: Path, warm_folder: Path, tmp_path: Path) -> None:
     evaluation, _ = evaluated(tmp_path, warm_folder, "--data", many_arms, "--quantization", "nf4", "--split", "test")
     expected = plain_loss(plain(warm_folder, "nf4"), warm_folder, many_arms, "base")
@@ -187,6 +188,7 @@ TASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_other_data_and_another_task_give_what_a_plain_pass_gives(
     many_arms: Path, colours: Path, tmp_path: Path, task: str

@@ -294,6 +294,7 @@ output: {folder}
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["adapter", "merged", "knots"])
 def test_a_transposed_weight_and_a_tied_head_come_through(gpt2_run: Path, tmp_path: Path, form: str) -> None:
     base = gpt2_run.parent / "base"
@@ -375,6 +376,7 @@ output: {folder}
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_inside_a_link_is_exported_as_it_was_scored(best_run: Path, warm_folder: Path) -> None:
     info = json.loads((best_run / "arms/chain3/seed-0/result.json").read_text())["train_info"]
     ends = [link["last_step"] for link in info["links"]]
@@ -433,6 +435,7 @@ def test_compression_is_the_best_there_is_and_says_what_it_keeps(many_arms: Path
         assert kept < 0.999
 
 
+@pytest.mark.slow
 def test_what_compression_prints_is_what_cola_eval_finds(many_arms: Path, tmp_path: Path) -> None:
     done = cola("export", many_arms, "--arm", "chain3", "--rank", 2, "--to", tmp_path / "r2")
     assert done.exit_code == 0, done.output
@@ -472,6 +475,7 @@ def test_the_chains_own_rank_keeps_everything_and_may_be_merged(
 # Quantized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arm", "codes"), [("chain3", "nf4"), ("chain3", "int8"), ("full", "nf4"), ("nf4", "nf4")])
 def test_a_quantized_export_holds_bitsandbytes_codes_of_the_merged_dense_weights(
     many_arms: Path, warm_folder: Path, tmp_path: Path, arm: str, codes: str
@@ -706,6 +710,7 @@ def without_bitsandbytes(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{folder}"}
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     many_arms: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -12,7 +12,7 @@ from test_eval import foreign_adapter
 from test_export import exported, reported, rows_of, with_adapter
 from transformers import AutoTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SPLITS = ("train", "validation", "test")
 

@@ -1,6 +1,6 @@
 """Random changes to texts, bytes and trees, drawn by hypothesis so that what fails is shrunk; and what a check may say.
 
-The counts: `make test` tries 500 recipes and 500 files, the same ones each time. More, and others each time:
+The counts: `make test-all` tries 500 recipes and 500 files, the same ones each time. More, and others each time:
 
     COLA_FUZZ=20 pytest tests/fuzz          # 10,000 recipes and 10,000 files
 """

@@ -36,7 +36,7 @@ from cola.tree.run_folder import RunFolder
 from cola.tree.store import Store, fault_of
 
 # The run is of a tiny model, which more threads make slower.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 FIELDS = ["question", "answer", "text", "id", "meta", "a:b", "é", ""]
 SNIPPETS = [

@@ -22,6 +22,8 @@ from cola.recipe.plan import evaluation_steps, jobs_of, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.write import dump_recipe
 
+pytestmark = pytest.mark.slow
+
 # Every kind of section and value; the recipes of the repository are tried too.
 RICH = """\
 name: rich

@@ -470,6 +470,7 @@ class Stop:
         monkeypatch.setattr(torch.optim.AdamW, "step", stopping)
 
 
+@pytest.mark.slow
 def test_every_method_and_knot_that_is_stopped_ends_with_the_bits_of_an_undisturbed_run(
     recipe_file: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +500,7 @@ def test_every_method_and_knot_that_is_stopped_ends_with_the_bits_of_an_undistur
     assert outcome(stopped.path).differences(outcome(whole.path)) == []
 
 
+@pytest.mark.slow
 def test_moments_are_kept_across_a_knot_whoever_trained_the_first_link(recipe_file: Path, tmp_path: Path) -> None:
     # LoRA's best checkpoint is kept without its optimizer, under the name of the end of a chain's first link.
     settings = [*SHORT, "training.steps=6", "training.schedule=constant", "training.learning_rate=5e-2"]

@@ -202,6 +202,7 @@ def test_the_loss_is_that_of_transformers_on_the_base_and_on_the_merged_weights(
         assert general(many, arm)["loss"] == pytest.approx(loss_by_transformers(model, tokenizer, 252), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_arm_without_links_has_forgotten_nothing_and_every_other_kind_has_changed(many: Path) -> None:
     assert general(many, "base")["forgetting"] == 0
     for arm in ("lora", "chain3", "nf4", "bf16", "full", "prefix", "prompt", "bottleneck"):
@@ -213,6 +214,7 @@ def test_an_arm_without_links_has_forgotten_nothing_and_every_other_kind_has_cha
         assert found["loss"] == pytest.approx(sum(row["nats"] for row in rows) / found["tokens"])
 
 
+@pytest.mark.slow
 def test_before_is_measured_once_for_each_base_and_shared_by_arms_and_seeds(many: Path) -> None:
     before = {
         (arm, seed): general(many, arm, seed)["before"]
@@ -229,6 +231,7 @@ def test_before_is_measured_once_for_each_base_and_shared_by_arms_and_seeds(many
     assert len(of_base) == 3
 
 
+@pytest.mark.slow
 def test_passages_leave_room_for_virtual_tokens_and_the_record_says_how_long_they_are(many: Path) -> None:
     about = result(RunFolder(many), "lora")["meta_info"]["general_text"]
     assert about["name"] == SAMPLE
@@ -240,6 +243,7 @@ def test_a_model_of_many_positions_reads_passages_of_256_tokens() -> None:
     assert PASSAGE_TOKENS == 256
 
 
+@pytest.mark.slow
 def test_the_table_and_the_summary_say_what_was_forgotten(many: Path) -> None:
     summary = RunFolder(many).summary()
     assert summary is not None
@@ -259,6 +263,7 @@ def test_the_table_and_the_summary_say_what_was_forgotten(many: Path) -> None:
 # The store
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_the_middle_has_the_forgetting_of_an_undisturbed_one(
     recipe_text: str, tmp_path: Path
 ) -> None:
@@ -278,6 +283,7 @@ def no_step(*_: Any, **__: Any) -> None:
     raise AssertionError("a step is trained though only a text is to be scored")
 
 
+@pytest.mark.slow
 def test_another_text_is_scored_on_what_the_store_has_and_nothing_is_trained(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +301,7 @@ def test_another_text_is_scored_on_what_the_store_has_and_nothing_is_trained(
     assert outcome(second.path).differences(outcome(whole.path)) == []
 
 
+@pytest.mark.slow
 def test_weights_that_were_let_go_are_trained_again_for_another_text(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("what colour is the question")
     words = ["keep_full_weights=false", "arms.base=null", "arms.lora=null", "arms.chain3=null"]
@@ -347,6 +354,7 @@ def test_a_resumed_run_must_have_the_text_it_began_with(recipe_file: Path, tmp_p
         run(read_recipe(folder.path / "recipe.yaml"), folder, quiet())
 
 
+@pytest.mark.slow
 def test_what_one_recipe_measured_of_the_base_serves_another_of_another_task(recipe_file: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     go(recipe_file, f"store={store}", "arms.full=null")
@@ -362,6 +370,7 @@ def test_a_recipe_that_leaves_it_out_measures_none_and_shows_no_column(recipe_fi
     assert "forgetting" not in result_tables(summary)[0].columns
 
 
+@pytest.mark.slow
 def test_trials_of_a_search_do_without(recipe_file: Path) -> None:
     folder, _ = go(
         recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null", "link.rank=2",
@@ -403,6 +412,7 @@ def test_where_the_peak_cannot_be_reset_none_is_told(monkeypatch: pytest.MonkeyP
     assert memory.peaks(torch.device("cpu"), False) == {"accelerator": None, "process": None}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="the kernel's peak can be reset under Linux only")
 def test_a_run_all_from_the_store_tells_the_memory_that_training_took(recipe_file: Path) -> None:
     first, summary = go(recipe_file)

@@ -617,6 +617,7 @@ def test_over_seeds_sizes_are_means_and_losses_the_worst(tmp_path: Path) -> None
 COLUMNS = ["unchanged", "error", "cosine", "KL", "loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
@@ -687,6 +688,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_another_version_is_left_and_a_new_one_begun(recipe_file: Path) -> None:
     assert cola("run", recipe_file, *FEW).exit_code == 0
     runs = recipe_file.parent / "runs"

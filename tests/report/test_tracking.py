@@ -47,6 +47,7 @@ def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) ->
     assert final["final/test_loss"] == pytest.approx(evaluation["test"]["loss"])
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_costs_a_warning_and_no_result(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

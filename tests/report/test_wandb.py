@@ -196,6 +196,7 @@ def summary_of(found: list[dict]) -> dict[str, Any]:
     return final
 
 
+@pytest.mark.slow
 def test_a_finished_run_leaves_its_comparison_as_a_run_of_the_group(finished: tuple[Path, Result]) -> None:
     folder, said = finished
     assert said.exit_code == 0, said.output
@@ -221,6 +222,7 @@ def test_a_finished_run_leaves_its_comparison_as_a_run_of_the_group(finished: tu
     assert "<svg" in (part / "files" / final["figure/curves.path"]).read_text()
 
 
+@pytest.mark.slow
 def test_the_page_is_an_artifact_whose_copies_lie_in_the_run_folder(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     [part] = parts(folder)
@@ -236,6 +238,7 @@ def test_the_page_is_an_artifact_whose_copies_lie_in_the_run_folder(finished: tu
     assert not list((folder.parent / "home").rglob("staging"))
 
 
+@pytest.mark.slow
 def test_sent_again_it_is_the_same_run_and_takes_the_place_of_what_was_not_uploaded(run_folder: Path) -> None:
     [before] = parts(run_folder)
     said = cola("report", run_folder, "--wandb")
@@ -255,6 +258,7 @@ def test_sent_again_it_is_the_same_run_and_takes_the_place_of_what_was_not_uploa
 ALONE = ("arms.base=null", "arms.full=null", "training.epochs=1", "tracking.wandb=offline")
 
 
+@pytest.mark.slow
 def test_an_ablation_has_one_comparison_and_a_point_its_own_when_asked(recipe_file: Path) -> None:
     said = cola("ablate", recipe_file, "arms.chain3.links=1,2", *ALONE)
     assert said.exit_code == 0, said.output
@@ -300,6 +304,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_or_silent_costs_a_bounded_wait_and_one_warning(server: None, run_folder: Path) -> None:
     began = time.monotonic()
     said = cola("report", run_folder, "--wandb")
@@ -319,6 +324,7 @@ def test_a_report_that_cannot_be_saved_is_one_warning(server: None, comparison: 
     assert warning.startswith("W&B failed and is off for the rest of this run (")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_wandb_and_nothing_else(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(*_: object) -> bool:
         raise KeyboardInterrupt
@@ -329,6 +335,7 @@ def test_ctrl_c_leaves_wandb_and_nothing_else(run_folder: Path, monkeypatch: pyt
     assert "warning: interrupted while W&B was being sent the comparison" in said.output
 
 
+@pytest.mark.slow
 def test_without_the_extra_a_report_names_it(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     said = cola("report", run_folder, "--wandb")
@@ -403,6 +410,7 @@ def test_a_text_has_no_panels_of_scores_and_an_ablation_no_means_over_points(com
     assert not any(name in text for name in ("validation/score", "gap/acc", "arm.value"))
 
 
+@pytest.mark.slow
 def test_every_knot_panel_shows_a_number_that_is_sent(finished: tuple[Path, Result]) -> None:
     [part] = parts_of(finished[0] / "arms/lora/seed-0/wandb.json", finished[0])
     sent = {name for r in records(part) if r["type"] == "history" for name in r["history"]["item"]}

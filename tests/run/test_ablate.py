@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+from children import end, start
 from runs import cola, quiet, result
 
 from cola.compare.ablation import AblationFolder, points_of
@@ -128,6 +127,7 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
     assert result(point, "chain3")["evaluation"] == result(alone, "chain3")["evaluation"]
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,3", "seeds=[0,1]", "arms.base=null")
@@ -165,18 +165,17 @@ def test_a_point_that_cannot_be_run_does_not_keep_the_others_from_it(recipe_file
     assert "q_prj" in write_ablation(folder, summary).read_text()
 
 
+@pytest.mark.slow
 def test_an_ablation_that_is_stopped_goes_on_in_its_folder(recipe_file: Path) -> None:
-    keys = ["arms.chain3.links=1,2", "training.protocol=grow", "training.epochs=2", *SMALL]
-    command = [sys.executable, "-m", "cola", "ablate", str(recipe_file), *keys]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("point 2 of 2"):
-                process.send_signal(signal.SIGTERM)
-                break
-        said = process.stdout.read()
-    assert process.returncode == 75, said
-    assert "interrupted" in said
+    keys = ["arms.chain3.links=1,2", "training.protocol=grow", "training.epochs=10", *SMALL]
+    said = recipe_file.parent / "said.txt"
+    process = start(["ablate", str(recipe_file), *keys], said)
+    while not said.exists() or "point 2 of 2" not in said.read_text():
+        assert process.is_alive(), said.read_text()
+        time.sleep(0.005)
+    process.terminate()  # by SIGTERM
+    assert end(process) == 75, said.read_text()
+    assert "interrupted" in said.read_text()
     done = cola("ablate", recipe_file, *keys)
     assert done.exit_code == 0, done.output
     assert "point 1 of 2: chain3.links=1: finished before" in done.stdout
@@ -196,6 +195,7 @@ def test_cola_report_builds_the_page_of_an_ablation_again(recipe_file: Path, mon
     assert page.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_ablation_is_one_group_in_wandb_and_an_arm_is_sent_once(recipe_file: Path) -> None:
     pytest.importorskip("wandb")
     from offline import records
@@ -225,6 +225,7 @@ def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_f
     assert len({link.learning_rates for link in plan_arm(whole, "chain3", 0, 24)}) == 3
 
 
+@pytest.mark.slow
 def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
     _, summary = run_points(recipe_file, "model.dtype=float32,bfloat16", *SMALL)
     assert summary["finished"]
@@ -248,6 +249,7 @@ def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: 
         assert ablate(points, other, quiet())["finished"]
 
 
+@pytest.mark.slow
 def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_file: Path) -> None:
     keys = ["arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL]
     points = points_of(recipe_file, keys, paired=False)

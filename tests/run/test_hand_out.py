@@ -53,6 +53,7 @@ def deleted(path: Path) -> None:
     path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [zeroed, moved, deleted])
 def test_whatever_is_done_to_what_a_run_folder_holds_the_next_run_has_the_same_results(
     recipe_file: Path, act: Callable[[Path], None]

@@ -46,6 +46,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
     recipe_text: str, tmp_path: Path, variant: str
@@ -88,6 +89,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
         assert not list(tmp_path.glob("store-*/segments/*/*/model.safetensors")), kills
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_every_second_step_still_comes_to_its_end(recipe_text: str, tmp_path: Path) -> None:
     recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
     overrides = ["training.steps=6", "arms.full=null", "arms.lora=null", "comparison.primary=null", "link.dropout=0.1"]
@@ -143,6 +145,7 @@ def stop_when(process: Any, signal_number: int, ready: Callable[[], bool]) -> in
     return end(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "arm"), [(signal.SIGINT, "chain3"), (signal.SIGTERM, "full")])
 def test_a_stop_inside_a_link_keeps_the_step_it_was_at_and_goes_on_to_the_same_bits(
     recipe_text: str, tmp_path: Path, stop: signal.Signals, arm: str
@@ -177,6 +180,7 @@ def test_a_signal_that_waits_is_not_forgotten() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_stop_while_validation_is_scored_keeps_the_step_before_it(recipe_text: str, tmp_path: Path) -> None:
     recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
     overrides = ["checkpoint_seconds=60", "arms.full=null", "arms.base=null", "evaluation.every=5", *CHOICE]
@@ -220,6 +224,7 @@ def sent(folder: Path) -> dict[str, Curves]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("places", "lost"),
     [
@@ -303,6 +308,7 @@ def test_lora_and_a_chain_train_their_common_steps_once(recipe_text: str, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_the_chosen_trial_is_not_trained_again(recipe_text: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, recipe_text)
     grid = "training.learning_rate={search: [1e-3, 1e-2], seeds: [0]}"
@@ -314,6 +320,7 @@ def test_the_chosen_trial_is_not_trained_again(recipe_text: str, tmp_path: Path)
     assert [reused(folder, arm) for arm in ("lora", "chain3", "full")] == [(9, 9)] * 3
 
 
+@pytest.mark.slow
 def test_another_recipe_of_another_name_finds_what_it_shares(recipe_text: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, recipe_text)
     told(recipe, "arms.chain3=null", "comparison.primary=null", *CHOICE)
@@ -327,6 +334,7 @@ def test_another_recipe_of_another_name_finds_what_it_shares(recipe_text: str, t
     assert reused(third, "chain3") == (9, 9)
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_added_is_all_that_is_trained(recipe_text: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, recipe_text)
     told(recipe, "training.schedule=constant", *CHOICE)
@@ -342,6 +350,7 @@ def test_a_seed_that_is_added_is_all_that_is_trained(recipe_text: str, tmp_path:
 # Other questions about what was trained
 
 
+@pytest.mark.slow
 def test_a_state_whose_validation_was_not_measured_is_evaluated_and_not_trained(
     recipe_text: str, tmp_path: Path
 ) -> None:
@@ -355,6 +364,7 @@ def test_a_state_whose_validation_was_not_measured_is_evaluated_and_not_trained(
     assert outcome(folder.path).differences(fresh(recipe, changed, tmp_path)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "checkpoint"), [("1", "best"), ("link", "last"), ("never", "last")])
 def test_validation_that_is_looked_at_elsewhere_gives_what_a_run_of_its_own_would_have(
     recipe_text: str, tmp_path: Path, every: str, checkpoint: str
@@ -382,6 +392,7 @@ def trains_nothing(recipe: Path, *overrides: str) -> RunFolder:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "longer",
     [
@@ -408,6 +419,7 @@ def test_a_longer_run_does_not_take_away_the_end_of_a_shorter(
     assert again.scores("full", 0, "test") == first.scores("full", 0, "test")
 
 
+@pytest.mark.slow
 def test_another_choice_of_the_best_does_not_take_away_the_best_of_a_run_before(
     recipe_text: str, tmp_path: Path
 ) -> None:
@@ -426,6 +438,7 @@ def test_another_choice_of_the_best_does_not_take_away_the_best_of_a_run_before(
     trains_nothing(recipe, *best, "evaluation.every=1")
 
 
+@pytest.mark.slow
 def test_arms_with_common_steps_leave_each_other_their_best(recipe_text: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, recipe_text)
     best = ["evaluation.checkpoint=best", "evaluation.every=1", "training.steps=18", *UNLEARNABLE, *CHOICE]
@@ -449,6 +462,7 @@ def more_tests(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_full_weights_that_were_let_go_are_trained_again_only_for_a_new_question(
     recipe_text: str, tmp_path: Path, checkpoint: str, colours: Path
@@ -474,6 +488,7 @@ def test_full_weights_that_were_let_go_are_trained_again_only_for_a_new_question
     trains_nothing(recipe, *asked)
 
 
+@pytest.mark.slow
 def test_pruning_leaves_a_stopped_run_all_that_it_goes_on_from(recipe_text: str, tmp_path: Path) -> None:
     recipe, said = write_recipe(tmp_path, recipe_text), tmp_path / "said.txt"
     overrides = ["evaluation.checkpoint=best", "evaluation.every=1", "training.steps=18", *UNLEARNABLE, *CHOICE]
@@ -487,6 +502,7 @@ def test_pruning_leaves_a_stopped_run_all_that_it_goes_on_from(recipe_text: str,
     assert reused(RunFolder(folder), "chain3") == (14, 18)
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_full_weights_are_let_go_does_not_keep_them_for_ever(
     recipe_text: str, tmp_path: Path
 ) -> None:
@@ -544,6 +560,7 @@ def with_scaling(_dtype: str) -> Accelerator:
     return accelerator
 
 
+@pytest.mark.slow
 def test_gradient_scaling_is_the_same_however_a_path_is_cut_and_shared(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,6 +587,7 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     assert selection_key("score", float("inf"), 1.0) == worst
 
 
+@pytest.mark.slow
 def test_two_runs_that_cut_elsewhere_do_not_train_the_same_steps(recipe_text: str, tmp_path: Path) -> None:
     # The one with a chain cuts LoRA's path at 30; the one without waits for it and must then wait for the rest.
     recipe = tmp_path / "r.yaml"

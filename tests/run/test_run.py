@@ -101,6 +101,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_numbers(recipe_file: Path) -
     assert summary["arms"]["chain3"]["test_loss"] == again["arms"]["chain3"]["test_loss"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_may_lie_before_the_last_knot(recipe_file: Path) -> None:
     # The answer cannot be told from this prompt, so learning the training rows soon makes validation worse.
     unlearnable = ("data.prompt=row {id}", "data.answer={answer}", "link.rank=16", "training.schedule=constant")
@@ -139,6 +140,7 @@ def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_fi
     assert [trial["loss"] for trial in searched["trials"]] == [losses[rate] for rate in (1e-5, 1e-2, 5.0)]
 
 
+@pytest.mark.slow
 def test_a_run_whose_arms_search_keys_of_their_own_runs_again_from_its_resolved_recipe(recipe_file: Path) -> None:
     arms = ["arms.lora={search: {rank: [2, 16]}}", "arms.chain3={links: {search: [2, 3]}, rank: 4}"]
     folder, summary = go(recipe_file, *arms, "arms.full=null")
@@ -188,6 +190,7 @@ def test_what_is_finished_is_not_trained_again(recipe_file: Path) -> None:
 
 
 # A real `cola`: the signal comes to a process that nothing of the tests has prepared.
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Path, stop: signal.Signals) -> None:
     from runs import cola
@@ -228,6 +231,7 @@ def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, mo
     assert result(folder, "base")["evaluation"]["test"]["n"] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_a_run_without_any_evaluation_point_has_a_page(recipe_file: Path) -> None:
     rates = ["arms.lora.learning_rate=1e20", "arms.chain3.learning_rate=1e20"]
@@ -236,6 +240,7 @@ def test_a_run_without_any_evaluation_point_has_a_page(recipe_file: Path) -> Non
     assert "chain3 seed 0 failed" in write_report(folder).read_text()
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_result(recipe_file: Path) -> None:
     results = []
     for checkpointing in ("false", "true"):
@@ -244,6 +249,7 @@ def test_recomputed_activations_change_no_result(recipe_file: Path) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_work_in_one_folder(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
     from runs import cola

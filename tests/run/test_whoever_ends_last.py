@@ -29,7 +29,7 @@ from cola.run.run import run
 from cola.tree import locks, prune
 from cola.tree.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 ARMS = [*SHORT, "arms.base=null", "arms.lora=null", "comparison.primary=null", "arms.chain3.links=2"]
 KEPT = ["keep_full_weights=true", "keep_full_weights=false"]

@@ -53,6 +53,7 @@ def test_scores_knots_and_spectra_say_with_what_they_were_made_in_whatever_sessi
     assert set(devices(info, "measured_made")) == {ONE, TWO}
 
 
+@pytest.mark.slow
 def test_arms_that_were_not_made_alike_are_told_apart_wherever_they_are_compared(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_arms_that_were_not_made_alike_are_told_apart_wherever_they_are_compared
             assert whole in " ".join(told.output.split())
 
 
+@pytest.mark.slow
 def test_seeds_of_one_arm_that_were_not_made_alike_are_told_apart_in_a_report_of_two_runs(
     recipe_file: Path, tmp_path: Path
 ) -> None:

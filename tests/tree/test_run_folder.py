@@ -80,6 +80,7 @@ def test_a_folder_has_no_name_before_its_maker_holds_it(
     assert [left.name for left in path.parent.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_of_processes_whose_recipe_cannot_be_used_none_leaves_anything(recipe_file: Path, tmp_path: Path) -> None:
     words = ["run", str(recipe_file), *SMALL, "data.files=nowhere.jsonl", "--run-folder", str(tmp_path / "new/run")]
     codes, said = at_once(words, tmp_path)
@@ -90,6 +91,7 @@ def test_of_processes_whose_recipe_cannot_be_used_none_leaves_anything(recipe_fi
     assert not list((tmp_path / "new").iterdir())
 
 
+@pytest.mark.slow
 def test_one_command_given_several_times_at_once_has_a_folder_for_each(recipe_file: Path, tmp_path: Path) -> None:
     words = ["run", str(recipe_file), *SMALL, f"output={tmp_path / 'out'}"]
     for n_before, n_processes in ((0, 2), (2, 1)):
@@ -100,6 +102,7 @@ def test_one_command_given_several_times_at_once_has_a_folder_for_each(recipe_fi
         assert all(map(is_whole, folders))
 
 
+@pytest.mark.slow
 def test_runs_that_were_stopped_are_gone_on_with_by_one_process_each(recipe_file: Path, tmp_path: Path) -> None:
     words = ["run", str(recipe_file), *SMALL, f"output={tmp_path / 'out'}"]
     assert at_once(words, tmp_path, 2)[0] == [0, 0]
@@ -111,6 +114,7 @@ def test_runs_that_were_stopped_are_gone_on_with_by_one_process_each(recipe_file
     assert all(map(is_whole, folders))
 
 
+@pytest.mark.slow
 def test_one_ablation_given_several_times_at_once_has_a_folder_for_each(recipe_file: Path, tmp_path: Path) -> None:
     words = ["ablate", str(recipe_file), *SMALL, "arms.lora.rank=1,2", f"output={tmp_path / 'out'}"]
     codes, said = at_once(words, tmp_path, 2)
@@ -122,6 +126,7 @@ def test_one_ablation_given_several_times_at_once_has_a_folder_for_each(recipe_f
         assert all(map(is_whole, folder.glob("points/*")))
 
 
+@pytest.mark.slow
 def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Path, tmp_path: Path) -> None:
     words = ["ablate", str(recipe_file), *SMALL, "arms.lora.rank=1,2", f"output={tmp_path / 'out'}"]
     assert at_once(words, tmp_path, 1)[0] == [0]
@@ -154,6 +159,7 @@ def killed_before_the_recipe(words: list[str], cache: str, when: str) -> None:
     app(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["made", "recipe written aside"])
 def test_the_same_command_goes_on_from_what_a_kill_left_of_making_the_folder(
     recipe_file: Path, tmp_path: Path, when: str

@@ -115,6 +115,7 @@ def case_in(folder: Path, model: Path) -> Case:
                 "chain": {"links": 2},
                 "full": {"method": "full", "learning_rate": 0.001},
             },
+            "evaluation": {"general_text": None},
             "seeds": [0],
             "tracking": {"wandb": "off"},
             "output": str(folder / "runs"),
@@ -408,6 +409,7 @@ def some_harmless(rng: random.Random, harmful: str | None = None) -> list[str]:
 # The name changes if and only if something changed that can change the weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harmful", HARMFUL)
 def test_what_can_change_the_weights_changes_the_name_and_the_weights(
     case: Case, unchanged: Trained, harmful: str
@@ -419,6 +421,7 @@ def test_what_can_change_the_weights_changes_the_name_and_the_weights(
         assert after.weights[role] != unchanged.weights[role]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(8))
 def test_what_cannot_change_the_weights_changes_no_name_and_no_bit_of_them(
     case: Case, unchanged: Trained, number: int
@@ -436,6 +439,7 @@ def test_what_cannot_change_the_weights_changes_no_name_and_no_bit_of_them(
         assert after.weights[role] == (None if let_go else unchanged.weights[role]), chosen
 
 
+@pytest.mark.slow
 def test_random_recipes_have_the_same_names_if_and_only_if_they_train_the_same(case: Case) -> None:
     before = finals(case)
     rng = random.Random(0)

@@ -10,13 +10,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import command, processes
-from conftest import tiny_model
+from conftest import recipe_of, run_once, tiny_model
 from peft import PeftModel
 from runs import FULL_ONLY, LORA_ONLY, SHORT, assert_one_line, go, result
 from runs import wide_cola as cola
@@ -32,6 +33,7 @@ from cola.recipe.recipe import Recipe
 from cola.run.plan_tree import Planner
 from cola.tree import locks, prune
 from cola.tree import store as store_file
+from cola.tree.run_folder import RunFolder
 from cola.tree.segments import Lineage, state_name
 from cola.tree.store import Store
 
@@ -44,6 +46,35 @@ PAIR = [*SHORT, "arms.full=null", "arms.base=null", "arms.chain3.links=2", "trai
 def place() -> Path:
     """The store of this test's runs."""
     return Path(os.environ["COLA_CACHE"]) / "store"
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny_folder: Path, colours: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[list[str]], Path]:
+    """The folder with a run of these overrides and its store, made when it is first asked for."""
+
+    @cache
+    def made(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        run_once(folder, recipe_of(tiny_folder, colours, prose, folder), *overrides)
+        return folder
+
+    return lambda overrides: made(*overrides)
+
+
+@pytest.fixture
+def whole_run(runs: Callable[[list[str]], Path], place: Path) -> RunFolder:
+    """A run of all arms; the store that it made is the test's own."""
+    shutil.copytree(runs(SHORT) / "cache/store", place)
+    return RunFolder(runs(SHORT) / "run")
+
+
+@pytest.fixture
+def pair_run(runs: Callable[[list[str]], Path], place: Path) -> RunFolder:
+    """A run of LoRA and a chain of two; the store that it made is the test's own."""
+    shutil.copytree(runs(PAIR) / "cache/store", place)
+    return RunFolder(runs(PAIR) / "run")
 
 
 def opened(place: Path) -> tuple[Store, list[str]]:
@@ -130,8 +161,10 @@ def foreign(path: Path, rng: random.Random) -> None:
     path.write_bytes(rng.choice([*(text.encode() for text in texts), b"\xff\xfe"]))
 
 
-def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(recipe_file: Path, place: Path) -> None:
-    go(recipe_file, *PAIR)
+@pytest.mark.slow
+def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(
+    recipe_file: Path, pair_run: RunFolder, place: Path
+) -> None:
     store, said = opened(place)
     whole = weights_in(store)
     pristine = place.with_name("pristine")
@@ -169,13 +202,14 @@ def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(
     assert result(folder, "lora")["train_info"]["reused_steps"] == 0
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_segments_record_is_covered(place: Path) -> None:
     store, _ = opened(place)
     name = keep(store, 0, seconds=0.1234567890123456)
     path = store.folder(name) / "segment.json"
     before = path.read_bytes()
     for position in range(len(before)):
-        for bit in range(8):
+        for bit in {5, position % 8}:  # of a letter, the fifth is whether it is a capital
             changed = bytearray(before)
             changed[position] ^= 1 << bit
             path.write_bytes(bytes(changed))
@@ -185,8 +219,7 @@ def test_every_bit_of_a_segments_record_is_covered(place: Path) -> None:
     assert store_file.fault_of(path.parent) is None
 
 
-def test_segments_that_changed_places_are_caught(recipe_file: Path, place: Path) -> None:
-    go(recipe_file, *PAIR)
+def test_segments_that_changed_places_are_caught(recipe_file: Path, pair_run: RunFolder, place: Path) -> None:
     store, said = opened(place)
     whole = weights_in(store)
     first, second = sorted(whole)[:2]
@@ -201,8 +234,7 @@ def test_segments_that_changed_places_are_caught(recipe_file: Path, place: Path)
     assert weights_in(store) == whole
 
 
-def test_weights_of_another_segment_are_caught(recipe_file: Path, place: Path) -> None:
-    go(recipe_file, *PAIR)
+def test_weights_of_another_segment_are_caught(pair_run: RunFolder, place: Path) -> None:
     store, _ = opened(place)
     first, second = (store.folder(name) for name in sorted(weights_in(store))[:2])
     open_up(second / "adapter_model.safetensors")
@@ -211,11 +243,11 @@ def test_weights_of_another_segment_are_caught(recipe_file: Path, place: Path) -
     assert store.get(first.name) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, truncate, remove, foreign])
 def test_a_damaged_measurement_is_caught_and_made_again(
-    recipe_file: Path, place: Path, damage: Callable[[Path, random.Random], None]
+    recipe_file: Path, whole_run: RunFolder, place: Path, damage: Callable[[Path, random.Random], None]
 ) -> None:
-    first, _ = go(recipe_file, *SHORT)
     rng = random.Random(0)
     measured = sorted(place.glob("measured/*/*.json"))
     content = {path: strip(json.loads(path.read_text())) for path in measured}
@@ -224,7 +256,7 @@ def test_a_damaged_measurement_is_caught_and_made_again(
     second, summary = go(recipe_file, *SHORT)
     assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
     for arm in ("base", "lora", "chain3", "full"):
-        assert result(first, arm)["evaluation"] == result(second, arm)["evaluation"]
+        assert result(whole_run, arm)["evaluation"] == result(second, arm)["evaluation"]
     assert {path: strip(json.loads(path.read_text())) for path in measured} == content
     assert bool(list((place / "damaged").iterdir())) is (damage is not remove)
     assert prune.verify(opened(place)[0])[1] == 0
@@ -320,6 +352,7 @@ def keep_and_drop(place: Path, seconds: float) -> None:
             assert store.get(name) is None
 
 
+@pytest.mark.slow
 def test_runs_that_begin_and_end_do_not_disturb_one_that_writes(place: Path) -> None:
     store, _ = opened(place)
     writer = processes.Process(target=keep_and_drop, args=(place, 2.0))
@@ -457,6 +490,7 @@ def race(recipe_file: Path, *overrides: str, n_processes: int = 2) -> Raced:
     return Raced(folders, said.read_text())
 
 
+@pytest.mark.slow
 def test_processes_that_need_the_same_segment_train_it_once(recipe_file: Path, place: Path) -> None:
     overrides = [*SHORT, "training.steps=12", "checkpoint_seconds=0", "arms.base=null"]
     raced, made = race(recipe_file, *overrides, n_processes=3), {}
@@ -481,6 +515,7 @@ def lineage_of(recipe: Recipe, job: Job) -> Lineage:
     return planner.tree(recipe, planner.meter(recipe)).lineage(job)
 
 
+@pytest.mark.slow
 def test_a_process_leaves_to_another_what_that_is_at_and_does_the_rest(recipe_file: Path, place: Path) -> None:
     overrides = [*SHORT, "arms.base=null"]
     overrides += [f"arms.{arm}.learning_rate={{search: [1e-2, 1e-3]}}" for arm in ("lora", "chain3", "full")]
@@ -518,6 +553,7 @@ def test_a_claim_is_had_by_one_alone_and_free_again_when_its_holder_is_done(plac
         assert later
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_a_process_that_waited_for_full_weights_finds_them_let_go(
     recipe_file: Path, place: Path, checkpoint: str
@@ -552,8 +588,9 @@ def contents(place: Path) -> set[Path]:
     return {*place.glob("segments/*/*"), *place.glob("measured/*/*.json")}
 
 
-def test_pruning_keeps_what_a_kept_run_refers_to_and_frees_the_rest(recipe_file: Path, place: Path) -> None:
-    go(recipe_file, *PAIR)
+def test_pruning_keeps_what_a_kept_run_refers_to_and_frees_the_rest(
+    recipe_file: Path, pair_run: RunFolder, place: Path
+) -> None:
     shared = contents(place)
     other, _ = go(recipe_file, *PAIR, "arms.lora.rank=2")
     more = contents(place) - shared
@@ -607,6 +644,7 @@ def test_nothing_is_pruned_while_a_run_is_at_work(recipe_file: Path, place: Path
     assert not contents(place)
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_waits_for_pruning_to_end(place: Path) -> None:
     store, _ = opened(place)
     begun, go_on = processes.Event(), processes.Event()
@@ -676,10 +714,9 @@ def test_segments_are_peft_adapters_and_rebuild_the_trained_chain(recipe_file: P
 
 
 def test_the_listing_shows_each_segment_once_and_verifying_finds_what_is_damaged(
-    recipe_file: Path, place: Path
+    pair_run: RunFolder, place: Path
 ) -> None:
-    folder, _ = go(recipe_file, *PAIR)
-    names = {name for arm in ("lora", "chain3") for name in result(folder, arm)["train_info"]["segments"]}
+    names = {name for arm in ("lora", "chain3") for name in result(pair_run, arm)["train_info"]["segments"]}
     listed = cola("store", "ls")
     assert listed.exit_code == 0
     assert all(listed.output.count(name[:12]) == 1 for name in names)
@@ -696,17 +733,17 @@ def test_the_listing_shows_each_segment_once_and_verifying_finds_what_is_damaged
     assert "1 set aside as damaged" in cola("store", "ls").output
 
 
-def test_inspecting_follows_a_chain_back_to_the_base(recipe_file: Path, place: Path) -> None:
-    folder, _ = go(recipe_file, *PAIR)
-    names = result(folder, "chain3")["train_info"]["segments"]
+def test_inspecting_follows_a_chain_back_to_the_base(pair_run: RunFolder, place: Path) -> None:
+    names = result(pair_run, "chain3")["train_info"]["segments"]
     told = cola("inspect", names[-1][:8])
     assert told.exit_code == 0
     places = [told.output.index(name) for name in names]
     assert places == sorted(places)
-    assert json.loads((folder.path / "provenance.json").read_text())["model"]["sha256"] in told.output
+    assert json.loads((pair_run.path / "provenance.json").read_text())["model"]["sha256"] in told.output
     assert "all names recomputed, all checksums verified" in told.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "words"),
     [
@@ -732,9 +769,9 @@ def test_inspecting_says_what_a_link_trains_and_what_the_knot_before_it_did(
     assert words in told.output.replace("\n", " ")
 
 
+@pytest.mark.usefixtures("pair_run")
 @pytest.mark.parametrize("word", ["zzz", "", "0" * 32, "../..", "*"])
-def test_inspecting_what_is_not_there_is_one_line(recipe_file: Path, word: str) -> None:
-    go(recipe_file, *SHORT, *LORA_ONLY)
+def test_inspecting_what_is_not_there_is_one_line(word: str) -> None:
     assert_one_line(cola("inspect", word))
 
 
@@ -748,9 +785,8 @@ def test_inspecting_what_could_be_two_segments_is_one_line(place: Path) -> None:
     assert f"{beginnings.count(twice)} segments begin with '{twice}'" in told.output
 
 
-def test_a_segment_that_is_damaged_or_whose_parent_has_gone_is_one_line(recipe_file: Path, place: Path) -> None:
-    folder, _ = go(recipe_file, *PAIR)
-    first, last = result(folder, "chain3")["train_info"]["segments"]
+def test_a_segment_that_is_damaged_or_whose_parent_has_gone_is_one_line(pair_run: RunFolder, place: Path) -> None:
+    first, last = result(pair_run, "chain3")["train_info"]["segments"]
     store, _ = opened(place)
     shutil.rmtree(store.folder(first))
     told = cola("inspect", last)
@@ -811,6 +847,7 @@ def test_two_processes_may_make_one_store(tmp_path: Path) -> None:
     assert [maker.exitcode for maker in makers] == [0] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["ls", "verify"])
 def test_looking_at_a_store_is_not_disturbed_by_a_run_that_drops_checkpoints(place: Path, word: str) -> None:
     opened(place)

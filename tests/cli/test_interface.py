@@ -1,0 +1,39 @@
+"""Every command and flag, with its default and help's first line, as committed: a change of the interface is a visible
+diff. Write it anew: python tests/cli/test_interface.py > tests/cli/interface.txt
+"""
+
+from enum import EnumType
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from cola.cli.app import app
+
+
+def interface() -> str:
+    lines = []
+
+    def describe(command: Any, name: str) -> None:  # of typer's own classes, whose module is private
+        lines.append(f"{name}: {(command.help or '').strip().splitlines()[0]}")
+        for parameter in command.params:
+            names = " ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.metavar
+            kind = parameter.type_descriptor.annotation
+            kind = "|".join(map(str, kind)) if isinstance(kind, EnumType) else getattr(kind, "__name__", kind)
+            more = " ..." if parameter.multiple or parameter.nargs == -1 else ""
+            default = "required" if parameter.required else f"default {parameter.default}"
+            lines.append(f"  {names or parameter.name.upper()} ({kind}{more}, {default}): {parameter.help}")
+        for word, inner in getattr(command, "commands", {}).items():
+            lines.append("")
+            describe(inner, f"{name} {word}")
+
+    describe(get_command(app), "cola")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_interface_is_the_one_that_is_written_down() -> None:
+    assert interface() == Path(__file__).with_name("interface.txt").read_text()
+
+
+if __name__ == "__main__":
+    print(interface(), end="")
