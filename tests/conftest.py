@@ -1,9 +1,11 @@
 """A tiny random Qwen2 with a tokenizer of its own, made in a second and saved as a Hugging Face folder."""
 
+import fcntl
 import gc
 import json
 import os
 import random
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is first imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -12,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores, and the tiny model needs one
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,23 +237,40 @@ def run_once(folder: Path, text: str, *overrides: str) -> Path:
     return folder / "run"
 
 
+@contextmanager
+def in_turn(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder of that name that all of xdist's workers share, held by one of them at a time."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"shared-{name}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def warm_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny model that comes with a generation config of its own, and has no more rows than there are tokens."""
-    folder = tmp_path_factory.mktemp("warm") / "tiny-qwen2"
-    model = tiny_model(vocab_size=len(tokenizer))
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_k=7, eos_token_id=0, pad_token_id=0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with in_turn(tmp_path_factory, "warm") as shared:
+        folder = shared / "tiny-qwen2"
+        if not folder.exists():
+            model = tiny_model(vocab_size=len(tokenizer))
+            model.generation_config = GenerationConfig(
+                do_sample=True, temperature=0.6, top_k=7, eos_token_id=0, pad_token_id=0
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def many_arms(tmp_path_factory: pytest.TempPathFactory, warm_folder: Path, colours: Path, prose: Path) -> Path:
-    """The folder of a run with every kind of arm that an export treats in its own way."""
-    return run_once(
-        tmp_path_factory.mktemp("many-arms"),
-        f"""
+    """The folder of a run with every kind of arm that an export treats in its own way; a worker has its own copy."""
+    with in_turn(tmp_path_factory, "many-arms") as shared:
+        if not (shared / "run/summary.json").exists():
+            run_once(
+                shared,
+                f"""
 name: many
 model: {{name_or_path: {warm_folder}}}
 data:
@@ -265,6 +285,7 @@ arms: {ARMS}
 evaluation: {{general_text: {prose}}}
 seeds: [0]
 tracking: {{wandb: off}}
-output: {tmp_path_factory.mktemp("runs")}
+output: {shared}
 """,
-    )
+            )
+    return Path(shutil.copytree(shared / "run", tmp_path_factory.mktemp("many-arms") / "run"))

@@ -69,73 +69,103 @@ MOST = 8  # of a figure's numbers in its sentence; the tables have all
 
 def alternative(name: str, summary: dict[str, Any]) -> str:
     """What a figure of these results says, in a sentence or two."""
-    match name:
-        case "train-test":
-            key, metric = metric_of(summary)
-            said = [
-                f"{arm} {about[f'train_{key}']['mean']:.3f} and {about[f'test_{key}']['mean']:.3f}"
-                for arm, about in scored_arms(summary).items()
-            ]
-            return f"Train and test {metric} of each arm: {_some(said)}."
-        case "contrasts":
-            said = [f"{c['first']} minus {c['second']} {interval(c)}, {p_text(c)}" for c in summary["contrasts"]]
-            claims = sum(c["claim"] for c in summary["contrasts"])
-            return f"Forest plot of {len(said)} contrasts, of which {claims} carry a claim: {_some(said)}."
-        case "curves":
-            said = [f"{arm} {about['validation_loss']['mean']:.3f}" for arm, about in scored_arms(summary).items()]
-            return (
-                f"Train and validation loss against the optimizer step. Validation loss that was scored: {_some(said)}."
-            )
-        case "choices":
-            said = [
-                f"{arm} {values_text(trial['values'])}"
-                + (f" by seed {choice['seed']}" if choice["seed"] is not None else "")
-                + (f" in {trial['share']:.0%}" if trial["share"] is not None else "")
-                for arm, search in summary["trials"].items()
-                for choice in search["choices"]
-                for trial in [choice["trials"][choice["chosen"]]]
-            ]
-            return f"Validation loss and score against the searched values. Chosen, and its share: {_some(said)}."
-        case "gaps":
-            (gap, _), (key, metric) = gap_of(summary), metric_of(summary)
-            arms = {arm: about for arm, about in scored_arms(summary).items() if about.get("knots")}
-            said = [
-                f"{arm} with {about['links']} {gap} {about[gap]['mean']:+.3f}, test {about[f'test_{key}']['mean']:.3f}"
-                for arm, about in sorted(arms.items(), key=lambda item: item[1]["links"])
-            ]
-            return f"{gap} and test {metric} against the number of links: {_some(said)}."
-        case "cost":
-            label, points = costs_of(summary)
-            front = _some(pareto(points))
-            return f"Test number against {label}. On the Pareto front, by their means, cheapest first: {front}."
-        case "knots":
-            knots = [(arm, knot) for arm, about in summary["arms"].items() for knot in about.get("knots") or ()]
-            said = [f"{arm} link {knot['link']} {knot['relative_size_median']:.2%}" for arm, knot in knots]
-            worst = max(((k["error_max"], arm) for arm, k in knots if k["error_max"] is not None), default=None)
-            lost = "" if worst is None else f" The largest error is {worst[0]:.0e}, of {worst[1]}."
-            return f"Relative size of each link: {_some(said)}.{lost}"
-        case "spectra":
-            said = [
-                f"{arm} {row['what']} {_number(row['effective_rank'], 1)}"
-                for arm, about in summary["spectra"].items()
-                for row in about["rows"]
-            ]
-            return f"Singular values in order of size. Effective ranks: {_some(said)}."
-        case "overlap":
-            said = [
-                f"{arm} {links['labels'][i]} and {links['labels'][i + 1]} {_number(links['matrix'][i][i + 1], 2)}"
-                for arm, about in summary["spectra"].items()
-                if (links := about.get("overlap"))
-                for i in range(len(links["labels"]) - 1)
-            ]
-            return f"Overlap of each link's subspace with the next one's: {_some(said) or 'one link only'}."
-        case _:
-            return (
-                "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
-            )
+    return SAYS[name](summary)
 
 
-def _number(number: float | None, digits: int) -> str:
+def _train_test(summary: dict[str, Any]) -> str:
+    key, metric = metric_of(summary)
+    said = [
+        f"{name} {arm[f'train_{key}']['mean']:.3f} and {arm[f'test_{key}']['mean']:.3f}"
+        for name, arm in scored_arms(summary).items()
+    ]
+    return f"Train and test {metric} of each arm: {_some(said)}."
+
+
+def _contrasts(summary: dict[str, Any]) -> str:
+    said = [f"{c['first']} minus {c['second']} {interval(c)}, {p_text(c)}" for c in summary["contrasts"]]
+    claims = sum(contrast["claim"] for contrast in summary["contrasts"])
+    return f"Forest plot of {len(said)} contrasts, of which {claims} carry a claim: {_some(said)}."
+
+
+def _curves(summary: dict[str, Any]) -> str:
+    said = [f"{name} {arm['validation_loss']['mean']:.3f}" for name, arm in scored_arms(summary).items()]
+    return f"Train and validation loss against the optimizer step. Validation loss that was scored: {_some(said)}."
+
+
+def _choices(summary: dict[str, Any]) -> str:
+    said = [
+        f"{arm} {values_text(trial['values'])}"
+        + (f" by seed {choice['seed']}" if choice["seed"] is not None else "")
+        + (f" in {trial['share']:.0%}" if trial["share"] is not None else "")
+        for arm, search in summary["trials"].items()
+        for choice in search["choices"]
+        for trial in [choice["trials"][choice["chosen"]]]
+    ]
+    return f"Validation loss and score against the searched values. Chosen, and its share: {_some(said)}."
+
+
+def _gaps(summary: dict[str, Any]) -> str:
+    (gap, _), (key, metric) = gap_of(summary), metric_of(summary)
+    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.get("knots")}
+    said = [
+        f"{name} with {arm['links']} {gap} {arm[gap]['mean']:+.3f}, test {arm[f'test_{key}']['mean']:.3f}"
+        for name, arm in sorted(arms.items(), key=lambda item: item[1]["links"])
+    ]
+    return f"{gap} and test {metric} against the number of links: {_some(said)}."
+
+
+def _cost(summary: dict[str, Any]) -> str:
+    label, points = costs_of(summary)
+    front = _some(pareto(points))
+    return f"Test number against {label}. On the Pareto front, by their means, cheapest first: {front}."
+
+
+def _knots(summary: dict[str, Any]) -> str:
+    knots = [(name, knot) for name, arm in summary["arms"].items() for knot in arm.get("knots") or ()]
+    said = [f"{name} link {knot['link']} {knot['relative_size_median']:.2%}" for name, knot in knots]
+    worst = max(((knot["error_max"], name) for name, knot in knots if knot["error_max"] is not None), default=None)
+    lost = "" if worst is None else f" The largest error is {worst[0]:.0e}, of {worst[1]}."
+    return f"Relative size of each link: {_some(said)}.{lost}"
+
+
+def _spectra(summary: dict[str, Any]) -> str:
+    said = [
+        f"{name} {row['what']} {_learned(row['effective_rank'], 1)}"
+        for name, arm in summary["spectra"].items()
+        for row in arm["rows"]
+    ]
+    return f"Singular values in order of size. Effective ranks: {_some(said)}."
+
+
+def _overlap(summary: dict[str, Any]) -> str:
+    said = [
+        f"{name} {links['labels'][i]} and {links['labels'][i + 1]} {_learned(links['matrix'][i][i + 1], 2)}"
+        for name, arm in summary["spectra"].items()
+        if (links := arm.get("overlap"))
+        for i in range(len(links["labels"]) - 1)
+    ]
+    return f"Overlap of each link's subspace with the next one's: {_some(said) or 'one link only'}."
+
+
+def _ablation(_: dict[str, Any]) -> str:
+    return "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
+
+
+SAYS = {
+    "train-test": _train_test,
+    "contrasts": _contrasts,
+    "curves": _curves,
+    "choices": _choices,
+    "gaps": _gaps,
+    "cost": _cost,
+    "knots": _knots,
+    "spectra": _spectra,
+    "overlap": _overlap,
+    "ablation": _ablation,
+}
+
+
+def _learned(number: float | None, digits: int) -> str:
     return "nothing learned" if number is None else f"{number:.{digits}f}"
 
 

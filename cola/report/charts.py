@@ -17,6 +17,8 @@ from cola.report.drawing import (
     Look,
     arm_legend,
     clipped,
+    draw_seeds,
+    explain,
     gap_of,
     label_points,
     log_scale,
@@ -83,74 +85,63 @@ def _draw_curve(axes: Axes, curve: Curve, look: Look) -> None:
     if curve.validation:  # an arm may have ended before its first evaluation point
         steps, losses = zip(*curve.validation, strict=True)
         every = max(1, len(steps) // 12)
-        axes.plot(
-            steps,
-            losses,
-            color=look.colour,
-            linewidth=1.8,
-            linestyle=look.dash,
-            marker=look.marker,
-            ms=4,
-            markevery=every,
-        )
+        line: dict[str, Any] = {"color": look.colour, "linewidth": 1.8, "linestyle": look.dash}
+        axes.plot(steps, losses, **line, marker=look.marker, ms=4, markevery=every)
         heights = np.interp(curve.knots, steps, losses)
         axes.plot(curve.knots, heights, linestyle="", marker="o", ms=7.5, mfc="none", mec=INK, mew=1.1, zorder=4)
 
 
 def curves_figure(summary: dict[str, Any], curves: Curves) -> Figure | None:
     """Train and validation loss against the optimizer step: one chart of few arms, a panel each of many."""
-    found = {name: curve_of(seeds) for name, seeds in curves.items() if name in summary["arms"]}
-    found = {name: curve for name, curve in found.items() if curve.train or curve.validation}
-    if not found:
+    drawn = {name: curve_of(seeds) for name, seeds in curves.items() if name in summary["arms"]}
+    drawn = {name: curve for name, curve in drawn.items() if curve.train or curve.validation}
+    if not drawn:
         return None
-    look = looks(summary["arms"])
-    kinds = [
+    marks = [
         {"color": INK, "linewidth": 1.8, "marker": "o", "ms": 4, "label": "validation"},
         {"color": INK, "linewidth": 0.9, "alpha": 0.5, "label": "train, smoothed"},
     ]
-    if any(curve.knots for curve in found.values()):
-        kinds.append({"linestyle": "", "marker": "o", "ms": 7.5, "mfc": "none", "mec": INK, "label": "knot"})
-    if len(found) <= MANY:
-        figure = new_figure(4.2)
-        axes = figure.subplots()
-        for name, curve in found.items():
-            _draw_curve(axes, curve, look[name])
-        log_scale(axes)
-        axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
-        axes.grid(alpha=0.15)
-        ends = {name: (curve.validation or _smooth(curve.train))[-1] for name, curve in found.items()}
-        last = max(step for step, _ in ends.values())
-        shown = clipped(ends)
-        texts = {
-            name: axes.annotate(
-                shown[name],
-                (last, loss),
-                (9, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-                annotation_clip=False,
-            )
-            for name, (_, loss) in ends.items()
-        }
-        figure.legend(handles=[axes.plot([], [], **kind)[0] for kind in kinds], loc="outside lower center", ncols=3)
-        settle(figure)
-        scale = figure.dpi / 72
-        heights = [axes.transData.transform(end)[1] for end in ends.values()]
-        for (name, text), height, place in zip(texts.items(), heights, spread_out(heights, 12 * scale), strict=True):
-            text.set_position((16, (place - height) / scale))
-            step, loss = ends[name]
-            x = axes.transData.transform((last, loss))[0]
-            tip = axes.transData.inverted().transform((x + 14 * scale, place))
-            axes.plot([step, tip[0]], [loss, tip[1]], color=look[name].colour, linewidth=0.8, clip_on=False)
-        return figure
-    figure, panels = panels_of(len(found), (1.8, 1.5), 4, sharex=True, sharey=True)
-    shown = clipped(found, 22)
-    beside = [(name, dash) for name, dash in (("lora", (0, (4, 1.5))), ("full", (0, (1, 1)))) if name in found]
-    for axes, (name, curve) in zip(panels, found.items(), strict=True):
+    if any(curve.knots for curve in drawn.values()):
+        marks.append({"linestyle": "", "marker": "o", "ms": 7.5, "mfc": "none", "mec": INK, "label": "knot"})
+    return (_curves_together if len(drawn) <= MANY else _curves_apart)(drawn, looks(summary["arms"]), marks)
+
+
+def _curves_together(curves: dict[str, Curve], look: dict[str, Look], marks: list[dict[str, Any]]) -> Figure:
+    """Every curve in one chart, its name at its end."""
+    figure = new_figure(4.2)
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        _draw_curve(axes, curve, look[name])
+    log_scale(axes)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
+    axes.grid(alpha=0.15)
+    ends = {name: (curve.validation or _smooth(curve.train))[-1] for name, curve in curves.items()}
+    last = max(step for step, _ in ends.values())
+    shown = clipped(ends)
+    form: dict[str, Any] = {"textcoords": "offset points", "va": "center", "color": INK, "annotation_clip": False}
+    texts = [axes.annotate(shown[name], (last, loss), (9, 0), **form) for name, (_, loss) in ends.items()]
+    explain(figure, marks, 3)
+    settle(figure)
+    scale = figure.dpi / 72
+    heights = [axes.transData.transform(end)[1] for end in ends.values()]
+    places = spread_out(heights, 12 * scale)
+    for (name, (step, loss)), text, height, place in zip(ends.items(), texts, heights, places, strict=True):
+        text.set_position((16, (place - height) / scale))
+        x = axes.transData.transform((last, loss))[0]
+        tip = axes.transData.inverted().transform((x + 14 * scale, place))
+        axes.plot([step, tip[0]], [loss, tip[1]], color=look[name].colour, linewidth=0.8, clip_on=False)
+    return figure
+
+
+def _curves_apart(curves: dict[str, Curve], look: dict[str, Look], marks: list[dict[str, Any]]) -> Figure:
+    """Every curve in a panel, beside those of lora and full."""
+    figure, panels = panels_of(len(curves), (1.8, 1.5), 4, sharex=True, sharey=True)
+    shown = clipped(curves, 22)
+    beside = [(name, dash) for name, dash in (("lora", (0, (4, 1.5))), ("full", (0, (1, 1)))) if name in curves]
+    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         for other, dash in beside:
-            if found[other].validation:
-                axes.plot(*zip(*found[other].validation, strict=True), color=GREY, linewidth=1.2, linestyle=dash)
+            if curves[other].validation:
+                axes.plot(*zip(*curves[other].validation, strict=True), color=GREY, linewidth=1.2, linestyle=dash)
         _draw_curve(axes, curve, Look(look[name].colour, "o", "-"))
         axes.set_title(shown[name], fontsize=8)
         axes.grid(alpha=0.15)
@@ -159,12 +150,9 @@ def curves_figure(summary: dict[str, Any], curves: Curves) -> Figure | None:
     for axes in panels[-4:]:
         axes.set_xlabel("optimizer step")
     figure.supylabel("loss, nats per target token", fontsize=9)
-    kinds += [
-        {"color": GREY, "linewidth": 1.2, "linestyle": dash, "label": f"validation of {other}"}
-        for other, dash in beside
-    ]
-    handles = [panels[0].plot([], [], **kind)[0] for kind in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    for other, dash in beside:
+        marks.append({"color": GREY, "linewidth": 1.2, "linestyle": dash, "label": f"validation of {other}"})
+    explain(figure, marks, len(marks))
     return settle(figure)
 
 
@@ -175,7 +163,7 @@ def gaps_figure(summary: dict[str, Any]) -> Figure | None:
     if len(lengths) < 2:
         return None
     look = {name: look for name, look in looks(summary["arms"]).items() if name in arms}
-    (gap, formula), (key, metric) = gap_of(summary), metric_of(summary)
+    (gap, formula), (score, metric) = gap_of(summary), metric_of(summary)
     # Arms of one length stand side by side, no farther apart than half way to the next length.
     step = min(later - earlier for earlier, later in itertools.pairwise(lengths))
     most = max(sum(arm["links"] == length for arm in arms.values()) for length in lengths)
@@ -186,13 +174,10 @@ def gaps_figure(summary: dict[str, Any]) -> Figure | None:
             at[name] = length + (number - (len(mine) - 1) / 2) * min(0.16, 0.8 / most) * step
     figure = new_figure(3.4)
     panels = figure.subplots(1, 2)
-    for axes, (what, label) in zip(panels, ((gap, formula), (f"test_{key}", f"test {metric}")), strict=True):
+    for axes, (key, label) in zip(panels, ((gap, formula), (f"test_{score}", f"test {metric}")), strict=True):
         for name, arm in arms.items():
-            seeds = seed_values(arm, what)
-            axes.plot(
-                [at[name]] * len(seeds), seeds, look[name].marker, color=look[name].colour, ms=3, alpha=0.45, mew=0
-            )
-            axes.plot(at[name], arm[what]["mean"], look[name].marker, color=look[name].colour, ms=7, mec=INK, mew=0.6)
+            draw_seeds(axes, [(at[name], value) for value in seed_values(arm, key)], look[name])
+            axes.plot(at[name], arm[key]["mean"], look[name].marker, color=look[name].colour, ms=7, mec=INK, mew=0.6)
         axes.set(xlabel="links", ylabel=label)
         axes.set_xticks(lengths)
         axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
@@ -203,9 +188,9 @@ def gaps_figure(summary: dict[str, Any]) -> Figure | None:
         arm_legend(figure, look)
         return settle(figure)
     settle(figure)
-    for axes, what in zip(panels, (gap, f"test_{key}"), strict=True):
-        dots = [(at[name], value) for name, arm in arms.items() for value in seed_values(arm, what)]
-        label_points(axes, {name: (at[name], arm[what]["mean"]) for name, arm in arms.items()}, dots)
+    for axes, key in zip(panels, (gap, f"test_{score}"), strict=True):
+        dots = [(at[name], value) for name, arm in arms.items() for value in seed_values(arm, key)]
+        label_points(axes, {name: (at[name], arm[key]["mean"]) for name, arm in arms.items()}, dots)
     return figure
 
 
@@ -221,23 +206,13 @@ def train_test_figure(summary: dict[str, Any]) -> Figure | None:
         return _train_test_rows(arms, look, key, metric)
     figure = new_figure(4.4, 4.8)
     axes = figure.subplots()
+    means = {name: (arm[train]["mean"], arm[test]["mean"]) for name, arm in arms.items()}
     dots = []
     for name, arm in arms.items():
         pairs = list(zip(seed_values(arm, train), seed_values(arm, test), strict=True))
         dots += pairs
-        axes.plot(
-            [x for x, _ in pairs],
-            [y for _, y in pairs],
-            look[name].marker,
-            color=look[name].colour,
-            ms=3,
-            alpha=0.45,
-            mew=0,
-        )
-        axes.plot(
-            arm[train]["mean"], arm[test]["mean"], look[name].marker, color=look[name].colour, ms=8, mec=INK, mew=0.6
-        )
-    means = {name: (arm[train]["mean"], arm[test]["mean"]) for name, arm in arms.items()}
+        draw_seeds(axes, pairs, look[name])
+        axes.plot(*means[name], look[name].marker, color=look[name].colour, ms=8, mec=INK, mew=0.6)
     values = [value for pair in [*means.values(), *dots] for value in pair]
     room = 0.07 * (max(values) - min(values) or 0.1)
     limits = (min(values) - room, max(values) + room)
@@ -247,16 +222,8 @@ def train_test_figure(summary: dict[str, Any]) -> Figure | None:
     axes.grid(alpha=0.15)
     settle(figure)
     corner = limits[0] + 0.95 * (limits[1] - limits[0])
-    axes.annotate(
-        "no gap",
-        (corner, corner),
-        (-3, 3),
-        textcoords="offset points",
-        rotation=45,
-        rotation_mode="anchor",
-        ha="right",
-        fontsize=8,
-    )
+    aslant: dict[str, Any] = {"rotation": 45, "rotation_mode": "anchor", "ha": "right"}
+    axes.annotate("no gap", (corner, corner), (-3, 3), textcoords="offset points", fontsize=8, **aslant)
     along = [(value, value) for value in np.linspace(*limits, 60)]
     label_points(axes, means, [*dots, *along])
     return figure
@@ -280,9 +247,9 @@ def _train_test_rows(arms: dict[str, dict[str, Any]], look: dict[str, Look], key
     axes.set_xlabel(metric)
     axes.grid(alpha=0.15)
     kinds = [("o", "none", "train"), ("s", INK, "test"), ("", INK, "between them: the gap")]
-    handles = [
-        axes.plot([], [], linestyle="" if marker else "-", marker=marker, mec=INK, mfc=face, color=INK, label=label)[0]
+    marks = [
+        {"linestyle": "" if marker else "-", "marker": marker, "mec": INK, "mfc": face, "color": INK, "label": label}
         for marker, face, label in kinds
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    explain(figure, marks, 3)
     return settle(figure)

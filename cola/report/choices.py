@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cola.report.drawing import INK, WIDE, Look, clipped, looks, new_figure, settle
+from cola.report.drawing import INK, WIDE, Look, clipped, draw_seeds, explain, looks, new_figure, settle, turn_ticks
 from cola.report.numbers import choice_share, value_text
 
 
@@ -47,8 +47,7 @@ def choices_figure(summary: dict[str, Any]) -> Figure | None:
     ]
     if any(_left_out(search, key) for search in searches.values() for key, _ in kinds):
         marks.append({"linestyle": "", "marker": "x", "ms": 5, "label": "far worse, or failed"})
-    handles = [grid[0, 0].plot([], [], color=INK, **mark)[0] for mark in marks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if columns < 3 else len(handles))
+    explain(figure, [{"color": INK, **mark} for mark in marks], 2 if columns < 3 else len(marks))
     return settle(figure)
 
 
@@ -101,7 +100,7 @@ def _draw_choices(axes: Axes, search: dict[str, Any], key: str, look: Look) -> N
     axes.plot([x for x, _ in points], [y for _, y in points], look.marker, ls=line, lw=1.5, ms=5, color=look.colour)
     if any(len(each) > 1 for each in dots):
         pairs = [(at[n], value) for n, each in enumerate(dots) if n not in out for _, value in each]
-        axes.plot([x for x, _ in pairs], [y for _, y in pairs], "o", color=look.colour, ms=3, alpha=0.45, mew=0)
+        draw_seeds(axes, pairs, look, "o")
     for choice in search["choices"]:
         n = choice["chosen"]
         own = dict(dots[n]).get(choice["seed"], means[n])
@@ -112,9 +111,7 @@ def _draw_choices(axes: Axes, search: dict[str, Any], key: str, look: Look) -> N
         worst = axes.get_ylim()[key == "loss"]
         axes.plot([at[n] for n in out], [worst] * len(out), "x", color=INK, ms=5, clip_on=False, zorder=5)
     if sum(map(len, ticks)) > 16:
-        axes.tick_params(axis="x", rotation=55)
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
+        turn_ticks(axes, 55)
     axes.grid(alpha=0.15)
 
 

@@ -87,9 +87,8 @@ def cost_figure(summary: dict[str, Any]) -> Figure | None:
     handles = [
         axes.plot([], [], "o-", color=INK, ms=7, label="on the Pareto front (of means)")[0],
         axes.plot([], [], "o", color=INK, ms=7, mfc="none", label="not on it")[0],
+        *(axes.plot([], [], ".", color=GREY, label="a seed") if dots else []),
     ]
-    if dots:
-        handles.append(axes.plot([], [], ".", color=GREY, label="a seed")[0])
     if len(at) > MANY:
         arm_legend(figure, {name: look[name] for name in at})
         axes.legend(handles=handles, loc="lower right")

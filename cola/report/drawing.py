@@ -206,6 +206,27 @@ def seed_values(arm: dict[str, Any], key: str) -> list[float]:
     return found if len(found) > 1 else []
 
 
+def draw_seeds(
+    axes: Axes, places: Sequence[tuple[float, float]], look: Look, marker: str | None = None, alpha: float = 0.45
+) -> None:
+    """A small faint mark for each seed, in its arm's look."""
+    x, y = zip(*places, strict=True) if places else ((), ())
+    axes.plot(x, y, marker or look.marker, color=look.colour, ms=3, alpha=alpha, mew=0)
+
+
+def explain(figure: Figure, marks: Iterable[dict[str, Any]], columns: int) -> None:
+    """A legend below the panels of what the marks mean."""
+    handles = [figure.axes[0].plot([], [], **mark)[0] for mark in marks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def turn_ticks(axes: Axes, degrees: float) -> None:
+    """Long labels of a horizontal axis aslant, each ending at its tick."""
+    axes.tick_params(axis="x", rotation=degrees)
+    for text in axes.get_xticklabels():
+        text.set(ha="right", rotation_mode="anchor")
+
+
 def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Sequence[tuple[float, float]]) -> None:
     """Write each name beside its point, over no other name or point; a thin line leads to one that had to move away.
 

@@ -5,6 +5,7 @@ and files for a paper of them.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
@@ -15,11 +16,22 @@ from cola.compare.ablation import mean_of, short
 from cola.report.charts import Curves, curves_figure, gaps_figure, train_test_figure
 from cola.report.choices import choices_figure
 from cola.report.costs import cost_figure
-from cola.report.drawing import STYLE, Look, clipped, gap_of, looks, new_figure, settle
+from cola.report.drawing import STYLE, Look, clipped, draw_seeds, gap_of, looks, new_figure, settle, turn_ticks
 from cola.report.forest import contrasts_forest
 from cola.report.heatmaps import knots_figure, overlap_figure, spectra_figure
 
-NAMES = ["train-test", "contrasts", "curves", "choices", "gaps", "cost", "knots", "spectra", "overlap"]
+# In the order in which a page shows them; each is None where a run has no data for it.
+FIGURES: dict[str, Callable[[dict[str, Any], Curves], Figure | None]] = {
+    "train-test": lambda summary, _: train_test_figure(summary),
+    "contrasts": lambda summary, _: contrasts_forest(summary),
+    "curves": curves_figure,
+    "choices": lambda summary, _: choices_figure(summary),
+    "gaps": lambda summary, _: gaps_figure(summary),
+    "cost": lambda summary, _: cost_figure(summary),
+    "knots": lambda summary, _: knots_figure(summary),
+    "spectra": lambda summary, _: spectra_figure(summary),
+    "overlap": lambda summary, _: overlap_figure(summary),
+}
 
 
 def figures_of(summary: dict[str, Any], curves: Curves) -> dict[str, Figure]:
@@ -30,17 +42,7 @@ def figures_of(summary: dict[str, Any], curves: Curves) -> dict[str, Figure]:
         curves: The rows of metrics.jsonl of every arm that trained, one list per seed.
     """
     with mpl.rc_context(STYLE):
-        drawn = {
-            "train-test": train_test_figure(summary),
-            "contrasts": contrasts_forest(summary),
-            "curves": curves_figure(summary, curves),
-            "choices": choices_figure(summary),
-            "gaps": gaps_figure(summary),
-            "cost": cost_figure(summary),
-            "knots": knots_figure(summary),
-            "spectra": spectra_figure(summary),
-            "overlap": overlap_figure(summary),
-        }
+        drawn = {name: draw(summary, curves) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -76,9 +78,7 @@ def ablation_figure(summary: dict[str, Any]) -> Figure:
             axes.set(xlabel=", ".join(map(short, summary["keys"])), ylabel=label)
             axes.set_xticks(at, ticks)
             if sum(map(len, ticks)) > 22:
-                axes.tick_params(axis="x", rotation=40)
-                for text in axes.get_xticklabels():
-                    text.set(ha="right", rotation_mode="anchor")
+                turn_ticks(axes, 40)
             axes.grid(alpha=0.15)
             axes.margins(x=0.08)
             if key == "total_seconds":
@@ -103,7 +103,7 @@ def _panel(
         means = [mean_of(seeds, key) for _, seeds in moving]
         axes.plot([x for x, _ in moving], means, color=look.colour, lw=1.8, marker=look.marker, ms=6, label=name)
     dots = [(x, seed[key]) for x, seeds in moving for seed in seeds if len(seeds) > 1]
-    axes.plot([x for x, _ in dots], [y for _, y in dots], look.marker, color=look.colour, ms=3, alpha=0.5, mew=0)
+    draw_seeds(axes, dots, look, alpha=0.5)
 
 
 def _positions(points: list[dict[str, str]]) -> list[float]:

@@ -74,26 +74,10 @@ def _forest_row(axes: Axes, contrast: dict[str, Any], y: float) -> None:
         axes.plot([low, high], [y, y], color=colour, linewidth=2.2 if claim else 1.3, solid_capstyle="butt")
     axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
     interval = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
-    axes.annotate(
-        interval.replace("-", "−"),
-        (1, y),
-        (8, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        weight="bold" if claim else "normal",
-    )
-    axes.annotate(
-        p_text(contrast),
-        (1, y),
-        (140, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        weight="bold" if claim else "normal",
-    )
+    form: dict[str, Any] = {"va": "center", "fontsize": 8, "weight": "bold" if claim else "normal"}
+    for text, place in ((interval.replace("-", "−"), 8), (p_text(contrast), 140)):
+        where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(text, (1, y), (place, 0), **where, **form)
 
 
 def p_text(contrast: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from cola.files import write_text
 from cola.report.captions import CAPTIONS, alternative
 from cola.report.charts import curve_of
 from cola.report.drawing import Figure, save, svg
-from cola.report.figures import NAMES, ablation_figure, contrasts_figure, figures_of
+from cola.report.figures import FIGURES, ablation_figure, contrasts_figure, figures_of
 from cola.report.group_report import Comparison
 from cola.report.numbers import number, states_text
 from cola.report.table import NONE, Table
@@ -208,7 +208,7 @@ def _write_files(folder: Path, tables: dict[str, Table], figures: dict[str, Figu
     for name, figure in figures.items():
         save(figure, folder / "figures" / f"{name}.svg")
         save(figure, folder / "figures" / f"{name}.pdf")
-    for name in set(NAMES) - set(figures):  # what earlier results had data for
+    for name in set(FIGURES) - set(figures):  # what earlier results had data for
         for suffix in ("svg", "pdf"):
             (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ def provenance() -> dict[str, Any]:
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "cola": _version("chain-of-lora"),
-        "commit": commit(),
+        "commit": _commit(),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
         "all_packages": _installed(),
@@ -49,7 +49,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def commit() -> dict[str, Any]:
+def _commit() -> dict[str, Any]:
     """Commit of the code that runs and which of its files were changed since."""
     where = Path(__file__).parent
 

@@ -362,8 +362,8 @@ def end_name(recipe_file: Path, *overrides: str) -> str:
     root = root_causes("base", dtype, "cpu", quantization)
 
     def modules_of(one: Link) -> list[str] | None:
-        assert isinstance(one.settings, Lora)
-        return adapters.target_names(tiny_model(), one.settings.target_modules)
+        pair = one.settings
+        return adapters.target_names(tiny_model(), pair.target_modules) if isinstance(pair, Lora) else None
 
     return lineage(root, links, recipe.training, modules_of, [str(n) for n in range(6)]).names[-1]
 

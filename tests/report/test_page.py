@@ -25,7 +25,7 @@ from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
 from cola.report.costs import costs_of, pareto
 from cola.report.drawing import Look, clipped, looks, save, svg
-from cola.report.figures import NAMES, figures_of
+from cola.report.figures import FIGURES, figures_of
 from cola.report.forest import p_text
 from cola.report.heatmaps import _percent
 from cola.report.numbers import count, duration, given, interval, number, p_value, size, small, spread, value_range
@@ -108,7 +108,7 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside_its_folder(pages:
 def test_every_figure_has_words_and_every_head_cell_a_scope(pages: dict[str, Path], name: str) -> None:
     found = structure(pages[name])
     pictures = [about["aria-label"] for _, about in found.tags if about.get("role") == "img"]
-    assert len(pictures) == sum(tag == "svg" for tag, _ in found.tags) == len(NAMES)
+    assert len(pictures) == sum(tag == "svg" for tag, _ in found.tags) == len(FIGURES)
     for words in pictures:
         assert words is not None
         assert re.search(r"\d", words), words
@@ -121,7 +121,7 @@ def test_every_figure_has_words_and_every_head_cell_a_scope(pages: dict[str, Pat
 
 def test_every_figure_and_table_is_a_file_for_a_paper(pages: dict[str, Path]) -> None:
     folder = pages["quickstart"].parent
-    for name in NAMES:
+    for name in FIGURES:
         text = (folder / "figures" / f"{name}.svg").read_text()
         assert text.startswith("<svg")
         assert "currentColor" not in text
@@ -181,7 +181,7 @@ def test_a_figure_that_has_lost_its_data_goes_from_the_folder(tmp_path: Path) ->
     folder.write_json("summary.json", {**quickstart(), "contrasts": [], "spectra": {}})
     page = write_report(folder).read_text()
     left = {path.stem for path in (folder.path / "figures").iterdir()}
-    assert left == set(NAMES) - {"contrasts", "spectra", "overlap"}
+    assert left == set(FIGURES) - {"contrasts", "spectra", "overlap"}
     assert "figures/contrasts.svg" not in page
 
 
@@ -380,7 +380,7 @@ def written(figure: Figure) -> list[tuple[str, Bbox]]:
 def test_no_label_of_a_figure_covers_another_or_is_cut_off(n_arms: int) -> None:
     summary = quickstart() if n_arms == 4 else many(n_arms)
     figures = figures_of(summary, curves_of(summary))
-    assert list(figures) == NAMES
+    assert list(figures) == list(FIGURES)
     for name, figure in figures.items():
         figure.draw_without_rendering()
         found = written(figure)
@@ -414,7 +414,7 @@ def test_a_text_is_judged_by_its_loss_in_every_figure() -> None:
     for one in summary["contrasts"]:
         one["metric"] = "loss"
     figures = figures_of(summary, curves_of(summary))
-    assert list(figures) == NAMES
+    assert list(figures) == list(FIGURES)
     assert "gap_loss = test − train" in svg(figures["gaps"], "gaps")
     assert "−loss, nats per token" in svg(figures["contrasts"], "contrasts")
     tables = page_tables(summary, {})
@@ -592,7 +592,7 @@ class TestInABrowser:
         with Opened(chromium, pages["quickstart"], java_script_enabled=False) as opened:
             assert opened.page.locator("button").count() == 0
             assert opened.page.locator("thead th").first.inner_text() == "arm"
-            assert opened.page.locator("figure svg").count() == len(NAMES)
+            assert opened.page.locator("figure svg").count() == len(FIGURES)
 
     def test_a_script_that_is_not_the_pages_own_does_not_run(
         self, chromium: Any, pages: dict[str, Path], tmp_path: Path
