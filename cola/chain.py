@@ -8,6 +8,7 @@
 
 and again: the sum of k pairs of rank r has rank up to k r, and never more than one pair is trained. A chain of one
 link is LoRA, of none the base; full fine-tuning is a link whose method is `full`, which leaves no pair to tie.
+recipes/flat_loop.py is the same loop in one function of plain peft.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,11 +54,10 @@ def run_chain(
     probe: Probe,
     gradients: starts.Gradients,
 ) -> Iterator[Knot]:
-    """Train the links that are not tied yet, in order.
+    """Train those of the links that are not tied yet, in order.
 
     Args:
         chain: Changed in place.
-        links: What to train.
         tune: Trains what `extend` attached.
         probe: Asks the model, in eval mode.
         gradients: Full gradients of matrices, for a start along them.

@@ -2,7 +2,8 @@
 
     python recipes/flat_loop.py                    (a tiny random Qwen2 on random tokens, seconds)
 
-cola/chain.py is the same loop with everything around it; tests/test_chain.py holds that both give the same losses.
+cola/chain.py is the same loop in the words of the package: extend, tune, tie_knot, with every start, rule and method.
+tests/test_chain.py holds that both give the same losses.
 """
 
 import torch

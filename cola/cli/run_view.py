@@ -75,7 +75,7 @@ class _View:
     def learned(self) -> Learned:
         """Made where something has to be computed: it needs the base."""
         source, recipe = self.found[0].source, self.found[0].recipe
-        return Learned(source, source.skeleton(), recipe, make_accelerator("float32").device)
+        return Learned(source, source.skeleton(), recipe.pairs, make_accelerator("float32").device)
 
     def record(self, outcome: Outcome, intruders: bool) -> dict[str, Any]:
         record, started = read_spectrum(outcome.folder, outcome.job), perf_counter()

@@ -19,7 +19,7 @@ def normalized(text: str, steps: Sequence[str]) -> str:
 
 def up_to(text: str, stops: Iterable[str]) -> str:
     """The text before the first occurrence of any of the strings."""
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def is_cut_short(answer: str, stop: str, steps: Sequence[str]) -> bool:

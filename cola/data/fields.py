@@ -1,6 +1,5 @@
 """Values out of the fields of a row, and templates filled with them."""
 
-import difflib
 import math
 import string
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from cola.data.rows import Row
-from cola.errors import DataError
+from cola.errors import DataError, did_you_mean
 from cola.recipe.data_section import label_text
 
 
@@ -24,18 +23,16 @@ def lookup(row: Row, field: str, place: str, key: str) -> Any:
             value = value[int(part)]
             continue
         if not isinstance(value, dict) or part not in value:
-            names = list(row)
-            near = difflib.get_close_matches(field, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise DataError(f"{key}: {place} has no field {field!r}; it has {', '.join(names)}{hint}")
+            there = f"it has {', '.join(row)}{did_you_mean(field, row)}"
+            raise DataError(f"{key}: {place} has no field {field!r}; {there}")
         value = value[part]
     return _known(value, f"{key}: {place}: field {field!r}")
 
 
-def _known(value: Any, what: str) -> Any:
+def _known(value: Any, label: str) -> Any:
     # What no value was known of is null, or NaN in a column of numbers and in the JSON that is made of one.
     if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
-        raise DataError(f"{what} is empty")
+        raise DataError(f"{label} is empty")
     return value
 
 
@@ -46,13 +43,13 @@ def text_of(row: Row, field: str, place: str, key: str) -> str:
 def texts_of(values: Sequence[Any], field: str, place: str, key: str) -> list[str]:
     """The items of a field that is a list."""
     names = [f"{field}.{number}" for number in range(len(values))]
-    whats = [f"{key}: {place}: field {name!r}" for name in names]
-    items = zip(values, names, whats, strict=True)
-    return [_as_text(_known(value, what), name, what) for value, name, what in items]
+    labels = [f"{key}: {place}: field {name!r}" for name in names]
+    items = zip(values, names, labels, strict=True)
+    return [_as_text(_known(value, label), name, label) for value, name, label in items]
 
 
-def _as_text(value: Any, field: str, what: str) -> str:
-    """A value as the text that it is trained on.
+def _as_text(value: Any, field: str, label: str) -> str:
+    """A value as the text that it is trained on; `label`: the field, as messages call it.
 
     Raises:
         DataError: it has none.
@@ -60,19 +57,19 @@ def _as_text(value: Any, field: str, what: str) -> str:
     if isinstance(value, dict | list | tuple):
         kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
         entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"
-        raise DataError(f"{what} is a {kind}; name one of its entries: {entries}")
+        raise DataError(f"{label} is a {kind}; name one of its entries: {entries}")
     if isinstance(value, float | Decimal) and math.isinf(value):
-        raise DataError(f"{what} is infinite, or a number too large to be read")
+        raise DataError(f"{label} is infinite, or a number too large to be read")
     try:
         # 0.0000001 as a file of decimals has it, and not Python's 1E-7.
         decimal = f"{value:f}" if isinstance(value, Decimal) else None
         text = value.decode() if isinstance(value, bytes) else decimal or label_text(value)
         text.encode()
     except UnicodeDecodeError:
-        raise DataError(f"{what} holds bytes that are no UTF-8 text") from None
+        raise DataError(f"{label} holds bytes that are no UTF-8 text") from None
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise DataError(f"{what} holds half of a character, {half} alone") from None
+        raise DataError(f"{label} holds half of a character, {half} alone") from None
     return text
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from cola.data.encode import Encoder, Example, Rendered
+from cola.data.encode import Encoder, Example
 from cola.data.fields import fill
+from cola.data.render import Rendered
 from cola.data.sources import open_texts
 from cola.errors import DataError
 from cola.recipe.bounds import SAMPLE
@@ -29,12 +30,9 @@ def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -
     path = Path(__file__).with_name("general.jsonl") if text == SAMPLE else Path(text)
     pool = open_texts(path, GENERAL)
     places = [pool.place(n) for n in range(pool.size or 0)]
-    texts = [fill("{text}", pool.row(n), place, GENERAL) for n, place in enumerate(places)]
+    texts = [Rendered(fill("{text}", pool.row(n), place, GENERAL)) for n, place in enumerate(places)]
     data = Data(files=Files(train=str(path)), task="text", text="{text}", max_length=longest, too_long="split")
-    encode = Encoder(data, tokenizer)
-    passages = []
-    for place, whole, tokens in zip(places, texts, encode._tokens(texts), strict=True):
-        passages += encode._text(place, Rendered(whole, [], [], None, None), tokens).examples
+    passages = [passage for text in Encoder(data, tokenizer).texts(places, texts) for passage in text.examples]
     if not passages:
         raise DataError(f"{GENERAL}: {path.name} holds no text of two tokens or more")
     return passages

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cola.errors import DataError
+from cola.errors import DataError, one_line
 
 Row = dict[str, Any]
 Numbered = tuple[int, Row]  # the line on which a row begins, or its number where a file has no lines; from 1
@@ -106,11 +106,7 @@ def _unpacked(raw: bytes, name: str, unpack: Callable[[bytes], bytes]) -> bytes:
     try:
         return unpack(raw)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{name}: not a whole {Path(name).suffix} file: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{name}: not a whole {Path(name).suffix} file: {one_line(error, 200)}") from None
 
 
 def _text(raw: bytes, name: str) -> str:
@@ -120,8 +116,8 @@ def _text(raw: bytes, name: str) -> str:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1  # of UTF-16, too, but for a few rare characters
-        what = f"not {encoding.removesuffix('-SIG')} text at byte {error.start}, 0x{raw[error.start]:02x}"
-        raise DataError(f"{name}:{line}: {what}; save it as UTF-8") from None
+        fault = f"not {encoding.removesuffix('-SIG')} text at byte {error.start}, 0x{raw[error.start]:02x}"
+        raise DataError(f"{name}:{line}: {fault}; save it as UTF-8") from None
     if (at := text.find("\0")) >= 0:
         raise DataError(
             f"{name}:{text.count(chr(10), 0, at) + 1}: holds a NUL character, as UTF-16 without a byte order mark does "
@@ -153,12 +149,12 @@ def _read_whole(raw: bytes, name: str) -> Iterator[Numbered]:
 # ---------------------------------------------------------------------------------------------------------
 # JSON
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"an object has the key {twice!r} twice; which one counts?")
-    return found
+    return row
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)
@@ -190,9 +186,9 @@ def _not_json(error: json.JSONDecodeError, place: Callable[[int], str]) -> DataE
 
 
 def _skip(text: str, at: int) -> int:
-    found = JSON_SPACE.match(text, at)
-    assert found is not None  # nothing is a match too
-    return found.end()
+    space = JSON_SPACE.match(text, at)
+    assert space is not None  # nothing is a match too
+    return space.end()
 
 
 def _read_jsonl(raw: bytes, name: str) -> Iterator[Numbered]:
@@ -213,18 +209,18 @@ def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
         for number, value in enumerate(_items(text, at + 1, name), start=1):
             yield number, _mapping(value, f"{name}:{number}")
         return
-    found: list[Numbered] = []
+    rows: list[Numbered] = []
     line, counted = 1, 0
     while at < len(text):
         line, counted = line + text.count("\n", counted, at), at
-        if found and found[-1][0] == line:
+        if rows and rows[-1][0] == line:
             raise DataError(f"{name}: two objects on line {line}; write a list of objects, or one object a line")
         value, at = _json_at(text, at, lambda line: f"{name} line {line}")
-        found.append((line, _mapping(value, f"{name}:{line}")))
+        rows.append((line, _mapping(value, f"{name}:{line}")))
         at = _skip(text, at)
-    if len(found) == 1:
-        _check_is_row(found[0][1], name)
-    yield from found
+    if len(rows) == 1:
+        _check_is_row(rows[0][1], name)
+    yield from rows
 
 
 def _items(text: str, at: int, name: str) -> Iterator[Any]:
@@ -324,7 +320,7 @@ def _read_parquet(raw: bytes, name: str) -> Iterator[Numbered]:
     try:
         table = pq.ParquetFile(pa.BufferReader(raw)).read()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a readable Parquet file: {_line(error)}") from None
+        raise DataError(f"{name}: not a readable Parquet file: {one_line(error, 200)}") from None
     _check_names(table.schema.names, name)
     for number, column in enumerate(table.schema):
         if column.type == pa.float32():
@@ -334,7 +330,7 @@ def _read_parquet(raw: bytes, name: str) -> Iterator[Numbered]:
     try:
         rows = table.to_pylist(maps_as_pydicts="strict")
     except (pa.ArrowException, KeyError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: its values cannot be read: {_line(error)}") from None
+        raise DataError(f"{name}: its values cannot be read: {one_line(error, 200)}") from None
     yield from enumerate(rows, start=1)
 
 

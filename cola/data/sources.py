@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cola.data.rows import Row, read_file
-from cola.errors import DataError
+from cola.errors import DataError, one_line
 from cola.recipe.bounds import SPLITS
 from cola.recipe.data_section import Data, Files, Hub, ReasoningGym
 from cola.recipe.plan import derived_seed
@@ -114,9 +114,9 @@ def _hub_pools(hub: Hub) -> dict[str, Pool]:
                 table = datasets.load_dataset(hub.name, hub.config, split=source, revision=hub.revision)
             # Every layer below (datasets, hub, http client) has its own errors for "not there" and "no network".
             except Exception as error:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise DataError(
-                    f"data.hub: {hub.name} split {source!r} could not be loaded ({type(error).__name__}: {reason}); "
+                    f"data.hub: {hub.name} split {source!r} could not be loaded "
+                    f"({type(error).__name__}: {one_line(error, 200)}); "
                     "without a network, fetch it elsewhere and name the files under data.files"
                 ) from error
             name = f"{hub.name}[{source}]"

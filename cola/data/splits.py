@@ -9,9 +9,8 @@ answered keeps its tokens, since no right answer is known when a model is asked,
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cola.data.chat import DAY, asks_for_the_date
-from cola.data.encode import Encoder, Example, fingerprint_of, golds_of, tokenizer_fingerprint
+from cola.data.encode import Encoded, Encoder, Example, fingerprint_of, tokenizer_fingerprint
+from cola.data.render import golds_of
 from cola.data.sources import Pool, open_pools, shuffled
 from cola.errors import DataError
-from cola.files import cache_dir
+from cola.files import cache_dir, write_text
 from cola.recipe.bounds import SPLITS
 from cola.recipe.data_section import Data
 
@@ -107,17 +107,14 @@ def load_splits(
     path = cache_dir() / "tokens" / f"{key[:32]}.json"
     if (cached := _read_cache(path)) is not None:
         return cached
-    splits = _draw(data, pools, Encoder(data, tokenizer, ends), redrawn)
+    splits = _Drawing(data, pools, Encoder(data, tokenizer, ends)).splits(redrawn)
     if dated:
         said = f"the model's chat template asks for the date and is told {data.today or DAY} on every day (data.today)"
         splits = replace(splits, notes=[said, *splits.notes])
     if redrawn:
         fixed = fingerprint_of({"validation": splits.validation, "test": splits.test})
         splits = replace(splits, fingerprint=_digest([causes, fixed]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(asdict(splits) | {"tokens": _tokens_of(splits)}))
-    aside.replace(path)
+    write_text(path, json.dumps(asdict(splits) | {"tokens": _tokens_of(splits)}))
     return splits
 
 
@@ -144,143 +141,146 @@ def _tokens_of(splits: Splits) -> str:
 
 # ---------------------------------------------------------------------------------------------------------
 # Drawing
-def _draw(data: Data, pools: dict[str, Pool], encode: "Encoder", redrawn: Sequence[int]) -> Splits:
-    orders: dict[int, Iterator[int]] = {}
-    seen: dict[str, set[tuple[str, str | None]]] = {}
-    drawn: dict[str, list[Example]] = {}
-    notes: list[str] = []
-    # Test first, so that neither more training rows nor a larger validation split change it.
-    for split in ("test", "validation", "train"):
-        pool = pools[split]
-        wanted = getattr(data.rows, split)
-        shared = [other for other in SPLITS if other != split and pools[other] is pool]
-        if wanted is None and (pool.size is None or (shared and split != "train")):
-            why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
-            raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
-        order = orders.setdefault(id(pool), pool.order(data.seed))
-        if split == "train" and redrawn:
-            break
-        drawn[split], marks, said = _draw_split(split, pool, order, wanted, encode, data, seen)
-        seen[split] = marks
-        notes += said
-    trains: dict[int, list[Example]] = {}
-    if redrawn:
-        trains, said = _redraw(data, pools["train"], orders[id(pools["train"])], redrawn, encode, seen)
-        drawn["train"] = []
-        notes += said
-    splits = {name: drawn[name] for name in SPLITS}
-    if data.task == "multiple_choice":
-        golds = golds_of(encode.labels)
+@dataclass
+class _Drawn:
+    """What was drawn for a split, and what was met on the way."""
 
-        def read(examples: list[Example]) -> list[Example]:
-            return [replace(example, gold=golds[example.id]) for example in examples]
-
-        splits = {name: read(examples) for name, examples in splits.items()}
-        trains = {seed: read(examples) for seed, examples in trains.items()}
-    fingerprint = fingerprint_of(splits)
-    return Splits(**splits, notes=notes[::-1], fingerprint=fingerprint, redrawn=trains)
+    examples: list[Example] = field(default_factory=list)
+    marks: set[tuple[str, str | None]] = field(default_factory=set)  # by which no other split may have them
+    notes: list[str] = field(default_factory=list)
+    rows: int = 0
+    too_long: int = 0
+    dropped: int = 0  # too long even for a cut
+    overlapping: int = 0
 
 
-def _redraw(
-    data: Data,
-    pool: Pool,
-    left: Iterator[int],
-    seeds: Sequence[int],
-    encode: "Encoder",
-    seen: dict[str, set[tuple[str, str | None]]],
-) -> tuple[dict[int, list[Example]], list[str]]:
-    """The training rows of each seed, drawn from what test and validation have left: a seed's depend on `data.seed` and
-    on the seed itself, and not on which other seeds there are."""
-    # A generator's rows have no end; a million of them are as good as that.
-    rest, wanted = list(left), data.rows.train
-    assert wanted is not None  # the recipe says so
-    if wanted >= len(rest):
-        raise DataError(
-            f"data.redraw: per_seed: {wanted} of the {len(rest)} rows that {pool.name} has left for train are no draw: "
-            "every seed would get the same; lower data.rows.train, or set data.redraw to none"
-        )
-    trains: dict[int, list[Example]] = {}
-    notes = []
-    for seed in seeds:
-        order = shuffled(rest, "redraw", data.seed, seed)
-        trains[seed], _, said = _draw_split("train", pool, order, wanted, encode, data, seen)
-        notes += [f"{note} (seed {seed})" for note in said]
-    if len({len(rows) for rows in trains.values()}) > 1:
-        told = ", ".join(f"{len(rows)} under seed {seed}" for seed, rows in trains.items())
-        raise DataError(
-            f"data.redraw: per_seed: the pieces of split texts are not equally many for all seeds ({told}); set "
-            "data.too_long to truncate or drop"
-        )
-    if pool.size is not None:
-        notes.append(
-            f"train: each seed draws {wanted} of {len(rest)} rows, so that two seeds share {wanted / len(rest):.0%} of "
-            "theirs on average"
-        )
-    return trains, notes
+class _Drawing:
+    """Draws one split after the other; knows what those before hold."""
 
+    def __init__(self, data: Data, pools: dict[str, Pool], encoder: Encoder) -> None:
+        self.data, self.pools, self.encoder = data, pools, encoder
+        self.seen: set[tuple[str, str | None]] = set()
+        self.notes: list[str] = []
 
-def _draw_split(
-    split: str,
-    pool: Pool,
-    order: Iterator[int],
-    wanted: int | None,
-    encode: "Encoder",
-    data: Data,
-    seen: dict[str, set[tuple[str, str | None]]],
-) -> tuple[list[Example], set[tuple[str, str | None]], list[str]]:
-    examples: list[Example] = []
-    mine: set[tuple[str, str | None]] = set()
-    rows = too_long = dropped = overlapping = 0
-    while wanted is None or rows < wanted:
-        chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - rows)))
-        if not chunk:
-            break
-        for encoded in encode.rows(pool, chunk):
-            marks = {("prompt", encoded.text), ("group", encoded.group)}
-            if any(marks & others for others in seen.values()):
-                overlapping += 1
-                if data.overlap != "allow":
-                    continue
-            too_long += not encoded.fits and (bool(encoded.examples) or data.too_long != "truncate")
-            if not encoded.examples:
-                dropped += 1
+    def splits(self, seeds: Sequence[int]) -> Splits:
+        """All three; `seeds`: those that draw training rows of their own."""
+        orders = {id(pool): pool.order(self.data.seed) for pool in self.pools.values()}
+        drawn: dict[str, list[Example]] = {"train": []}
+        redrawn: dict[int, list[Example]] = {}
+        # Test first, so that neither more training rows nor a larger validation split change it.
+        for split in ("test", "validation", "train"):
+            pool = self.pools[split]
+            wanted = getattr(self.data.rows, split)
+            shared = [other for other in SPLITS if other != split and self.pools[other] is pool]
+            if wanted is None and (pool.size is None or (shared and split != "train")):
+                why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
+                raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
+            if split == "train" and seeds:
+                redrawn = self._redrawn(pool, list(orders[id(pool)]), wanted, seeds)
                 continue
-            examples += encoded.examples
-            mine |= marks - {("group", None)}
-            rows += 1
-        if pool.size is None and overlapping + too_long > 10_000 + 20 * rows:
-            break  # the generator has no more rows that differ
-    if too_long and data.too_long == "error":
-        raise DataError(
-            f"data.max_length: {too_long} of {rows + too_long} {split} rows of {pool.name} are longer than "
-            f"{data.max_length} tokens; raise it, or set data.too_long to drop or truncate"
-        )
-    shares = "prompt or group" if data.group else "prompt"
-    if overlapping and data.overlap == "error":
-        raise DataError(
-            f"data.overlap: {overlapping} {split} rows of {pool.name} have a {shares} that is in another split"
-        )
-    notes = []
-    if too_long:
-        done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[data.too_long or "drop"]
-        if data.task == "text" and data.too_long == "truncate":
-            done = "cut at the end"
-        notes.append(f"{split}: {_rows(too_long)} longer than {data.max_length} tokens, {done}")
-    if dropped and data.too_long == "truncate":
-        notes.append(
-            f"{split}: {_rows(dropped)} whose answer alone is longer than {data.max_length} tokens, passed over"
-        )
-    if overlapping:
-        done = "kept" if data.overlap == "allow" else "left out"
-        notes.append(f"{split}: {_rows(overlapping)} with a {shares} that is in another split, {done}")
-    if (wanted is not None and rows < wanted) or rows == 0:
-        rest = f" ({'; '.join(notes)})" if notes else ""
-        if overlapping and rows == 0:
-            rest += "; does the template name a field of the row, so that prompts differ?"
-        raise DataError(
-            f"data.rows.{split}: {wanted or 'some'} rows are wanted and {pool.name} has {rows} left for {split}{rest}"
-        )
-    return examples, mine, notes
+            part = self._draw(split, pool, orders[id(pool)], wanted)
+            drawn[split] = part.examples
+            self.seen |= part.marks
+            self.notes += part.notes
+        if self.data.task == "multiple_choice":
+            golds = golds_of(self.encoder.labels)
+            for examples in (*drawn.values(), *redrawn.values()):
+                examples[:] = [replace(example, gold=golds[example.id]) for example in examples]
+        drawn = {split: drawn[split] for split in SPLITS}
+        return Splits(**drawn, notes=self.notes[::-1], fingerprint=fingerprint_of(drawn), redrawn=redrawn)
+
+    def _redrawn(
+        self, pool: Pool, left: Sequence[int], wanted: int | None, seeds: Sequence[int]
+    ) -> dict[int, list[Example]]:
+        """The training rows of each seed, drawn from what test and validation have left: a seed's depend on `data.seed`
+        and on the seed itself, and not on which other seeds there are."""
+        # A generator's rows have no end; a million of them are as good as that.
+        assert wanted is not None  # the recipe says so
+        if wanted >= len(left):
+            raise DataError(
+                f"data.redraw: per_seed: {wanted} of the {len(left)} rows that {pool.name} has left for train are no "
+                "draw: every seed would get the same; lower data.rows.train, or set data.redraw to none"
+            )
+        trains: dict[int, list[Example]] = {}
+        for seed in seeds:
+            part = self._draw("train", pool, shuffled(left, "redraw", self.data.seed, seed), wanted)
+            trains[seed] = part.examples
+            self.notes += [f"{note} (seed {seed})" for note in part.notes]
+        if len({len(rows) for rows in trains.values()}) > 1:
+            told = ", ".join(f"{len(rows)} under seed {seed}" for seed, rows in trains.items())
+            raise DataError(
+                f"data.redraw: per_seed: the pieces of split texts are not equally many for all seeds ({told}); set "
+                "data.too_long to truncate or drop"
+            )
+        if pool.size is not None:
+            self.notes.append(
+                f"train: each seed draws {wanted} of {len(left)} rows, so that two seeds share "
+                f"{wanted / len(left):.0%} of theirs on average"
+            )
+        return trains
+
+    def _draw(self, split: str, pool: Pool, order: Iterator[int], wanted: int | None) -> _Drawn:
+        """As many rows as are wanted, or all that there are, without those that another split has."""
+        part = _Drawn()
+        while wanted is None or part.rows < wanted:
+            chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - part.rows)))
+            if not chunk:
+                break
+            for encoded in self.encoder.rows(pool, chunk):
+                self._take(part, encoded)
+            if pool.size is None and part.overlapping + part.too_long > 10_000 + 20 * part.rows:
+                break  # the generator has no more rows that differ
+        self._check(split, pool, part, wanted)
+        return part
+
+    def _take(self, part: _Drawn, encoded: Encoded) -> None:
+        marks = {("prompt", encoded.row.prompt), ("group", encoded.row.group)}
+        if marks & self.seen:
+            part.overlapping += 1
+            if self.data.overlap != "allow":
+                return
+        part.too_long += not encoded.fits and (bool(encoded.examples) or self.data.too_long != "truncate")
+        if not encoded.examples:
+            part.dropped += 1
+            return
+        part.examples += encoded.examples
+        part.marks |= marks - {("group", None)}
+        part.rows += 1
+
+    def _check(self, split: str, pool: Pool, part: _Drawn, wanted: int | None) -> None:
+        """Note what was met on the way, or refuse it."""
+        data, notes = self.data, part.notes
+        if part.too_long and data.too_long == "error":
+            raise DataError(
+                f"data.max_length: {part.too_long} of {part.rows + part.too_long} {split} rows of {pool.name} are "
+                f"longer than {data.max_length} tokens; raise it, or set data.too_long to drop or truncate"
+            )
+        shares = "prompt or group" if data.group else "prompt"
+        if part.overlapping and data.overlap == "error":
+            raise DataError(
+                f"data.overlap: {part.overlapping} {split} rows of {pool.name} have a {shares} that is in another split"
+            )
+        if part.too_long:
+            done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[
+                data.too_long or "drop"
+            ]
+            if data.task == "text" and data.too_long == "truncate":
+                done = "cut at the end"
+            notes.append(f"{split}: {_rows(part.too_long)} longer than {data.max_length} tokens, {done}")
+        if part.dropped and data.too_long == "truncate":
+            alone = f"whose answer alone is longer than {data.max_length} tokens"
+            notes.append(f"{split}: {_rows(part.dropped)} {alone}, passed over")
+        if part.overlapping:
+            done = "kept" if data.overlap == "allow" else "left out"
+            notes.append(f"{split}: {_rows(part.overlapping)} with a {shares} that is in another split, {done}")
+        if (wanted is not None and part.rows < wanted) or part.rows == 0:
+            rest = f" ({'; '.join(notes)})" if notes else ""
+            if part.overlapping and part.rows == 0:
+                rest += "; does the template name a field of the row, so that prompts differ?"
+            raise DataError(
+                f"data.rows.{split}: {wanted or 'some'} rows are wanted and {pool.name} has {part.rows} left for "
+                f"{split}{rest}"
+            )
 
 
 def _rows(number: int) -> str:

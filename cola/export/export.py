@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cola.chain import Chain, retie
 from cola.data.encode import Example
 from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import load_splits
-from cola.errors import ModelError, RunFolderError
+from cola.errors import ModelError, RunFolderError, one_line
 from cola.export.card import model_card
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
@@ -63,21 +63,6 @@ class Request:
     quantization: str | None = None
 
 
-@dataclass
-class Findings:
-    """What making an export has measured, for the card and cola.json."""
-
-    notes: list[str] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    state: dict[str, str] = field(default_factory=dict)  # of a dense checkpoint: a digest of each tensor
-
-    def say(self, terminal: Terminal, text: str, **numbers: Any) -> None:
-        """Tell the user, the card and cola.json."""
-        terminal.say(text)
-        self.notes.append(text)
-        self.numbers |= numbers
-
-
 def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None = None) -> None:
     """Write an arm and seed into a new folder, which is there as a whole or not at all.
 
@@ -99,11 +84,11 @@ def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, nam
     to.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
     try:
-        findings = _write(outcome, request, aside, terminal)
-        note = _note(outcome, request, findings)
-        (aside / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        writing = _Writing(outcome, request, aside, terminal)
+        writing.weights()
+        (aside / NOTE).write_text(json.dumps(writing.record(), indent=1) + "\n", encoding="utf-8")
         parts = sorted(path.name for path in aside.glob("link-*"))
-        card = model_card(outcome, request.form, note["dtype"], findings.notes, parts, name or to.name)
+        card = model_card(outcome, request.form, writing.dtype, writing.notes, parts, name or to.name)
         (aside / "README.md").write_text(card, encoding="utf-8")
         _open_up(aside)
         aside.rename(to)
@@ -152,46 +137,168 @@ def _check(outcome: Outcome, request: Request) -> None:
         )
 
 
-def _write(outcome: Outcome, request: Request, folder: Path, terminal: Terminal) -> Findings:
-    findings = Findings()
-    source, name = outcome.source, outcome.base_name
-    if outcome.method not in ("lora", "full"):
-        shutil.copytree(outcome.path / "adapter", folder, dirs_exist_ok=True)
-        _name_base(folder, name)
-        return findings
-    learned = outcome.residual() if outcome.method == "lora" else []
-    if request.rank is not None:
-        learned = _compress(outcome, learned, request.rank, findings, terminal)
-    if request.form == "merged":
+class _Writing:
+    """Makes one export in a folder.
+
+    Attributes:
+        dtype: Of a merged checkpoint; else that of the base.
+        notes: What was found on the way, for the user and the card.
+        numbers: The same for cola.json.
+    """
+
+    def __init__(self, outcome: Outcome, request: Request, folder: Path, terminal: Terminal) -> None:
+        self.outcome, self.request, self.folder, self.terminal = outcome, request, folder, terminal
+        self.dtype = request.dtype or outcome.dtype
+        self.notes: list[str] = []
+        self.numbers: dict[str, Any] = {}
+
+    def _say(self, text: str, **numbers: Any) -> None:
+        self.terminal.say(text)
+        self.notes.append(text)
+        self.numbers |= numbers
+
+    def weights(self) -> None:
+        """Write the weights in the form that is asked for, and what is loaded with them."""
+        outcome, folder = self.outcome, self.folder
+        if outcome.method not in ("lora", "full"):
+            shutil.copytree(outcome.path / "adapter", folder, dirs_exist_ok=True)
+            _name_base(folder, outcome.base_name)
+            return
+        learned = outcome.residual() if outcome.method == "lora" else []
+        if self.request.rank is not None:
+            learned = self._compressed(learned, self.request.rank)
+        if self.request.form == "merged":
+            self._checkpoint(learned)
+        elif self.request.form == "knots":
+            for number, (link, pair) in enumerate(zip(outcome.link_folders(), learned, strict=True), 1):
+                if pair:  # the chain holds nothing of a link whose pair went on into the next
+                    self._link(link, [pair], folder / f"link-{number}")
+        elif outcome.has_dora:
+            self._link(outcome.link_folders()[-1], learned[-1:], folder)
+        else:
+            adapters.save_pair(folder, stacked(learned), outcome.base_name, outcome.source.skeleton())
+
+    def _link(self, link: Path, learned: Residual, folder: Path) -> None:
+        if any(pair.rows_O is not None for pair in learned[0].values()):
+            shutil.copytree(link, folder, dirs_exist_ok=True)
+            _name_base(folder, self.outcome.base_name)
+        else:
+            adapters.save_pair(folder, stacked(learned), self.outcome.base_name, self.outcome.source.skeleton())
+
+    def _compressed(self, learned: Residual, rank: int) -> Residual:
+        """The chain as one pair of a lower rank; says what that keeps and how it scores."""
+        pairs, energy = compressed(learned, rank)
+        kept, whole = (sum(values) for values in zip(*energy.values(), strict=True))
+        shares = {name: part / all_of_it if all_of_it else 1.0 for name, (part, all_of_it) in energy.items()}
+        least = min(shares, key=shares.__getitem__)
+        self.terminal.say("scoring validation before and after the compression")
+        trial = _Trial(self.outcome)
+        chain = self.outcome.chain(trial.accelerator.device)
+        before = trial.score(chain.model)
+        retie(chain, [pairs])
+        after = trial.score(chain.model)
+        self._say(
+            f"Compressed to rank {rank}: {kept / whole if whole else 1.0:.2%} of the update's energy is kept (least: "
+            f"{shares[least]:.2%}, {least}); validation {_change(before, after)}.",
+            compression={"rank": rank, "energy": shares, "validation_before": before, "validation_after": after},
+        )
+        return [pairs]
+
+    def _checkpoint(self, learned: Residual) -> None:
+        """Base + Σ s B A, rounded once, with tokenizer and code. What was trained beside codes is added to the weights
+        that the codes stand for."""
+        outcome, folder, source = self.outcome, self.folder, self.outcome.source
         if outcome.rules.merge == "naive":
-            findings.say(
-                terminal, "The run merged each link in place, which rounds each time; this checkpoint is rounded once."
-            )
-        _write_merged(outcome, learned, request, folder, findings, terminal)
+            self._say("The run merged each link in place, which rounds each time; this checkpoint is rounded once.")
+        state: dict[str, str] = {}
+        if self.request.quantization is None:
+            self.terminal.say(f"merging in float32, to be kept as {self.dtype}")
+            model = _merged(outcome, learned, self.dtype, outcome.quantization)
+            model.save_pretrained(folder)
+            state = _state_digests(model)
+            del model
+        else:
+            self._quantized(learned, self.request.quantization)
         source.tokenizer().save_pretrained(folder)
         # transformers writes one that knows no end token; where the base has none, the config's is used.
         (folder / "generation_config.json").unlink(missing_ok=True)
         for file in [source.folder / "generation_config.json", *source.folder.glob("*.py")]:
             if file.is_file() and (file.suffix != ".py" or source.trust_remote_code):
                 shutil.copy(file, folder)
-        _try_written(outcome, request, folder, findings, terminal)
-    elif request.form == "knots":
-        for number, (link, pair) in enumerate(zip(outcome.link_folders(), learned, strict=True), 1):
-            if pair:  # the chain holds nothing of a link whose pair went on into the next
-                _write_link(outcome, link, [pair], folder / f"link-{number}", name)
-    elif outcome.has_dora:
-        _write_link(outcome, outcome.link_folders()[-1], learned[-1:], folder, name)
-    else:
-        adapters.save_pair(folder, stacked(learned), name, source.skeleton())
-    return findings
+        self._try(state)
 
+    def _quantized(self, learned: Residual, quantization: str) -> None:
+        """Codes of the dense base with the update; says what making them has changed. Codes made of codes with the
+        update would round most of it straight back: each weight stands on the middle of its code already."""
+        outcome = self.outcome
+        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".dense-") as dense:
+            _merged(outcome, learned, "float32", None).save_pretrained(dense)
+            merged = Source(str(self.folder), Path(dense), outcome.source.trust_remote_code)
+            model = merged.load(self.dtype, torch.device("cpu"), quantization)
+            model.save_pretrained(self.folder)
+        self.terminal.say("scoring validation before and after the quantization")
+        trial = _Trial(outcome)
+        after, coded = trial.score(model), trial.outputs(model)
+        del model
+        start = trial.outputs(outcome.source.load(outcome.dtype, trial.accelerator.device, outcome.quantization))
+        scored = outcome.load(trial.accelerator.device)
+        before, uncoded = trial.score(scored), trial.outputs(scored)
+        drift = Drift.between(start, uncoded, coded)
+        moved = "as it was not moved by training"
+        if drift.of_learned is not None:
+            moved = f"{drift.of_learned:.1%} of what training did"
+        numbers = {"of_learned": drift.of_learned, "kl": drift.kl}
+        self._say(
+            f"Quantized to {quantization}: this moved the outputs by {moved} (KL {drift.kl:.2g} nats per token); "
+            f"validation {_change(before, after)}.",
+            quantized=numbers | {"validation_before": before, "validation_after": after},
+        )
 
-def _write_link(outcome: Outcome, link: Path, learned: Residual, folder: Path, base_name: str) -> None:
-    if any(pair.rows_O is not None for pair in learned[0].values()):
-        shutil.copytree(link, folder, dirs_exist_ok=True)
-        _name_base(folder, base_name)
-    else:
-        adapters.save_pair(folder, stacked(learned), base_name, outcome.source.skeleton())
+    def _try(self, state: dict[str, str]) -> None:
+        """Load a merged checkpoint as it was written: it must hold every tensor, and be what others rely on."""
+        arm = self.outcome.job.arm
+        written = Source(str(self.folder), self.folder, self.outcome.source.trust_remote_code)
+        model = written.load(self.dtype, torch.device("cpu"))
+        loaded = _state_digests(model) if state else {}
+        if lost := [name for name, digest in state.items() if loaded.get(name) != digest]:
+            raise ModelError(
+                f"arm {arm}: it does not give back {len(lost)} of its {len(state)} tensors, the first is {lost[0]}; "
+                "export it --as adapter"
+            )
+        tokenizer = written.tokenizer()
+        words = tokenizer(WORDS)["input_ids"]
+        examples = [Example("words", words[: len(words) // 2], [words[len(words) // 2 :]], 0, [WORDS], None)]
+        evaluator = Evaluator("answer", tokenizer, [], PASSAGE_TOKENS, nullcontext, 1)
+        checked = self_check(Subject(f"arm {arm}, as exported", model, evaluator, examples))
+        for note in checked["notes"]:
+            self.terminal.say(f"the checkpoint: {note}")
+        self.numbers["selfcheck"] = checked
+
+    def record(self) -> dict[str, Any]:
+        """cola.json: what the files are, what they belong to, and what the run measured."""
+        outcome, provenance = self.outcome, self.outcome.folder.provenance()
+        assert provenance is not None  # a result was written after it
+        quantization = None if self.request.form == "merged" else outcome.quantization
+        return {
+            "format": FORMAT,
+            "cola": version("chain-of-lora"),
+            "form": self.request.form,
+            "dtype": self.dtype,
+            "base": {**provenance["model"], "name": outcome.base_name, "quantization": quantization},
+            "run": {
+                "name": outcome.folder.path.name,
+                "arm": outcome.job.arm,
+                "seed": outcome.job.seed,
+                "recipe": provenance["recipe"]["sha256"],
+                "data": provenance["data"]["sha256"],
+                "scored_step": outcome.info["scored_step"],
+                "evaluation": outcome.result["evaluation"],
+                "knots": outcome.info["knots"],
+            },
+            # Of the base, as the run found it; a merged checkpoint is tried itself.
+            "selfcheck": provenance.get("selfcheck"),
+            **self.numbers,
+        }
 
 
 def _name_base(folder: Path, name: str) -> None:
@@ -204,12 +311,14 @@ class _Trial:
     """The run's validation rows, and what a model makes of them."""
 
     def __init__(self, outcome: Outcome) -> None:
-        tokenizer = outcome.source.tokenizer()
-        splits = load_splits(outcome.recipe.data, tokenizer, outcome.recipe.drawn_seeds, outcome.source.ends())
-        check_fit(outcome.source, outcome.source.skeleton(), splits)
+        recipe, source = outcome.recipe, outcome.source
+        tokenizer, ends = source.tokenizer(), source.ends()
+        splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, ends)
+        check_fit(source, source.skeleton(), splits)
         self.rows = splits.validation
         self.accelerator = make_accelerator(outcome.dtype)
-        self.evaluator = Evaluator.of(outcome.recipe, tokenizer, splits, self.accelerator, outcome.source.ends())
+        batch_tokens = recipe.evaluation.batch_tokens
+        self.evaluator = Evaluator.of(recipe.data, batch_tokens, tokenizer, splits, self.accelerator, ends)
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         return evaluation_of({"validation": self.evaluator(model, self.rows)})["validation"]
@@ -218,77 +327,10 @@ class _Trial:
         return self.evaluator.outputs(model, self.rows[:PROBE_ROWS])
 
 
-def _compress(outcome: Outcome, learned: Residual, rank: int, findings: Findings, terminal: Terminal) -> Residual:
-    """The chain as one pair of a lower rank; says what that keeps and how it scores."""
-    pairs, energy = compressed(learned, rank)
-    kept, whole = (sum(values) for values in zip(*energy.values(), strict=True))
-    shares = {name: part / all_of_it if all_of_it else 1.0 for name, (part, all_of_it) in energy.items()}
-    least = min(shares, key=shares.__getitem__)
-    terminal.say("scoring validation before and after the compression")
-    trial = _Trial(outcome)
-    chain = outcome.chain(trial.accelerator.device)
-    before = trial.score(chain.model)
-    retie(chain, [pairs])
-    after = trial.score(chain.model)
-    findings.say(
-        terminal,
-        f"Compressed to rank {rank}: {kept / whole if whole else 1.0:.2%} of the update's energy is kept (least: "
-        f"{shares[least]:.2%}, {least}); validation {_change(before, after)}.",
-        compression={"rank": rank, "energy": shares, "validation_before": before, "validation_after": after},
-    )
-    return [pairs]
-
-
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
     """What happened to loss and score."""
     text = f"loss {before['loss']:.4f} → {after['loss']:.4f}"
     return text if before["score"] is None else f"{text}, score {before['score']:.4f} → {after['score']:.4f}"
-
-
-def _write_merged(
-    outcome: Outcome, learned: Residual, request: Request, folder: Path, findings: Findings, terminal: Terminal
-) -> None:
-    """Base + Σ s B A, rounded once. What was trained beside codes is added to the weights that the codes stand for."""
-    device = torch.device("cpu")
-    if request.quantization is None:
-        terminal.say(f"merging in float32, to be kept as {request.dtype or outcome.dtype}")
-        model = _merged(outcome, learned, request.dtype or outcome.dtype, outcome.quantization)
-        model.save_pretrained(folder)
-        findings.state = _state_digests(model)
-        return
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dense-") as dense:
-        # Codes are made of the dense base with the update. Codes made of codes with the update round most of it
-        # straight back: each weight stands on the middle of its code already.
-        _merged(outcome, learned, "float32", None).save_pretrained(dense)
-        merged = Source(str(folder), Path(dense), outcome.source.trust_remote_code)
-        model = merged.load(request.dtype or outcome.dtype, device, request.quantization)
-        model.save_pretrained(folder)
-    terminal.say("scoring validation before and after the quantization")
-    trial = _Trial(outcome)
-    after, coded = trial.score(model), trial.outputs(model)
-    del model
-    base = outcome.source.load(outcome.dtype, trial.accelerator.device, outcome.quantization)
-    start = trial.outputs(base)
-    del base
-    scored = outcome.load(trial.accelerator.device)
-    before, uncoded = trial.score(scored), trial.outputs(scored)
-    drift = Drift.between(start, uncoded, coded)
-    moved = (
-        "as it was not moved by training"
-        if drift.of_learned is None
-        else f"{drift.of_learned:.1%} of what training did"
-    )
-    findings.say(
-        terminal,
-        f"Quantized to {request.quantization}: this moved the outputs by {moved} (KL {drift.kl:.2g} nats per token); "
-        f"validation {_change(before, after)}.",
-        quantized={
-            "of_learned": drift.of_learned,
-            "kl": drift.kl,
-            "validation_before": before,
-            "validation_after": after,
-        },
-    )
 
 
 def _state_digests(model: PreTrainedModel) -> dict[str, str]:
@@ -298,26 +340,6 @@ def _state_digests(model: PreTrainedModel) -> dict[str, str]:
         name: hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
         for name, tensor in model.state_dict().items()
     }
-
-
-def _try_written(outcome: Outcome, request: Request, folder: Path, findings: Findings, terminal: Terminal) -> None:
-    """Load a merged checkpoint as it was written: it must hold every tensor, and be what others rely on."""
-    written = Source(str(folder), folder, outcome.source.trust_remote_code)
-    model = written.load(request.dtype or outcome.dtype, torch.device("cpu"))
-    loaded = _state_digests(model) if findings.state else {}
-    if lost := [name for name, digest in findings.state.items() if loaded.get(name) != digest]:
-        raise ModelError(
-            f"arm {outcome.job.arm}: it does not give back {len(lost)} of its {len(findings.state)} tensors, the "
-            f"first is {lost[0]}; export it --as adapter"
-        )
-    tokenizer = written.tokenizer()
-    words = tokenizer(WORDS)["input_ids"]
-    examples = [Example("words", words[: len(words) // 2], [words[len(words) // 2 :]], 0, [WORDS], None)]
-    evaluator = Evaluator("answer", tokenizer, [], PASSAGE_TOKENS, nullcontext, 1)
-    checked = self_check(Subject(f"arm {outcome.job.arm}, as exported", model, evaluator, examples))
-    for note in checked["notes"]:
-        terminal.say(f"the checkpoint: {note}")
-    findings.numbers["selfcheck"] = checked
 
 
 def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str | None) -> PreTrainedModel:
@@ -336,37 +358,6 @@ def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str |
     return model if quantization is None else model.to(getattr(torch, dtype))
 
 
-def _note(outcome: Outcome, request: Request, findings: Findings) -> dict[str, Any]:
-    """cola.json: what the files are, what they belong to, and what the run measured."""
-    provenance = outcome.folder.provenance()
-    assert provenance is not None  # a result was written after it
-    merged = request.form == "merged"
-    return {
-        "format": FORMAT,
-        "cola": version("chain-of-lora"),
-        "form": request.form,
-        "dtype": request.dtype or outcome.dtype,
-        "base": {
-            **provenance["model"],
-            "name": outcome.base_name,
-            "quantization": None if merged else outcome.quantization,
-        },
-        "run": {
-            "name": outcome.folder.path.name,
-            "arm": outcome.job.arm,
-            "seed": outcome.job.seed,
-            "recipe": provenance["recipe"]["sha256"],
-            "data": provenance["data"]["sha256"],
-            "scored_step": outcome.info["scored_step"],
-            "evaluation": outcome.result["evaluation"],
-            "knots": outcome.info["knots"],
-        },
-        # Of the base, as the run found it; a merged checkpoint is tried itself.
-        "selfcheck": provenance.get("selfcheck"),
-        **findings.numbers,
-    }
-
-
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     """Upload an export to the Hugging Face hub; returns its address.
 
@@ -379,9 +370,8 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
         hub.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Exported by cola")
     # The hub client, its http library and its cache raise errors without a common base.
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ModelError(
-            f"--push {repository}: the hub did not take it ({reason}); the export is in {folder}: log in by `hf auth "
-            f"login`, then `hf upload {repository} {folder}`"
+            f"--push {repository}: the hub did not take it ({type(error).__name__}: {one_line(error, 200)}); the "
+            f"export is in {folder}: log in by `hf auth login`, then `hf upload {repository} {folder}`"
         ) from error
     return str(url)

@@ -3,7 +3,6 @@
 The store may be gone and the folder may have been copied from another machine; only the base has to be there.
 """
 
-import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cola.chain import Chain, retie
-from cola.errors import ModelError, RunFolderError, listed, quoted
+from cola.errors import ModelError, RunFolderError, did_you_mean, listed, quoted
 from cola.link import adapters, residual
 from cola.link.base import Base
 from cola.link.find import find_model
@@ -86,8 +85,8 @@ class Outcome:
             ModelError: the arm has none, or they are not in the run's folder.
         """
         if self.method != "lora":
-            what = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
-            raise ModelError(f"arm {self.job.arm} has no knots: {what}")
+            why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
+            raise ModelError(f"arm {self.job.arm} has no knots: {why}")
         ends = [link["last_step"] for link in self.info["links"]]
         step = self.info["scored_step"]
         folders = [self.path / "knots" / f"link-{number}" for number, end in enumerate(ends, 1) if end <= step]
@@ -216,20 +215,19 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
     """
     folder, recipe = RunFolder.open(run)
     if arm is not None and arm not in recipe.arms:
-        near = difflib.get_close_matches(arm, recipe.arms, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(arm, recipe.arms)
         raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")
     if seed is not None and seed not in recipe.seeds:
         raise RunFolderError(f"{run} has no seed {seed}; it has {', '.join(map(str, recipe.seeds))}")
-    found, missing = [], []
+    done, missing = [], []
     for name in [arm] if arm is not None else recipe.arms:
         for number in [seed] if seed is not None else recipe.seeds:
             job = Job(arm=name, seed=number)
             result = folder.result(job)
             if result is not None and result["status"] == "ok":
-                found.append(Outcome(folder, recipe, job, result))
+                done.append(Outcome(folder, recipe, job, result))
             else:
                 missing.append(f"{name} seed {number} ({'not run' if result is None else result['status']})")
-    if not found:
+    if not done:
         raise RunFolderError(f"{run}: no result of {', '.join(missing)}; go on with it by `cola run --resume {run}`")
-    return found
+    return done

@@ -29,6 +29,21 @@ NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how 
 
 
 @dataclass(frozen=True)
+class Trained:
+    """How a run came to a model.
+
+    Attributes:
+        data: Digest of the data that it was scored on.
+        seed: Its training rows are that seed's, where each draws its own.
+        evaluation: What came out, by split.
+    """
+
+    data: str
+    seed: int
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Target:
     """Something that can be scored.
 
@@ -38,8 +53,7 @@ class Target:
         dtype: Number format of the computation.
         load: Puts it on a device.
         n_virtual: Virtual tokens that stand before each row.
-        reported: Digest of the data that a run scored it on, and what came out.
-        seed: Under which a run trained it: its training rows are that seed's, where each draws its own.
+        trained: By which run; None: by none that is known.
     """
 
     label: str
@@ -47,8 +61,7 @@ class Target:
     dtype: str
     load: Callable[[torch.device], PreTrainedModel]
     n_virtual: int = 0
-    reported: tuple[str, dict[str, Any]] | None = None
-    seed: int | None = None
+    trained: Trained | None = None
 
 
 @dataclass(frozen=True)
@@ -97,14 +110,15 @@ def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], termin
 
 
 def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Terminal) -> Scored:
-    tokenizer = target.source.tokenizer()
-    seed = data.seeds[0] if target.seed is None else target.seed
+    tokenizer, trained = target.source.tokenizer(), target.trained
+    seed = data.seeds[0] if trained is None else trained.seed
     loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed], target.source.ends())
     check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
     accelerator = make_accelerator(target.dtype)
     if warning := dtype_warning(target.dtype, accelerator.device):
         terminal.warn(warning)
-    evaluator = Evaluator.of(data, tokenizer, loaded, accelerator, target.source.ends())
+    batch_tokens, ends = data.evaluation.batch_tokens, target.source.ends()
+    evaluator = Evaluator.of(data.data, batch_tokens, tokenizer, loaded, accelerator, ends)
     model = target.load(accelerator.device)
     examples = [example for _, part in loaded.items() for example in part]
     checked = self_check(Subject(target.label, model, evaluator, examples, target.n_virtual))
@@ -118,9 +132,7 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
         terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows{whose})")
         scores[split] = evaluator(model, rows)
         written[split] = score_rows(rows, scores[split], tokenizer, data.evaluation.keep_prompts)
-    reported = None
-    if target.reported is not None and target.reported[0] == loaded.fingerprint:
-        reported = target.reported[1]
+    reported = trained.evaluation if trained is not None and trained.data == loaded.fingerprint else None
     return Scored(target.label, evaluation_of(scores), written, reported, checked)
 
 
@@ -171,23 +183,7 @@ def targets_of(
         raise ModelError(f"{name} is no run folder; --arm and --seed belong to a run")
     if (folder := find_adapter(loading.model(name))) is not None:
         return [_of_adapter(folder, name, data, loading)]
-    if read_note(Path(name)).get("form") == "knots":
-        raise ModelError(
-            f"{name} holds a chain's links one by one, each for the base with those before it merged; score the run, "
-            "or an export --as adapter or --as merged"
-        )
-    if loading.base is not None:
-        raise ModelError(f"{name} is no PEFT adapter: it has no adapter_config.json, so --base says nothing")
-    source = find_model(loading.model(name), quantized=True)
-    note = read_note(source.folder)
-    dtype, quantization = loading.dtype or note.get("dtype") or data.model.dtype, loading.quantization
-    if quantization is not None and source.codes is not None:
-        raise ModelError(f"{name} is quantized already; leave out --quantization")
-
-    def load(device: torch.device) -> PreTrainedModel:
-        return source.load(dtype, device, quantization)
-
-    return [Target(_label(name), source, dtype, load, 0, _reported(note), _seed(note))]
+    return [_of_model(name, data, loading)]
 
 
 def _label(name: str) -> str:
@@ -199,9 +195,9 @@ def _of_run(outcome: Outcome) -> Target:
     provenance = outcome.folder.provenance()
     assert provenance is not None  # a result was written after it
     virtual = outcome.links[0].virtual_tokens if outcome.links else 0
-    reported = provenance["data"]["sha256"], outcome.result["evaluation"]
+    trained = Trained(provenance["data"]["sha256"], outcome.job.seed, outcome.result["evaluation"])
     label = f"{outcome.job.arm} seed {outcome.job.seed}"
-    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, reported, outcome.job.seed)
+    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, trained)
 
 
 def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Target:
@@ -211,51 +207,79 @@ def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Targ
     except (ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder / 'adapter_config.json'} is damaged ({error})") from None
     note = read_note(folder)
-    trained_on = note.get("base", {})
-    named = loading.base or trained_on.get("name") or config.get("base_model_name_or_path")
-    if not named:
+    base_name = loading.base or (note and note.base_name) or config.get("base_model_name_or_path")
+    if not base_name:
         raise ModelError(f"{name} does not say which base it is for; name it by --base")
     try:
         # At the commit that it was trained on; a branch may have moved on.
-        source = find_model(loading.model(named, None if loading.base else trained_on.get("revision")))
+        revision = note.base_revision if note and not loading.base else None
+        source = find_model(loading.model(base_name, revision))
     except ModelError as error:
         raise ModelError(f"the base of {name} cannot be had; name it by --base ({error})") from error
-    if note and source.fingerprint() != trained_on["sha256"]:
+    if note and source.fingerprint() != note.base_sha256:
         raise ModelError(
-            f"{name} is for another base: it was trained on the fingerprint {trained_on['sha256'][:12]}, and {named} "
+            f"{name} is for another base: it was trained on the fingerprint {note.base_sha256[:12]}, and {base_name} "
             f"has {source.fingerprint()[:12]}"
         )
-    dtype = loading.dtype or note.get("dtype") or data.model.dtype
-    quantization = loading.quantization or trained_on.get("quantization")
+    dtype = loading.dtype or (note.dtype if note else data.model.dtype)
+    quantization = loading.quantization or (note.quantization if note else None)
 
     def load(device: torch.device) -> PreTrainedModel:
         return adapters.load_adapter(source.load(dtype, device, quantization), folder)
 
-    return Target(_label(name), source, dtype, load, virtual, _reported(note), _seed(note))
+    return Target(_label(name), source, dtype, load, virtual, note.trained if note else None)
 
 
-def read_note(folder: Path) -> dict[str, Any]:
-    """What `cola export` wrote beside the weights; empty for what is not from cola.
+def _of_model(name: str, data: Recipe, loading: Loading) -> Target:
+    if (note := read_note(Path(name))) and note.form == "knots":
+        raise ModelError(
+            f"{name} holds a chain's links one by one, each for the base with those before it merged; score the run, "
+            "or an export --as adapter or --as merged"
+        )
+    if loading.base is not None:
+        raise ModelError(f"{name} is no PEFT adapter: it has no adapter_config.json, so --base says nothing")
+    source = find_model(loading.model(name), quantized=True)
+    note = read_note(source.folder)
+    dtype, quantization = loading.dtype or (note.dtype if note else data.model.dtype), loading.quantization
+    if quantization is not None and source.codes is not None:
+        raise ModelError(f"{name} is quantized already; leave out --quantization")
+
+    def load(device: torch.device) -> PreTrainedModel:
+        return source.load(dtype, device, quantization)
+
+    return Target(_label(name), source, dtype, load, 0, note.trained if note else None)
+
+
+@dataclass(frozen=True)
+class Note:
+    """What `cola export` wrote beside the weights: their form and format, what they belong to, and who trained them."""
+
+    form: str
+    dtype: str
+    base_name: str
+    base_revision: str | None
+    base_sha256: str
+    quantization: str | None
+    trained: Trained
+
+
+def read_note(folder: Path) -> Note | None:
+    """The note in a folder; None for what is not from cola.
 
     Raises:
         ModelError: it is damaged.
     """
     file = folder / NOTE
     if not file.is_file():
-        return {}
+        return None
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
-        evaluation = note["run"]["evaluation"]
-        return {
-            "form": str(note["form"]),
-            "dtype": str(note["dtype"]),
-            "base": {key: note["base"][key] for key in ("name", "revision", "sha256", "quantization")},
-            "run": {
-                "data": note["run"]["data"],
-                "seed": int(note["run"]["seed"]),
-                "evaluation": {split: _numbers(evaluation[split]) for split in SPLITS},
-            },
-        }
+        run, base = note["run"], note["base"]
+        trained = Trained(
+            run["data"], int(run["seed"]), {split: _numbers(run["evaluation"][split]) for split in SPLITS}
+        )
+        named = base["name"], base["revision"], base["sha256"], base["quantization"]
+        return Note(str(note["form"]), str(note["dtype"]), *named, trained)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged ({type(error).__name__}: {error}); export it again") from None
 
@@ -263,14 +287,6 @@ def read_note(folder: Path) -> dict[str, Any]:
 def _numbers(numbers: dict[str, Any]) -> dict[str, Any]:
     score = numbers["score"]
     return {"loss": float(numbers["loss"]), "score": None if score is None else float(score)}
-
-
-def _reported(note: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    return (note["run"]["data"], note["run"]["evaluation"]) if note else None
-
-
-def _seed(note: dict[str, Any]) -> int | None:
-    return note["run"]["seed"] if note else None
 
 
 def check_new(out: Path | None) -> None:
@@ -286,13 +302,13 @@ def check_new(out: Path | None) -> None:
 def write_scores(scored: Sequence[Scored], folder: Path) -> None:
     """eval.json, what the self-check found, and every example's score, into a new folder."""
     folder.mkdir(parents=True)
-    found = {"eval.json": "evaluation", "selfcheck.json": "selfcheck"}
-    for name, what in found.items():
-        values = {one.label: getattr(one, what) for one in scored}
+    for name, values in (
+        ("eval.json", {target.label: target.evaluation for target in scored}),
+        ("selfcheck.json", {target.label: target.selfcheck for target in scored}),
+    ):
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    for one in scored:
-        for split, rows in one.rows.items():
-            where = folder / "scores" / one.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
-            where.mkdir(parents=True, exist_ok=True)
-            file = where / f"{split}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for target in scored:
+        own = folder / "scores" / target.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
+        own.mkdir(parents=True, exist_ok=True)
+        for split, rows in target.rows.items():
+            (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

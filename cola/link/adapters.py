@@ -1,4 +1,5 @@
-"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft."""
+"""Attach, read, detach, save and load a link's trainable weights. With targets.py, which asks what
+peft refuses, the only file that imports it."""
 
 import copy
 import json

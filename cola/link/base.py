@@ -87,11 +87,11 @@ def names_in_model(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     if not isinstance(model, PreTrainedModel):
         return {key: key for key in keys}
     transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     own, prefix = model.state_dict(), model.base_model_prefix
-    found = {key: rename_source_key(key, renamings, converters, prefix, own) for key in keys}
-    return {key: name for key, (name, converted) in found.items() if converted is None}
+    renamed = {key: rename_source_key(key, renamings, converters, prefix, own) for key in keys}
+    return {key: name for key, (name, converted) in renamed.items() if converted is None}
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

@@ -49,9 +49,8 @@ def attach(model: PreTrainedModel, width: int, placement: str, activation: str) 
     Raises:
         ModelError: the model's layers have no `self_attn` and `mlp`, as Llama's and Qwen2's have.
     """
-    found = sublayers(model, placement)
     hidden: int = text_config(model).hidden_size
-    for name in found:
+    for name in sublayers(model, placement):
         sublayer = model.get_submodule(name)
         if not hasattr(sublayer, NAME):
             # On the sublayer's device, or on meta where the model has no weights yet.

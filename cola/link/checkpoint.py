@@ -88,7 +88,7 @@ def end_tokens(folder: Path) -> list[int]:
     config = read_json(folder, "config.json")
     parts = [config, *(part for name in TEXT_PARTS if isinstance(part := config.get(name), dict))]
     own = next((part for part in parts if part.get("eos_token_id") is not None), {})
-    found: dict[int, None] = {}
+    ends: dict[int, None] = {}
     for file, said in (("generation_config.json", read_json(folder, "generation_config.json")), ("config.json", own)):
         value = said.get("eos_token_id")
         tokens = [] if value is None else value if isinstance(value, list) else [value]
@@ -97,8 +97,8 @@ def end_tokens(folder: Path) -> list[int]:
                 f"model.name_or_path: {folder / file}: eos_token_id: {wrong[0]!r:.80} is no token's number; write "
                 "a whole number or a list of them"
             )
-        found |= dict.fromkeys(tokens)
-    return list(found)
+        ends |= dict.fromkeys(tokens)
+    return list(ends)
 
 
 def content_digest(file: Path) -> str:

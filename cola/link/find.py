@@ -91,9 +91,9 @@ def find_adapter(settings: Model) -> Path | None:
 def _source(settings: Model, folder: Path, revision: str | None = None, quantized: bool = False) -> Source:
     source = Source(settings.name_or_path, folder, settings.trust_remote_code, revision)
     if not source.files:
-        if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        if others := sorted(path.name for path in folder.glob("*.safetensors")):
             raise ModelError(
-                f"model.name_or_path: {source.name} has {found[0]:.80}, and neither model.safetensors nor "
+                f"model.name_or_path: {source.name} has {others[0]:.80}, and neither model.safetensors nor "
                 "model.safetensors.index.json, which names the files of the weights"
             )
         raise ModelError(

@@ -78,9 +78,9 @@ def convert(file: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if faulty := sorted(map(str, info[what])):
-            raise ModelError(f"{len(faulty)} {what.replace('_', ' ')} in its tensors, the first is {faulty[0]:.80}")
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if faulty := sorted(map(str, info[kind])):
+            raise ModelError(f"{len(faulty)} {kind.replace('_', ' ')} in its tensors, the first is {faulty[0]:.80}")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
     ends = end_tokens(file)
@@ -192,9 +192,9 @@ class _Seen(dict):
         return super().get(key, default)
 
 
-def _refusal(what: str, config: PreTrainedConfig) -> ModelError:
+def _refusal(fact: str, config: PreTrainedConfig) -> ModelError:
     return ModelError(
-        f"the file has {what}, for which transformers' {config.model_type} has no place, and without it the model is "
+        f"the file has {fact}, for which transformers' {config.model_type} has no place, and without it the model is "
         "another one; give the model as a Hugging Face folder"
     )
 
@@ -206,7 +206,7 @@ def _head_size(config: PreTrainedConfig) -> int:
 def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
     """llama.cpp's pattern: for each layer whether it slides, or every how many layers one does not."""
     slides = pattern if isinstance(pattern, list) else [bool((layer + 1) % pattern) for layer in range(n_layers)]
-    return ["sliding_attention" if one else "full_attention" for one in slides]
+    return ["sliding_attention" if layer_slides else "full_attention" for layer_slides in slides]
 
 
 def _slides(config: PreTrainedConfig, name: str) -> bool:

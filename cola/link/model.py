@@ -159,11 +159,11 @@ class Source:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(f"model.name_or_path: {self.name} does not load: {one_line(error)}") from error
         # transformers fills what is missing with random numbers, other ones at every load.
-        for what in ("missing_keys", "mismatched_keys"):
-            if faulty := sorted(map(str, info[what])):
+        for kind in ("missing_keys", "mismatched_keys"):
+            if faulty := sorted(map(str, info[kind])):
                 raise ModelError(
                     f"model.name_or_path: the weights of {self.name} do not fit its config: {len(faulty)} "
-                    f"{what.replace('_', ' ')}, the first is {faulty[0]}"
+                    f"{kind.replace('_', ' ')}, the first is {faulty[0]}"
                 )
         if model.get_output_embeddings() is None:
             raise ModelError(f"model.name_or_path: {self.name} ({type(model).__name__}) has no output head")

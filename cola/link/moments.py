@@ -22,14 +22,14 @@ Moments = dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq and NAME.step of ea
 
 def read_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> Moments:
     """The optimizer's state, and the gradient scaler's under fp16, as tensors on the CPU."""
-    found = {}
+    moments = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.optimizer.state.get(parameter, {}).items():
-            found[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            moments[f"{name}.{key}"] = value.detach().cpu().contiguous()
     if accelerator.scaler is not None:
         scaler = accelerator.scaler.state_dict()
-        found |= {f"scaler/{key}": torch.tensor(value, dtype=torch.float64) for key, value in scaler.items()}
-    return found
+        moments |= {f"scaler/{key}": torch.tensor(value, dtype=torch.float64) for key, value in scaler.items()}
+    return moments
 
 
 def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator, moments: Moments) -> None:

@@ -220,10 +220,10 @@ def write(
                     of_block["product"] = applied_bI * learned_bI
                     of_block["error"] = (applied_bI - learned_bI).square()
                     of_block["same"] = weight_OI[rows] == then.tied(pristine_bI, rows, merge, weight.dtype)
-                for what, values in of_block.items():
-                    sums[what] = sums.get(what, torch.zeros(())) + values.sum(dtype=torch.float64)
+                for quantity, values in of_block.items():
+                    sums[quantity] = sums.get(quantity, torch.zeros(())) + values.sum(dtype=torch.float64)
         if before is not None:
-            done[name] = _applied({what: total.item() for what, total in sums.items()}, pristine_OI.numel())
+            done[name] = _applied({quantity: total.item() for quantity, total in sums.items()}, pristine_OI.numel())
     return done
 
 

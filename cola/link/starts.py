@@ -67,8 +67,8 @@ def draw(
     generator = torch.Generator().manual_seed(link.seed)
     if init == "gradient":
         with torch.enable_grad():
-            found = gradients(model, link, list(layers))
-        for name, gradient_OI in found.items():
+            full_gradients = gradients(model, link, list(layers))
+        for name, gradient_OI in full_gradients.items():
             A_RI, _ = adapters.factors_of(layers[name])
             A_RI.copy_(ROW_LENGTH * top_right_vectors(gradient_OI, rank, generator))
     elif init == "orthogonal":

@@ -33,7 +33,7 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
         if not own:
             raise ModelError("target_modules: all-linear means no layer of this model: " + left_out_note(model, []))
         return own
-    found = []
+    chosen = []
     for target in target_modules:
         matches = [name for name in linear if name == target or name.endswith("." + target)]
         if not matches:
@@ -54,9 +54,9 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
                 f"target_modules: {quoted(target)} matches no linear layer; {hint}the model has {listed(kinds)}, "
                 "or write all-linear"
             )
-        found += matches
+        chosen += matches
     tied = model.get_input_embeddings()
-    for name in found:
+    for name in chosen:
         if _is_bypassed(model, name):
             raise ModelError(
                 f"target_modules: {name}: PEFT puts no pair there, as the fused kernels of {model.config.model_type} "
@@ -67,7 +67,7 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
         if others := [other for other in shared.get(f"{name}.weight", ()) if other != f"{name}.weight"]:
             # Two pairs would be merged into one matrix.
             raise ModelError(f"target_modules: {name} shares its matrix with {others[0]}; leave them out")
-    return [name for name in linear if name in set(found)]
+    return [name for name in linear if name in set(chosen)]
 
 
 def _is_bypassed(model: PreTrainedModel, name: str) -> bool:
@@ -128,14 +128,14 @@ def left_out(model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
         for weight in part.parameters()
     }
     outside = outside_text(model)
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if not in_text(name, outside):
             continue
         if parameter.ndim > 1 and name not in with_pair and id(parameter) not in usual:
             kind = re.sub(r"\b\d+\b", "*", name)
-            found[kind] = found.get(kind, 0.0) + parameter.numel() / total
-    return found
+            shares[kind] = shares.get(kind, 0.0) + parameter.numel() / total
+    return shares
 
 
 def left_out_note(model: PreTrainedModel, names: Sequence[str]) -> str:

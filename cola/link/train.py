@@ -235,11 +235,11 @@ def full_gradients(
     """
     batches = list(batches)
     scale = GRADIENT_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
-    while (found := _scaled_gradients(model, names, batches, accelerator, scale)) is None:
+    while (gradients := _scaled_gradients(model, names, batches, accelerator, scale)) is None:
         scale /= 8
         if scale < 1:
             raise NonFiniteLoss("init: gradient: the full gradient of the link's first batches is not finite")
-    return found
+    return gradients
 
 
 def _scaled_gradients(

@@ -11,9 +11,8 @@ and the frozen pairs beside an unmerged base are left out; codes count as the ma
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,15 +20,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from cola.errors import RecipeError, one_line
+from cola.errors import one_line
 from cola.files import cache_dir, digest, write_text
 from cola.link import adapters
 from cola.link.base import shape_of
 from cola.link.text_part import text_config
 from cola.recipe.methods import Lora, Prefix, Settings, VirtualTokens
-from cola.recipe.plan import Job, Link, budget_steps, own_lengths, plan_arm
-from cola.recipe.recipe import Recipe
-from cola.recipe.schema import Choice
+from cola.recipe.plan import Link
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
 COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
@@ -186,78 +183,3 @@ def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
         keys, values = (torch.zeros(1, heads, length, size, requires_grad=True) for _ in range(2))
         cache.update(keys, values, layer)
     return cache
-
-
-@dataclass
-class Budget:
-    """How many optimizer steps each arm gets, where arms are matched by tokens or FLOPs instead of steps.
-
-    Attributes:
-        recipe: The resolved recipe.
-        meter: Counts what links cost.
-        order_of: The rows of the first n steps under a seed.
-    """
-
-    recipe: Recipe
-    meter: Meter
-    order_of: Callable[[int, int], Sequence[Sequence[int]]]
-    _known: dict[tuple[str, int, Choice], int] = field(default_factory=dict)
-
-    @cached_property
-    def _without_warmup(self) -> Recipe:
-        """Warm-ups cost nothing, and may be longer than the few steps that a search for the right number tries."""
-        none = {"warmup_steps": 0}
-        recipe = self.recipe
-        arms = {
-            name: arm.model_copy(update={"knot": arm.knot.model_copy(update=none)}) for name, arm in recipe.arms.items()
-        }
-        training, knot = recipe.training.model_copy(update=none), recipe.knot.model_copy(update=none)
-        return recipe.model_copy(update={"training": training, "knot": knot, "arms": arms})
-
-    def steps(self, job: Job) -> int | None:
-        """A job's optimizer steps: as many as cost no more than the reference arm's; None where steps are the budget.
-
-        Raises:
-            RecipeError: not even its links' first steps fit.
-        """
-        training, reference = self.recipe.training, self.recipe.reference_arm
-        if training.match == "steps" or reference is None or not self.recipe.arms[job.arm].n_links:
-            return None
-        n_train = self.meter.n_train
-        budget = budget_steps(training, n_train)
-        if job.arm == reference:
-            return budget
-        key = (job.arm, job.seed, job.choice)
-        if key not in self._known:
-            allowed = self.cost(Job(arm=reference, seed=job.seed), budget).of(training.match)
-            # Links that say their own lengths leave nothing to be found, or the rest of them.
-            recipe = self.recipe.with_choice(job.arm, job.choice)
-            own = own_lengths(recipe, job.arm, n_train)
-            low = sum(steps or 1 for steps in own)
-            least = self.cost(job, low).of(training.match)
-            if not math.isfinite(allowed + least):
-                raise RecipeError(
-                    f"training.match: the FLOPs of this model cannot be counted ({self.meter.trouble}); match steps or "
-                    "tokens"
-                )
-            if least > allowed:
-                raise RecipeError(
-                    f"arms.{job.arm}: {low} steps of it cost more than training.match: {training.match} allows, "
-                    f"which is what {budget} steps of {reference} cost"
-                )
-            high = low + 1 if None not in own else 2 * max(low, budget)
-            while None in own and self.cost(job, high).of(training.match) <= allowed:
-                low, high = high, 2 * high
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = self.cost(job, middle).of(training.match) <= allowed
-                low, high = (middle, high) if fits else (low, middle)
-            self._known[key] = low
-        return self._known[key]
-
-    def cost(self, job: Job, n_steps: int) -> Cost:
-        """What a job costs if it is trained for so many steps."""
-        links = plan_arm(self._without_warmup, job.arm, job.seed, self.meter.n_train, job.choice, n_steps)
-        order = self.order_of(job.seed, n_steps)
-        steps = [self.meter.steps(link, order[link.first_step : link.last_step], job.seed) for link in links]
-        return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))

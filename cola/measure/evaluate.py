@@ -32,7 +32,7 @@ from cola.link.drift import Outputs
 from cola.link.forward import logits_at
 from cola.measure.likelihood import choice_nats, last_logits, left_padded, nats_of, plain_choice_nats
 from cola.measure.scores import ExampleScore
-from cola.recipe.recipe import Recipe
+from cola.recipe.data_section import Data
 
 EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when the same weights would score otherwise
 
@@ -89,14 +89,15 @@ class Evaluator:
     @classmethod
     def of(
         cls,
-        recipe: Recipe,
+        data: Data,
+        batch_tokens: int,
         tokenizer: PreTrainedTokenizerBase,
         splits: Splits,
         accelerator: Accelerator,
         ends: Sequence[int] = (),
     ) -> "Evaluator":
-        """The one that a recipe asks for; `ends`: the tokens that end an answer by the model."""
-        data, normalize = recipe.data, recipe.data.normalize or []
+        """The one for a recipe's data; `ends`: the tokens that end an answer by the model."""
+        normalize = data.normalize or []
         examples = [example for _, examples in splits.items() for example in examples]
         stop = data.stop
         if stop is None:
@@ -105,7 +106,7 @@ class Evaluator:
             data.task,
             tokenizer,
             normalize,
-            recipe.evaluation.batch_tokens,
+            batch_tokens,
             accelerator.autocast,  # pyright: ignore[reportArgumentType] - accelerate annotates its default None wrongly
             max(len(answer) for e in examples for answer in e.answers),
             stop,

@@ -24,7 +24,6 @@ from cola.link.model import Source
 from cola.link.residual import Residual, factors
 from cola.measure.spectrum import KEPT, TOP, Svd, Tuned, count_intruders, dense_svd, numbers_of, of_chain
 from cola.recipe.methods import Lora, Targets
-from cola.recipe.recipe import Recipe
 
 ALL = "all weights"  # full fine-tuning's update
 DORA = "DoRA scales the rows of the base's matrices, so what it adds to them is not of low rank"
@@ -66,13 +65,13 @@ class Learned:
     Attributes:
         source: The base.
         skeleton: The base without weights.
-        recipe: Its low-rank arms say which matrices matter.
+        pairs: All low-rank links that the run may train; they say which matrices matter.
         device: Where dense matrices are decomposed, if it is a GPU.
     """
 
     source: Source
     skeleton: PreTrainedModel
-    recipe: Recipe
+    pairs: Sequence[Lora]
     device: torch.device
     _full: tuple[str, dict[str, Svd]] | None = None  # of one state at a time: it is large
 
@@ -108,22 +107,22 @@ class Learned:
         """
         started = perf_counter()
         self._full = None  # the last one's, before this one's are in memory
-        tuned, found, matrices = self._tuned(folder), {}, {}
+        tuned, svds, matrices = self._tuned(folder), {}, {}
         for name in self.looked_at:
             weight_OI, tuned_OI = self._began(name, dtype), tuned.of(name)
             if weight_OI is None or tuned_OI is None:
                 continue
             update_OI = tuned_OI.to(self._device, torch.float64) - weight_OI
             svd = dense_svd(update_OI, self._widest)
-            found[name] = Svd(svd.left_OR.cpu(), svd.values_R.cpu(), svd.right_IR.cpu())
-            numbers = numbers_of(found[name].values_R, weight_OI.norm().item())
+            svds[name] = Svd(svd.left_OR.cpu(), svd.values_R.cpu(), svd.right_IR.cpu())
+            numbers = numbers_of(svds[name].values_R, weight_OI.norm().item())
             matrices[name] = {
                 "shape": list(update_OI.shape),
                 "updates": {ALL: numbers},
                 "overlap": [],
                 "with_full": None,
             }
-        self._full = state, found
+        self._full = state, svds
         return {
             "left_out": None,
             "full": None,
@@ -141,9 +140,9 @@ class Learned:
             dtype: As for `of_full`.
         """
         if self._full is None or self._full[0] != state:
-            if (found := folder()) is None:
+            if (weights := folder()) is None:
                 return None
-            self.of_full(state, found, dtype)
+            self.of_full(state, weights, dtype)
         assert self._full is not None
         return self._full[1]
 
@@ -162,22 +161,22 @@ class Learned:
                 continue
             base = Tuned.of(weight_OI)
             base_left_OM = base.left_vectors()
-            found = None
-            for what, numbers in matrix["updates"].items():
+            intruders = None
+            for update, numbers in matrix["updates"].items():
                 if isinstance(tuned, Matrices):
                     tuned_OI = tuned.of(name)
                     assert tuned_OI is not None  # it was there for the record
                     after = Tuned.of(tuned_OI.to(self._device))
-                    found = count_intruders(base_left_OM, after.left_vectors(TOP))
-                elif what != "chain":  # which is where its last link led
-                    B_OK, A_KI, _ = factors(tuned[: int(what.removeprefix("link "))], name)
-                    found = count_intruders(base_left_OM, base.plus(B_OK, A_KI).left_vectors(TOP))
-                numbers["intruders"] = found
+                    intruders = count_intruders(base_left_OM, after.left_vectors(TOP))
+                elif update != "chain":  # which is where its last link led
+                    B_OK, A_KI, _ = factors(tuned[: int(update.removeprefix("link "))], name)
+                    intruders = count_intruders(base_left_OM, base.plus(B_OK, A_KI).left_vectors(TOP))
+                numbers["intruders"] = intruders
 
     @cached_property
     def trained(self) -> list[str]:
         """The matrices that some low-rank arm trains, in the model's order; where none does, all linear layers'."""
-        targets: set[Targets] = {pair.target_modules for pair in self._low_rank}
+        targets: set[Targets] = {pair.target_modules for pair in self.pairs}
         names = {name for modules in targets for name in adapters.target_names(self.skeleton, modules)}
         linear = adapters.target_names(self.skeleton, "all-linear")
         return [name for name, _ in self.skeleton.named_modules() if name in (names or linear)]
@@ -192,16 +191,10 @@ class Learned:
     def _device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # others have no float64
 
-    @cached_property
-    def _low_rank(self) -> list[Lora]:
-        """All pairs that the recipe may train."""
-        variants = [variant for arm in self.recipe.arms for variant in self.recipe.variants(arm)]
-        return [link for variant in variants for link in variant.links if isinstance(link, Lora)]
-
     @property
     def _widest(self) -> int:
         """Directions of full fine-tuning that chains may be compared in; a pair of `init: pissa` has twice its rank."""
-        return min(KEPT, max((2 * pair.rank for pair in self._low_rank), default=0))
+        return min(KEPT, max((2 * pair.rank for pair in self.pairs), default=0))
 
     def _tuned(self, folder: Path) -> Matrices:
         return Matrices(self.skeleton, sorted(folder.glob("model*.safetensors")))

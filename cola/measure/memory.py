@@ -71,5 +71,5 @@ def peaks(device: torch.device, process: bool) -> dict[str, int | None]:
 
 
 def _peak_resident() -> int | None:
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", (PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    peak = re.search(r"^VmHWM:\s*(\d+) kB$", (PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else None

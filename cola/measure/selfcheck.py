@@ -93,10 +93,10 @@ def self_check(subject: Subject) -> dict[str, Any]:
     with torch.no_grad(), evaluator.autocast():
         reach, positions = _positions(subject)
         rows = _rows(subject, positions - virtual_tokens(model))
-        found = _Trial(subject, dtype, rows).found(None if positions >= reach else positions)
+        record = _Trial(subject, dtype, rows).record(None if positions >= reach else positions)
     if subject.trains:
         _check_training(subject, rows)
-    return {**found, "tensors": len(whole_state(unwrapped(model))), "seconds": perf_counter() - started}
+    return {**record, "tensors": len(whole_state(unwrapped(model))), "seconds": perf_counter() - started}
 
 
 def slowest(ways: Sequence[Ways]) -> Ways:
@@ -159,7 +159,7 @@ class _Trial:
         self.dtype, self.tolerance, self.notes = dtype, ACROSS[dtype], []
         self.whole = [self._whole([row])[0] for row in rows]
 
-    def found(self, positions: int | None) -> dict[str, Any]:
+    def record(self, positions: int | None) -> dict[str, Any]:
         """What came out; `positions`: of the model, where decoding could go beyond them."""
         if not all(logits.isfinite().any(-1).all() and not logits.isnan().any() for logits in self.whole):
             self.subject.refuse(f"its logits are no finite numbers in {str(self.dtype).removeprefix('torch.')}")
@@ -209,7 +209,7 @@ class _Trial:
         for place, cut in enumerate(cuts):
             alike = [logits[b, :cut] for b in (0, 2 * place + 1, 2 * place + 2)]
             # A fault is there under each replacement; where a router was at a tie, two of the three agree.
-            pairs = torch.stack([difference(one, other) for one, other in combinations(alike, 2)])
+            pairs = torch.stack([difference(first, other) for first, other in combinations(alike, 2)])
             moved = max(moved, pairs.min(0).values.max().item())
         # What the place in the batch alone changes is rounding; where that is nothing, the tokens are what moved it.
         rounding = 4 * difference(logits, twins).max().item()

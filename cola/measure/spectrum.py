@@ -176,29 +176,29 @@ def of_chain(
     """
     matrices = {}
     for name in sorted({name for link in links for name in link}):
-        found: dict[str, Svd] = {}
+        svds: dict[str, Svd] = {}
         mine = {f"link {number}": [link] for number, link in enumerate(links, 1) if name in link}
-        for what, part in [*mine.items(), ("chain", links)]:
-            if what == "chain" and len(mine) == 1:
-                found[what] = next(iter(found.values()))
+        for update, part in [*mine.items(), ("chain", links)]:
+            if update == "chain" and len(mine) == 1:
+                svds[update] = next(iter(svds.values()))
                 continue
             B_OK, A_KI, rows_O = factors(part, name)
             assert rows_O is None
-            found[what] = low_rank_svd(B_OK.double(), A_KI.double())
+            svds[update] = low_rank_svd(B_OK.double(), A_KI.double())
         norm = norm_of(name)
-        learned = {what: svd for what, svd in found.items() if svd.rank}
+        learned = {update: svd for update, svd in svds.items() if svd.rank}
         matrices[name] = {
-            "shape": [len(found["chain"].left_OR), len(found["chain"].right_IR)],
-            "updates": {what: numbers_of(svd.values_R, norm) for what, svd in found.items()},
-            "overlap": _between([what for what in learned if what != "chain"], learned),
+            "shape": [len(svds["chain"].left_OR), len(svds["chain"].right_IR)],
+            "updates": {update: numbers_of(svd.values_R, norm) for update, svd in svds.items()},
+            "overlap": _between([update for update in learned if update != "chain"], learned),
             "with_full": _with_full(learned, full[name]) if full and name in full and learned else None,
         }
     return matrices
 
 
-def _between(links: Sequence[str], found: Mapping[str, Svd]) -> list[dict[str, Any]]:
+def _between(links: Sequence[str], svds: Mapping[str, Svd]) -> list[dict[str, Any]]:
     return [
-        {"links": [one, other], **both_sides(found[one], found[other])}
+        {"links": [one, other], **both_sides(svds[one], svds[other])}
         for number, one in enumerate(links)
         for other in links[number + 1 :]
     ]
@@ -208,7 +208,7 @@ def _with_full(learned: Mapping[str, Svd], full: Svd) -> dict[str, Any] | None:
     rank = min(full.left_OR.shape[1], *(svd.rank for svd in learned.values()))
     if not rank:
         return None
-    return {"rank": rank, "updates": {what: both_sides(svd, full, rank) for what, svd in learned.items()}}
+    return {"rank": rank, "updates": {update: both_sides(svd, full, rank) for update, svd in learned.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pydantic import Field
 from cola.recipe.arms import SEARCHABLE, Arm, KnotRules, LinkSettings
 from cola.recipe.bounds import MOST_ARMS, TRIAL_SEEDS, LocalPath, Section, Seed
 from cola.recipe.data_section import Data
+from cola.recipe.methods import Lora
 from cola.recipe.resolved import ResolvedArm, resolve
 from cola.recipe.schema import Choice, Comparison, Evaluation, Model, Search, Tracking, Training
 
@@ -68,6 +69,12 @@ class Recipe(Section):
     def variants(self, arm: str) -> list[ResolvedArm]:
         """What an arm may train: at every choice of its search, or the one where nothing is searched."""
         return [self.resolved(arm, choice) for choice in self.choices_of(arm)]
+
+    @property
+    def pairs(self) -> list[Lora]:
+        """All low-rank links that some arm may train."""
+        variants = [variant for arm in self.arms for variant in self.variants(arm)]
+        return [link for variant in variants for link in variant.links if isinstance(link, Lora)]
 
     def searches_of(self, arm: str) -> dict[str, Search]:
         """What is searched for an arm, in the order of the keys here; empty for one without links."""

@@ -81,7 +81,7 @@ def gather(recipe: Recipe, terminal: Terminal) -> Materials:
     skeleton = source.skeleton()
     counts = _check_arms(recipe, source, skeleton, splits, accelerator.device)
     general = _general_text(recipe, source, skeleton, tokenizer, terminal)
-    evaluator = Evaluator.of(recipe, tokenizer, splits, accelerator, source.ends())
+    evaluator = Evaluator.of(recipe.data, recipe.evaluation.batch_tokens, tokenizer, splits, accelerator, source.ends())
     return Materials(recipe, source, skeleton, splits, general, evaluator, accelerator.device, counts)
 
 

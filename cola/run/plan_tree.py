@@ -13,10 +13,11 @@ from cola.data.splits import Splits
 from cola.errors import ColaError
 from cola.link import adapters
 from cola.link.model import Source
-from cola.measure.cost import Budget, Lengths, Meter
+from cola.measure.cost import Lengths, Meter
 from cola.recipe.methods import Lora, Targets
 from cola.recipe.plan import Link, candidates_of
 from cola.recipe.recipe import Recipe
+from cola.run.budget import Budget
 from cola.tree.segments import Causes, Tree, root_causes
 
 

@@ -32,7 +32,7 @@ class SpectrumFiles:
     @cached_property
     def _learned(self) -> Learned:
         materials = self.bench.materials
-        return Learned(materials.source, materials.skeleton, materials.recipe, materials.device)
+        return Learned(materials.source, materials.skeleton, materials.recipe.pairs, materials.device)
 
     def update(self, jobs: Sequence[Job]) -> None:
         """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""

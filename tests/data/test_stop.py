@@ -78,8 +78,8 @@ def scored(
     defaults = {"rows": rows, "overlap": "allow", "prompt": "Q: {q}\nA:", "normalize": ["whitespace"]}
     settings = data_of(path, **{**defaults, **data})
     splits = load_splits(settings, tokenizer)
-    recipe = read_recipe(recipe_file(tmp_path / "r.yaml")).model_copy(update={"data": settings})
-    evaluator = Evaluator.of(recipe, tokenizer, splits, Accelerator(cpu=True))
+    batch_tokens = read_recipe(recipe_file(tmp_path / "r.yaml")).evaluation.batch_tokens
+    evaluator = Evaluator.of(settings, batch_tokens, tokenizer, splits, Accelerator(cpu=True))
     return evaluator(model, splits.train), evaluator
 
 
