@@ -17,7 +17,7 @@ from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker, sync_command
-from cola.run.announce import say_cautions, say_plan, say_twins
+from cola.run.announce import say_cautions, say_plan
 from cola.run.base_check import check_bases
 from cola.run.bench import Bench
 from cola.run.folder_check import check_folder
@@ -71,9 +71,7 @@ def run(
     planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
-    if not siblings:  # a point of an ablation may well be another arm: a chain of one link is LoRA
-        say_twins(recipe, tree, jobs, terminal)
-    say_cautions(recipe, tree, jobs, meter, terminal)
+    say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: tree.lineage(job).n_steps for job in jobs}
     with (
@@ -81,9 +79,9 @@ def run(
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress(sum(steps.values())) as progress,
     ):
-        tracked = set() if tracked is None else tracked
+        sent = set() if tracked is None else tracked
         bench = Bench(
-            materials, folder, store, planner, meter, tree, meta, used, ready, tracker, tracked, signals, progress
+            materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress
         )
         interrupted = _stopped(bench, steps, terminal)
     summary = summarize(recipe, folder) | {"interrupted": interrupted}
