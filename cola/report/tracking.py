@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cola.errors import one_line
 from cola.files import write_text
 from cola.recipe.schema import Tracking
 from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
@@ -357,7 +358,7 @@ class Tracker:
             action()
         # wandb, its service process and the network fail in many ways, and none of them may stop training.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200)
             self.warn(f"W&B failed and is off for the rest of this run ({reason}); results are in {self.folder}")
             self.run = None
             self.mode = "off"

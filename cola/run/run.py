@@ -28,8 +28,10 @@ from cola.run.materials import gather, heeding
 from cola.run.plan_tree import Planner
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.run.spectrum_files import SpectrumFiles
+from cola.tree.locks import WAIT_SECONDS, claim, in_use
+from cola.tree.prune import register, size_of
 from cola.tree.run_folder import FORMAT, RunFolder
-from cola.tree.store import WAIT_SECONDS, Store, size_of
+from cola.tree.store import Store
 
 
 def run(
@@ -73,7 +75,7 @@ def run(
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: tree.lineage(job).n_steps for job in jobs}
     with (
-        store.in_use(),
+        in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress(sum(steps.values())) as progress,
     ):
@@ -91,7 +93,7 @@ def run(
 
 def _stopped(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> bool:
     """Do every job; returns whether the user stopped it."""
-    bench.store.register(bench.folder.path)
+    register(bench.store, bench.folder.path)
     stopped = False
     try:
         _do_all(bench, steps, terminal)
@@ -119,7 +121,7 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
         for job in left:
             if not job.trial and open_trials.intersection(trials_of(bench.recipe, job.arm, job.seed)):
                 continue
-            with bench.store.claim(_claim(bench, job)) as mine:
+            with claim(bench.store.path, _claim(bench, job)) as mine:
                 if not mine:
                     continue
                 if searching and not job.trial:
