@@ -40,8 +40,13 @@ def one_line(error: Exception, most: int = 300) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?` of a name that is nearly one of those that there are; else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """The name most like this one of those that there are, by difflib's ratio; None where none is so much alike."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=alike)), None)
 
 
 class ColaError(Exception):

@@ -4,8 +4,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +61,61 @@ def need_room(path: Path, n_bytes: int, what: str) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that it is never half there."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, aside: Path | None = None) -> None:
+    """As `write_bytes`, of a text in UTF-8."""
+    write_bytes(path, text.encode(), aside)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it, so that it is never half there."""
+def write_bytes(path: Path, data: bytes, aside: Path | None = None) -> None:
+    """Write a file so that it is never half there, its folder too where that is missing.
+
+    Args:
+        path: The file; what is there already is replaced.
+        data: Its content.
+        aside: As of `written_aside`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_aside(path, aside) as new:
+        new.write_bytes(data)
+
+
+@contextmanager
+def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Where to write a file that is to be there as a whole or not at all: it is synced and renamed at the end.
+
+    Args:
+        path: What it is to be.
+        aside: The folder on the same disk where it lies until then; default: that of the file.
+    """
+    new = (aside or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
+    try:
+        yield new
+        sync(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def load_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no JSON, or none that can be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk and not only on its way there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_new(parent: Path, name: str) -> Path:
@@ -118,18 +161,15 @@ def remove_all(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def sha256(data: bytes | str) -> str:
+    """64 hex digits of SHA-256 over bytes, or over a text in UTF-8."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """As `sha256`, over a file that need not fit into memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def canonical(value: Any) -> str:
@@ -138,5 +178,5 @@ def canonical(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """32 hex digits (128 bits) of SHA-256 over a JSON value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:32]
+    """32 hex digits (128 bits) of SHA-256 over a JSON value in its one spelling."""
+    return sha256(canonical(value))[:32]

@@ -40,16 +40,18 @@ def prune(store: StoreOption = None, yes: Annotated[bool, typer.Option("--yes", 
     """Free what no run folder that still exists refers to. Says what that is, then asks."""
     from cola.cli.store_view import say_garbage
     from cola.report.terminal import Terminal
+    from cola.tree.locks import alone
+    from cola.tree.prune import prune as remove
 
     opened = open_store(store)
-    with opened.alone():
+    with alone(opened.path):
         garbage = say_garbage(opened, Terminal())
         if not garbage:
             return
         if not yes and not sys.stdin.isatty():
             raise ColaError("nothing was removed: there is no terminal to ask at; say --yes")
         if yes or typer.confirm("Remove these?"):
-            opened.prune(garbage)
+            remove(opened, garbage)
 
 
 def open_store(path: Path | None) -> "Store":

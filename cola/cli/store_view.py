@@ -12,7 +12,8 @@ from cola.recipe.arms import LinkSettings
 from cola.report.numbers import duration, size
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
-from cola.tree.store import Segment, Store, size_of
+from cola.tree import prune
+from cola.tree.store import Segment, Store
 
 
 def inspect(store: Store, beginning: str, terminal: Terminal) -> None:
@@ -100,19 +101,19 @@ def _settings(values: dict[str, Any]) -> str:
 def show_all(store: Store, terminal: Terminal) -> None:
     """A table of all segments, newest last, and what the store takes on disk."""
     rows, total = [], 0
-    used = store.references()
+    used = prune.references(store)
     for folder, made_at in sorted(_with_times(store.segments()), key=lambda pair: pair[1]):
-        total += size_of(folder)
+        total += prune.size_of(folder)
         rows.append(_row(store, folder, made_at, used))
     if rows:
         columns = ["segment", "kind", "steps", "recipe, arm, seed", "made", "size", "runs"]
         terminal.table(Table(f"{store.path}", columns, rows))
-    measured = list((store.path / "measured").glob("*/*.json"))
+    measured = list(store.measurements())
     damaged = list((store.path / "damaged").iterdir())
     terminal.say(
         f"{store.path}: {len(rows)} segments, {size(total)}; {len(measured)} measurements, "
-        f"{size(sum(map(size_of, measured)))}; {len(damaged)} set aside as damaged, "
-        f"{size(sum(map(size_of, damaged)))}"
+        f"{size(sum(map(prune.size_of, measured)))}; {len(damaged)} set aside as damaged, "
+        f"{size(sum(map(prune.size_of, damaged)))}"
     )
     gone = [str(run) for run in used if not run.is_dir()]
     if gone:
@@ -135,22 +136,22 @@ def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]])
         f"{record['first_step'] + 1}–{record['last_step']}" if record else NONE,
         f"{made['recipe']}, {made['arm']}, {made['seed']}" if made else NONE,
         f"{datetime.fromtimestamp(made_at):%Y-%m-%d %H:%M}",
-        size(size_of(folder)),
+        size(prune.size_of(folder)),
         str(n_runs),
     ]
 
 
 def verify(store: Store, terminal: Terminal) -> bool:
     """Check every name and checksum; says what was damaged, which is set aside. Returns whether all was whole."""
-    looked, faults = store.verify()
-    terminal.say(f"{store.path}: {looked} segments and measurements checked, {len(faults)} damaged")
-    return not faults
+    n_checked, n_damaged = prune.verify(store)
+    terminal.say(f"{store.path}: {n_checked} segments and measurements checked, {n_damaged} damaged")
+    return not n_damaged
 
 
 def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
     """Say what pruning would free and why; returns it."""
-    used = store.references()
-    garbage = store.garbage()
+    used = prune.references(store)
+    garbage = prune.garbage(store)
     for run in used:
         if not run.is_dir():
             terminal.say(f"run folder {run} is gone; what it alone referred to is let go")
@@ -160,6 +161,6 @@ def say_garbage(store: Store, terminal: Terminal) -> list[Path]:
     kept = sum(1 for run in used if run.is_dir())
     terminal.say(
         f"{store.path}: {len(loose)} segments and {len(garbage) - len(loose)} measurements and left-overs that no "
-        f"kept run refers to, {size(sum(map(size_of, garbage)))}; {kept} run folders are kept"
+        f"kept run refers to, {size(sum(map(prune.size_of, garbage)))}; {kept} run folders are kept"
     )
     return garbage

@@ -1,6 +1,5 @@
 """Two arms compared, example by example and seed by seed."""
 
-import difflib
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from cola.compare.records import Contrast, Difference, Interval, Role, TaskContrast
 from cola.compare.statistics import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
-from cola.errors import RunFolderError, listed, quoted
+from cola.errors import RunFolderError, listed, nearest, quoted
 from cola.recipe.recipe import Recipe
 from cola.tree.records import Ended, Result, ScoreRow
 from cola.tree.run_folder import RunFolder
@@ -143,10 +142,10 @@ def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
     """
     for arm in pair:
         if arm not in known:
-            near = difflib.get_close_matches(arm, known, 1)
+            near = nearest(arm, known)
             raise RunFolderError(
                 f"--contrast {','.join(pair)}: no arm is called {quoted(arm)}"
-                + (f"; did you mean {quoted(near[0])}?" if near else f"; there are {listed(known)}")
+                + (f"; did you mean {quoted(near)}?" if near else f"; there are {listed(known)}")
             )
     if pair[0] == pair[1]:
         raise RunFolderError(f"--contrast {','.join(pair)}: an arm is not compared with itself; name two")

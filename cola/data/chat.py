@@ -9,7 +9,7 @@ from unittest.mock import patch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from cola.errors import DataError
+from cola.errors import LONGEST, DataError, one_line, plain
 from cola.recipe.data_section import Data
 
 TURN = "answer-of-the-assistant"  # stands in for one
@@ -39,8 +39,7 @@ def chat_prompt(prompt: str, data: Data, tokenizer: PreTrainedTokenizerBase, pla
         return _rendered(messages, data.today or DAY, tokenizer)
     # A template is a program of the model's: besides what it raises itself it can fail in any way that Python can.
     except Exception as error:
-        words = " ".join(str(error).split()) or type(error).__name__
-        words = words if len(words) <= 200 else f"{words[:197]}..."
+        words = plain(one_line(error, LONGEST), 200)
         hint = ""
         if data.system:
             with suppress(Exception):  # of two errors the first is told

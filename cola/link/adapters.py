@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cola.errors import ModelError
+from cola.errors import ModelError, one_line
 from cola.link import bottleneck
 from cola.link.base import weight_of
 from cola.link.residual import LinkWeights, Pair
@@ -323,9 +323,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with safe_open(file, framework="pt") as opened:
             stored = set(opened.keys())
     except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder}: the adapter does not fit this base: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ModelError(f"{folder}: the adapter does not fit this base: {one_line(error)}") from error
     own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     with_embeddings = get_peft_model_state_dict(loaded, save_embedding_layers=True)  # which PEFT may have stored too
     if wrong := (stored - with_embeddings.keys()) | (own.keys() - stored):

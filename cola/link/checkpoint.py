@@ -1,13 +1,13 @@
 """What a Hugging Face folder says of itself: which files hold its weights, what they hold, and which tokens end an
 answer. No torch."""
 
-import hashlib
 import json
 from pathlib import Path, PurePosixPath
 from time import time
 from typing import Any
 
 from cola.errors import ModelError
+from cola.files import file_digest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
@@ -113,8 +113,7 @@ def content_digest(file: Path) -> str:
     seen = (file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)
     if seen in _digests:
         return _digests[seen]
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = file_digest(file)
     if time() - state.st_ctime >= SETTLED_SECONDS:
         _digests[seen] = digest
     return digest

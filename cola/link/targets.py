@@ -1,6 +1,5 @@
 """Which matrices get a pair, which cannot, and which are left out."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cola.errors import ModelError, listed, quoted
+from cola.errors import ModelError, listed, nearest, quoted
 from cola.link.text_part import in_text, outside_text
 from cola.recipe.methods import Lora, Settings, Targets
 
@@ -49,8 +48,8 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
                     "weights in an arm with method: full"
                 )
             kinds = sorted({name.rpartition(".")[2] for name in linear if not name.rpartition(".")[2].isdigit()})
-            near = difflib.get_close_matches(target, kinds, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = nearest(target, kinds)
+            hint = f"did you mean {near}? " if near else ""
             raise ModelError(
                 f"target_modules: {quoted(target)} matches no linear layer; {hint}the model has {listed(kinds)}, "
                 "or write all-linear"

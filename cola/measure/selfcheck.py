@@ -33,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from cola.data.batches import collate
 from cola.data.encode import Example
-from cola.errors import ModelError
+from cola.errors import ModelError, one_line
 from cola.link.adapters import kept_buffers, unwrapped, virtual_tokens, whole_state
 from cola.link.forward import logits_at
 from cola.measure.evaluate import Decoding, Evaluator, Ways
@@ -357,4 +357,4 @@ def _is_kept(model: PreTrainedModel, name: str) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return f"{type(error).__name__}: {one_line(error, 120)}"

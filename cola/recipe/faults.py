@@ -1,13 +1,12 @@
 """What is wrong with a recipe, where, and what would be right: one line for each fault."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cola.errors import QUOTED, plain, quoted
+from cola.errors import QUOTED, nearest, plain, quoted
 from cola.recipe.arms import Arm, OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.yaml12 import KINDS, MOST_FAULTS, Mark, Marks, is_dotted
@@ -90,8 +89,8 @@ PASTED_KEYS = {
 def near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+    return f"; did you mean {path.parent / near}?" if near else ""
 
 
 def explain(error: ValidationError, raw: dict, where: str, marks: Marks) -> list[str]:
@@ -176,14 +175,14 @@ def _locate(fault: ErrorDetails, raw: dict) -> tuple[tuple[str, ...], Any]:
 def _unknown(path: tuple[str, ...]) -> str:
     key = path[-1]
     known = _keys_at(path[:-1])
-    if near := difflib.get_close_matches(key[:QUOTED], known, n=1, cutoff=0.75):
-        return f"unknown key; did you mean {near[0]}?"
+    if near := nearest(key[:QUOTED], known, alike=0.75):
+        return f"unknown key; did you mean {near}?"
     if key in PASTED_KEYS:
         return f"unknown key; here it is {PASTED_KEYS[key]}"
     if places := [p for p in known_keys() if p.split(".")[-1] == key]:
         return f"unknown key here; it belongs at {places[0]}"
-    if near := difflib.get_close_matches(key[:QUOTED], known, n=1, cutoff=0.5):
-        return f"unknown key; did you mean {near[0]}?"
+    if near := nearest(key[:QUOTED], known, alike=0.5):
+        return f"unknown key; did you mean {near}?"
     return f"unknown key; known here are {', '.join(known)}"
 
 

@@ -3,7 +3,6 @@
 Arms differ in colour, marker and dash, so that a print in grey and any colour vision can tell them apart.
 """
 
-import hashlib
 import io
 import itertools
 import math
@@ -23,7 +22,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from cola.files import write_bytes
+from cola.files import file_digest, write_bytes
 
 # Okabe & Ito without black and yellow: told apart with any colour vision, and readable on white and on black.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B"]
@@ -102,7 +101,7 @@ def _lean_fonts() -> list[str]:
         whole = Path(findfont(FontProperties(family="sans-serif", weight=weight)))
         if whole.suffix != ".ttf":
             return []
-        lean = Path(mpl.get_cachedir()) / "cola" / f"{hashlib.sha256(whole.read_bytes()).hexdigest()}.ttf"
+        lean = Path(mpl.get_cachedir()) / "cola" / f"{file_digest(whole)}.ttf"
         if not lean.exists():
             options = subset.Options(legacy_kern=True, recommended_glyphs=True)
             options.drop_tables += ["FFTM", "GDEF", "GPOS", "GSUB", "MATH"]

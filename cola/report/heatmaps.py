@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from cola.report.drawing import COLOURS, GREY, INK, MANY, WIDE, clipped, log_scale, looks, new_figure, panels_of, settle
 
+Cells = list[list[float | None]]  # by row and column; None is left empty
+
 
 @dataclass(frozen=True)
 class Heat:
@@ -21,26 +23,27 @@ class Heat:
     Attributes:
         title: Of the panel.
         columns, rows: Names.
-        texts: What stands in each cell, by row and column; None leaves it empty.
-        shades: How dark each cell is, 0 to 1.
+        cells: The numbers.
+        written: A number as it stands in its cell.
+        shade: How dark its cell is, 0 to 1.
     """
 
     title: str
     columns: list[str]
     rows: list[str]
-    texts: list[list[str | None]]
-    shades: list[list[float]]
+    cells: Cells
+    written: Callable[[float], str]
+    shade: Callable[[float], float] = float
 
 
 def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
     # Rectangles of the colour in front of whatever ground there is: readable on white and on black, and not an image.
-    for (row, line), column in itertools.product(enumerate(heat.texts), range(len(heat.columns))):
-        text = line[column]
-        if text is None:
+    for (row, line), column in itertools.product(enumerate(heat.cells), range(len(heat.columns))):
+        if (number := line[column]) is None:
             continue
-        alpha = 0.06 + 0.54 * min(1.0, max(0.0, heat.shades[row][column]))
+        alpha = 0.06 + 0.54 * min(1.0, max(0.0, heat.shade(number)))
         axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=alpha, linewidth=0))
-        axes.text(column, row, text, ha="center", va="center_baseline", fontsize=7)
+        axes.text(column, row, heat.written(number), ha="center", va="center_baseline", fontsize=7)
     axes.set_xlim(-0.55, len(heat.columns) - 0.45)
     axes.set_ylim(len(heat.rows) - 0.45, -0.55)
     axes.set_xticks(range(len(heat.columns)), heat.columns)
@@ -56,33 +59,34 @@ def knots_figure(summary: dict[str, Any]) -> Figure | None:
     if not arms:
         return None
     n_links = max(knot["link"] for knots in arms.values() for knot in knots)
-    columns = [str(link) for link in range(1, n_links + 1)]
-    kinds = [
-        ("relative_size_median", "size ‖ΔW‖/‖W‖", _percent, False),
-        ("error_max", "error of what is applied", _scientific, True),
-        ("cosine_min", "1 − cosine", _scientific, True),
+    links, names = range(1, n_links + 1), list(clipped(arms).values())
+    columns = list(map(str, links))
+
+    def cells(number: Callable[[dict[str, Any]], float | None]) -> Cells:
+        at = {(name, knot["link"]): number(knot) for name, knots in arms.items() for knot in knots}
+        return [[at.get((name, link)) for link in links] for name in arms]
+
+    sizes = cells(lambda knot: knot.get("relative_size_median"))
+    errors = cells(lambda knot: knot.get("error_max"))
+    largest = max((size for row in sizes for size in row if size is not None), default=0.0) or 1.0
+    heats = [
+        Heat("size ‖ΔW‖/‖W‖", columns, names, sizes, _percent, lambda size: size / largest),
+        Heat("error of what is applied", columns, names, errors, _scientific, _logarithmic),
+        Heat("1 − cosine", columns, names, cells(_lost_cosine), _scientific, _logarithmic),
     ]
-    shown = list(clipped(arms).values())
-    panels = []
-    for key, title, written, logarithmic in kinds:
-        numbers: dict[tuple[str, int], float] = {}
-        for name, knots in arms.items():
-            for knot in knots:
-                if knot.get(key) is not None:
-                    value = max(0.0, 1 - knot[key]) if key == "cosine_min" else knot[key]
-                    numbers[name, knot["link"]] = value
-        cells = [[numbers.get((name, link)) for link in range(1, n_links + 1)] for name in arms]
-        panels.append(_heat(title, columns, shown, cells, written, _shade(numbers.values(), logarithmic)))
     beside = n_links <= 8  # else one below the other: the numbers need room
     height = 0.22 * len(arms) + 0.75
-    figure = new_figure(
-        height if beside else 3 * height, max(WIDE if beside else 4.0, 1.7 + (3 if beside else 1) * 0.36 * n_links)
-    )
-    axes = figure.subplots(*((1, 3) if beside else (3, 1)), sharey=beside).tolist()
-    for panel, heat in zip(axes, panels, strict=True):
-        _draw_heat(panel, heat)
-        panel.set_xlabel("link")
+    width = max(WIDE if beside else 4.0, 1.7 + (3 if beside else 1) * 0.36 * n_links)
+    figure = new_figure(height if beside else 3 * height, width)
+    panels = figure.subplots(*((1, 3) if beside else (3, 1)), sharey=beside).tolist()
+    for axes, heat in zip(panels, heats, strict=True):
+        _draw_heat(axes, heat)
+        axes.set_xlabel("link")
     return settle(figure)
+
+
+def _lost_cosine(knot: dict[str, Any]) -> float | None:
+    return None if knot.get("cosine_min") is None else max(0.0, 1 - knot["cosine_min"])
 
 
 def _percent(number: float) -> str:
@@ -93,26 +97,9 @@ def _scientific(number: float) -> str:
     return "0" if number == 0 else f"{number:.0e}".replace("e-0", "e-").replace("-", "−")
 
 
-def _shade(numbers: Iterable[float], logarithmic: bool) -> Callable[[float], float]:
-    """From a number to how dark its cell is, 0 to 1."""
-    if logarithmic:
-        # From float32's own rounding to all: the same error is as dark in every run.
-        return lambda number: (math.log10(max(number, 1e-8)) + 8) / 8
-    most = max(numbers, default=0.0) or 1.0
-    return lambda number: number / most
-
-
-def _heat(
-    title: str,
-    columns: list[str],
-    rows: list[str],
-    cells: list[list[float | None]],
-    written: Callable[[float], str],
-    shade: Callable[[float], float],
-) -> Heat:
-    texts = [[None if number is None else written(number) for number in row] for row in cells]
-    shades = [[0.0 if number is None else shade(number) for number in row] for row in cells]
-    return Heat(title, columns, rows, texts, shades)
+def _logarithmic(number: float) -> float:
+    """From float32's own rounding to all: the same error is as dark in every run."""
+    return (math.log10(max(number, 1e-8)) + 8) / 8
 
 
 def spectra_figure(summary: dict[str, Any]) -> Figure | None:
@@ -190,7 +177,7 @@ def _overlap_map(name: str, about: dict[str, Any]) -> Heat:
     links, full = about["overlap"], about["with_full"]
     rows: list[str] = list(dict.fromkeys([*(links["labels"] if links else []), *(full["labels"] if full else [])]))
     columns: list[str] = [*(links["labels"] if links else []), *(["full"] if full else [])]
-    cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+    cells: Cells = [[None] * len(columns) for _ in rows]
     if links:
         for i, line in enumerate(links["matrix"]):
             cells[i][: len(line)] = line
@@ -201,7 +188,7 @@ def _overlap_map(name: str, about: dict[str, Any]) -> Heat:
     chance = [f"{what} {_share(random)}" for what, random in known if random is not None] or ["nothing learned"]
     heads = [label.removeprefix("link ") for label in columns]
     sides = [label.removeprefix("link ") for label in rows]
-    return _heat(f"{name}\nby chance: {', '.join(chance)}", heads, sides, cells, _share, float)
+    return Heat(f"{name}\nby chance: {', '.join(chance)}", heads, sides, cells, _share)
 
 
 def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Figure:
@@ -211,8 +198,8 @@ def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Fi
     most = max(len(part["labels"]) for part in before.values()) if before else 0
     labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part["labels"]))
     labels.sort(key=lambda label: label == "chain")
-    steps: list[list[float | None]] = []
-    shares: list[list[float | None]] = []
+    steps: Cells = []
+    shares: Cells = []
     for name in found:
         matrix = before[name]["matrix"] if name in before else []
         steps.append([matrix[k][k + 1] if k + 1 < len(matrix) else None for k in range(most - 1)])
@@ -228,7 +215,7 @@ def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Fi
             continue
         chance = sorted({_share(part["random"]) for part in parts.values() if part["random"] is not None})
         by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
-        maps.append(_heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share, float))
+        maps.append(Heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share))
     n_columns = sum(len(heat.columns) for heat in maps)
     figure = new_figure(0.22 * len(found) + 0.9, 1.8 + 0.37 * n_columns)
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=[len(heat.columns) for heat in maps])

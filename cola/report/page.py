@@ -78,42 +78,30 @@ def write_report(folder: RunFolder) -> Path:
     found = read_curves(folder, damaged)
     curves = {arm: found[arm] for arm in summary["arms"] if arm in found}  # in the recipe's order
     tables = page_tables(summary, curves)
-    figures = figures_of(summary, curves)
-    _write_files(folder.path, tables, figures)
     lines = verdict(summary)
     if all(one["role"] == "later" for one in summary["contrasts"]):
         lines.insert(0, UNNAMED)
-    page = render(
+    return _write_page(
+        folder.path / "report.html",
         "report.html.j2",
+        summary,
+        tables,
+        figures_of(summary, curves),
         name=folder.path.name,
-        summary=summary,
         headline=lines[0],
         states=page_states(summary),
         whole=all(arm["n_seeds"] == len(summary["seeds"]) for arm in summary["arms"].values()),
-        tables=tables,
-        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
         notes=[*lines[1:], *dict.fromkeys([*summary["notes"], *damaged])],
         recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
         provenance=json.dumps({k: v for k, v in (summary["meta"] or {}).items() if k != "all_packages"}, indent=2),
     )
-    folder.write_text("report.html", page)
-    return folder.path / "report.html"
 
 
 def write_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Path:
     """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
     figures = {"ablation": ablation_figure(summary)} if any(row["n_seeds"] for row in summary["rows"]) else {}
-    tables = {"ablation": ablation_table(summary)}
-    _write_files(folder.path, tables, figures)
-    page = render(
-        "ablation.html.j2",
-        summary=summary,
-        tables=tables,
-        notes=ablation_notes(summary),
-        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
-    )
-    write_text(folder.path / "ablation.html", page)
-    return folder.path / "ablation.html"
+    tables, notes = {"ablation": ablation_table(summary)}, ablation_notes(summary)
+    return _write_page(folder.path / "ablation.html", "ablation.html.j2", summary, tables, figures, notes=notes)
 
 
 def write_tasks(path: Path, summary: dict[str, Any]) -> Path:
@@ -123,19 +111,9 @@ def write_tasks(path: Path, summary: dict[str, Any]) -> Path:
     tables = dict(zip(names, task_tables(summary), strict=True))
     figure = contrasts_figure(summary) if averaged else None
     figures = {"contrasts": figure} if figure else {}
-    _write_files(path, tables, figures)
     write_text(path / "summary.json", json.dumps(summary, indent=1) + "\n")
     said = [contrast_sentence(one, summary["metric"]) for one in summary["contrasts"]] if averaged else [UNNAMED]
-    page = render(
-        "tasks.html.j2",
-        name=path.name,
-        summary=summary,
-        said=said,
-        tables=tables,
-        figures={name: _drawn(name, figure, summary) for name, figure in figures.items()},
-    )
-    write_text(path / "report.html", page)
-    return path / "report.html"
+    return _write_page(path / "report.html", "tasks.html.j2", summary, tables, figures, name=path.name, said=said)
 
 
 def page_tables(summary: dict[str, Any], curves: Curves) -> dict[str, Table]:
@@ -196,9 +174,22 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(script=Markup(script), policy=POLICY.format(digest), **values)
 
 
-def _drawn(name: str, figure: Figure, summary: dict[str, Any]) -> Drawn:
-    title, caption = CAPTIONS[name]
-    return Drawn(title, caption, alternative(name, summary), Markup(svg(figure, name)))
+def _write_page(
+    path: Path,
+    template: str,
+    summary: dict[str, Any],
+    tables: dict[str, Table],
+    figures: dict[str, Figure],
+    **more: Any,
+) -> Path:
+    """Write a page, and its figures and tables as files beside it; returns its path."""
+    _write_files(path.parent, tables, figures)
+    drawn = {
+        name: Drawn(*CAPTIONS[name], alternative(name, summary), Markup(svg(figure, name)))
+        for name, figure in figures.items()
+    }
+    write_text(path, render(template, summary=summary, tables=tables, figures=drawn, **more))
+    return path
 
 
 def _write_files(folder: Path, tables: dict[str, Table], figures: dict[str, Figure]) -> None:

@@ -97,25 +97,6 @@ class Terminal:
             yield RunProgress(self, bars, bars.add_task("all arms", total=total_steps, state=""))
 
 
-class NoProgress:
-    """Progress that nobody is shown."""
-
-    def job(self, label: str, total_steps: int) -> None:
-        """As RunProgress's."""
-
-    def stage(self, text: str) -> None:
-        """As RunProgress's."""
-
-    def step(self, link: str, loss: float, tokens: int, seconds: float) -> None:
-        """As RunProgress's."""
-
-    def skip(self, steps: int) -> None:
-        """As RunProgress's."""
-
-    def close(self) -> None:
-        """As RunProgress's."""
-
-
 @dataclass
 class RunProgress:
     """Progress of a run; `job` begins an arm, `step` and `stage` tell where it is."""

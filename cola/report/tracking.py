@@ -30,10 +30,12 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cola.errors import one_line
 from cola.files import write_text
 from cola.recipe.schema import Tracking
 from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
@@ -125,6 +127,32 @@ class NoTracker:
         """As Tracker's."""
 
 
+@dataclass
+class _Note:
+    """What a folder keeps of its W&B run between sessions."""
+
+    path: Path
+    id: str
+    session: str = ""  # its folder's name
+    began: int = 0  # the last step that was sent before this session
+    logged: int = 0  # the last step that was sent
+    clean: bool = True  # whether the session came to its end
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Note":
+        """The folder's, or a new one."""
+        path = folder / WANDB_NOTE
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, **{key: known[key] for key in ("id", "session", "began", "logged", "clean")})
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(path, secrets.token_hex(4))
+
+    def write(self, clean: bool) -> None:
+        known = {"id": self.id, "session": self.session, "began": self.began, "logged": self.logged}
+        write_text(self.path, json.dumps({**known, "clean": clean}))
+
+
 class Tracker:
     """Sends one run at a time to W&B; after the first failure it is silent."""
 
@@ -137,21 +165,17 @@ class Tracker:
         self.mode = mode_of(settings)
         self.run: Any = None
         self.entity: str | None = None  # to whom the last online run belongs
-        self.identity = ""
-        self.note = folder / WANDB_NOTE
-        self.logged = 0  # the last step that was sent
-        self.began = 0  # the last step that was sent before this session
-        self.session = ""  # its folder's name
+        self.note = _Note(folder / WANDB_NOTE, "")
         self.waiting: dict[int, dict[str, float]] = {}
 
     def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
         """Begin the W&B run of an arm and seed, or go on with the one that its folder names."""
         if self.mode == "off":
             return
-        self.note, self.waiting = folder / WANDB_NOTE, {}
+        self.waiting = {}
 
         def begin() -> None:
-            self._read_note()
+            self._open_note(folder)
             self._init(f"{arm}-seed{seed}", arm, config)
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
@@ -165,7 +189,7 @@ class Tracker:
         self.run = wandb.init(
             project=self.settings.project,
             entity=self.settings.entity,
-            id=self.identity,
+            id=self.note.id,
             resume="allow",
             group=self.group,
             name=f"{self.prefix}{name}",
@@ -185,10 +209,10 @@ class Tracker:
             ),
         )
         if self.mode == "online" and self.run.resumed:
-            self.logged = self.run.step - 1  # the server knows what has arrived
+            self.note.logged = self.run.step - 1  # the server knows what has arrived
         self.entity = self.run.entity
-        self.began, self.session = self.logged, Path(self.run.settings.sync_dir).name
-        self._write_note(clean=False)
+        self.note.began, self.note.session = self.note.logged, Path(self.run.settings.sync_dir).name
+        self.note.write(clean=False)
 
     def compare(self, comparison: Comparison, config: dict[str, Any]) -> bool:
         """Send what a whole group found, as a W&B run of its own; sent again, it takes the place of what was there.
@@ -198,14 +222,13 @@ class Tracker:
         """
         if self.mode == "off":
             return False
-        self.note = self.folder / WANDB_NOTE
 
         def send() -> None:
             import wandb
 
-            self._read_note(anew=True)
+            self._open_note(self.folder, anew=True)
             self._init(COMPARISON, COMPARISON, config)
-            self.logged += 1
+            self.note.logged += 1
             tables = {
                 f"table/{name}": wandb.Table(columns=[*table.columns], data=typed_rows(table))
                 for name, table in comparison.tables.items()
@@ -218,11 +241,10 @@ class Tracker:
             }
             self.run.summary.update(comparison.numbers)
             with self._copies_here():
-                self.run.log({**tables, **figures}, step=self.logged)
+                self.run.log({**tables, **figures}, step=self.note.logged)
                 self.run.log_artifact(self._artifact(comparison.files))
             self.run.finish()
-            self._write_note(clean=True)
-            self._sweep()
+            self._close_note()
             self.run = None
 
         self._guard(send)
@@ -272,7 +294,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
-        if self.run is None or step <= self.logged:
+        if self.run is None or step <= self.note.logged:
             return
         if any(waiting < step for waiting in self.waiting):
             self._send()
@@ -281,44 +303,37 @@ class Tracker:
     def _send(self) -> None:
         """One row of W&B's history for all that is known of a step."""
         for step, metrics in self.waiting.items():
-            self.logged = step
+            self.note.logged = step
             self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
         self.waiting = {}
 
-    def _read_note(self, anew: bool = False) -> None:
-        """Who this W&B run is, and the last step that is safely there.
+    def _open_note(self, folder: Path, anew: bool = False) -> None:
+        """Who the folder's W&B run is, and the last step that is safely there.
 
         A session that was killed offline has lost what W&B had not written yet, thousands of rows perhaps: its part is
         thrown away, unless it was uploaded, and its steps are sent again. `anew`: and so is any other's, since this
         session sends everything.
         """
-        try:
-            known = json.loads(self.note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        whole = isinstance(known, dict) and known.keys() >= {"id", "session", "began", "logged", "clean"}
-        if not whole:
-            known = {"id": secrets.token_hex(4), "session": "", "began": 0, "logged": 0, "clean": True}
-        self.identity, self.logged = known["id"], known["logged"]
+        self.note = _Note.read(folder)
         self._sweep()
-        if (anew or not known["clean"]) and self.mode == "offline":
-            part = self.folder / "wandb" / known["session"]
+        if (anew or not self.note.clean) and self.mode == "offline":
+            part = self.folder / "wandb" / self.note.session
             if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
                 # Renamed first: W&B's own process outlives a kill by a moment, and may still be writing there.
                 with contextlib.suppress(FileNotFoundError):
                     part = part.rename(part.with_name(f"killed-{part.name}"))
                 shutil.rmtree(part, ignore_errors=True)
-                self.logged = known["began"]
+                self.note.logged = self.note.began
+
+    def _close_note(self) -> None:
+        self.note.write(clean=True)
+        self._sweep()
 
     def _sweep(self) -> None:
         """Remove what a session left that was killed before W&B had begun its file: `wandb sync` cannot read it."""
         for part in self.folder.glob("wandb/offline-run-*"):
             if not any(part.glob("*.wandb")):
                 shutil.rmtree(part, ignore_errors=True)
-
-    def _write_note(self, clean: bool) -> None:
-        known = {"id": self.identity, "session": self.session, "began": self.began, "logged": self.logged}
-        write_text(self.note, json.dumps({**known, "clean": clean}))
 
     def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
         """End the W&B run, with its final numbers in the summary; `status` is the result's: ok, failed or interrupted.
@@ -333,8 +348,7 @@ class Tracker:
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})
             self.run.finish(exit_code=0 if status == "ok" else 1)
-            self._write_note(clean=True)
-            self._sweep()
+            self._close_note()
 
         self._guard(end)
         self.run = None
@@ -344,7 +358,7 @@ class Tracker:
             action()
         # wandb, its service process and the network fail in many ways, and none of them may stop training.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200)
             self.warn(f"W&B failed and is off for the rest of this run ({reason}); results are in {self.folder}")
             self.run = None
             self.mode = "off"

@@ -10,22 +10,12 @@ from cola.run.bench import Bench
 from cola.tree.segments import Tree, merge_of
 
 
-def say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -> None:
-    """Arms that come to the same weights in the same way: what differs between them in the recipe has no effect."""
-    ends: dict[tuple[str, str | None], str] = {}
-    for job in jobs:
-        if job.trial or job.seed != recipe.seeds[0]:
-            continue
-        lineage = tree.lineage(job)
-        low_rank = lineage.links and lineage.links[0].settings.is_pair
-        merge = merge_of(recipe.resolved(job.arm).rules, "quantization" in lineage.root) if low_rank else None
-        twin = ends.setdefault((lineage.names[-1], merge), job.arm)
-        if twin != job.arm and not recipe.searches_of(job.arm):
-            terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
-
-
-def say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, terminal: Terminal) -> None:
+def say_cautions(
+    recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, terminal: Terminal, of_ablation: bool
+) -> None:
     """What may surprise, or cannot be counted."""
+    if not of_ablation:  # a point of one may well be another arm: a chain of one link is LoRA
+        _say_twins(recipe, tree, jobs, terminal)
     if note := overlap_note(recipe):
         terminal.warn(note)
     for arm in recipe.arms:
@@ -42,15 +32,22 @@ def say_cautions(recipe: Recipe, tree: Tree, jobs: list[Job], meter: Meter, term
         terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
 
 
-def say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
-    """How many segments are needed, found and to be trained.
+def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -> None:
+    """Arms that come to the same weights in the same way: what differs between them in the recipe has no effect."""
+    ends: dict[tuple[str, str | None], str] = {}
+    for job in jobs:
+        if job.trial or job.seed != recipe.seeds[0]:
+            continue
+        lineage = tree.lineage(job)
+        low_rank = lineage.links and lineage.links[0].settings.is_pair
+        merge = merge_of(recipe.resolved(job.arm).rules, "quantization" in lineage.root) if low_rank else None
+        twin = ends.setdefault((lineage.names[-1], merge), job.arm)
+        if twin != job.arm and not recipe.searches_of(job.arm):
+            terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
 
-    Args:
-        bench: What the run's jobs share.
-        known: The jobs whose searched values are known by now.
-        jobs: These and those whose values are not.
-        terminal: Says it.
-    """
+
+def say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
+    """How many segments are needed, found and to be trained; `known`: those jobs whose searched values are known."""
     needed = bench.tree.segments(known)
     missing: dict[str, int] = {}
     begun: dict[str, int] = {}

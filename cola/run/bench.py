@@ -18,12 +18,13 @@ from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
 from cola.run.materials import Materials
 from cola.run.plan_tree import Planner
+from cola.tree.locks import CHANGES, lock
 from cola.tree.made import Provenance
 from cola.tree.measured import Measurements, rows_digest
 from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
 from cola.tree.segments import Tree, merge_of
-from cola.tree.store import CHANGES, Store
+from cola.tree.store import Store
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Bench:
         """
         more = names - self.used["weights"]
         self.used["weights"] = names
-        with self.store.lock(CHANGES) if more else nullcontext():
+        with lock(self.store.path, CHANGES) if more else nullcontext():
             self.write_references()
 
     def write_references(self) -> None:

@@ -119,14 +119,7 @@ def selection_key(select_by: str, loss: float, score: float | None) -> tuple[flo
 
 
 def knot_record(given: Assignment, number: int, knot: Knot, seconds: float) -> dict[str, Any]:
-    """What result.json and ledger.jsonl say of a knot.
-
-    Args:
-        given: The job's assignment.
-        number: Of the link that was tied, from 0.
-        knot: What tying it did.
-        seconds: It took.
-    """
+    """What result.json and ledger.jsonl say of a knot that tied the link of that number, from 0, in so many seconds."""
     link = given.links[number]
     return {
         "link": number + 1,

@@ -45,13 +45,8 @@ def _is_known(given: Assignment, course: Course, step: int) -> bool:
 
 
 def recall(given: Assignment, course: Course, step: int, with_knot: bool) -> None:
-    """Take the steps up to this one from the store, as if they had been made now.
-
-    Args:
-        given: The job's assignment.
-        course: Gets them.
-        step: From `deepest`.
-        with_knot: Whether a knot at its end is taken too; else it is for training to tie it.
+    """Take the steps up to one that `deepest` has found from the store, as if they had been made now; `with_knot`: and
+    a knot at its end, which is else for training to tie.
 
     Raises:
         KnotDrift: a knot moved more than this recipe allows.

@@ -9,6 +9,7 @@ from cola.recipe.recipe import Recipe
 from cola.run.bench import Bench
 from cola.run.search import with_choice
 from cola.run.spectrum_files import SpectrumFiles
+from cola.tree.prune import let_go
 
 
 def wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: SpectrumFiles) -> set[str]:
@@ -57,4 +58,4 @@ def let_full_weights_go(bench: Bench, seed: int) -> None:
                 done.update(bench.tree.lineage(one).names[1:])
     loose = {name for name in done - bench.used["weights"] if bench.store.has(name)}
     with contextlib.suppress(StoreError):  # what others need cannot be told
-        bench.store.let_go(loose, bench.folder.path)
+        let_go(bench.store, loose, bench.folder.path)

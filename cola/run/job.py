@@ -9,9 +9,8 @@
 What is fixed before it begins is its assignment (assignment.py). The model is loaded only for what the store has not.
 """
 
+from functools import partial
 from time import perf_counter
-
-from transformers import PreTrainedModel
 
 from cola.recipe.plan import Job
 from cola.run.assignment import Assignment
@@ -20,7 +19,7 @@ from cola.run.course import Course
 from cola.run.find import deepest, recall
 from cola.run.loaded import Loaded
 from cola.run.result import hand_out, refer, result_record, tracked_config, tracked_numbers
-from cola.run.scoring import evaluate, general_before
+from cola.run.scoring import evaluate, score_untouched
 from cola.run.training import train
 
 
@@ -37,12 +36,7 @@ def do_job(bench: Bench, job: Job) -> None:
     """
     given, started = Assignment.of(bench, job), perf_counter()
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
-
-    def before_training(model: PreTrainedModel) -> None:
-        if given.general:
-            general_before(given, lambda: model)
-
-    loaded = Loaded(given, before_training)
+    loaded = Loaded(given, partial(score_untouched, given))
     try:
         course = _find_or_train(given, loaded)
         evaluation = evaluate(given, loaded, course.scored_step)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
-from cola.link.moments import Moments, read_moments
+from cola.link.moments import read_moments
 from cola.run.assignment import Assignment
 from cola.run.course import Course
 
@@ -33,14 +33,13 @@ class Keeper:
         given, at = self.given, self.course.at
         link = given.links[given.lineage.link_of(at)]
         goes_on = link.settings.is_pair or given.bench.tree.goes_on(given.lineage.names[at])
-        self._keep("segment", model, self._moments(model, optimizer) if goes_on else None, None)
+        self._keep("segment", model, optimizer if goes_on else None, None)
         self._leave()
 
     def keep_checkpoint(self, model: PreTrainedModel, optimizer: AcceleratedOptimizer, stop: int) -> None:
         """A state on the way to `stop`, from which training can go on."""
         if self._checkpoint != self.course.at:
-            towards = self.given.lineage.names[stop]
-            self._keep("checkpoint", model, self._moments(model, optimizer), towards)
+            self._keep("checkpoint", model, optimizer, self.given.lineage.names[stop])
             self._leave()
             self._checkpoint = self.course.at
 
@@ -53,11 +52,11 @@ class Keeper:
         if before is not None:
             self._outdone.append(before)
 
-    def _keep(self, kind: str, model: PreTrainedModel, moments: Moments | None, towards: str | None) -> None:
+    def _keep(
+        self, kind: str, model: PreTrainedModel, optimizer: AcceleratedOptimizer | None, towards: str | None
+    ) -> None:
+        moments = read_moments(model, optimizer, self.given.accelerator) if optimizer is not None else None
         self.given.states.keep(self.course.at, kind, model, moments, self.course.link_steps, towards)
-
-    def _moments(self, model: PreTrainedModel, optimizer: AcceleratedOptimizer) -> Moments:
-        return read_moments(model, optimizer, self.given.accelerator)
 
     def _leave(self) -> None:
         """A later state is kept: the checkpoint before it has served, and the bests that were outdone."""

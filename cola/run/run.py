@@ -12,13 +12,12 @@ from cola.compare.records import StoreUse, Summary, Wandb
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
-from cola.link.accelerator import quiet_libraries
 from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker, sync_command
-from cola.run.announce import say_cautions, say_plan, say_twins
+from cola.run.announce import say_cautions, say_plan
 from cola.run.base_check import check_bases
 from cola.run.bench import Bench
 from cola.run.folder_check import check_folder
@@ -29,10 +28,12 @@ from cola.run.materials import gather, heeding
 from cola.run.plan_tree import Planner
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.run.spectrum_files import SpectrumFiles
+from cola.tree.locks import WAIT_SECONDS, claim, in_use
 from cola.tree.made import SelfCheck
+from cola.tree.prune import register, size_of
 from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
-from cola.tree.store import WAIT_SECONDS, Store, size_of
+from cola.tree.store import Store
 
 
 def run(
@@ -61,7 +62,6 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
-    quiet_libraries()
     materials = gather(recipe, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
     meta, used = check_folder(materials, folder, store, terminal), folder.references()
@@ -74,19 +74,17 @@ def run(
     planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
-    if not siblings:  # a point of an ablation may well be another arm: a chain of one link is LoRA
-        say_twins(recipe, tree, jobs, terminal)
-    say_cautions(recipe, tree, jobs, meter, terminal)
+    say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
     tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
     steps = {job: tree.lineage(job).n_steps for job in jobs}
     with (
-        store.in_use(),
+        in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress(sum(steps.values())) as progress,
     ):
-        tracked = set() if tracked is None else tracked
+        sent = set() if tracked is None else tracked
         bench = Bench(
-            materials, folder, store, planner, meter, tree, meta, used, ready, tracker, tracked, signals, progress
+            materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress
         )
         interrupted = _stopped(bench, steps, terminal)
     summary = summarize(recipe, folder).model_copy(
@@ -102,7 +100,7 @@ def run(
 
 def _stopped(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> bool:
     """Do every job; returns whether the user stopped it."""
-    bench.store.register(bench.folder.path)
+    register(bench.store, bench.folder.path)
     stopped = False
     try:
         _do_all(bench, steps, terminal)
@@ -130,7 +128,7 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
         for job in left:
             if not job.trial and open_trials.intersection(trials_of(bench.recipe, job.arm, job.seed)):
                 continue
-            with bench.store.claim(_claim(bench, job)) as mine:
+            with claim(bench.store.path, _claim(bench, job)) as mine:
                 if not mine:
                     continue
                 if searching and not job.trial:

@@ -18,6 +18,12 @@ def score_attached(given: Assignment, model: PreTrainedModel, step: int) -> list
     return given.measured.scores("validation", step, "attached", compute)
 
 
+def score_untouched(given: Assignment, model: PreTrainedModel) -> None:
+    """The general text by a base that was just loaded for something else, before anything is attached to it."""
+    if given.general:
+        _general_before(given, lambda: model)
+
+
 def evaluate(given: Assignment, loaded: Loaded, step: int) -> dict[str, Any]:
     """Score every split and the general text by the model after a step; `evaluation` of result.json."""
     model = partial(loaded.model_after, step)
@@ -34,37 +40,27 @@ def _forgetting(given: Assignment, loaded: Loaded, step: int) -> dict[str, Any] 
         return None
     after = []
     if step:
-        compute = partial(_score_general, given, partial(loaded.model_after, step), "")
+        compute = partial(_score, given, partial(loaded.model_after, step), "general", "")
         after = given.measured.scores("general", step, "tied", compute)
     # Asked for last: where a model had to be loaded for anything else, this was measured then, before anything was
     # attached to that; a chain has links in it by now.
-    before = general_before(given, loaded.load)
+    before = _general_before(given, loaded.load)
     after = after or before  # without links nothing is forgotten
     _write(given, "general", given.general, after)
     return forgetting_of(before, after)
 
 
-def general_before(given: Assignment, untouched: Callable[[], PreTrainedModel]) -> list[ExampleScore]:
-    """The general text by the untouched base, whose name all arms and seeds on it share.
-
-    Args:
-        given: The job's assignment.
-        untouched: Gives the base, if it is needed.
-    """
-    compute = partial(_score_general, given, untouched, " of the untouched model")
+def _general_before(given: Assignment, untouched: Callable[[], PreTrainedModel]) -> list[ExampleScore]:
+    """The general text by the untouched base, whose name all arms and seeds on it share."""
+    compute = partial(_score, given, untouched, "general", " of the untouched model")
     return given.measured.scores("general", 0, "attached", compute)
 
 
 def _score(given: Assignment, model: Callable[[], PreTrainedModel], split: str, at: str) -> list[ExampleScore]:
-    scored = model()
-    given.bench.progress.stage(f"scoring {split}{at}")
-    return given.evaluator(scored, given.rows[split])
-
-
-def _score_general(given: Assignment, model: Callable[[], PreTrainedModel], at: str) -> list[ExampleScore]:
-    scored = model()
-    given.bench.progress.stage(f"scoring the general text{at}")
-    return given.evaluator.of_text()(scored, given.general)
+    scored, general = model(), split == "general"
+    given.bench.progress.stage(f"scoring {'the general text' if general else split}{at}")
+    evaluator = given.evaluator.of_text() if general else given.evaluator
+    return evaluator(scored, given.general if general else given.rows[split])
 
 
 def _write(given: Assignment, split: str, examples: Sequence[Example], scores: Sequence[ExampleScore]) -> None:

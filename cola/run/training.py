@@ -23,6 +23,7 @@ from cola.run.interrupt import Interrupted
 from cola.run.keep import Keeper
 from cola.run.loaded import Loaded
 from cola.run.scoring import score_attached
+from cola.tree.locks import lock
 
 
 class NothingLeft(Exception):
@@ -97,7 +98,8 @@ class Trainer:
             start = max(step for step in heads if step <= course.at)
             stop = min(step for step in given.cuts if step > course.at)
             waiting = f"waiting for another process that trains steps {start + 1} to {stop}"
-            with given.bench.store.lock(given.lineage.names[start + 1], partial(given.bench.progress.stage, waiting)):
+            say = partial(given.bench.progress.stage, waiting)
+            with lock(given.bench.store.path, given.lineage.names[start + 1], say):
                 # Another process may have trained all or a part of it, by now or before it was killed.
                 if found := deepest(given, course, range(course.at + 1, stop + 1)):
                     if not given.has_weights(found):

@@ -1,10 +1,22 @@
-"""The kernel's lock on a file (flock): of one process at a time, and gone with it, however it ends. No torch."""
+"""Locks of the kernel (flock): each of one process at a time, and gone with it, however it ends. No torch.
 
+Those of a store lie in STORE/locks/, one file for each key.
+"""
+
+import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cola.errors import StoreError
+from cola.files import remove_all
+
+WAIT_SECONDS = 0.2
+IN_USE = "in-use"  # the lock that every run holds
+CHANGES = "changes"  # the lock on putting, changing and removing segments, for the moment it takes
 
 
 @contextmanager
@@ -32,3 +44,60 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def claim(store: Path, key: str) -> Iterator[bool]:
+    """Hold a store's key for this process unless another one does; whether it is held now."""
+    with claimed(store / "locks" / key) as mine:
+        yield mine
+
+
+@contextmanager
+def lock(store: Path, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a store's key for this process; `on_wait` is called once if another one holds it."""
+    waited = False
+    while True:
+        with claim(store, key) as mine:
+            if mine:
+                yield
+                return
+        if not waited:
+            on_wait()
+        waited = True
+        time.sleep(WAIT_SECONDS)
+
+
+@contextmanager
+def in_use(store: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Held by every run, so that pruning waits for it; the first one clears what dead ones left.
+
+    Args:
+        store: The store's folder.
+        warn: Told if pruning has to be waited for.
+    """
+    with (store / "locks" / IN_USE).open("a") as file:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_all((store / "writing").iterdir())
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            warn(f"store: {store} is being pruned; waiting for that to end")
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def alone(store: Path) -> Iterator[None]:
+    """No run uses the store.
+
+    Raises:
+        StoreError: one does.
+    """
+    with (store / "locks" / IN_USE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"store: a run is at work in {store}; prune when it has ended") from None
+        yield

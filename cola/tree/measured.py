@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cola.files import digest, each_once
 from cola.measure.scores import ExampleScore
+from cola.tree.locks import lock
 from cola.tree.segments import Lineage
 from cola.tree.spectra import VERSION
 from cola.tree.store import Store
@@ -58,42 +59,42 @@ class Measurements:
 
     def known_scores(self, split: str, step: int, form: Form) -> list[ExampleScore] | None:
         """A split's scores, if they were computed before."""
-        what = self._scores_of(split, step, form)
-        value = self.store.recall(what)
-        return None if value is None else self._read(what, value)
+        circumstances = self._scores_of(split, step, form)
+        record = self.store.recall(circumstances)
+        return None if record is None else self._read(circumstances, record)
 
     def scores(
         self, split: str, step: int, form: Form, compute: Callable[[], list[ExampleScore]]
     ) -> list[ExampleScore]:
         """A split's scores, computed now unless they were before."""
-        what = self._scores_of(split, step, form)
-        value = self.store.recall(what)
-        if value is None:
-            with self.store.lock(digest(what)):
-                value = self.store.recall(what)
-                if value is None:
+        circumstances = self._scores_of(split, step, form)
+        record = self.store.recall(circumstances)
+        if record is None:
+            with lock(self.store.path, digest(circumstances)):
+                record = self.store.recall(circumstances)
+                if record is None:
                     started = perf_counter()
                     scores = compute()
-                    value = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
-                    value["made"] = self.made
-                    self.store.remember(what, value)
-        return self._read(what, value)
+                    record = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
+                    record["made"] = self.made
+                    self.store.remember(circumstances, record)
+        return self._read(circumstances, record)
 
     def known_knot(self, step: int) -> dict[str, Any] | None:
         """The record of the knot after a link's last step, if it was tied before."""
-        what = self._knot_of(step)
-        self.used.add(digest(what))
-        if (value := self.store.recall(what)) is None:
+        circumstances = self._knot_of(step)
+        self.used.add(digest(circumstances))
+        if (record := self.store.recall(circumstances)) is None:
             return None
-        self._made[digest(what)] = value["made"]
-        return {key: number for key, number in value.items() if key != "made"}
+        self._made[digest(circumstances)] = record.pop("made")
+        return record
 
     def keep_knot(self, step: int, record: dict[str, Any]) -> None:
         """Keep the record of a knot."""
-        what = self._knot_of(step)
-        self.used.add(digest(what))
-        self._made[digest(what)] = self.made
-        self.store.remember(what, {**record, "made": self.made})
+        circumstances = self._knot_of(step)
+        self.used.add(digest(circumstances))
+        self._made[digest(circumstances)] = self.made
+        self.store.remember(circumstances, {**record, "made": self.made})
 
     def known_spectrum(self, step: int, beside: dict[str, Any]) -> dict[str, Any] | None:
         """The spectra of what led to a state, if they were taken before.
@@ -102,41 +103,34 @@ class Measurements:
             step: The state's.
             beside: What they depend on besides it.
         """
-        what = self._spectrum_of(step, beside)
-        self.used.add(digest(what))
-        return self.store.recall(what)
+        circumstances = self._spectrum_of(step, beside)
+        self.used.add(digest(circumstances))
+        return self.store.recall(circumstances)
 
     def keep_spectrum(self, step: int, beside: dict[str, Any], record: dict[str, Any]) -> None:
         """Keep the spectra of what led to a state."""
-        what = self._spectrum_of(step, beside)
-        self.used.add(digest(what))
-        self.store.remember(what, {"version": VERSION, **record})
+        circumstances = self._spectrum_of(step, beside)
+        self.used.add(digest(circumstances))
+        self.store.remember(circumstances, {"version": VERSION, **record})
 
     def _scores_of(self, split: str, step: int, form: Form) -> dict[str, Any]:
-        state = self.lineage.names[step]
-        causes = {"measured": "scores", "state": state, "form": form, "rows": self.rows[split]}
-        causes |= self.scoring[split]
-        return causes | ({"merge": self.tie["merge"]} if form == "tied" else {})
+        of_state = {"measured": "scores", "state": self.lineage.names[step], "form": form, "rows": self.rows[split]}
+        return of_state | self.scoring[split] | ({"merge": self.tie["merge"]} if form == "tied" else {})
 
     def _spectrum_of(self, step: int, beside: dict[str, Any]) -> dict[str, Any]:
         return {"measured": "spectrum", "version": VERSION, "state": self.lineage.names[step], **beside}
 
     def _knot_of(self, step: int) -> dict[str, Any]:
-        last = step == len(self.lineage.steps)
-        tie = {**self.tie, "fraction": 1.0} if last else self.tie
-        return {
-            "measured": "knot",
-            "version": KNOT_VERSION,
-            "state": self.lineage.names[step],
-            "rows": self.probe,
-            **tie,
-        }
+        tie = {**self.tie, "fraction": 1.0} if step == self.lineage.n_steps else self.tie
+        state = {"state": self.lineage.names[step], "rows": self.probe}
+        return {"measured": "knot", "version": KNOT_VERSION, **state, **tie}
 
-    def _read(self, what: dict[str, Any], value: dict[str, Any]) -> list[ExampleScore]:
-        self._seconds[digest(what)] = value["seconds"]
-        self._made[digest(what)] = value["made"]
-        self.used.add(digest(what))
-        return [ExampleScore(**row) for row in value["scores"]]
+    def _read(self, circumstances: dict[str, Any], record: dict[str, Any]) -> list[ExampleScore]:
+        name = digest(circumstances)
+        self._seconds[name] = record["seconds"]
+        self._made[name] = record["made"]
+        self.used.add(name)
+        return [ExampleScore(**row) for row in record["scores"]]
 
 
 def rows_digest(rows: Sequence[Any]) -> str:

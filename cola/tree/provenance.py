@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 @cache  # a second to read, and an ablation asks for every point
 def _installed() -> list[str]:
-    return sorted(f"{found.name}=={found.version}" for found in distributions())
+    return sorted(f"{package.name}=={package.version}" for package in distributions())
 
 
 def machine() -> dict[str, Any]:

@@ -10,7 +10,6 @@ RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (valida
                            chosen-seed-S.json: those of a seed that chooses for itself
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from cola.errors import RunFolderError, plain
-from cola.files import write_text
+from cola.files import file_digest, write_text
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
@@ -218,7 +217,7 @@ class RunFolder:
 
     def recipe_digest(self) -> str:
         """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
-        return hashlib.sha256((self.path / "recipe.yaml").read_bytes()).hexdigest()
+        return file_digest(self.path / "recipe.yaml")
 
     @property
     def finished(self) -> bool:

@@ -17,6 +17,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from cola.files import canonical, digest
@@ -119,13 +120,13 @@ def lineage(
     """
     names, headers, steps = [digest(root)], [], []
     for number, link in enumerate(links):
-        theirs = digests[link.first_step : link.last_step]
+        batches = digests[link.first_step : link.last_step]
         header = {
             "parent": names[-1],
             "method": link.settings.method,
             "settings": _settings(link.settings),
             "modules": modules_of(link),
-            "start": _start(link, number, theirs, root["dtype"]),
+            "start": _start(link, number, batches, root["dtype"]),
             "seed": link.seed,
             "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root),
             "optimizer": {
@@ -139,17 +140,17 @@ def lineage(
         }
         if link.settings.is_whole and buffers:
             header["buffers"] = list(buffers)  # what was kept before they were is no whole model
-        mine = list(zip(link.learning_rates, theirs, strict=True))
-        names += _names(header, mine)
+        link_steps = list(zip(link.learning_rates, batches, strict=True))
+        names += _names(header, link_steps)
         headers.append(header)
-        steps += mine
+        steps += link_steps
     return Lineage(root, links, headers, steps, names)
 
 
 def _settings(settings: Settings) -> Causes:
     """What a link trains, without what is said elsewhere: the modules by their full names, the start, the rates."""
-    said = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
-    return {key: value for key, value in settings.record().items() if key not in said}
+    elsewhere = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
+    return {key: value for key, value in settings.record().items() if key not in elsewhere}
 
 
 def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:
@@ -226,9 +227,9 @@ class Tree:
             lineages: Of all jobs that there may be, those of an ablation's other points among them.
         """
         after: dict[str, set[str]] = defaultdict(set)
-        for mine in lineages:
-            self._cuts |= {mine.names[link.last_step] for link in mine.links}
-            for name, following in zip(mine.names, mine.names[1:], strict=False):
+        for path in lineages:
+            self._cuts |= {path.names[link.last_step] for link in path.links}
+            for name, following in pairwise(path.names):
                 after[name].add(following)
         self._cuts |= {name for name, following in after.items() if len(following) > 1}
         self._inner |= set(after)
@@ -243,10 +244,9 @@ class Tree:
 
     def segments(self, jobs: Iterable[Job]) -> dict[str, list[str]]:
         """Each segment that the jobs need, a shared one once: the name of its end, and of the states of its steps."""
-        found: dict[str, list[str]] = {}
+        segments = {}
         for job in jobs:
-            names, first = self.lineage(job).names, 0
-            for cut in self.cuts(job):
-                found[names[cut]] = names[first + 1 : cut + 1]
-                first = cut
-        return found
+            names = self.lineage(job).names
+            for start, end in pairwise([0, *self.cuts(job)]):
+                segments[names[end]] = names[start + 1 : end + 1]
+        return segments

@@ -247,6 +247,7 @@ def test_trials_run_on_a_seed_of_their_own_and_their_loss_or_score_decides(recip
     assert any("the choice of learning rate on seed 1000." in line for line in verdict(summary))
 
 
+@pytest.mark.slow
 def test_each_seed_chooses_for_itself_and_what_it_chose_is_not_trained_again(recipe_file: Path) -> None:
     near = [0.06, 0.08, 0.1]  # so near that the seeds do not agree
     settings = [f"training.learning_rate={{search: {RATES}, per: seed}}", "arms.base=null", "arms.chain3=null"]

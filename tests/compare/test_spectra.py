@@ -248,6 +248,7 @@ def test_spectra_that_fail_cost_a_warning_and_nothing_else(recipe_file: Path, mo
     assert (folder.path / "arms/chain3/seed-0/spectrum.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_said_and_spoils_no_other(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, *SHORT)
     (folder.path / "arms/full/seed-0/spectrum.json").write_text("{")

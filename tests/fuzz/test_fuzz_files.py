@@ -31,6 +31,7 @@ from cola.recipe.recipe import Recipe
 from cola.report.differences import compare_runs
 from cola.report.page import page_tables, read_curves
 from cola.report.verdict import verdict
+from cola.tree import prune
 from cola.tree.run_folder import RunFolder
 from cola.tree.store import Store, fault_of
 
@@ -207,7 +208,7 @@ def test_a_damaged_file_of_the_store_is_set_aside(tmp_path_factory: pytest.TempP
     name = keep(store, 1)
     store.remember({"state": name, "what": "test"}, {"loss": [1.0, 2.0]})
     [folder], [measured] = store.segments(), store.path.glob("measured/*/*.json")
-    store.register(tmp_path_factory.getbasetemp())
+    prune.register(store, tmp_path_factory.getbasetemp())
     path = random.choice([*folder.iterdir(), measured, store.path / "format.json", *(store.path / "runs").iterdir()])
     before = path.read_bytes()
     path.chmod(0o644)
@@ -219,16 +220,16 @@ def test_a_damaged_file_of_the_store_is_set_aside(tmp_path_factory: pytest.TempP
 
     def check() -> None:
         again = Store(store.path, said.append)
-        again.references()
-        again.garbage()
+        prune.references(again)
+        prune.garbage(again)
         fault_of(folder)
         segment = again.get(name)
         if path.parent == folder and after != before:
             # The record's own blanks may change, or a file that it does not name.
             assert segment is None or json.loads(after) == json.loads(before)
         again.recall({"state": name, "what": "test"})
-        again.verify()
-        again.prune(again.garbage())
+        prune.verify(again)
+        prune.prune(again, prune.garbage(again))
 
     one_clear_line(check)
     assert all(len(line) < 1500 for line in said)

@@ -180,6 +180,7 @@ def test_a_dry_run_says_that_the_text_is_missing(recipe_file: Path) -> None:
 # The loss
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_transformers_on_the_base_and_on_the_merged_weights(
     many: Path, tiny_folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -322,6 +323,7 @@ def measured_of_base(store: Path) -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 def test_only_the_untouched_base_is_loaded_where_its_loss_alone_is_missing(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +363,7 @@ def test_what_one_recipe_measured_of_the_base_serves_another_of_another_task(rec
     assert len(measured_of_base(store)) == 1
 
 
+@pytest.mark.slow
 def test_a_recipe_that_leaves_it_out_measures_none_and_shows_no_column(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "evaluation.general_text=off", "arms.full=null")
     assert general(folder.path, "lora") is None

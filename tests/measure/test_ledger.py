@@ -543,6 +543,7 @@ def test_what_is_no_pair_has_no_ledger(recipe_file: Path) -> None:
     assert "Knots" not in write_report(folder).read_text()
 
 
+@pytest.mark.slow
 def test_drift_is_measured_on_the_last_four_target_tokens_of_sixteen_validation_rows(recipe_file: Path) -> None:
     # A knot that lets half of the pair go moves the outputs by far more than rounding, so PEFT's own are a reference.
     settings = ["data.rows={train: 24, validation: 20, test: 8}", "data.answer='{question} {answer}'"]

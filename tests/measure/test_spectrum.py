@@ -292,6 +292,7 @@ def test_intruders_are_those_that_peft_finds(size: float) -> None:
 # Time
 
 
+@pytest.mark.slow
 def test_a_chain_of_four_links_on_a_7b_model_takes_less_than_a_minute() -> None:
     """Llama-2-7B: 32 layers of 7 matrices, rank 8. The factors are drawn once for each shape; all are analysed."""
     shapes = {"q": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008)}

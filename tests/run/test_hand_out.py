@@ -19,6 +19,7 @@ from runs import wide_cola as cola
 from safetensors.torch import load_file, save_file
 from test_store import keep, opened, weights_in
 
+from cola.tree import locks, prune
 from cola.tree.store import hand_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +65,7 @@ def test_whatever_is_done_to_what_a_run_folder_holds_the_next_run_has_the_same_r
     assert {path.parent.name for path in files} == {"link-1", "link-2", "link-3", "model", "adapter"}
     full = first.path / "arms/full/seed-0/model/model.safetensors"
     state = result(first, "full")["train_info"]["scored_state"]
-    assert full.samefile(store._segment(state) / "model.safetensors")
+    assert full.samefile(store.folder(state) / "model.safetensors")
     for path in files:
         assert path == full or path.stat().st_nlink == 1
         act(path)
@@ -84,7 +85,7 @@ def test_whatever_is_done_to_what_a_run_folder_holds_the_next_run_has_the_same_r
 
 def test_what_is_handed_out_small_can_be_edited_and_what_is_shared_cannot(tmp_path: Path) -> None:
     store, _ = opened(tmp_path / "store")
-    folder = store._segment(keep(store, 0))
+    folder = store.folder(keep(store, 0))
     assert [path.stat().st_mode & 0o222 for path in folder.glob("*.safetensors")] == [0]
     hand_out(folder / "steps.jsonl", tmp_path / "copy", large=False)
     hand_out(folder / "adapter_model.safetensors", tmp_path / "same", large=True)
@@ -109,7 +110,7 @@ def as_nobody(folder: Path, told: Path) -> None:
     os.setuid(NOBODY)
     store, warned = opened(folder / "store")
     name = keep(store, 0)
-    file = store._segment(name) / "adapter_model.safetensors"
+    file = store.folder(name) / "adapter_model.safetensors"
     run = folder / "run"
     run.mkdir()
     hand_out(file, run / "same", large=True)
@@ -126,8 +127,8 @@ def as_nobody(folder: Path, told: Path) -> None:
     store.mark(name, "segment")  # the record is written anew
     shutil.rmtree(run)
     found["whole after all"] = store.get(name) is not None
-    with store.alone():
-        store.prune(store.garbage())
+    with locks.alone(store.path):
+        prune.prune(store, prune.garbage(store))
     found["pruned"] = not list(store.segments())
     told.write_text(json.dumps(found | {"warned": warned}))
 

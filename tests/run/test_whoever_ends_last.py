@@ -26,6 +26,7 @@ from cola.run import run as cola_run
 from cola.run.assignment import Assignment
 from cola.run.bench import Bench
 from cola.run.run import run
+from cola.tree import locks, prune
 from cola.tree.run_folder import RunFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -111,7 +112,9 @@ def test_spectra_are_the_same_where_another_process_was_at_full_fine_tuning(
     second = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
     store, _ = opened(place())
     recipe = read_recipe(recipe_file, ARMS)
-    with store.claim(digest({"job": lineage_of(recipe, Job(arm="full", seed=0)).names[-1], "trial": False})) as mine:
+    with locks.claim(
+        store.path, digest({"job": lineage_of(recipe, Job(arm="full", seed=0)).names[-1], "trial": False})
+    ) as mine:
         assert mine
         second.start()
         while not said.exists() or "at all that is left; waiting" not in said.read_text():
@@ -232,11 +235,10 @@ def test_a_run_that_asks_while_another_lets_go_waits_and_trains_them_again(
     folder, said = recipe_file.parent / "keeps", recipe_file.parent / "said.txt"
     words = ["run", str(recipe_file), *asked, "--run-folder", str(folder)]
     keeps = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
-    store = type(opened(place())[0])
-    references = store.references
+    references = prune.references
 
-    def read_and_wait(self: Any, kinds: Any = ("segments", "measured")) -> Any:
-        found = references(self, kinds)
+    def read_and_wait(store: Any, kinds: Any = ("segments", "measured")) -> Any:
+        found = references(store, kinds)
         if tuple(kinds) == ("weights",) and not keeps.pid:
             keeps.start()
             end = time.monotonic() + 60
@@ -247,7 +249,7 @@ def test_a_run_that_asks_while_another_lets_go_waits_and_trains_them_again(
             assert keeps.is_alive(), said.read_text()
         return found
 
-    monkeypatch.setattr(store, "references", read_and_wait)
+    monkeypatch.setattr(prune, "references", read_and_wait)
     go(recipe_file, *SHORT, *FULL_ONLY, *SEARCHED)
     keeps.join(120)
     assert keeps.exitcode == 0, said.read_text()

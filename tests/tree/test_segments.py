@@ -1,6 +1,6 @@
 """Names: what changes the weights changes the name, and nothing else does. Run: pytest tests/tree/test_segments.py
 
-`python tests/tree/test_segments.py` writes the golden loss curves anew.
+`PYTHONPATH=.:tests python tests/tree/test_segments.py` writes the golden loss curves anew.
 """
 
 import copy
@@ -618,7 +618,7 @@ def test_training_makes_the_numbers_that_its_version_stands_for(tmp_path: Path) 
     golden = json.loads(GOLDEN.read_text())
     advice = (
         "The store would serve states that this code would not make. If the change of the numbers is meant, raise "
-        "TRAINING_VERSION in cola/tree/segments.py and write the curves anew: python tests/tree/test_segments.py"
+        "TRAINING_VERSION in cola/tree/segments.py and write the curves anew, as the head of this file says"
     )
     assert golden["training_version"] == segments.TRAINING_VERSION, advice
     found = curves(tmp_path)

@@ -31,6 +31,7 @@ from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.run.plan_tree import Planner
+from cola.tree import locks, prune
 from cola.tree import store as store_file
 from cola.tree.run_folder import RunFolder
 from cola.tree.segments import Lineage, state_name
@@ -171,9 +172,9 @@ def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(
     rng = random.Random(0)
     names = sorted(whole)
     for round_number, damage in enumerate([flip] * 12 + [truncate, lengthen, remove, foreign] * 3):
-        for file in sorted(path.name for path in store._segment(names[0]).iterdir()):
+        for file in sorted(path.name for path in store.folder(names[0]).iterdir()):
             name = rng.choice(names)
-            folder = store._segment(name)
+            folder = store.folder(name)
             before = {path.name: path.read_bytes() for path in folder.iterdir()}
             if file not in before:
                 continue
@@ -192,7 +193,7 @@ def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(
                 (folder / other).write_bytes(content)
             assert store.get(name) is not None, round_number
     for name in names:
-        for path in store._segment(name).glob("*model.safetensors"):
+        for path in store.folder(name).glob("*model.safetensors"):
             flip(path, rng)
     folder, summary = go(recipe_file, *PAIR)
     assert weights_in(store) == whole
@@ -205,7 +206,7 @@ def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(
 def test_every_bit_of_a_segments_record_is_covered(place: Path) -> None:
     store, _ = opened(place)
     name = keep(store, 0, seconds=0.1234567890123456)
-    path = store._segment(name) / "segment.json"
+    path = store.folder(name) / "segment.json"
     before = path.read_bytes()
     for position in range(len(before)):
         for bit in {5, position % 8}:  # of a letter, the fifth is whether it is a capital
@@ -222,7 +223,7 @@ def test_segments_that_changed_places_are_caught(recipe_file: Path, pair_run: Ru
     store, said = opened(place)
     whole = weights_in(store)
     first, second = sorted(whole)[:2]
-    one, two = store._segment(first), store._segment(second)
+    one, two = store.folder(first), store.folder(second)
     one.rename(place / "between")
     two.rename(one)
     (place / "between").rename(two)
@@ -235,7 +236,7 @@ def test_segments_that_changed_places_are_caught(recipe_file: Path, pair_run: Ru
 
 def test_weights_of_another_segment_are_caught(pair_run: RunFolder, place: Path) -> None:
     store, _ = opened(place)
-    first, second = (store._segment(name) for name in sorted(weights_in(store))[:2])
+    first, second = (store.folder(name) for name in sorted(weights_in(store))[:2])
     open_up(second / "adapter_model.safetensors")
     shutil.copy(first / "adapter_model.safetensors", second / "adapter_model.safetensors")
     assert store.get(second.name) is None
@@ -258,7 +259,7 @@ def test_a_damaged_measurement_is_caught_and_made_again(
         assert result(whole_run, arm)["evaluation"] == result(second, arm)["evaluation"]
     assert {path: strip(json.loads(path.read_text())) for path in measured} == content
     assert bool(list((place / "damaged").iterdir())) is (damage is not remove)
-    assert opened(place)[0].verify()[1] == []
+    assert prune.verify(opened(place)[0])[1] == 0
 
 
 def strip(record: Any) -> Any:
@@ -309,7 +310,7 @@ def write_slowly(place: Path, number: int, begun: Any, go_on: Any) -> None:
         assert go_on.wait(60)
 
     store = Store(place, print)
-    with store.in_use():
+    with locks.in_use(store.path, store.warn):
         keep(store, number, write=waits)
 
 
@@ -321,13 +322,13 @@ def test_what_a_killed_writer_left_is_invisible_and_cleared_but_a_living_writers
     assert dying.exitcode == -signal.SIGKILL
     assert not list(store.segments())
     assert len(list((place / "writing").iterdir())) == 1
-    with store.in_use():
+    with locks.in_use(store.path, store.warn):
         assert not list((place / "writing").iterdir())
     begun, go_on = processes.Event(), processes.Event()
     living = processes.Process(target=write_slowly, args=(place, 1, begun, go_on))
     living.start()
     assert begun.wait(60)
-    with store.in_use():
+    with locks.in_use(store.path, store.warn):
         assert len(list((place / "writing").iterdir())) == 1
     go_on.set()
     living.join(60)
@@ -340,7 +341,7 @@ def test_what_a_killed_writer_left_is_invisible_and_cleared_but_a_living_writers
 
 def keep_and_drop(place: Path, seconds: float) -> None:
     store = Store(place, print)
-    with store.in_use():
+    with locks.in_use(store.path, store.warn):
         end = time.monotonic() + seconds
         number = os.getpid() * 1000
         while time.monotonic() < end:
@@ -357,13 +358,13 @@ def test_runs_that_begin_and_end_do_not_disturb_one_that_writes(place: Path) -> 
     writer = processes.Process(target=keep_and_drop, args=(place, 2.0))
     writer.start()
     while writer.is_alive():
-        with store.in_use():
+        with locks.in_use(store.path, store.warn):
             pass
     assert writer.exitcode == 0
 
 
 def hold(place: Path, held: Any) -> None:
-    with Store(place, print).lock("key"):
+    with locks.lock(place, "key"):
         held.set()
         time.sleep(60)
 
@@ -381,7 +382,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(place: Path) -> None:
         holder.kill()
         holder.join()
 
-    with store.lock("key", kill):
+    with locks.lock(store.path, "key", kill):
         assert time.monotonic() - waited[0] < 5
     assert len(waited) == 1
 
@@ -446,7 +447,7 @@ def test_a_reader_does_not_take_a_state_that_is_being_let_go_for_a_damaged_one(
 
     def digest_while_another_lets_go(path: Path) -> str:
         monkeypatch.setattr(store_file, "file_digest", sha256)
-        other.let_go({name}, place)
+        prune.let_go(other, {name}, place)
         return sha256(path)
 
     monkeypatch.setattr(store_file, "file_digest", digest_while_another_lets_go)
@@ -524,7 +525,7 @@ def test_a_process_leaves_to_another_what_that_is_at_and_does_the_rest(recipe_fi
     recipe = read_recipe(recipe_file, overrides)
     trial = next(job for job in jobs_of(recipe) if job.trial and job.arm == "lora")
     store, _ = opened(place)
-    with store.claim(digest({"job": lineage_of(recipe, trial).names[-1], "trial": True})) as mine:
+    with locks.claim(store.path, digest({"job": lineage_of(recipe, trial).names[-1], "trial": True})) as mine:
         assert mine
         second.start()
         while not said.exists() or "at all that is left; waiting" not in said.read_text():
@@ -542,9 +543,13 @@ def test_a_process_leaves_to_another_what_that_is_at_and_does_the_rest(recipe_fi
 def test_a_claim_is_had_by_one_alone_and_free_again_when_its_holder_is_done(place: Path) -> None:
     store, _ = opened(place)
     other, _ = opened(place)
-    with store.claim("a") as first, other.claim("a") as second, other.claim("b") as third:
+    with (
+        locks.claim(store.path, "a") as first,
+        locks.claim(other.path, "a") as second,
+        locks.claim(other.path, "b") as third,
+    ):
         assert (first, second, third) == (True, False, True)
-    with other.claim("a") as later:
+    with locks.claim(other.path, "a") as later:
         assert later
 
 
@@ -558,7 +563,7 @@ def test_a_process_that_waited_for_full_weights_finds_them_let_go(
     words = ["run", str(recipe_file), *overrides, "--run-folder", str(folder)]
     waiting = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
     store, _ = opened(place)
-    with store.lock(lineage_of(read_recipe(recipe_file, overrides), Job(arm="full", seed=0)).names[1]):
+    with locks.lock(store.path, lineage_of(read_recipe(recipe_file, overrides), Job(arm="full", seed=0)).names[1]):
         waiting.start()
         while not said.exists() or "waiting for another process" not in said.read_text():
             assert waiting.is_alive(), said.read_text()
@@ -630,7 +635,7 @@ def test_nothing_is_pruned_while_a_run_is_at_work(recipe_file: Path, place: Path
     shutil.rmtree(folder.path)
     store, _ = opened(place)
     before = contents(place)
-    with store.in_use():
+    with locks.in_use(store.path, store.warn):
         told = cola("store", "prune", "--yes")
     assert told.exit_code == 2
     assert "a run is at work" in told.output
@@ -643,7 +648,7 @@ def test_nothing_is_pruned_while_a_run_is_at_work(recipe_file: Path, place: Path
 def test_a_run_that_begins_waits_for_pruning_to_end(place: Path) -> None:
     store, _ = opened(place)
     begun, go_on = processes.Event(), processes.Event()
-    with store.alone():
+    with locks.alone(store.path):
         go_on.set()
         run = processes.Process(target=write_slowly, args=(place, 1, begun, go_on))
         run.start()
@@ -661,12 +666,12 @@ def test_a_checkpoint_is_kept_until_the_end_of_its_segment_is_there(place: Path,
     run = tmp_path / "run"
     run.mkdir()
     (run / "segments.json").write_text(json.dumps({"segments": [end], "measured": []}))
-    store.register(run)
-    store.prune(store.garbage())
+    prune.register(store, run)
+    prune.prune(store, prune.garbage(store))
     assert store.has(on_the_way)
     assert not store.has(lost)
     keep(store, 1)
-    store.prune(store.garbage())
+    prune.prune(store, prune.garbage(store))
     assert not store.has(on_the_way)
     assert store.has(end)
 
@@ -719,7 +724,7 @@ def test_the_listing_shows_each_segment_once_and_verifying_finds_what_is_damaged
     assert cola("store", "verify").exit_code == 0
     store, _ = opened(place)
     name = sorted(names)[0]
-    flip(store._segment(name) / "adapter_model.safetensors", random.Random(0))
+    flip(store.folder(name) / "adapter_model.safetensors", random.Random(0))
     found = cola("store", "verify")
     assert found.exit_code == 1
     assert f"{name} is damaged" in found.output
@@ -783,11 +788,11 @@ def test_inspecting_what_could_be_two_segments_is_one_line(place: Path) -> None:
 def test_a_segment_that_is_damaged_or_whose_parent_has_gone_is_one_line(pair_run: RunFolder, place: Path) -> None:
     first, last = result(pair_run, "chain3")["train_info"]["segments"]
     store, _ = opened(place)
-    shutil.rmtree(store._segment(first))
+    shutil.rmtree(store.folder(first))
     told = cola("inspect", last)
     assert_one_line(told)
     assert first in told.output
-    flip(store._segment(last) / "steps.jsonl", random.Random(0))
+    flip(store.folder(last) / "steps.jsonl", random.Random(0))
     told = cola("inspect", last)
     assert told.exit_code == 2
     assert "is damaged" in told.output
@@ -810,7 +815,7 @@ def test_a_store_of_another_format_is_left_alone(place: Path, text: str) -> None
     with pytest.raises(StoreError, match="set store to another"):
         opened(place)
     assert_one_line(cola("store", "prune", "--yes"))
-    assert (store._segment(name) / "segment.json").exists()
+    assert (store.folder(name) / "segment.json").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\0"])
@@ -823,7 +828,7 @@ def test_a_damaged_reference_frees_nothing_and_is_one_line(
     run = recipe_file.parent / "run"
     run.mkdir()
     (run / "segments.json").write_text(json.dumps({"segments": [name], "measured": []}))
-    store.register(run)
+    prune.register(store, run)
     [note] = (place / "runs").iterdir()
     (note if which == "note" else run / "segments.json").write_text(text)
     for words in (["ls"], ["prune", "--yes"]):
@@ -858,5 +863,9 @@ def test_looking_at_a_store_is_not_disturbed_by_a_run_that_drops_checkpoints(pla
 
 def test_the_lock_of_the_store_is_the_kernels(place: Path) -> None:
     store, _ = opened(place)
-    with store.in_use(), (place / "locks" / "in-use").open() as file, pytest.raises(BlockingIOError):
+    with (
+        locks.in_use(store.path, store.warn),
+        (place / "locks" / "in-use").open() as file,
+        pytest.raises(BlockingIOError),
+    ):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

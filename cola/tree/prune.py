@@ -1,0 +1,111 @@
+"""What in a store is still wanted, and by which runs; the rest can be removed. No torch."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Sequence, Set
+from pathlib import Path
+
+from cola.errors import StoreError
+from cola.files import digest, load_json, remove_all, write_text
+from cola.tree import locks
+from cola.tree.store import Store
+
+
+def register(store: Store, run: Path) -> None:
+    """Note that a run folder refers to segments of a store (its segments.json says which)."""
+    place = str(run.resolve())
+    write_text(store.path / "runs" / digest(place), json.dumps({"folder": place}), store.path / "writing")
+
+
+def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) -> dict[Path, set[str]]:
+    """What each registered run folder refers to; an empty set for one that is gone.
+
+    Raises:
+        StoreError: a note of a run, or its segments.json, is damaged: then nothing can be said to be loose.
+    """
+    names = {}
+    for note in sorted((store.path / "runs").iterdir()):
+        file = note
+        try:
+            folder = Path(load_json(note)["folder"])
+            file = folder / "segments.json"
+            kept = load_json(file) if file.is_file() else {}
+            names[folder] = {name for kind in kinds for name in kept.get(kind, [])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{file} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
+            ) from None
+    return names
+
+
+def let_go(store: Store, names: Set[str], run: Path) -> None:
+    """Remove the weights of those of these segments that no other run wants, and keep the record of how they were made
+    and what their steps measured.
+
+    Args:
+        store: Has them.
+        names: The segments'.
+        run: The folder of the run that has no more use for them.
+
+    Raises:
+        StoreError: what the other runs want cannot be told, so nothing goes.
+    """
+    with locks.lock(store.path, locks.CHANGES):
+        others = references(store, ("weights",))
+        wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
+        for name in names - wanted:
+            store.strip(name)
+
+
+def garbage(store: Store) -> list[Path]:
+    """What no run folder that is still there refers to: segments, measurements, and what was set aside.
+
+    A checkpoint is kept while a kept run still needs the end of its segment, and the best so far of a run that has not
+    come to its end; and what was measured of any state that is kept.
+    """
+    kept = set().union(*references(store).values())
+    loose, states = [], set()
+    for folder in store.segments():
+        record = store.record(folder)
+        towards = record.get("towards") or ""
+        on_the_way = towards in kept and (record.get("kind") == "point" or not store.has(towards))
+        if folder.name not in kept and not on_the_way:
+            loose.append(folder)
+        else:
+            states.add(folder.name)
+    loose += [path for path in store.measurements() if path.stem not in kept and _state_of(path) not in states]
+    return loose + sorted((store.path / "damaged").iterdir()) + sorted((store.path / "writing").iterdir())
+
+
+def _state_of(path: Path) -> str | None:
+    """The state that a measurement is of; None where it is damaged."""
+    try:
+        state = load_json(path)["what"]["state"]
+        return state if isinstance(state, str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def prune(store: Store, paths: Iterable[Path]) -> None:
+    """Remove what `garbage` has found, and forget run folders that are gone."""
+    remove_all(paths)
+    remove_all(path for path in (store.path / "locks").iterdir() if path.name != locks.IN_USE)
+    for note in (store.path / "runs").iterdir():
+        if not Path(load_json(note)["folder"]).is_dir():
+            note.unlink()
+
+
+def verify(store: Store) -> tuple[int, int]:
+    """Check everything; returns how much was looked at and how much of it was damaged, which is set aside."""
+    checked = [store.set_aside_if_damaged(folder) for folder in store.segments()]
+    checked += [store.set_aside_damaged_measurement(path) for path in store.measurements()]
+    return len(checked), sum(checked)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of a folder's files; of what goes in the meantime: none."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            total += file.stat().st_size if file.is_file() else 0
+    return total
