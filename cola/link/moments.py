@@ -88,15 +88,15 @@ def least_cleared(rules: Rules | None) -> float:
 
 def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimizer) -> float:
     """The share of the entries whose two moments are both zero, or not there yet."""
-    zero = total = 0
+    total, zero = 0, torch.zeros((), dtype=torch.long)
     for parameter in parameters:
         state = optimizer.optimizer.state.get(parameter, {})
         total += parameter.numel()
         if "exp_avg" in state:
-            zero += int(((state["exp_avg"] == 0) & (state["exp_avg_sq"] == 0)).sum())
+            zero = zero + ((state["exp_avg"] == 0) & (state["exp_avg_sq"] == 0)).sum()
         else:
-            zero += parameter.numel()
-    return zero / total
+            zero = zero + parameter.numel()
+    return int(zero) / total  # the device is waited for once
 
 
 def check_cleared(cleared: float, rules: Rules | None) -> float:

@@ -13,7 +13,7 @@ from cola.data.splits import Splits, load_splits
 from cola.errors import ModelError
 from cola.files import need_package
 from cola.link import adapters, starts
-from cola.link.accelerator import dtype_warning, make_accelerator
+from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_model
 from cola.link.model import Source, check_fit, check_tokens
 from cola.link.text_part import text_config
@@ -70,6 +70,7 @@ def gather(recipe: Recipe, terminal: Terminal) -> Materials:
     Raises:
         ColaError: model or data cannot serve the recipe.
     """
+    quiet_libraries()
     accelerator = _accelerator(recipe, terminal)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()

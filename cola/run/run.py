@@ -11,7 +11,6 @@ from typing import Any
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
-from cola.link.accelerator import quiet_libraries
 from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
@@ -60,7 +59,6 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
-    quiet_libraries()
     materials = gather(recipe, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
     meta, used = check_folder(materials, folder, store, terminal), folder.references()
