@@ -232,7 +232,12 @@ def run_once(folder: Path, text: str, *overrides: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLA_CACHE", str(folder / "cache"))
         AcceleratorState._reset_state(reset_partial_state=True)
-        _, summary = go(recipe, *overrides, folder=folder / "run")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the tests that score its models again, to the bit
+        try:
+            _, summary = go(recipe, *overrides, folder=folder / "run")
+        finally:
+            torch.set_num_threads(threads)
     assert not any(arm["errors"] for arm in summary["arms"].values()), summary["arms"]
     return folder / "run"
 

@@ -1,6 +1,5 @@
 """Rows become examples: rendered as text, then tokenized."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from cola.data.chat import after_answer
 from cola.data.render import Label, Rendered, render
 from cola.data.sources import Pool
 from cola.errors import DataError
+from cola.files import file_digest, sha256
 from cola.recipe.data_section import Data
 
 
@@ -83,7 +83,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     # What neither of them holds is added where it is out of the ordinary, so that all other names stay.
     if backend is None:  # a vocabulary does not say how a text is cut into it
         files = [Path(tokenizer.name_or_path) / str(name) for name in sorted(tokenizer.vocab_files_names.values())]
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        digests = [file_digest(file) for file in files if file.is_file()]
         told += "\n" + json.dumps([digests, tokenizer.init_kwargs], sort_keys=True, default=str)
     if (module := type(tokenizer).__module__).startswith("transformers_modules"):
         told += f"\n{module}"  # the model's own code: transformers puts its content's digest, or commit, into the name
@@ -92,12 +92,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     tokens = tokenizer("a .", add_special_tokens=False).input_ids
     if tokenizer.decode(tokens) != tokenizer.decode(tokens, clean_up_tokenization_spaces=False):
         told += "\nspaces are cleaned up"
-    return hashlib.sha256(told.encode()).hexdigest()
+    return sha256(told)
 
 
 def fingerprint_of(splits: dict[str, list[Example]]) -> str:
     """Changes when any token of any split does."""
-    return hashlib.sha256(json.dumps({k: [asdict(e) for e in v] for k, v in splits.items()}).encode()).hexdigest()
+    return sha256(json.dumps({k: [asdict(e) for e in v] for k, v in splits.items()}))
 
 
 def _n_shared(prompt: list[int], whole: list[int]) -> int:

@@ -10,7 +10,6 @@ import bz2
 import codecs
 import csv
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cola.errors import DataError, one_line
+from cola.files import sha256
 
 Row = dict[str, Any]
 Numbered = tuple[int, Row]  # the line on which a row begins, or its number where a file has no lines; from 1
@@ -84,7 +84,7 @@ def read_file(path: Path, key: str, whole: bool = False) -> DataFile:
         raise DataError(f"{key}: {error}") from None
     if not numbered:
         raise DataError(f"{key}: {path.name} holds no rows")
-    digest = hashlib.sha256(raw).hexdigest()
+    digest = sha256(raw)
     return DataFile(digest, [row for _, row in numbered], [number for number, _ in numbered])
 
 

@@ -7,7 +7,6 @@ ends that they and the prompt alone have in common, so that their likelihoods ar
 answered keeps its tokens, since no right answer is known when a model is asked, and its answer is tokenized apart.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from cola.data.encode import Encoded, Encoder, Example, fingerprint_of, tokenize
 from cola.data.render import golds_of
 from cola.data.sources import Pool, open_pools, shuffled
 from cola.errors import DataError
-from cola.files import cache_dir, write_text
+from cola.files import cache_dir, sha256, write_text
 from cola.recipe.bounds import SPLITS
 from cola.recipe.data_section import Data
 
@@ -130,7 +129,7 @@ def _read_cache(path: Path) -> Splits | None:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(value, sort_keys=True))  # in this spelling, which fingerprints have had from the beginning
 
 
 def _tokens_of(splits: Splits) -> str:

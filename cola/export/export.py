@@ -7,7 +7,6 @@
 Every export has a model card and a cola.json with the base's fingerprint and the run's own numbers.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ from cola.errors import ModelError, RunFolderError, one_line
 from cola.export.card import model_card
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
-from cola.files import need_package
+from cola.files import need_package, sha256
 from cola.link import adapters
 from cola.link.accelerator import make_accelerator, quiet_libraries
 from cola.link.base import Base
@@ -337,7 +336,7 @@ def _state_digests(model: PreTrainedModel) -> dict[str, str]:
     """A digest of each tensor of the state dict, for two models of which only one is in memory at a time. Some loaders
     keep a few tensors in float32 whatever the model's format, so it is of the numbers and not of their format."""
     return {
-        name: hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+        name: sha256(tensor.detach().double().contiguous().numpy().tobytes())
         for name, tensor in model.state_dict().items()
     }
 
