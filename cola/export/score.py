@@ -303,9 +303,10 @@ def check_new(out: Path | None) -> None:
 def write_scores(scored: Sequence[Scored], folder: Path) -> None:
     """eval.json, what the self-check found, and every example's score, into a new folder."""
     folder.mkdir(parents=True)
-    evaluations = EvaluationFile.model_validate({target.label: target.evaluation for target in scored})
+    evaluations = {target.label: target.evaluation for target in scored}
+    EvaluationFile.model_validate(evaluations)  # written as they are: splits in the order in which they were asked for
     checks = {target.label: target.selfcheck for target in scored}
-    for name, values in (("eval.json", evaluations.model_dump(exclude_unset=True)), ("selfcheck.json", checks)):
+    for name, values in (("eval.json", evaluations), ("selfcheck.json", checks)):
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for target in scored:
         own = folder / "scores" / target.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"
