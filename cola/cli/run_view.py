@@ -36,7 +36,7 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
         ModelError: none of them changes the base's matrices, or their weights or the base are not there.
     """
     quiet_libraries()
-    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.method in ("lora", "full")]
+    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.merges]
     if not found:
         raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
     view = _View(found, terminal)
@@ -91,7 +91,7 @@ class _View:
                 )
             elif spectrum.matrices:
                 self.terminal.say(f"{outcome.job.label}: counting intruders in {len(spectrum.matrices)} matrices")
-                weights = outcome.added() if outcome.method == "lora" else outcome.tuned.folder
+                weights = outcome.added() if outcome.is_pair else outcome.tuned.folder
                 record = spectrum.content()
                 self.learned.count_intruders(record, outcome.dtype, weights)
                 spectrum, new = spectrum_of(record), True
@@ -104,7 +104,7 @@ class _View:
         return spectrum
 
     def _taken(self, outcome: Outcome) -> dict[str, Any]:
-        if outcome.method == "full":
+        if outcome.is_whole:
             return self.learned.of_full(str(outcome.path), outcome.tuned.folder, outcome.dtype)
         return self.learned.of_links(outcome.added(), *self._full(outcome))
 
@@ -115,7 +115,7 @@ class _View:
         if job.arm not in outcome.recipe.arms or result is None:
             return None, None
         full = Outcome(outcome.folder, outcome.recipe, job, result)
-        if full.method != "full":
+        if not full.is_whole:
             return None, None
 
         def folder() -> Path | None:

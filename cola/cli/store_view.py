@@ -9,6 +9,7 @@ from typing import Any
 from cola.errors import StoreError
 from cola.files import digest
 from cola.recipe.arms import LinkSettings
+from cola.recipe.methods import METHODS
 from cola.report.numbers import duration, size
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
@@ -66,7 +67,7 @@ def _show(segment: Segment, terminal: Terminal) -> None:
 
 def _trained(link: dict[str, Any]) -> str:
     """What a link trains and how it was drawn, from its causes; what is off is left out."""
-    parts = ["all weights"] if link["method"] == "full" else []
+    parts = ["all weights"] if METHODS[link["method"]].is_whole else []
     parts.append(_settings({key: link["settings"].get(key) for key in LinkSettings.model_fields}))
     if link["modules"]:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in link["modules"]}))
@@ -75,7 +76,7 @@ def _trained(link: dict[str, Any]) -> str:
         parts.append(f"init {init}")
     if (ratio := link["optimizer"]["ratio"]) != 1:
         parts.append(f"B at {ratio:g} times the rate of A")
-    return ("a pair of " if link["method"] == "lora" else "") + ", ".join(part for part in parts if part)
+    return ("a pair of " if METHODS[link["method"]].is_pair else "") + ", ".join(part for part in parts if part)
 
 
 def _settings(values: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         base_model=base if is_remote(base) else None,
         datasets=recipe.data.hub.name if recipe.data.hub else None,
         library_name="transformers" if form == "merged" else "peft",
-        tags=["chain-of-lora", *(["lora"] if outcome.method == "lora" else [])],
+        tags=["chain-of-lora", *(["lora"] if outcome.is_pair else [])],
     )
     loader = jinja2.PackageLoader("cola.export", ".")
     template = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True).get_template(

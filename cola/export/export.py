@@ -38,6 +38,7 @@ from cola.link.residual import Residual, compressed, stacked
 from cola.measure.evaluate import PROBE_ROWS, Evaluator
 from cola.measure.scores import evaluation_of
 from cola.measure.selfcheck import Subject, self_check
+from cola.recipe.methods import Adapter
 from cola.recipe.resolved import Rules
 from cola.report.terminal import Terminal
 
@@ -110,19 +111,19 @@ def _check(outcome: Outcome, request: Request) -> None:
         for option, value in (("--dtype", request.dtype), ("--quantization", request.quantization)):
             if value is not None:
                 raise ModelError(f"{option} belongs to --as merged; an adapter and its knots stay in float32")
-    if method == "adapter":
+    if isinstance(outcome.links[0], Adapter):
         where = outcome.path / "adapter"
         raise ModelError(
             f"arm {arm}: no other tool loads bottleneck adapters; cola eval scores the run, weights: {where}"
         )
-    if request.form == "merged" and method not in ("lora", "full"):
+    if request.form == "merged" and not outcome.merges:
         raise ModelError(
             f"arm {arm}: {method} cannot be merged into the weights, nor quantized; export it --as adapter"
         )
     loads = request.form == "merged" or request.rank is not None
     if loads and (codes := request.quantization or outcome.quantization) is not None:
         need_package("bitsandbytes", f"quantization: {codes}", "quantized")
-    if request.form == "adapter" and method == "full":
+    if request.form == "adapter" and outcome.is_whole:
         raise ModelError(f"arm {arm}: full fine-tuning is no adapter; export it --as merged")
     if request.form == "knots" or request.rank is not None:
         outcome.link_folders()  # says what is missing
@@ -159,11 +160,11 @@ class _Writing:
     def weights(self) -> None:
         """Write the weights in the form that is asked for, and what is loaded with them."""
         outcome, folder = self.outcome, self.folder
-        if outcome.method not in ("lora", "full"):
+        if not outcome.merges:
             shutil.copytree(outcome.path / "adapter", folder, dirs_exist_ok=True)
             _name_base(folder, outcome.base_name)
             return
-        learned = outcome.residual() if outcome.method == "lora" else []
+        learned = outcome.residual() if outcome.is_pair else []
         if self.request.rank is not None:
             learned = self._compressed(learned, self.request.rank)
         if self.request.form == "merged":
@@ -344,7 +345,7 @@ def _state_digests(model: PreTrainedModel) -> dict[str, str]:
 def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str | None) -> PreTrainedModel:
     """The dense model in a number format; with a quantization, on the weights that its codes stand for."""
     device, source = torch.device("cpu"), outcome.source
-    if outcome.method == "full":
+    if outcome.is_whole:
         return outcome.tuned.load(dtype, device)
     if quantization is None:
         model = source.load(dtype, device)

@@ -19,7 +19,7 @@ from cola.link.find import find_model
 from cola.link.model import Source
 from cola.link.residual import Residual
 from cola.recipe.bounds import is_remote
-from cola.recipe.methods import Lora, Settings, settings_of
+from cola.recipe.methods import Adapter, Lora, Settings, settings_of
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
@@ -64,6 +64,21 @@ class Outcome:
         return self.links[0].method if self.links else None
 
     @property
+    def is_pair(self) -> bool:
+        """Whether its links leave low-rank pairs."""
+        return any(link.is_pair for link in self.links)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it trained all weights."""
+        return any(link.is_whole for link in self.links)
+
+    @property
+    def merges(self) -> bool:
+        """Whether what it trained can be added to the weights."""
+        return any(link.merges for link in self.links)
+
+    @property
     def has_dora(self) -> bool:
         """Whether a link trained the lengths of the weight's rows too."""
         return any(isinstance(link, Lora) and link.use_dora for link in self.links)
@@ -84,7 +99,7 @@ class Outcome:
         Raises:
             ModelError: the arm has none, or they are not in the run's folder.
         """
-        if self.method != "lora":
+        if not self.is_pair:
             why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
             raise ModelError(f"arm {self.job.arm} has no knots: {why}")
         ends = [link.last_step for link in self.info.links]
@@ -173,9 +188,9 @@ class Outcome:
         Raises:
             ModelError: a part of it is not there.
         """
-        if self.method == "full":
+        if self.is_whole:
             return self.tuned.load("float32", device)  # as they were trained, whatever the base's dtype
-        if self.method == "lora":
+        if self.is_pair:
             return self.chain(device).model
         model = self.source.load(self.dtype, device, self.quantization)
         if self.method is None:
@@ -183,7 +198,7 @@ class Outcome:
         folder = self.path / "adapter"
         if not folder.is_dir():
             raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
-        if self.method != "adapter":
+        if not isinstance(self.links[0], Adapter):
             return adapters.load_adapter(model, folder)
         model = adapters.attach(model, self.links[0], seed=0)
         adapters.put_back(folder, model, self.links[0])

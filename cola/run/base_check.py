@@ -40,9 +40,9 @@ def check_bases(
     records, ready = [], {}
     for base in reversed(bases):  # the first one last: it is what the first job needs
         dtype, quantization = base
-        methods = {link.method for arm in bases[base] for link in recipe.resolved(arm).links}
+        links = [link for arm in bases[base] for link in recipe.resolved(arm).links]
         accelerator = make_accelerator(dtype)
-        asked = (virtual, bool(methods), "full" in methods)
+        asked = (virtual, bool(links), any(link.is_whole for link in links))
         causes = {
             "measured": "selfcheck",
             "version": SELFCHECK_VERSION,

@@ -15,7 +15,7 @@ from cola.link import adapters
 from cola.link.model import Source
 from cola.measure.cost import Lengths, Meter
 from cola.recipe.methods import Lora, Targets
-from cola.recipe.plan import Link, candidates_of
+from cola.recipe.plan import Job, Link, candidates_of, plan_arm
 from cola.recipe.recipe import Recipe
 from cola.run.budget import Budget
 from cola.tree.segments import Causes, Tree, root_causes
@@ -56,13 +56,13 @@ class Planner:
         """The recipe's tree, cut also where the other points of an ablation on the same base and data need it."""
         tree = self._uncut(recipe, meter)
         alike = [other for other in siblings if (other.model, other.data) == (recipe.model, recipe.data)]
-        lineages = []
-        for known in (tree, *(self._uncut(other, self.meter(other)) for other in alike)):
+        lineages, redrawn = [], self.splits.redrawn
+        for asked, known in ((recipe, tree), *((other, self._uncut(other, self.meter(other))) for other in alike)):
             # An arm that cannot be planned, of another point, is said when its turn comes.
             with contextlib.suppress(ColaError):
-                jobs, redrawn = candidates_of(known.recipe), self.splits.redrawn
                 # Under another seed with rows of its own nothing is in common.
-                lineages += map(known.lineage, [job for job in jobs if not redrawn or job.seed in redrawn])
+                jobs = [job for job in candidates_of(asked) if not redrawn or job.seed in redrawn]
+                lineages += map(known.lineage, jobs)
         tree.plan(lineages)  # all at once: where two of them part shows only beside each other
         return tree
 
@@ -80,15 +80,13 @@ class Planner:
             dtype, quantization = recipe.resolved(arm).base
             return root_causes(fingerprint, dtype, self.device, quantization)
 
-        return Tree(
-            recipe,
-            self.splits.sizes["train"],
-            root_of,
-            self._modules_of,
-            digests_of,
-            Budget(recipe, meter, order_of).steps,
-            adapters.kept_buffers(self.skeleton),
-        )
+        budget = Budget(recipe, meter, order_of)
+
+        def links_of(job: Job) -> list[Link]:
+            return plan_arm(recipe, job.arm, job.seed, self.splits.sizes["train"], job.choice, budget.steps(job))
+
+        buffers = adapters.kept_buffers(self.skeleton)
+        return Tree(training, links_of, root_of, self._modules_of, digests_of, buffers)
 
     def _modules_of(self, link: Link) -> list[str] | None:
         if not isinstance(link.settings, Lora):

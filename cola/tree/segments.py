@@ -23,8 +23,7 @@ from typing import Any
 from cola.files import canonical, digest
 from cola.recipe.arms import Prune
 from cola.recipe.methods import Lora, Settings
-from cola.recipe.plan import Job, Link, plan_arm
-from cola.recipe.recipe import Recipe
+from cola.recipe.plan import Job, Link
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import Training
 
@@ -191,21 +190,19 @@ class Tree:
     """The lineages of a recipe's jobs, and where they are cut into segments.
 
     Attributes:
-        recipe: The resolved recipe.
-        n_train: Training examples.
+        training: As in `lineage`.
+        links_of: What a job trains, from `plan_arm`.
         root_of: The causes of an arm's base, from `root_causes`.
         modules_of: As in `lineage`.
         digests_of: Digests of the first n steps' micro-batches under a seed.
-        total_of: A job's optimizer steps, where they are matched to another arm's cost.
         buffers: As in `lineage`.
     """
 
-    recipe: Recipe
-    n_train: int
+    training: Training
+    links_of: Callable[[Job], list[Link]]
     root_of: Callable[[str], Causes]
     modules_of: Callable[[Link], Sequence[str] | None]
     digests_of: Callable[[int, int], Sequence[str]]
-    total_of: Callable[[Job], int | None] = lambda job: None
     buffers: Sequence[str] = ()
     _lineages: dict[Job, Lineage] = field(default_factory=dict)
     _cuts: set[str] = field(default_factory=set)
@@ -214,10 +211,10 @@ class Tree:
     def lineage(self, job: Job) -> Lineage:
         """The states of a job whose searched values are known."""
         if job not in self._lineages:
-            links = plan_arm(self.recipe, job.arm, job.seed, self.n_train, job.choice, self.total_of(job))
+            links = self.links_of(job)
             digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
-            root, training = self.root_of(job.arm), self.recipe.training
-            self._lineages[job] = lineage(root, links, training, self.modules_of, digests, self.buffers)
+            root = self.root_of(job.arm)
+            self._lineages[job] = lineage(root, links, self.training, self.modules_of, digests, self.buffers)
         return self._lineages[job]
 
     def plan(self, lineages: Iterable[Lineage]) -> None:

@@ -131,7 +131,7 @@ def tree_of(case: Case, device: str = "cpu") -> Tree:
     splits = load_splits(recipe.data, source.tokenizer())
     planner = Planner(source, source.skeleton(), splits, device)
     tree = planner.tree(recipe, planner.meter(recipe))
-    return Tree(recipe, tree.n_train, tree.root_of, tree.modules_of, tree.digests_of, tree.total_of)
+    return Tree(tree.training, tree.links_of, tree.root_of, tree.modules_of, tree.digests_of)
 
 
 def lineages(case: Case) -> dict[str, Lineage]:
@@ -576,7 +576,7 @@ def test_a_trial_and_the_run_that_takes_its_rate_are_one_path(case: Case) -> Non
     case.training["learning_rate"] = {"search": [0.01, 0.02], "per": "seed"}
     del case.arm("full")["learning_rate"]  # every arm has the same trials
     tree = tree_of(case)
-    trials = trials_of(tree.recipe, "lora", 0)
+    trials = trials_of(read_recipe(case.write()), "lora", 0)
     chosen = Job(arm="lora", seed=0, choice=(("learning_rate", 0.02),))
     tree.plan(map(tree.lineage, [*trials, chosen]))
     assert len(tree.segments([*trials, chosen])) == 2
