@@ -10,7 +10,6 @@ from cola.files import digest
 from cola.link import adapters
 from cola.link.residual import LinkWeights, added
 from cola.measure.learned import Learned
-from cola.recipe.methods import METHODS
 from cola.recipe.plan import Job
 from cola.run.bench import Bench
 from cola.tree.records import Result, TrainInfo
@@ -62,7 +61,7 @@ class SpectrumFiles:
 
     def _take(self, job: Job, result: Result, full: Result | None) -> None:
         info = result.train_info
-        method = METHODS[info.links[0].method]
+        method = info.links[0].kind
         try:
             if method.is_pair:
                 record = self._of_chain(job, info, full)
@@ -119,7 +118,7 @@ class SpectrumFiles:
     def _full(self, seed: int) -> Result | None:
         """The result of full fine-tuning under a seed, if it came to its end."""
         full = self.bench.folder.result(Job(arm=self.bench.recipe.full_arm, seed=seed))
-        return full if full and any(METHODS[link.method].is_whole for link in full.train_info.links) else None
+        return full if full and any(link.kind.is_whole for link in full.train_info.links) else None
 
     def _pair(self, state: str) -> LinkWeights:
         if (folder := self._weights(state)) is None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, RootModel, model_validator
 
 from cola.recipe.arms import OneLink
+from cola.recipe.methods import METHODS, Settings
 from cola.recipe.resolved import Rules
 from cola.tree.made import Made, Provenance
 from cola.tree.shapes import (
@@ -82,6 +83,11 @@ class TrainedLink(OneLink):
     learning_rate_last: Number = Field(description="of its last step")
     seed: Count = Field(description="of its draw and its dropout")
     cleared: Share = Field(description="of AdamW's moments that were zero as it began")
+
+    @property
+    def kind(self) -> type[Settings]:
+        """Its method."""
+        return METHODS[str(self.method)]
 
 
 class Knot(Record):
