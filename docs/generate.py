@@ -19,6 +19,7 @@ from study import STUDY, headline
 from study import page as study_page
 
 from cola.compare import ablation
+from cola.compare.records import Summary
 from cola.recipe import arms, bounds, data_section, recipe, schema, yaml12
 from cola.report.tables import result_tables
 from cola.report.verdict import verdict
@@ -150,15 +151,14 @@ def reference() -> str:
 
 def quickstart() -> str:
     """The README's table: what the committed run printed."""
-    summary = json.loads(QUICKSTART.read_text())
-    meta = summary["meta"]
-    where = f"{meta['machine']['cpu']}, {meta['machine']['cores']} cores"
-    seconds = sum(arm["total_seconds"] for arm in summary["arms"].values())
-    head = f"{meta['started'][:10]}, {where}, torch {meta['packages']['torch']}; {seconds / 60:.1f} minutes of training"
-    parts = [f"{head} and evaluation ([summary.json](experiments/000-quickstart/summary.json)):\n"]
-    parts += [f"**{table.title}**\n\n{table.markdown()}\n" for table in result_tables(summary)]
-    parts += [f"- {line}" for line in verdict(summary)]
-    return "\n".join(parts) + "\n"
+    summary = Summary.model_validate_json(QUICKSTART.read_text())
+    meta, seconds = summary.meta, sum(arm.total_seconds for arm in summary.arms.values())
+    assert meta is not None
+    head = f"{meta.started[:10]}, {meta.machine.cpu}, {meta.machine.cores} cores, torch {meta.packages['torch']}; "
+    head += f"{seconds / 60:.1f} minutes of training and evaluation "
+    head += "([summary.json](experiments/000-quickstart/summary.json)):\n"
+    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in result_tables(summary))
+    return "\n".join([head, *tables, *(f"- {line}" for line in verdict(summary)), ""])
 
 
 def cost_of_the_store() -> str:

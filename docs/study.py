@@ -5,7 +5,6 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -18,6 +17,7 @@ from scipy.stats import ttest_1samp
 from cola.compare import statistics
 from cola.compare.contrasts import paired
 from cola.compare.iqm import iqm
+from cola.compare.records import Ablation, ArmSpectra, Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.spectra import summarized
 from cola.compare.tasks import summarize_tasks
 from cola.report import numbers
@@ -40,6 +40,7 @@ STUDY = Path(__file__).parent.parent / "experiments/001-does-chaining-pay"
 RESULTS = STUDY / "results"
 QV_ARMS = ("lora", "chain3", "lora24", "reset3", "keep3", "gradient3")
 CHAINS = ("chain3", "keep3", "gradient3")  # their links are fresh pairs
+Estimated = Interval | Contrast | TaskContrast | statistics.Estimate
 YES, NO, OPEN = "came true", "did not come true", "not decided"
 WORK = tempfile.TemporaryDirectory()  # where archives are unpacked, until the process ends
 
@@ -49,36 +50,37 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def over_tasks() -> dict[str, Any]:
-    return read("over-tasks/summary.json")
+def over_tasks() -> TasksSummary:
+    return TasksSummary.model_validate(read("over-tasks/summary.json"))
 
 
-def by_task() -> dict[str, dict[str, Any]]:
+def by_task() -> dict[str, Summary]:
     """The summary of each task's run, in the order of the report over tasks."""
-    labels = [task["label"] for task in over_tasks()["tasks"]]
-    return {label.removeprefix("001-"): read(f"{label.removeprefix('001-')}/summary.json") for label in labels}
+    tasks = [task.label.removeprefix("001-") for task in over_tasks().tasks]
+    return {task: Summary.model_validate(read(f"{task}/summary.json")) for task in tasks}
 
 
-def contrasts() -> dict[tuple[str, str], dict[str, Any]]:
-    return {(one["first"], one["second"]): one for one in over_tasks()["contrasts"]}
+def contrasts() -> dict[tuple[str, str], TaskContrast]:
+    return {(one.first, one.second): one for one in over_tasks().contrasts}
 
 
-def interval(estimate: dict[str, Any] | str | None) -> str:
+def interval(estimate: Estimated | dict[str, Any] | str | None) -> str:
     """An estimate and its interval in words, as the tables have it."""
-    return str(numbers.interval(estimate))
+    return str(numbers.interval(Interval.model_validate(estimate) if isinstance(estimate, dict) else estimate))
 
 
 def titled(table: Table) -> str:
     return f"**{table.title}**\n\n{table.markdown()}\n"
 
 
-def in_order(summary: dict[str, Any], later: bool) -> dict[str, Any]:
+def in_order(summary: TasksSummary, later: bool) -> TasksSummary:
     """The summary over tasks with the contrasts that its recipes name, or with those that were thought of later."""
-    return summary | {"contrasts": [one for one in summary["contrasts"] if (one["role"] == "later") == later]}
+    contrasts = [one for one in summary.contrasts if (one.role == "later") == later]
+    return summary.model_copy(update={"contrasts": contrasts})
 
 
-def primary_of(summary: dict[str, Any]) -> dict[str, Any]:
-    return next(one for one in summary["contrasts"] if one["role"] == "primary")
+def primary_of(summary: Summary | TasksSummary) -> Contrast | TaskContrast:
+    return next(one for one in summary.contrasts if one.role == "primary")
 
 
 def verdict() -> str:
@@ -86,14 +88,14 @@ def verdict() -> str:
     summary = in_order(over_tasks(), later=False)
     primary = primary_of(summary)
     scores = [
-        [seed["test_score"] for task in by_task().values() for seed in task["arms"][primary[arm]]["seeds"]]
-        for arm in ("first", "second")
+        [seed.test_score for task in by_task().values() for seed in task.arms[arm].seeds]
+        for arm in (primary.first, primary.second)
     ]
     before = (
         "The estimate that was named before the runs was the interquartile mean of the paired differences: "
         f"{iqm(np.subtract(*scores)):+.3f}. It was given up after the results were seen."
     )
-    return f"**{contrast_sentence(primary, summary['metric'])}** {before}\n\n{titled(task_tables(summary)[0])}"
+    return f"**{contrast_sentence(primary, summary.metric)}** {before}\n\n{titled(task_tables(summary)[0])}"
 
 
 def scores() -> str:
@@ -104,11 +106,11 @@ def scores() -> str:
 def later() -> str:
     """The contrasts that no recipe names, and how many parameters their arms train."""
     summary = in_order(over_tasks(), later=True)
-    if not summary["contrasts"]:
+    if not summary.contrasts:
         return "The committed summary holds no contrast that was thought of later.\n"
-    names = dict.fromkeys(arm for one in summary["contrasts"] for arm in (one["first"], one["second"]))
-    arms = next(iter(by_task().values()))["arms"]
-    trained = ", ".join(f"{arm} {count(arms[arm]['num_trainable_params'])}" for arm in names)
+    names = dict.fromkeys(arm for one in summary.contrasts for arm in (one.first, one.second))
+    arms = next(iter(by_task().values())).arms
+    trained = ", ".join(f"{arm} {count(arms[arm].num_trainable_params)}" for arm in names)
     tables = "\n".join(titled(table) for table in task_tables(summary) if not table.title.startswith("Arms"))
     return f"{tables}\nParameters in training: {trained}.\n"
 
@@ -138,9 +140,9 @@ def of_primary(name: str) -> Path:
     return to
 
 
-def over(tasks: Sequence[str]) -> dict[str, Any]:
+def over(tasks: Sequence[str]) -> Contrast | TaskContrast:
     """The primary contrast over some of the study's tasks, as the report over all of them has it."""
-    return primary_of(summarize_tasks([of_primary(task) for task in tasks]).content())
+    return primary_of(summarize_tasks([of_primary(task) for task in tasks]))
 
 
 def without() -> str:
@@ -148,22 +150,22 @@ def without() -> str:
     summary, tasks = over_tasks(), list(by_task())
     found = {"none": primary_of(summary)}
     found |= {task: over([one for one in tasks if one != task]) for task in tasks}
-    of_all = [task_tables(summary | {"contrasts": [one]})[0] for one in found.values()]
+    of_all = [task_tables(summary.model_copy(update={"contrasts": [one]}))[0] for one in found.values()]
     rows = [[left_out, *table.rows[0][2:]] for left_out, table in zip(found, of_all, strict=True)]
-    title = f"{found['none']['first']} − {found['none']['second']} over the tasks without one of them"
+    title = f"{found['none'].first} − {found['none'].second} over the tasks without one of them"
     return titled(Table(title, ["left out", *of_all[0].columns[2:]], rows))
 
 
-def judged(found: dict[str, Any] | str | None, low: float, high: float) -> str:
+def judged(found: Estimated | str | None, low: float, high: float) -> str:
     """The outcome of a prediction that a number lies in a range: by its interval, never by the estimate.
 
     A word in place of a number (of a share of a gap that cannot be told from none) decides nothing.
     """
-    if found is None or isinstance(found, str) or found["low"] is None:
+    if found is None or isinstance(found, str) or found.low is None or found.high is None:
         return OPEN
-    if low <= found["low"] and found["high"] <= high:
+    if low <= found.low and found.high <= high:
         return YES
-    return NO if found["high"] < low or found["low"] > high else OPEN
+    return NO if found.high < low or found.low > high else OPEN
 
 
 def all_of(outcomes: Sequence[str]) -> str:
@@ -178,22 +180,22 @@ def on_each(outcomes: Sequence[str]) -> str:
     return outcomes[0] if len(said) == 1 else ", ".join(said)
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, float]:
+def over_seeds(values: Sequence[float]) -> Interval:
     """Mean over seeds with Student's 95 % interval."""
     found = ttest_1samp(values, 0).confidence_interval(0.95)
-    return {"value": mean(values), "low": float(found.low), "high": float(found.high)}
+    return Interval(value=mean(values), low=float(found.low), high=float(found.high))
 
 
-def gap_difference(task: str, first: str, second: str) -> dict[str, Any]:
+def gap_difference(task: str, first: str, second: str) -> statistics.Estimate:
     """`gap_loss` of one arm minus another's, paired by seed and test example, with its interval over both."""
     folder, recipe = RunFolder.open(unpacked(task))
     rows = [[{row.id: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)]
     table = paired(rows, by_loss=True)  # minus the loss
     assert table is not None  # the report of the run has compared them
-    arms = by_task()[task]["arms"]
-    train_AS = np.array([[seed["train_loss"] for seed in arms[arm]["seeds"]] for arm in (first, second)])
+    arms = by_task()[task].arms
+    train_AS = np.array([[seed.train_loss for seed in arms[arm].seeds] for arm in (first, second)])
     gaps = statistics.Table(-table.scores_ASN - train_AS[:, :, None], table.groups, table.weights)
-    return asdict(statistics.estimate((1, -1), [gaps]))
+    return statistics.estimate((1, -1), [gaps])
 
 
 def predictions() -> Iterator[tuple[str, str, str]]:
@@ -208,7 +210,7 @@ def predictions() -> Iterator[tuple[str, str, str]]:
         one = contrasts()[first, second]
         found = interval(one)
         if low < 0:  # with it, it was predicted what the study would see
-            apart = one["low"] > 0 or one["high"] < 0
+            apart = one.low > 0 or one.high < 0
             yield f"{number}. {first} − {second}: cannot be told apart here", found, NO if apart else YES
         yield f"{number}. {first} − {second}: {text}", found, judged(one, low, high)
     against = [contrasts()[arm, "full"] for arm in QV_ARMS]
@@ -219,13 +221,13 @@ def predictions() -> Iterator[tuple[str, str, str]]:
         ("chain3", "The chain closes less than a quarter of the gap", -np.inf, 0.25),
         ("all_linear", "All-linear closes most of it", 0.5, np.inf),
     ):
-        shares = [one["arms"][arm].get("closed") for one in tasks.values()]
+        shares = [one.arms[arm].closed for one in tasks.values()]
         found = "; ".join(map(interval, shares))
         yield f"5. {text}", f"closed: {found}", on_each([judged(share, low, high) for share in shares])
     steps = [("full", "all_linear"), *(("all_linear", arm) for arm in QV_ARMS)]
     gaps = {task: [gap_difference(task, *pair) for pair in steps] for task in tasks}
     found = [
-        f"{sum(one['low'] > 0 for one in gaps[task])} above 0, {sum(one['high'] < 0 for one in gaps[task])} below"
+        f"{sum(one.low > 0 for one in gaps[task])} above 0, {sum(one.high < 0 for one in gaps[task])} below"
         for task in tasks
     ]
     yield (
@@ -240,38 +242,31 @@ def predictions() -> Iterator[tuple[str, str, str]]:
         on_each([judged(one, 0.0, np.inf) for one in found]),
     )
     spectra = {task: spectra_by_seed(task, "chain3") for task in tasks}
-    above = [
-        over_seeds([mean(overlaps_of(one)) - one["overlap"]["random"] for one in seeds]) for seeds in spectra.values()
-    ]
+    above = [over_seeds([mean(overlaps_of(one)) - one.overlap.random for one in seeds]) for seeds in spectra.values()]
     yield (
         "7. Links overlap more than random subspaces do",
         f"overlap − random: {'; '.join(map(interval, above))}",
         on_each([judged(one, 0.0, 1.0) for one in above]),
     )
-    ranks = [over_seeds([one["rows"][-1]["effective_rank"] for one in seeds]) for seeds in spectra.values()]
-    found = [f"{one['value']:.1f} [{one['low']:.1f}, {one['high']:.1f}]" for one in ranks]
+    ranks = [over_seeds([one.rows[-1].effective_rank for one in seeds]) for seeds in spectra.values()]
+    found = [f"{one.value:.1f} [{one.low:.1f}, {one.high:.1f}]" for one in ranks]
     outcome = on_each([judged(one, 0.0, 24.0) for one in ranks])
     yield "7. Three links add fewer than 24 directions", f"effective rank: {'; '.join(found)}", outcome
 
 
-def spectra_by_seed(task: str, arm: str) -> list[dict[str, Any]]:
+def spectra_by_seed(task: str, arm: str) -> list[ArmSpectra]:
     """What a run's summary says of an arm's spectra, of one seed at a time."""
     files = sorted((unpacked(task) / "arms" / arm).glob("seed-*/spectrum.json"))
-    return [summarized({arm: [spectrum_of(json.loads(file.read_text()))]})[arm].content() for file in files]
+    return [summarized({arm: [spectrum_of(json.loads(file.read_text()))]})[arm] for file in files]
 
 
 def listed(numbers: list[float], form: str) -> str:
     return ", ".join(f"{number:{form}}" for number in numbers)
 
 
-def learned_by(summary: dict[str, Any], arm: str) -> dict[str, Any]:
-    """The spectrum of all that an arm has learned."""
-    return summary["spectra"][arm]["rows"][-1]
-
-
-def overlaps_of(spectra: dict[str, Any]) -> list[float]:
+def overlaps_of(spectra: ArmSpectra) -> list[float]:
     """The overlap of each two of a chain's links."""
-    matrix = spectra["overlap"]["matrix"]
+    matrix = spectra.overlap.matrix
     return [matrix[i][j] for i in range(len(matrix)) for j in range(i)]
 
 
@@ -283,7 +278,7 @@ def predicted() -> str:
 def beside() -> str:
     """What an arm costs and does beside its score: means over the tasks."""
     tasks = by_task()
-    arms = next(iter(tasks.values()))["arms"]
+    arms = next(iter(tasks.values())).arms
     table = Table(
         f"Means over {len(tasks)} tasks and all seeds; FLOPs, time and memory by those of lora",
         [
@@ -303,28 +298,28 @@ def beside() -> str:
         [],
     )
 
-    def averaged(arm: str, number: Callable[[dict[str, Any]], float]) -> float:
-        return mean(number(one["arms"][arm]) for one in tasks.values())
+    def averaged(arm: str, key: str) -> float:
+        return mean(getattr(one.arms[arm], key).mean for one in tasks.values())
 
     for arm in arms:
-        losses = [averaged(arm, lambda one, key=key: one[key]["mean"]) for key in ("train_loss", "test_loss")]
-        gaps = [averaged(arm, lambda one, key=key: one[key]["mean"]) for key in ("gap_loss", "gap_acc", "forgetting")]
+        losses = [averaged(arm, key) for key in ("train_loss", "test_loss")]
+        gaps = [averaged(arm, key) for key in ("gap_loss", "gap_acc", "forgetting")]
         row = [arm, *(f"{number:.3f}" for number in losses), *(f"{number:+.3f}" for number in gaps)]
         if arm == "base":
             table.rows.append([*row, *["–"] * 6])
             continue
-        rank = mean(learned_by(one, arm)["effective_rank"] for one in tasks.values())
-        shared = [one["spectra"][arm]["with_full"] for one in tasks.values()]
-        with_full = f"{mean(one['values'][-1] for one in shared):.2f}" if all(shared) else "–"
+        rank = mean(one.spectra[arm].rows[-1].effective_rank for one in tasks.values())
+        shared = [one.spectra[arm].with_full for one in tasks.values()]
+        with_full = f"{mean(one.values[-1] for one in shared):.2f}" if all(shared) else "–"
         ratios = [
-            mean(one["arms"][arm][key] / one["arms"]["lora"][key] for one in tasks.values())
+            mean(getattr(one.arms[arm], key) / getattr(one.arms["lora"], key) for one in tasks.values())
             for key in ("flops", "train_seconds", "peak_memory")
         ]
-        trained = count(arms[arm]["num_trainable_params"])
+        trained = count(arms[arm].num_trainable_params)
         table.rows.append([*row, f"{rank:.1f}", with_full, trained, *(f"{ratio:.2f}" for ratio in ratios)])
     of_lora = [
-        size(max(one["arms"]["lora"]["peak_memory"] for one in tasks.values())),
-        listed([one["arms"]["lora"]["train_seconds"] for one in tasks.values()], ".0f") + " s",
+        size(max(one.arms["lora"].peak_memory for one in tasks.values())),
+        listed([one.arms["lora"].train_seconds for one in tasks.values()], ".0f") + " s",
     ]
     return f"{titled(table)}\nlora takes {of_lora[1]} of training ({', '.join(tasks)}) and {of_lora[0]} of memory.\n"
 
@@ -338,18 +333,18 @@ def learned() -> str:
     )
     for task, summary in by_task().items():
         for arm in CHAINS:
-            spectra = summary["spectra"][arm]
-            rows = spectra["rows"][:-1]
+            spectra = summary.spectra[arm]
+            rows = spectra.rows[:-1]
             table.rows.append(
                 [
                     task,
                     arm,
-                    listed([100 * row["relative_size"] for row in rows], ".1f") + " %",
-                    listed([row["effective_rank"] for row in rows], ".1f"),
-                    f"{spectra['rows'][-1]['effective_rank']:.1f}",
+                    listed([100 * row.relative_size for row in rows], ".1f") + " %",
+                    listed([row.effective_rank for row in rows], ".1f"),
+                    f"{spectra.rows[-1].effective_rank:.1f}",
                     listed(overlaps_of(spectra), ".2f"),
-                    f"{spectra['overlap']['random']:.2f}",
-                    f"{summary['arms'][arm]['max_drift']:.0e}",
+                    f"{spectra.overlap.random:.2f}",
+                    f"{summary.arms[arm].max_drift:.0e}",
                 ]
             )
     return titled(table)
@@ -362,8 +357,8 @@ def details() -> str:
         tables = [
             *named_tables(summary).values(),
             contrasts_table(summary),
-            spectra_table(summary),
-            overlap_table(summary),
+            spectra_table(summary.spectra),
+            overlap_table(summary.spectra),
         ]
         texts = "\n".join(titled(table) for table in tables)
         parts.append(f"<details><summary>{task}: every table of its run</summary>\n\n{texts}\n</details>\n")
@@ -372,13 +367,13 @@ def details() -> str:
 
 def length() -> str:
     """Score, gap and cost against the number of links, and how far its runs are those of trec's own."""
-    summary = read("length/ablation.json")
-    arms = read("trec/summary.json")["arms"]
+    summary = Ablation.model_validate(read("length/ablation.json"))
+    arms = by_task()["trec"].arms
     same = []
     for links, twin in (("1", "lora"), ("3", "chain3")):
-        again = next(row["seeds"] for row in summary["rows"] if row["values"] == {"arms.chain3.links": links})
-        pairs = zip(again, arms[twin]["seeds"], strict=True)
-        same += [second["test_loss"] == first["test_loss"] for second, first in pairs]
+        again = next(row.seeds for row in summary.rows if row.values == {"arms.chain3.links": links})
+        pairs = zip(again, arms[twin].seeds, strict=True)
+        same += [second.test_loss == first.test_loss for second, first in pairs]
     notes = [
         *ablation_notes(summary),
         f"One link is trec's lora and three links are its chain3, trained again on another machine: {sum(same)} of "
@@ -392,7 +387,7 @@ def length() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def length_by_links(summary: dict[str, Any]) -> Table:
+def length_by_links(summary: Ablation) -> Table:
     """What each number of links gains on one link, and what it has learned."""
     table = Table(
         "The same runs: what is gained on one link, and what the chain is made of",
@@ -406,19 +401,18 @@ def length_by_links(summary: dict[str, Any]) -> Table:
         ],
         [],
     )
-    points = {name.split("/")[-2]: one for name, one in packed("length", "/summary.json")}
-    for point in summary["points"]:
-        one = points[point["folder"]]
-        links = one["arms"]["chain3"]["links"]
-        rows = one["spectra"]["chain3"]["rows"]
+    points = {name.split("/")[-2]: Summary.model_validate(one) for name, one in packed("length", "/summary.json")}
+    for point in summary.points:
+        one = points[point.folder]
+        chain, rows = one.arms["chain3"], one.spectra["chain3"].rows
         table.rows.append(
             [
-                str(links),
-                "–" if links == 1 else interval(primary_of(one)),
-                ", ".join(f"{rate:g}" for rate in dict.fromkeys(one["arms"]["chain3"]["learning_rate"])),
-                f"{rows[-1]['effective_rank']:.1f}",
-                listed([100 * row["relative_size"] for row in rows[:links]], ".1f") + " %",
-                f"{one['arms']['chain3']['forgetting']['mean']:+.2f}",
+                str(chain.links),
+                "–" if chain.links == 1 else interval(primary_of(one)),
+                ", ".join(f"{rate:g}" for rate in dict.fromkeys(chain.learning_rate)),
+                f"{rows[-1].effective_rank:.1f}",
+                listed([100 * row.relative_size for row in rows[: chain.links]], ".1f") + " %",
+                f"{chain.forgetting.mean:+.2f}",
             ]
         )
     return table
@@ -431,7 +425,7 @@ def schedule() -> str:
     table = Table("Largest gradient norm before clipping (its step), test exact match; by seed", ["arm", *seeds], [])
     for arm, of_seeds in norms.items():
         table.rows.append([arm, *(f"{one['norm']:.0f} ({one['step']}), {one['test_score']:.3f}" for one in of_seeds)])
-    return f"{titled(contrasts_table(read('schedule/summary.json')))}\n{titled(table)}"
+    return f"{titled(contrasts_table(Summary.model_validate(read('schedule/summary.json'))))}\n{titled(table)}"
 
 
 def minibatches() -> str:
@@ -490,7 +484,6 @@ def choice() -> str:
     """How much the choice of a learning rate hung on the seed."""
     found = read("minibatches.json")["choice"]
     agree, of, short = (found[key] for key in ("agree", "of", "short_on_the_other"))
-    agree, of, short = (found[key] for key in ("agree", "of", "short_on_the_other"))
     return (
         f"Seeds 0 and 1 agree on the best learning rate in {agree} of {of} searches. The rate that one of them would "
         f"choose scores {short:.3f} less on validation under the other seed than that seed's best, in the mean over "
@@ -533,7 +526,7 @@ def headline() -> str:
     """For the project's README: the primary contrast, and each arm's score by task."""
     summary = in_order(over_tasks(), later=False)
     arms = task_tables(summary)[1]
-    return f"**{contrast_sentence(primary_of(summary), summary['metric'])}**\n\n{arms.markdown()}\n"
+    return f"**{contrast_sentence(primary_of(summary), summary.metric)}**\n\n{arms.markdown()}\n"
 
 
 def scout() -> str:

@@ -107,7 +107,7 @@ def _results_table(outcome: Outcome) -> Table:
     rows.append(["gap", f"{evaluation.gap_loss:+.4f}", NONE if gap is None else f"{gap:+.4f}", ""])
     summary = read_json(outcome.folder.path / "summary.json", Summary)
     if summary is not None and (arm := summary.arms.get(outcome.job.arm)) is not None:
-        compared = {key: value for key, value in arm.content().items() if key in ("ft_gap", "closed")}
+        compared = {key: value for key, value in arm.given().items() if key in ("ft_gap", "closed")}
         rows += [[f"{key}, all seeds", "", interval(value), ""] for key, value in compared.items()]
     return Table("Results", ["", "loss", "score", "rows"], rows)
 

@@ -93,21 +93,18 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _numbers(a: Run, b: Run, titles: tuple[str, str], notes: list[str]) -> Table:
     """Test loss and score of the arms by name, and the paired difference of those that both runs have."""
-    summaries = [summarize(run.recipe, run.folder).content()["arms"] for run in (a, b)]
+    summaries = [summarize(run.recipe, run.folder).arms for run in (a, b)]
     same = a.causes[0] == b.causes[0] and a.causes[2] == b.causes[2]
     by_loss = METRICS[a.recipe.data.task] == "perplexity"
     key, what = ("test_loss", "test loss") if by_loss or a.causes[2] != b.causes[2] else ("test_score", a.causes[2])
     columns = ["arm", *(f"{name}, {title}" for name in (what, "gap_loss") for title in titles), "second − first [95 %]"]
     table = Table(f"Arms: test, {a.causes[2] if same else 'not paired'}", columns, [])
     for arm in dict.fromkeys([*summaries[0], *summaries[1]]):
-        of_arm = [summary.get(arm, {}) for summary in summaries]
-        cells: list[Shown] = [spread(one.get(key)) for one in of_arm]
-        cells += [spread(one.get("gap_loss"), signed=True) for one in of_arm]
-        found = None
-        if same and (scores := _pair(a, b, arm, notes)) is not None:
-            found = estimate((1, -1), [scores])
-        cells.append(NONE if found is None else interval({"value": found.value, "low": found.low, "high": found.high}))
-        table.rows.append([arm, *cells])
+        of_arm = [summary.get(arm) for summary in summaries]
+        cells: list[Shown] = [spread(getattr(numbers, key, None)) for numbers in of_arm]
+        cells += [spread(numbers and numbers.gap_loss, signed=True) for numbers in of_arm]
+        scores = _pair(a, b, arm, notes) if same else None
+        table.rows.append([arm, *cells, interval(scores and estimate((1, -1), [scores]))])
     return table
 
 

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cola.report.table import NONE, Cell
+
+if TYPE_CHECKING:  # what prints a duration waits for no scipy
+    from cola.compare.records import ArmSummary, Difference, Interval, Matched, Search, Spread, TaskContrast
+    from cola.compare.statistics import Estimate
 
 COUNTS = {"Z": 1e21, "E": 1e18, "P": 1e15, "T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}
 BYTES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
@@ -60,27 +64,24 @@ def p_value(value: float | None) -> Cell:
     return shown(next(text for text in texts if (float(text) < 0.05) == (value < 0.05)))
 
 
-def spread(values: dict[str, Any] | None, signed: bool = False) -> Cell:
+def spread(values: "Spread | None", signed: bool = False) -> Cell:
     """Mean ± standard deviation over seeds."""
     if values is None:
         return Cell(NONE)
-    mean = f"{values['mean']:+.3f}" if signed else f"{values['mean']:.3f}"
-    return shown(mean, "" if values["sd"] is None else f" ± {values['sd']:.3f}")
+    return shown(f"{values.mean:{'+' if signed else ''}.3f}", "" if values.sd is None else f" ± {values.sd:.3f}")
 
 
-def interval(estimate: dict[str, Any] | str | None, signed: bool = True) -> Cell:
-    """Estimate [low, high], or why there is none; a sign before what is a difference."""
+def interval(estimate: "Interval | Difference | TaskContrast | Estimate | str | None") -> Cell:
+    """Estimate [low, high], with their signs, or why there is none."""
     if estimate is None or isinstance(estimate, str):
         return Cell(estimate or NONE)
-    form = "+.3f" if signed else ".3f"
-    ends = "" if estimate["low"] is None else f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
-    return shown(f"{estimate['value']:{form}}", ends)
+    ends = "" if estimate.low is None else f" [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return shown(f"{estimate.value:+.3f}", ends)
 
 
-def gap(arm: dict[str, Any], key: str) -> Cell:
+def gap(estimate: "Interval | None", values: "Spread | None") -> Cell:
     """A gap with its interval; where it has none, with its spread over seeds."""
-    estimate = arm.get(f"{key}_interval")
-    return interval(estimate) if estimate and estimate["low"] is not None else spread(arm[key], signed=True)
+    return interval(estimate) if estimate and estimate.low is not None else spread(values, signed=True)
 
 
 def size(n_bytes: float | None) -> Cell:
@@ -120,28 +121,24 @@ def mean_known(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def choice_share(search: dict[str, Any]) -> float | None:
+def choice_share(search: "Search") -> float | None:
     """In which share of resampled trials the choice is the same; mean over the seeds that choose for themselves."""
-    return mean_known(choice["trials"][choice["chosen"]]["share"] for choice in search["choices"])
+    return mean_known(choice.trials[choice.chosen].share for choice in search.choices)
 
 
-def states_text(arm: dict[str, Any]) -> str:
+def states_text(arm: "ArmSummary") -> str:
     """How an arm's seeds ended: ok, or how many did not."""
-    states = list(arm["states"].values())
+    states = list(arm.states.values())
     counts = {state: states.count(state) for state in sorted(set(states), key=lambda s: (s != "ok", s))}
-    if len(counts) == 1:
-        return states[0]
-    return ", ".join(f"{n} {state}" for state, n in counts.items())
+    return ", ".join(f"{n} {state}" for state, n in counts.items()) if len(counts) > 1 else states[0]
 
 
-def matched_text(matched: dict[str, Any]) -> str:
+def matched_text(matched: "Matched") -> str:
     """What all trained arms were given the same of."""
-    budget = {"steps": "optimizer steps", "tokens": "positions", "flops": "training FLOPs"}[matched["by"]]
-    if matched["per_link"]:
-        return f"matched: {budget} of each link"
-    if not matched.get("used"):
-        return f"matched: {budget}"
-    low, high = (f"{n:.0f}" if matched["by"] == "steps" else str(count(n)) for n in matched["used"])
+    budget = {"steps": "optimizer steps", "tokens": "positions", "flops": "training FLOPs"}[matched.by]
+    if matched.per_link or not matched.used:
+        return f"matched: {budget}{' of each link' if matched.per_link else ''}"
+    low, high = (f"{n:.0f}" if matched.by == "steps" else str(count(n)) for n in matched.used)
     return f"matched: {budget} ({low if low == high else f'{low} to {high}'})"
 
 

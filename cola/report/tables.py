@@ -1,10 +1,21 @@
 """The numbers of a summary as tables, the same in the terminal, on the page and in the README. No torch."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cola.compare.ablation import short
+from cola.compare.records import (
+    Ablation,
+    ArmSpectra,
+    ArmSummary,
+    Contrast,
+    KnotLedger,
+    Summary,
+    SummaryTrial,
+    TaskContrast,
+    TasksSummary,
+)
 from cola.recipe.bounds import SPLITS
 from cola.report.numbers import (
     count,
@@ -26,145 +37,144 @@ from cola.report.numbers import (
 )
 from cola.report.table import NONE, Cell, Shown, Table
 from cola.report.verdict import of_contrasts
+from cola.tree.records import ArmState
+from cola.tree.spectra import Spectrum
 
 Columns = dict[str, Callable[..., Shown]]  # each says what it shows of an arm, or of whatever a row is about
 TO_FULL: Columns = {
-    "ft_gap": lambda arm: interval(arm.get("ft_gap")),
-    "closed": lambda arm: interval(arm.get("closed")),
+    "ft_gap": lambda arm: interval(arm.ft_gap),
+    "closed": lambda arm: interval(arm.closed),
 }
 COST: Columns = {
-    "trained": lambda arm: count(arm["num_trainable_params"]),
-    "steps": lambda arm: number(arm["steps"], ".0f"),
-    "time": lambda arm: duration(arm["total_seconds"]),
+    "trained": lambda arm: count(arm.num_trainable_params),
+    "steps": lambda arm: number(arm.steps, ".0f"),
+    "time": lambda arm: duration(arm.total_seconds),
 }
 RANKS: Columns = {
-    "rank": lambda update: rounded(update["rank"]),
-    "‖ΔW‖/‖W‖": lambda update: number(update["relative_size"], ".2%"),
-    "effective rank": lambda update: number(update["effective_rank"], ".1f"),
-    "rank at 90 %": lambda update: rounded(update["rank_90"]),
-    "stable rank": lambda update: number(update["stable_rank"], ".1f"),
+    "rank": lambda update: rounded(update.rank),
+    "‖ΔW‖/‖W‖": lambda update: number(update.relative_size, ".2%"),
+    "effective rank": lambda update: number(update.effective_rank, ".1f"),
+    "rank at 90 %": lambda update: rounded(update.rank_90),
+    "stable rank": lambda update: number(update.stable_rank, ".1f"),
 }
 
 
-def result_tables(summary: dict[str, Any]) -> list[Table]:
+def result_tables(summary: Summary) -> list[Table]:
     """Loss and score on the three splits, each beside its gap, what each arm cost, and what its search tried."""
     return list(named_tables(summary).values())
 
 
-def named_tables(summary: dict[str, Any]) -> dict[str, Table]:
+def named_tables(summary: Summary) -> dict[str, Table]:
     """The same by name: loss, score, cost, trials; without those that have nothing to say."""
-    arms, matched = summary["arms"], matched_text(summary["matched"])
-    at = "at the last step" if summary["checkpoint"] == "last" else "at the step that was best on validation"
-    loss: Columns = {**_by_split("loss"), "gap_loss": lambda arm: gap(arm, "gap_loss")}
-    if any(arm.get("forgetting") for arm in arms.values()):
-        loss["forgetting"] = lambda arm: spread(arm["forgetting"], signed=True)
-    if perplexity := summary["metric"] == "perplexity":
-        loss["test perplexity"] = lambda arm: number(math.exp(arm["test_loss"]["mean"]), ".2f")
+    arms, matched = summary.arms, matched_text(summary.matched)
+    at = "at the last step" if summary.checkpoint == "last" else "at the step that was best on validation"
+    loss = _by_split("loss") | {"gap_loss": lambda arm: gap(arm.gap_loss_interval, arm.gap_loss)}
+    if any(arm.forgetting for arm in arms.values()):
+        loss["forgetting"] = lambda arm: spread(arm.forgetting, signed=True)
+    if perplexity := summary.metric == "perplexity":
+        loss["test perplexity"] = lambda arm: number(math.exp(arm.test_loss.mean), ".2f")
         loss |= TO_FULL
     tables = {"loss": _of_arms(f"Loss {at}, nats per target token; {matched}", loss, arms)}
     if not perplexity:
-        score: Columns = {**_by_split("score"), "gap_acc": lambda arm: gap(arm, "gap_acc"), **TO_FULL}
-        tables["score"] = _of_arms(f"{summary['metric'].capitalize()} {at}; {matched}", score, arms)
+        score = _by_split("score") | {"gap_acc": lambda arm: gap(arm.gap_acc_interval, arm.gap_acc)} | TO_FULL
+        tables["score"] = _of_arms(f"{summary.metric.capitalize()} {at}; {matched}", score, arms)
     tables["cost"] = _of_arms(f"Cost; {matched}", _cost_columns(arms), arms)
-    return tables | ({"trials": _trials_table(summary)} if summary["trials"] else {})
+    return tables | ({"trials": _trials_table(summary)} if summary.trials else {})
 
 
 def _by_split(kind: str) -> Columns:
-    return {split: lambda arm, key=f"{split}_{kind}": spread(arm[key]) for split in SPLITS}
+    return {split: lambda arm, key=f"{split}_{kind}": spread(getattr(arm, key)) for split in SPLITS}
 
 
-def _cost_columns(arms: dict[str, Any]) -> Columns:
-    def base(arm: dict[str, Any]) -> str:
-        return arm["base"]["quantization"] or arm["base"]["dtype"]
-
-    columns: Columns = {"base": base} if len({base(arm) for arm in arms.values() if "base" in arm}) > 1 else {}
+def _cost_columns(arms: dict[str, ArmSummary]) -> Columns:
+    bases = {arm.base.quantization or arm.base.dtype for arm in arms.values() if arm.base}
+    columns: Columns = {"base": lambda arm: arm.base.quantization or arm.base.dtype} if len(bases) > 1 else {}
     columns |= {
-        "links": lambda arm: number(arm["links"], "d"),
+        "links": lambda arm: number(arm.links, "d"),
         "trained": COST["trained"],
         "steps": COST["steps"],
-        "tokens": lambda arm: count(arm["tokens"]),
-        "FLOPs": lambda arm: count(arm["flops"]),
-        "learning rate": lambda arm: value_range(arm["learning_rate"]),
-        "scored at step": lambda arm: value_range(arm["scored_step"]),
+        "tokens": lambda arm: count(arm.tokens),
+        "FLOPs": lambda arm: count(arm.flops),
+        "learning rate": lambda arm: value_range(arm.learning_rate),
+        "scored at step": lambda arm: value_range(arm.scored_step),
         "time": COST["time"],
     }
-    if any(arm.get("peak_memory") for arm in arms.values()):
-        columns["memory"] = lambda arm: size(arm["peak_memory"])
+    if any(arm.peak_memory for arm in arms.values()):
+        columns["memory"] = lambda arm: size(arm.peak_memory)
     return columns
 
 
-def _of_arms(title: str, columns: Columns, arms: dict[str, Any]) -> Table:
-    """A row for each arm; one without numbers says why."""
-    table = Table(title, ["arm", *columns], [])
-    for name, arm in arms.items():
-        if arm["n_seeds"]:
-            table.rows.append([name, *(shown(arm) for shown in columns.values())])
-        else:
-            state = ", ".join(sorted(set(arm["states"].values())))
-            table.rows.append([name, state, *[NONE] * (len(columns) - 1)])
-    return table
+def _of_arms(title: str, columns: Columns, arms: dict[str, ArmSummary]) -> Table:
+    return Table(title, ["arm", *columns], [_row([name], columns, arm) for name, arm in arms.items()])
 
 
-def arms_table(summary: dict[str, Any]) -> Table:
+def _row(head: list[Shown], columns: Columns, arm: ArmState) -> list[Shown]:
+    """An arm's row; one without numbers says why."""
+    if arm.n_seeds:
+        return [*head, *(shown(arm) for shown in columns.values())]
+    return [*head, ", ".join(sorted(set(arm.states.values()))) or "missing", *[NONE] * (len(columns) - 1)]
+
+
+def arms_table(summary: Summary) -> Table:
     """The key table of a page: each arm's state and what it is judged by, the score or the loss of a text."""
     tables = named_tables(summary)
     table = tables.get("score", tables["loss"])
     rows = [
-        [name, states_text(arm), *(row[1:] if arm["n_seeds"] else [NONE] * (len(row) - 1))]
-        for (name, arm), row in zip(summary["arms"].items(), table.rows, strict=True)
+        [name, states_text(arm), *(row[1:] if arm.n_seeds else [NONE] * (len(row) - 1))]
+        for (name, arm), row in zip(summary.arms.items(), table.rows, strict=True)
     ]
     return Table(table.title, ["arm", "state", *table.columns[1:]], rows)
 
 
-def seeds_table(summary: dict[str, Any]) -> Table:
+def seeds_table(summary: Summary) -> Table:
     """The numbers of each seed, which the figures show as dots."""
-    kinds = ["loss"] if summary["metric"] == "perplexity" else ["loss", "score"]
+    kinds = ["loss"] if summary.metric == "perplexity" else ["loss", "score"]
     forms = {f"{split}_{kind}": ".4f" for kind in kinds for split in SPLITS}
     forms |= {{"loss": "gap_loss", "score": "gap_acc"}[kind]: "+.4f" for kind in kinds}
-    seeds = [(name, seed) for name, arm in summary["arms"].items() for seed in arm.get("seeds", ())]
-    if any(seed.get("forgetting") is not None for _, seed in seeds):
+    seeds = [(name, seed) for name, arm in summary.arms.items() for seed in arm.seeds]
+    if any(seed.forgetting is not None for _, seed in seeds):
         forms["forgetting"] = "+.4f"
-    columns: Columns = {"arm": lambda name, _: name, "seed": lambda _, seed: number(seed["seed"], "d")}
+    columns: Columns = {"arm": lambda name, _: name, "seed": lambda _, seed: number(seed.seed, "d")}
     columns |= {
         key if key.startswith("gap") else key.replace("_", " "): lambda _, seed, key=key, form=form: number(
-            seed.get(key), form
+            getattr(seed, key), form
         )
         for key, form in forms.items()
     }
     return Table.of("Each seed", columns, seeds)
 
 
-def _trials_table(summary: dict[str, Any]) -> Table:
+def _trials_table(summary: Summary) -> Table:
     """Every value that a search tried, with what validation said of it, and how often resampled trials choose it; where
     each seed chooses for itself, means over seeds."""
 
-    def mean(tried: list[dict[str, Any]], key: str) -> Shown:
-        failed = all(trial["failed"] for trial in tried)
-        return "failed" if failed else number(mean_known(trial[key] for trial in tried), ".3f")
+    def mean(tried: list[SummaryTrial], key: str) -> Shown:
+        failed = all(trial.failed for trial in tried)
+        return "failed" if failed else number(mean_known(getattr(trial, key) for trial in tried), ".3f")
 
     def chosen(_: str, __: Any, seeds: list[int | None]) -> str:
         return "" if not seeds else "chosen" if seeds == [None] else f"by seed {', '.join(map(str, seeds))}"
 
     columns: Columns = {
         "arm": lambda arm, *_: arm,
-        "values": lambda _, tried, __: values_text(tried[0]["values"]),
+        "values": lambda _, tried, __: values_text(tried[0].values),
         "validation loss": lambda _, tried, __: mean(tried, "loss"),
     }
-    if summary["metric"] != "perplexity":
-        columns[f"validation {summary['metric']}"] = lambda _, tried, __: mean(tried, "score")
+    if summary.metric != "perplexity":
+        columns[f"validation {summary.metric}"] = lambda _, tried, __: mean(tried, "score")
     columns["chosen"] = chosen
-    columns["resampled"] = lambda _, tried, __: number(mean_known(trial["share"] for trial in tried), ".0%")
+    columns["resampled"] = lambda _, tried, __: number(mean_known(trial.share for trial in tried), ".0%")
     rows = [
         (
             arm,
-            [choice["trials"][n] for choice in search["choices"]],
-            [choice["seed"] for choice in search["choices"] if choice["chosen"] == n],
+            [choice.trials[n] for choice in search.choices],
+            [choice.seed for choice in search.choices if choice.chosen == n],
         )
-        for arm, search in summary["trials"].items()
-        for n in range(len(search["choices"][0]["trials"]))
+        for arm, search in summary.trials.items()
+        for n in range(len(search.choices[0].trials))
     ]
-    rules = sorted({search["select_by"] for search in summary["trials"].values()})
-    title = f"Trials of the search, on validation, by {' or '.join(rules)}; {matched_text(summary['matched'])}"
+    rules = sorted({search.select_by for search in summary.trials.values()})
+    title = f"Trials of the search, on validation, by {' or '.join(rules)}; {matched_text(summary.matched)}"
     return Table.of(title, columns, rows)
 
 
@@ -186,31 +196,31 @@ def scored_table(scored: list[tuple[str, dict[str, Any], dict[str, Any] | None]]
     return table
 
 
-def knots_table(summary: dict[str, Any], short: bool = False) -> Table:
+def knots_table(summary: Summary, short: bool = False) -> Table:
     """The knot ledger: what each link added, and what tying it lost. `short`: what a terminal has room for."""
 
-    def merge(_: str, knot: dict[str, Any]) -> str:
-        merge = "beside" if knot["merge"] == "no" else knot["merge"]
-        return merge if knot["fraction"] == 1 else f"{merge}, {knot['fraction']:.0%}"
+    def merge(_: str, knot: KnotLedger) -> str:
+        merge = "beside" if knot.merge == "no" else knot.merge
+        return merge if knot.fraction == 1 else f"{merge}, {knot.fraction:.0%}"
 
     columns: Columns = {
         "arm": lambda arm, _: arm,
-        "link": lambda _, knot: number(knot["link"], "d"),
+        "link": lambda _, knot: number(knot.link, "d"),
         "merge": merge,
-        "cleared": lambda _, knot: number(knot["cleared"], ".1%"),
-        "‖ΔW‖/‖W‖": lambda _, knot: number(knot["relative_size_median"], ".2%"),
-        "max": lambda _, knot: number(knot["relative_size_max"], ".2%"),
-        "unchanged": lambda _, knot: number(knot["unchanged_median"], ".1%"),
-        "error": lambda _, knot: small(knot["error_max"]),
-        "cosine": lambda _, knot: number(knot["cosine_min"], ".3f"),
-        "logits": lambda _, knot: small(knot["drift_max_logit_change"]),
-        "of learned": lambda _, knot: small(knot["drift_of_learned"]),
-        "KL": lambda _, knot: small(knot["drift_kl"]),
-        "loss": lambda _, knot: small(knot["drift_loss_change"], signed=True),
+        "cleared": lambda _, knot: number(knot.cleared, ".1%"),
+        "‖ΔW‖/‖W‖": lambda _, knot: number(knot.relative_size_median, ".2%"),
+        "max": lambda _, knot: number(knot.relative_size_max, ".2%"),
+        "unchanged": lambda _, knot: number(knot.unchanged_median, ".1%"),
+        "error": lambda _, knot: small(knot.error_max),
+        "cosine": lambda _, knot: number(knot.cosine_min, ".3f"),
+        "logits": lambda _, knot: small(knot.drift_max_logit_change),
+        "of learned": lambda _, knot: small(knot.drift_of_learned),
+        "KL": lambda _, knot: small(knot.drift_kl),
+        "loss": lambda _, knot: small(knot.drift_loss_change, signed=True),
     }
     for column in ("merge", "cleared", "max", "of learned") if short else ():
         del columns[column]
-    knots = [(name, knot) for name, arm in summary["arms"].items() for knot in arm.get("knots") or ()]
+    knots = [(name, knot) for name, arm in summary.arms.items() for knot in arm.knots]
     return Table.of("Knots: sizes are means over seeds, losses the worst of any seed and matrix", columns, knots)
 
 
@@ -219,162 +229,148 @@ def _distinct(updates: Sequence[Any]) -> Sequence[Any]:
     return updates[:1] if len(updates) == 2 else updates
 
 
-def spectra_table(summary: dict[str, Any]) -> Table:
+def spectra_table(spectra: Mapping[str, ArmSpectra]) -> Table:
     """What each link, the whole chain and full fine-tuning added to the base's matrices."""
-    spectra = summary.get("spectra") or {}
-    columns: Columns = {"arm": lambda arm, _: arm, "update": lambda _, update: update["what"]}
+    columns: Columns = {"arm": lambda arm, _: arm, "update": lambda _, update: update.what}
     columns |= {column: lambda _, update, shown=shown: shown(update) for column, shown in RANKS.items()}
-    if any(update["intruders"] is not None for arm in spectra.values() for update in arm["rows"]):
-        columns["intruders"] = lambda _, update: number(update["intruders"], ".2f")
-    rows = [(name, update) for name, arm in spectra.items() for update in _distinct(arm["rows"])]
+    if any(update.intruders is not None for arm in spectra.values() for update in arm.rows):
+        columns["intruders"] = lambda _, update: number(update.intruders, ".2f")
+    rows = [(name, update) for name, arm in spectra.items() for update in _distinct(arm.rows)]
     return Table.of("Spectra: medians over matrices, means over seeds", columns, rows)
 
 
-def overlap_table(summary: dict[str, Any]) -> Table:
+def overlap_table(spectra: Mapping[str, ArmSpectra]) -> Table:
     """Which share of their directions the links have in common, and with full fine-tuning, beside random ones'."""
-    spectra = {name: arm for name, arm in (summary.get("spectra") or {}).items() if arm["overlap"] or arm["with_full"]}
-    links = max((arm["overlap"]["labels"] for arm in spectra.values() if arm["overlap"]), key=len, default=[])
-    full = any(arm["with_full"] for arm in spectra.values())
+    spectra = {name: arm for name, arm in spectra.items() if arm.overlap or arm.with_full}
+    links = max((arm.overlap.labels for arm in spectra.values() if arm.overlap), key=len, default=[])
+    full = any(arm.with_full for arm in spectra.values())
     columns = ["arm", "update", *links, *(["random"] if links else []), *(["full", "random of full"] if full else [])]
     table = Table("Overlap of directions: 1 the same, 0 orthogonal", columns, [])
     for name, arm in spectra.items():
-        own, with_full = arm["overlap"], arm["with_full"]
-        shared = dict(zip(with_full["labels"], with_full["values"], strict=True)) if with_full else {}
-        for update in _distinct([row["what"] for row in arm["rows"]]):
-            mine = own["matrix"][own["labels"].index(update)] if own and update in own["labels"] else []
+        own, with_full = arm.overlap, arm.with_full
+        shared = dict(zip(with_full.labels, with_full.values, strict=True)) if with_full else {}
+        for update in _distinct([row.what for row in arm.rows]):
+            mine = own.matrix[own.labels.index(update)] if own and update in own.labels else []
             values = [*mine, *[None] * (len(links) - len(mine))]
-            values += [own["random"] if own and mine else None] if links else []
-            values += [shared.get(update), with_full["random"] if with_full else None] if full else []
+            values += [own.random if own and mine else None] if links else []
+            values += [shared.get(update), with_full.random if with_full else None] if full else []
             table.rows.append([name, update, *(number(value, ".3f") for value in values)])
     return table
 
 
-def matrices_table(record: dict[str, Any]) -> Table:
+def matrices_table(record: Spectrum) -> Table:
     """The spectra of one arm and seed, matrix by matrix, from its spectrum.json."""
     columns: Columns = {"matrix": lambda matrix, _, __: matrix, "update": lambda _, update, __: update}
     columns |= {column: lambda _, __, numbers, shown=shown: shown(numbers) for column, shown in RANKS.items()}
     rows = [
         (name, update, numbers)
-        for name, matrix in record["matrices"].items()
-        for update, numbers in _distinct(list(matrix["updates"].items()))
+        for name, matrix in record.matrices.items()
+        for update, numbers in _distinct(list(matrix.updates.items()))
     ]
     return Table.of("Matrix by matrix", columns, rows)
 
 
-def role_text(contrast: dict[str, Any]) -> str:
-    """A contrast's role in words."""
-    return "not named before" if contrast["role"] == "later" else contrast["role"]
-
-
-def _p_rows(contrast: dict[str, Any]) -> Cell:
-    p, error = p_value(contrast["p_rows"]), contrast["p_rows_error"]
+def _p_rows(contrast: Contrast | TaskContrast) -> Cell:
+    p, error = p_value(contrast.p_rows), contrast.p_rows_error
     return p if error is None else Cell(f"{p} ± {error:.1g}", p.value)
 
 
-def _rows_of(contrast: dict[str, Any]) -> Shown:
-    examples, groups = contrast["n_examples"], contrast["n_groups"]
+def _rows_of(contrast: Contrast | TaskContrast) -> Shown:
+    examples, groups = contrast.n_examples, contrast.n_groups
     return number(examples, "d") if groups == examples else f"{examples} in {groups}"
 
 
 CONTRAST: Columns = {
-    "first − second": lambda contrast: f"{contrast['first']} − {contrast['second']}",
-    "role": role_text,
+    "first − second": lambda contrast: f"{contrast.first} − {contrast.second}",
+    "role": lambda contrast: "not named before" if contrast.role == "later" else contrast.role,
     "difference [95 %]": interval,
-    "p": lambda contrast: p_value(contrast["p"]),
-    "p (Holm)": lambda contrast: p_value(contrast["p_holm"]),
+    "p": lambda contrast: p_value(contrast.p),
+    "p (Holm)": lambda contrast: p_value(contrast.p_holm),
     "p, these rows": _p_rows,
-    "smallest, these rows": lambda contrast: p_value(contrast["p_rows_smallest"]),
-    "detectable": lambda contrast: number(contrast["minimum_detectable"], ".3f"),
-    "seeds": lambda contrast: number(contrast["n_seeds"], "d"),
+    "smallest, these rows": lambda contrast: p_value(contrast.p_rows_smallest),
+    "detectable": lambda contrast: number(contrast.minimum_detectable, ".3f"),
+    "seeds": lambda contrast: number(contrast.n_seeds, "d"),
     "rows": _rows_of,
 }
 
 
-def contrasts_table(summary: dict[str, Any]) -> Table:
+def contrasts_table(summary: Summary | TasksSummary) -> Table:
     """Every contrast with its interval and tests; those named before the run first."""
     title = f"Contrasts on test: {of_contrasts(summary)}, more is better"
-    return Table.of(title, CONTRAST, [(contrast,) for contrast in summary["contrasts"]])
+    return Table.of(title, CONTRAST, [(contrast,) for contrast in summary.contrasts])
 
 
-def arms_by_task(summary: dict[str, Any]) -> Table:
+def arms_by_task(summary: TasksSummary) -> Table:
     """Each arm's test score on each task."""
-    metric = "−loss, nats per target token" if summary["by_loss"] else f"test {summary['metric']}"
+    metric = "−loss, nats per target token" if summary.by_loss else f"test {summary.metric}"
     columns: Columns = {"arm": lambda name, _: name}
-    columns |= {label: lambda _, arm, label=label: spread(arm["tasks"].get(label)) for label in _labels(summary)}
-    return Table.of(f"Arms: {metric}", columns, summary["arms"].items())
+    columns |= {task.label: lambda _, arm, label=task.label: spread(arm.tasks.get(label)) for task in summary.tasks}
+    return Table.of(f"Arms: {metric}", columns, summary.arms.items())
 
 
-def contrasts_by_task(summary: dict[str, Any]) -> Table:
+def contrasts_by_task(summary: TasksSummary) -> Table:
     """Each contrast on each task, paired by seed and example."""
     columns = {key: CONTRAST[key] for key in ("first − second", "role")}
-    columns |= {label: lambda one, label=label: interval(one["tasks"].get(label)) for label in _labels(summary)}
-    return Table.of("Contrasts, task by task [95 %]", columns, [(contrast,) for contrast in summary["contrasts"]])
+    columns |= {task.label: lambda one, label=task.label: interval(one.tasks.get(label)) for task in summary.tasks}
+    return Table.of("Contrasts, task by task [95 %]", columns, [(contrast,) for contrast in summary.contrasts])
 
 
-def _labels(summary: dict[str, Any]) -> Iterable[str]:
-    return [task["label"] for task in summary["tasks"]]
-
-
-def task_tables(summary: dict[str, Any]) -> list[Table]:
+def task_tables(summary: TasksSummary) -> list[Table]:
     """All tables of the report of several runs, the averages over tasks first."""
-    contrasts = summary["contrasts"]
+    contrasts = summary.contrasts
     if not contrasts:
         return [arms_by_task(summary)]
     tables = [arms_by_task(summary), contrasts_by_task(summary)]
-    if summary["averaged"]:
+    if summary.averaged:
         over = contrasts_table(summary)
         columns, rows = [*over.columns[:-2], "runs", "rows"], over.rows
-        if any(contrast["iqm"] for contrast in contrasts):
+        if any(contrast.iqm for contrast in contrasts):
             columns.append("interquartile mean [95 %]")
-            rows = [[*row, interval(contrast["iqm"])] for row, contrast in zip(rows, contrasts, strict=True)]
+            rows = [[*row, interval(contrast.iqm)] for row, contrast in zip(rows, contrasts, strict=True)]
         title = f"{over.title}; mean over tasks of each task's mean of paired differences"
         tables.insert(0, Table(title, columns, rows))
     return tables
 
 
-def ablation_table(summary: dict[str, Any]) -> Table:
+def ablation_table(summary: Ablation) -> Table:
     """Score, gap and cost of every point."""
-    keys = [short(key) for key in summary["keys"]]
+    keys = [short(key) for key in summary.keys]
     columns: Columns = {
-        "test loss": lambda row: spread(row["test_loss"]),
-        "gap_loss": lambda row: spread(row["gap_loss"], signed=True),
+        "test loss": lambda row: spread(row.test_loss),
+        "gap_loss": lambda row: spread(row.gap_loss, signed=True),
     }
-    if summary["metric"] != "perplexity":
-        columns[f"test {summary['metric']}"] = lambda row: spread(row["test_score"])
-        columns["gap_acc"] = lambda row: spread(row["gap_acc"], signed=True)
+    if summary.metric != "perplexity":
+        columns[f"test {summary.metric}"] = lambda row: spread(row.test_score)
+        columns["gap_acc"] = lambda row: spread(row.gap_acc, signed=True)
     columns |= TO_FULL | COST
-    title = f"{summary['name']}: {' × '.join(keys)}, {matched_text(summary['matched'])}"
+    title = f"{summary.name}: {' × '.join(keys)}, {matched_text(summary.matched)}"
     table = Table(title, ["arm", *keys, *columns], [])
-    for row in summary["rows"]:
-        values: list[Shown] = [given(v) for v in row["values"].values()] if row["values"] else [NONE] * len(keys)
-        if row["n_seeds"]:
-            table.rows.append([row["arm"], *values, *(shown(row) for shown in columns.values())])
-        else:
-            state = ", ".join(sorted(set(row["states"].values()))) or "missing"
-            table.rows.append([row["arm"], *values, state, *[NONE] * (len(columns) - 1)])
+    for row in summary.rows:
+        values: list[Shown] = [given(v) for v in row.values.values()] if row.values else [NONE] * len(keys)
+        table.rows.append(_row([row.arm, *values], columns, row))
     return table
 
 
-def ablation_notes(summary: dict[str, Any]) -> list[str]:
+def ablation_notes(summary: Ablation) -> list[str]:
     """What belongs beside the table."""
     lines = []
-    if summary["matched"]["by"] != "steps":
-        lines.append(f"Within each point all arms have the same {summary['matched']['by']} in all.")
-    elif summary["protocol"] == "fixed":
+    if summary.matched.by != "steps":
+        lines.append(f"Within each point all arms have the same {summary.matched.by} in all.")
+    elif summary.protocol == "fixed":
         lines.append("Protocol fixed: every point has the same optimizer steps in all.")
     else:
         lines.append("Protocol grow: every link has the same optimizer steps, so longer chains are trained longer.")
-    total = summary["trained_steps"] + summary["recalled_steps"]
+    total = summary.trained_steps + summary.recalled_steps
     if total:
         lines.append(
-            f"Optimizer steps: {total} over all points, of which {summary['trained_steps']} were made and "
-            f"{summary['recalled_steps']} were shared between points or found in the store."
+            f"Optimizer steps: {total} over all points, of which {summary.trained_steps} were made and "
+            f"{summary.recalled_steps} were shared between points or found in the store."
         )
-    lines += [f"{folder} was not run: {error}" for folder, error in summary["errors"].items()]
-    for row in summary["rows"]:
-        lines += [f"{row['label']}: {row['arm']} seed {seed} failed: {error}" for seed, error in row["errors"].items()]
-    lines += summary["damaged"]
-    n_seeds = max((row["n_seeds"] for row in summary["rows"]), default=0)
+    lines += [f"{folder} was not run: {error}" for folder, error in summary.errors.items()]
+    for row in summary.rows:
+        lines += [f"{row.label}: {row.arm} seed {seed} failed: {error}" for seed, error in row.errors.items()]
+    lines += summary.damaged
+    n_seeds = max((row.n_seeds for row in summary.rows), default=0)
     if n_seeds == 1:
         lines.append("One seed: nothing here says how another seed would fall out.")
     return lines

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cola.compare.records import Summary
 from cola.errors import one_line
 from cola.files import write_text
 from cola.recipe.schema import Tracking
@@ -49,25 +50,21 @@ FINISH_SECONDS = 120.0
 COPIES = "WANDB_DATA_DIR"
 
 
-def comparison_numbers(summary: dict[str, Any]) -> dict[str, float | str]:
+def comparison_numbers(summary: Summary) -> dict[str, float | str]:
     """A run's summary.json under W&B's fixed names; what is not known has no name."""
     found: dict[str, Any] = {}
-    for name, arm in summary["arms"].items():
-        found |= {f"arm/{name}/{key}": arm[key]["mean"] for key in ARM_MEANS if arm.get(key) is not None}
+    for name, arm in summary.arms.items():
+        found |= {f"arm/{name}/{key}": spread.mean for key in ARM_MEANS if (spread := getattr(arm, key)) is not None}
         for key in ("gap_loss", "gap_acc"):
-            if (ends := arm.get(f"{key}_interval")) is not None:
-                found |= {f"arm/{name}/{key}_{end}": ends[end] for end in ("low", "high")}
-        for key in ("ft_gap", "closed"):
-            number = arm.get(key)
-            if isinstance(number, str):
-                found[f"arm/{name}/{key}"] = number
-            elif number is not None:
-                ends = {"": number["value"], "_low": number["low"], "_high": number["high"]}
-                found |= {f"arm/{name}/{key}{end}": value for end, value in ends.items()}
-    for name, search in summary["trials"].items():
+            estimate = getattr(arm, f"{key}_interval")
+            found |= {f"arm/{name}/{key}_{end}": getattr(estimate, end, None) for end in ("low", "high")}
+        for key, estimate in (("ft_gap", arm.ft_gap), ("closed", arm.closed)):
+            found[f"arm/{name}/{key}"] = getattr(estimate, "value", estimate)  # or why there is none
+            found |= {f"arm/{name}/{key}_{end}": getattr(estimate, end, None) for end in ("low", "high")}
+    for name, search in summary.trials.items():
         found[f"arm/{name}/choice_share"] = choice_share(search)
-    for one in summary["contrasts"]:
-        found |= {f"contrast/{one['first']}-{one['second']}/{key}": one[key] for key in OF_CONTRAST}
+    for one in summary.contrasts:
+        found |= {f"contrast/{one.first}-{one.second}/{key}": getattr(one, key) for key in OF_CONTRAST}
     found["verdict"] = "\n".join(verdict(summary))
     return {name: value for name, value in found.items() if value is not None}
 

@@ -1,9 +1,7 @@
 """What a comparison found, in a sentence."""
 
-from typing import Any
-
 from cola.compare.choice import SURE
-from cola.compare.records import Scope
+from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
 from cola.report.numbers import p_value, values_text
@@ -17,42 +15,42 @@ OF_P = (
 )
 
 
-def of_contrasts(summary: dict[str, Any]) -> str:
-    by_loss = any(one["metric"] == "loss" for one in summary["contrasts"])
-    return "−loss, nats per target token" if by_loss else summary["metric"]
+def of_contrasts(summary: Summary | TasksSummary) -> str:
+    by_loss = any(one.metric == "loss" for one in summary.contrasts)
+    return "−loss, nats per target token" if by_loss else summary.metric
 
 
-def contrast_sentence(one: dict[str, Any], metric: str) -> str:
+def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
     """What a contrast allows to be said: never a winner inside its interval, no claim that was not named before."""
-    first, second = one["first"], one["second"]
-    seeds = "1 seed" if one["n_seeds"] == 1 else f"{one['n_seeds']} seeds"
-    if "tasks" in one:
-        seeds = f"{one['n_seeds']} pairs of runs on {len(one['tasks'])} tasks"
-    line = f"{first} − {second} = {one['value']:+.3f} test {'-loss' if one['metric'] == 'loss' else metric} ({seeds})"
-    if one["low"] is None:
+    first, second = one.first, one.second
+    seeds = "1 seed" if one.n_seeds == 1 else f"{one.n_seeds} seeds"
+    if isinstance(one, TaskContrast):
+        seeds = f"{one.n_seeds} pairs of runs on {len(one.tasks)} tasks"
+    line = f"{first} − {second} = {one.value:+.3f} test {'-loss' if one.metric == 'loss' else metric} ({seeds})"
+    if one.value is None or one.low is None or one.high is None:
         return f"{line}; these results give it no interval, so nothing is claimed."
-    line += f", 95 % interval [{one['low']:+.3f}, {one['high']:+.3f}]"
-    detectable = f"a difference below {one['minimum_detectable']:.3f} would mostly be missed by this study"
-    if one["low"] <= 0 <= one["high"]:
+    line += f", 95 % interval [{one.low:+.3f}, {one.high:+.3f}]"
+    detectable = f"a difference below {one.minimum_detectable:.3f} would mostly be missed by this study"
+    if one.low <= 0 <= one.high:
         return f"{line}: the two cannot be told apart; {detectable}."
-    better = first if one["value"] > 0 else second
-    if one["role"] == "later":
+    better = first if one.value > 0 else second
+    if one.role == "later":
         return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
-    corrected = one["p_holm"] is not None
-    p = one["p_holm"] if corrected else one["p"]
+    corrected = one.p_holm is not None
+    p = one.p_holm if corrected else one.p
     said = f"{'Holm-corrected ' if corrected else ''}p = {p_value(p)}".replace("= <", "<")
-    if one["claim"]:
+    if one.claim:
         return f"{line}, {said}: {better} is the better one."
-    why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one["n_seeds"] < FEWEST_RUNS else said
+    why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one.n_seeds < FEWEST_RUNS else said
     return f"{line}: {better} does better here, but {seeds} cannot carry a claim about the methods ({why})."
 
 
-def verdict(summary: dict[str, Any]) -> list[str]:
+def verdict(summary: Summary) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    named = [one for one in summary["contrasts"] if one["role"] != "later"]
-    lines = [contrast_sentence(one, summary["metric"]) for one in sorted(named, key=lambda one: one["role"])]
-    lines += summary["unpaired"]
-    n_seeds = len(summary["seeds"])
+    named = [one for one in summary.contrasts if one.role != "later"]
+    lines = [contrast_sentence(one, summary.metric) for one in sorted(named, key=lambda one: one.role)]
+    lines += summary.unpaired
+    n_seeds = len(summary.seeds)
     if n_seeds == 1:
         lines.append(
             "One seed: intervals are over test examples only and say nothing about another seed; "
@@ -60,67 +58,65 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"± is the standard deviation over {n_seeds} seeds.")
-    lines.append(scope_sentence(Scope.model_validate(summary["intervals"])))
-    if summary["contrasts"]:
+    lines.append(scope_sentence(summary.intervals))
+    if summary.contrasts:
         lines.append(OF_P)
     rule = (
         "the last step"
-        if summary["checkpoint"] == "last"
-        else f"the step that was best on validation ({summary['select_by']})"
+        if summary.checkpoint == "last"
+        else f"the step that was best on validation ({summary.select_by})"
     )
     lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
-    rows = summary.get("rows")
-    if rows:
-        lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in rows.items()) + ".")
-    for first, second, seed in summary["same_outputs"]:
+    if summary.rows:
+        lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in summary.rows.items()) + ".")
+    for first, second, seed in summary.same_outputs:
         lines.append(
             f"{first} and {second} give the same test losses to the bit under seed {seed}, though not trained "
             "alike: what one of them does differently has done nothing, so their comparison says nothing."
         )
-    steps = sorted({round(arm["steps"]) for arm in summary["arms"].values() if arm.get("steps")})
-    if len(steps) > 1 and summary["matched"]["by"] == "steps":
+    steps = sorted({round(arm.steps) for arm in summary.arms.values() if arm.steps})
+    if len(steps) > 1 and summary.matched.by == "steps":
         lines.append(
             f"The arms were trained for {steps[0]} to {steps[-1]} optimizer steps: what differs between them may be "
             "due to that alone."
         )
     lines += _uncertain(summary)
-    for name, arm in summary["arms"].items():
-        if (arm.get("max_lost") or 0) > 0.2:
+    for name, arm in summary.arms.items():
+        if (arm.max_lost or 0) > 0.2:
             lines.append(
-                f"{name}: rounding at a knot moved the outputs by {arm['max_lost']:.0%} of what its link had learned; "
+                f"{name}: rounding at a knot moved the outputs by {arm.max_lost:.0%} of what its link had learned; "
                 "model.dtype: float32 keeps knots exact."
             )
-        if arm.get("without_gradient"):
+        if arm.without_gradient:
             lines.append(
-                f"{name}: at every step {arm['without_gradient']} of its trained tensors got no gradient or more."
+                f"{name}: at every step {arm.without_gradient} of its trained tensors got no gradient or more."
             )
-        for key, seeds in arm.get("at_grid_edge", {}).items():
+        for key, seeds in arm.at_grid_edge.items():
             what = key.replace("_", " ")
-            if len(seeds) < arm["n_seeds"]:
+            if len(seeds) < arm.n_seeds:
                 what += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
             lines.append(f"{name}: the chosen {what} is at the edge of its grid; a better one may lie outside.")
-        for seed, error in arm["errors"].items():
+        for seed, error in arm.errors.items():
             lines.append(f"{name} seed {seed} failed: {error}")
-        if 0 < arm["n_seeds"] < n_seeds:
-            lines.append(f"{name}: {arm['n_seeds']} of {n_seeds} seeds are there; its means are over those.")
+        if 0 < arm.n_seeds < n_seeds:
+            lines.append(f"{name}: {arm.n_seeds} of {n_seeds} seeds are there; its means are over those.")
     return lines
 
 
-def _uncertain(summary: dict[str, Any]) -> list[str]:
+def _uncertain(summary: Summary) -> list[str]:
     """Of each arm whose value resampled trials would often not choose, what else they would."""
     lines = []
-    for arm, search in summary["trials"].items():
-        if search["per"] == "seed":
+    for arm, search in summary.trials.items():
+        if search.per == "seed":
             continue  # the choice is in the intervals
-        (choice,) = search["choices"]
-        shares = [trial["share"] for trial in choice["trials"]]
-        if shares[choice["chosen"]] is None or shares[choice["chosen"]] >= SURE:
+        (choice,) = search.choices
+        first = choice.trials[choice.chosen]
+        if first.share is None or first.share >= SURE:
             continue
-        others = sorted((n for n in range(len(shares)) if n != choice["chosen"]), key=lambda n: -(shares[n] or 0))
-        first, second = (choice["trials"][n] for n in (choice["chosen"], others[0]))
+        second = max((trial for trial in choice.trials if trial is not first), key=lambda trial: trial.share or 0)
         lines.append(
-            f"{arm}: {values_text(first['values'])} is chosen in {first['share']:.0%} of resampled trials and "
-            f"{values_text(second['values'])} in {second['share'] or 0:.0%}: the choice is uncertain, and no interval "
+            f"{arm}: {values_text(first.values)} is chosen in {first.share:.0%} of resampled trials and "
+            f"{values_text(second.values)} in {second.share or 0:.0%}: the choice is uncertain, and no interval "
             "carries that; a search per: seed would."
         )
     return lines
