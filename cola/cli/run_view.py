@@ -52,10 +52,10 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
         if record.left_out:
             terminal.warn(f"{outcome.job.label} is left out: {record.left_out}")
         records.setdefault(outcome.job.arm, []).append(record)
-    spectra = {"spectra": {arm: spectra.content() for arm, spectra in summarized(records).items()}}
+    spectra = summarized(records)
     tables = [spectra_table(spectra), overlap_table(spectra)]
     if len(found) == 1:
-        detail = matrices_table(records[found[0].job.arm][0].content())
+        detail = matrices_table(records[found[0].job.arm][0])
         tables += [detail] if len(detail.rows) <= FEW else []
     for table in tables:
         if table.rows:
