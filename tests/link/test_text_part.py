@@ -15,6 +15,7 @@ from summaries import quickstart
 from test_chain import batches, chain_of, link, logits, no_gradients, outputs, tune_with
 
 from cola.chain import run_chain
+from cola.compare.records import Summary
 from cola.errors import ModelError
 from cola.link import adapters
 from cola.link.base import Base
@@ -106,13 +107,14 @@ def test_a_pair_where_the_fused_kernels_pass_over_it_is_refused_and_left_out() -
 
 
 def test_an_update_of_nothing_spoils_no_page() -> None:
-    summary = quickstart()
-    about = summary["spectra"]["chain3"]
+    content = quickstart().content()
+    about = content["spectra"]["chain3"]
     for row in about["rows"]:
         row |= dict.fromkeys(("effective_rank", "rank_90", "stable_rank"))
     about["values"] = {what: [] for what in about["values"]}
     labels = about["overlap"]["labels"]
     about["overlap"] |= {"matrix": [[1.0 if a == b else None for a in labels] for b in labels], "random": None}
+    summary = Summary.model_validate(content)
     drawn = figures_of(summary, {})
     for name in ("spectra", "overlap"):
         assert drawn[name] is not None
