@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 
 from cola.link import adapters, residual, starts
 from cola.link.base import Base
-from cola.link.drift import Drift, Outputs
+from cola.link.drift import Drift, Outputs, Probe
 from cola.link.residual import Applied, LinkWeights, Residual
+from cola.link.targets import target_names
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
 from cola.recipe.resolved import Rules
-
-Probe = Callable[[PreTrainedModel], Outputs]  # what a model says on fixed inputs
 
 
 @dataclass
@@ -74,7 +73,7 @@ def run_chain(
 def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
     """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
     if isinstance(link.settings, Lora):
-        chain.base.remember(adapters.target_names(chain.model, link.settings.target_modules))
+        chain.base.remember(target_names(chain.model, link.settings.target_modules))
     last = chain.learned[-1] if link.keeps_pair else None
     if last is not None:
         retie(chain, [*chain.learned[:-1], {}])  # a control: the pair before, untied, goes on in its place

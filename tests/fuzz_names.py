@@ -147,9 +147,9 @@ def train(folder: Path, cache: Path, store: Path) -> States:
 
     recipe = read_recipe(folder / "recipe.yaml", [f"store={store}"])
     made = create_run(recipe, None)
-    summary = run(recipe, made, Terminal(Console(file=io.StringIO()))).content()
-    for arm in summary["arms"].values():
-        assert not arm["errors"], arm["errors"]
+    summary = run(recipe, made, Terminal(Console(file=io.StringIO())))
+    for arm in summary.arms.values():
+        assert not arm.errors, arm.errors
     weights = [*store.glob("segments/**/model*.safetensors"), *store.glob("segments/**/adapter_model.safetensors")]
     states = {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
     assert len(states) == 3, states  # two links and all weights

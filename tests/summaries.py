@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cola.compare.records import Contrast, Summary
 from cola.tree.records import MetricRow
 from cola.tree.run_folder import FORMAT, RunFolder
 
@@ -106,8 +107,8 @@ def knot(link: int, size: float, error: float, cosine: float | None = 0.999) -> 
     }
 
 
-def contrast(first: str, second: str, value: float, half: float | None, **more: Any) -> dict[str, Any]:
-    return {
+def contrast(first: str, second: str, value: float, half: float | None, **more: Any) -> Contrast:
+    numbers = {
         "first": first,
         "second": second,
         "role": "secondary",
@@ -127,6 +128,7 @@ def contrast(first: str, second: str, value: float, half: float | None, **more: 
         "claim": False,
         **more,
     }
+    return Contrast.model_validate(numbers)
 
 
 def spectrum(links: int) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
-def quickstart() -> dict[str, Any]:
+def quickstart() -> Summary:
     """The committed run with what FORMAT 3 adds to it."""
     summary = json.loads((QUICKSTART / "summary.json").read_text())
     for arm in summary["arms"].values():
@@ -213,13 +215,13 @@ def quickstart() -> dict[str, Any]:
     ]
     summary["trials"] = {"lora": searched([1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 2, np.random.default_rng(2))}
     summary["spectra"] = {"lora": spectrum(1), "chain3": spectrum(3), "full": full_spectrum()}
-    return summary
+    return Summary.model_validate(summary)
 
 
-def many(arms: int = 30, seeds: int = 6) -> dict[str, Any]:
+def many(arms: int = 30, seeds: int = 6) -> Summary:
     """Arms with long names, foreign text wherever a summary takes any, seeds that failed, an arm without numbers."""
     rng = np.random.default_rng(0)
-    summary = quickstart()
+    summary = quickstart().content()
     names = ["base", "lora", "full", *[f"chain-of-{k % 6 + 2}-links_with.rank{k}-and-more" for k in range(arms - 4)]]
     names.append("interrupted-arm")
     summary |= {"seeds": list(range(seeds)), "interrupted": True, "arms": {}, "spectra": {}, "trials": {}}
@@ -306,22 +308,22 @@ def many(arms: int = 30, seeds: int = 6) -> dict[str, Any]:
     for name in ("lora", chains[0]):
         summary["contrasts"].append(contrast(name, "full", -0.02, None, role="later", p_holm=None, p=None))
     summary["matched"]["used"] = [90.0, 90.0]
-    return summary
+    return Summary.model_validate(summary)
 
 
-def curves_of(summary: dict[str, Any], steps: int = 90) -> dict[str, list[list[MetricRow]]]:
+def curves_of(summary: Summary, steps: int = 90) -> dict[str, list[list[MetricRow]]]:
     """Metric rows as a run of these arms would have left them."""
     rng = np.random.default_rng(1)
     curves = {}
-    for number, (name, arm) in enumerate(summary["arms"].items()):
-        if not arm["links"] or not arm["n_seeds"]:
+    for number, (name, arm) in enumerate(summary.arms.items()):
+        if not arm.links or not arm.n_seeds or arm.validation_loss is None:
             continue
         curves[name] = []
-        for _ in range(arm["n_seeds"]):
-            floor = arm["validation_loss"]["mean"]
+        for _ in range(arm.n_seeds):
+            floor = arm.validation_loss.mean
             rows: list[dict[str, Any]] = []
             for step in range(1, steps + 1):
-                link = 1 + (step - 1) * arm["links"] // steps
+                link = 1 + (step - 1) * arm.links // steps
                 loss = floor + 2 * np.exp(-step / (8 + number % 5))
                 about = {"step": step, "link": link, "learning_rate": 1e-3}
                 rows.append({"kind": "step", **about, "loss": float(0.9 * loss * rng.uniform(0.7, 1.3))})
@@ -329,16 +331,16 @@ def curves_of(summary: dict[str, Any], steps: int = 90) -> dict[str, list[list[M
                     rows.append(
                         {"kind": "validation", "step": step, "link": link, "loss": float(loss + rng.normal(0, 0.004))}
                     )
-                if step % (steps // arm["links"]) == 0:
+                if step % (steps // arm.links) == 0:
                     rows.append({"kind": "knot", "step": step, "link": link})
             curves[name].append([MetricRow(**row) for row in rows])
     return curves
 
 
-def write_run(path: Path, summary: dict[str, Any]) -> RunFolder:
+def write_run(path: Path, summary: Summary) -> RunFolder:
     """A run folder with this summary and curves, as `cola report` reads it."""
     folder = RunFolder(path)
-    folder.write_json("summary.json", summary)
+    folder.write("summary.json", summary)
     folder.write_text("recipe.yaml", (QUICKSTART / "recipe.yaml").read_text() + f"# {EVIL}\n")
     for arm, seeds in curves_of(summary).items():
         for seed, rows in enumerate(seeds):

@@ -21,6 +21,7 @@ from cola.errors import KnotDrift, ModelError
 from cola.link import adapters, residual
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
+from cola.link.targets import target_names
 from cola.link.train import tune
 from cola.recipe.methods import settings_of
 from cola.recipe.plan import Link
@@ -330,13 +331,13 @@ def test_target_modules_that_match_nothing_are_named_with_what_there_is() -> Non
     with pytest.raises(
         ModelError, match=r"'q_prj' matches no linear layer; did you mean q_proj\? the model has .*v_proj"
     ):
-        adapters.target_names(tiny_model(), link(target_modules=["v_proj", "q_prj"]).settings.target_modules)
+        target_names(tiny_model(), link(target_modules=["v_proj", "q_prj"]).settings.target_modules)
 
 
 def test_a_tied_head_cannot_be_a_target() -> None:
     model = Qwen2ForCausalLM(tiny_config(tie_word_embeddings=True))
     with pytest.raises(ModelError, match="shares its matrix with the input embeddings"):
-        adapters.target_names(model, link(target_modules=["lm_head"]).settings.target_modules)
+        target_names(model, link(target_modules=["lm_head"]).settings.target_modules)
 
 
 def test_full_fine_tuning_is_a_link_that_leaves_no_pair() -> None:

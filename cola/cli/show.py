@@ -34,13 +34,12 @@ def print_results(folder: "RunFolder", summary: "Summary", terminal: "Terminal")
         page = write_report(folder)
     finally:
         signal.signal(signal.SIGINT, before)
-    shown = summary.content()
-    for table in [*result_tables(shown), knots_table(shown, short=True)]:
+    for table in [*result_tables(summary), knots_table(summary, short=True)]:
         if table.rows:
             terminal.table(table)
     parts = (summary.meta.data, summary.meta.selfcheck) if summary.meta else ()
     told = [note for part in parts if part for note in part.notes]  # before the run
-    for line in [*verdict(shown), *(note for note in summary.notes if note not in told)]:
+    for line in [*verdict(summary), *(note for note in summary.notes if note not in told)]:
         terminal.say(line)
     terminal.say(f"report   {page}")
     terminal.say(f"results  {folder.path / 'summary.json'}")
@@ -95,11 +94,11 @@ def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]
     if to is None:
         to = make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
     terminal = Terminal()
-    page = write_tasks(to, summary.content())
-    for table in task_tables(summary.content()):
+    page = write_tasks(to, summary)
+    for table in task_tables(summary):
         terminal.table(table)
     for contrast in summary.contrasts if summary.averaged else ():
-        terminal.say(contrast_sentence(contrast.content(), summary.metric))
+        terminal.say(contrast_sentence(contrast, summary.metric))
     if summary.contrasts:
         terminal.say(OF_P)
     for note in summary.notes:
@@ -113,9 +112,9 @@ def print_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Ter
     from cola.report.page import write_ablation
     from cola.report.tables import ablation_notes, ablation_table
 
-    page = write_ablation(folder, summary.content())
-    terminal.table(ablation_table(summary.content()))
-    for line in ablation_notes(summary.content()):
+    page = write_ablation(folder, summary)
+    terminal.table(ablation_table(summary))
+    for line in ablation_notes(summary):
         terminal.say(line)
     terminal.say(f"report   {page}")
     terminal.say(f"results  {folder.path / 'ablation.json'}")
@@ -150,7 +149,7 @@ def track_run(
     group = above.name if (above / "ablation.json").is_file() else None
     with _tracking(terminal):
         config = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
-        _send(recipe.tracking, group, folder.path, comparison_of(folder, summary.content()), config, terminal, publish)
+        _send(recipe.tracking, group, folder.path, comparison_of(folder, summary), config, terminal, publish)
 
 
 def track_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Terminal", publish: bool) -> None:
@@ -163,7 +162,7 @@ def track_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Ter
         return
     with _tracking(terminal):
         settings = read_recipe(recipes[0]).tracking
-        _send(settings, None, folder.path, comparison_of_ablation(folder, summary.content()), {}, terminal, publish)
+        _send(settings, None, folder.path, comparison_of_ablation(folder, summary), {}, terminal, publish)
 
 
 @contextlib.contextmanager

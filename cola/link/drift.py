@@ -1,8 +1,10 @@
 """What a knot does to a model's outputs, which should be nothing but rounding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cola.errors import KnotDrift
 
@@ -18,6 +20,9 @@ class Outputs:
 
     logits_NV: Tensor
     targets_N: Tensor
+
+
+Probe = Callable[[PreTrainedModel], Outputs]  # asks a model on fixed inputs
 
 
 @dataclass(frozen=True)

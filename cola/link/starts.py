@@ -27,6 +27,7 @@ from cola.errors import ModelError
 from cola.link import adapters, residual
 from cola.link.base import Base, shape_of
 from cola.link.residual import LinkWeights, Residual
+from cola.link.targets import target_names
 from cola.recipe.methods import Lora, Settings
 from cola.recipe.plan import Link
 
@@ -131,7 +132,7 @@ def check_room(skeleton: PreTrainedModel, links: Sequence[Settings]) -> None:
     for number, pair in enumerate(links, 1):
         if not isinstance(pair, Lora):
             continue
-        for name in adapters.target_names(skeleton, pair.target_modules):
+        for name in target_names(skeleton, pair.target_modules):
             n_out, n_in = shape_of(skeleton, name)
             before, room = used.get(name, 0), n_in if pair.init == "orthogonal" else min(n_in, n_out)
             if pair.init == "orthogonal" and before and before + pair.rank > room:

@@ -24,6 +24,7 @@ from cola.errors import one_line
 from cola.files import cache_dir, digest, write_text
 from cola.link import adapters
 from cola.link.base import shape_of
+from cola.link.targets import target_names
 from cola.link.text_part import text_config
 from cola.recipe.methods import Lora, Prefix, Settings, VirtualTokens
 from cola.recipe.plan import Link
@@ -105,7 +106,7 @@ class Meter:
         """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
         activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
         head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
-        for name in adapters.target_names(self.skeleton, pair.target_modules):
+        for name in target_names(self.skeleton, pair.target_modules):
             product = 2 * math.prod(shape_of(self.skeleton, name))
             if self.skeleton.get_submodule(name) is head:
                 at_target += product

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cola.link import adapters
 from cola.link.base import Base, as_stored, shape_of
 from cola.link.model import Source
 from cola.link.residual import Residual, factors
+from cola.link.targets import target_names
 from cola.measure.spectrum import KEPT, TOP, Svd, Tuned, count_intruders, dense_svd, numbers_of, of_chain
 from cola.recipe.methods import Lora, Targets
 
@@ -177,8 +177,8 @@ class Learned:
     def trained(self) -> list[str]:
         """The matrices that some low-rank arm trains, in the model's order; where none does, all linear layers'."""
         targets: set[Targets] = {pair.target_modules for pair in self.pairs}
-        names = {name for modules in targets for name in adapters.target_names(self.skeleton, modules)}
-        linear = adapters.target_names(self.skeleton, "all-linear")
+        names = {name for modules in targets for name in target_names(self.skeleton, modules)}
+        linear = target_names(self.skeleton, "all-linear")
         return [name for name, _ in self.skeleton.named_modules() if name in (names or linear)]
 
     @cached_property

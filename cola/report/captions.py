@@ -1,8 +1,9 @@
 """What the figures show in words: a caption for everyone, a sentence with the numbers for who does not see them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.report.costs import costs_of, pareto
 from cola.report.drawing import gap_of, metric_of, scored_arms
 from cola.report.forest import p_text
@@ -67,91 +68,86 @@ CAPTIONS = {
 MOST = 8  # of a figure's numbers in its sentence; the tables have all
 
 
-def alternative(name: str, summary: dict[str, Any]) -> str:
+def alternative(name: str, summary: Summary | TasksSummary | Ablation) -> str:
     """What a figure of these results says, in a sentence or two."""
     return SAYS[name](summary)
 
 
-def _train_test(summary: dict[str, Any]) -> str:
+def _train_test(summary: Summary) -> str:
     key, metric = metric_of(summary)
     said = [
-        f"{name} {arm[f'train_{key}']['mean']:.3f} and {arm[f'test_{key}']['mean']:.3f}"
+        f"{name} {getattr(arm, f'train_{key}').mean:.3f} and {getattr(arm, f'test_{key}').mean:.3f}"
         for name, arm in scored_arms(summary).items()
     ]
     return f"Train and test {metric} of each arm: {_some(said)}."
 
 
-def _contrasts(summary: dict[str, Any]) -> str:
-    said = [f"{c['first']} minus {c['second']} {interval(c)}, {p_text(c)}" for c in summary["contrasts"]]
-    claims = sum(contrast["claim"] for contrast in summary["contrasts"])
+def _contrasts(summary: Summary | TasksSummary) -> str:
+    said = [f"{c.first} minus {c.second} {interval(c)}, {p_text(c)}" for c in summary.contrasts]
+    claims = sum(contrast.claim for contrast in summary.contrasts)
     return f"Forest plot of {len(said)} contrasts, of which {claims} carry a claim: {_some(said)}."
 
 
-def _curves(summary: dict[str, Any]) -> str:
-    said = [f"{name} {arm['validation_loss']['mean']:.3f}" for name, arm in scored_arms(summary).items()]
+def _curves(summary: Summary) -> str:
+    said = [f"{n} {arm.validation_loss.mean:.3f}" for n, arm in scored_arms(summary).items() if arm.validation_loss]
     return f"Train and validation loss against the optimizer step. Validation loss that was scored: {_some(said)}."
 
 
-def _choices(summary: dict[str, Any]) -> str:
+def _choices(summary: Summary) -> str:
     said = [
-        f"{arm} {values_text(trial['values'])}"
-        + (f" by seed {choice['seed']}" if choice["seed"] is not None else "")
-        + (f" in {trial['share']:.0%}" if trial["share"] is not None else "")
-        for arm, search in summary["trials"].items()
-        for choice in search["choices"]
-        for trial in [choice["trials"][choice["chosen"]]]
+        f"{arm} {values_text(trial.values)}"
+        + (f" by seed {choice.seed}" if choice.seed is not None else "")
+        + (f" in {trial.share:.0%}" if trial.share is not None else "")
+        for arm, search in summary.trials.items()
+        for choice in search.choices
+        for trial in [choice.trials[choice.chosen]]
     ]
     return f"Validation loss and score against the searched values. Chosen, and its share: {_some(said)}."
 
 
-def _gaps(summary: dict[str, Any]) -> str:
+def _gaps(summary: Summary) -> str:
     (gap, _), (key, metric) = gap_of(summary), metric_of(summary)
-    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.get("knots")}
+    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.knots}
     said = [
-        f"{name} with {arm['links']} {gap} {arm[gap]['mean']:+.3f}, test {arm[f'test_{key}']['mean']:.3f}"
-        for name, arm in sorted(arms.items(), key=lambda item: item[1]["links"])
+        f"{name} with {arm.links} {gap} {getattr(arm, gap).mean:+.3f}, test {getattr(arm, f'test_{key}').mean:.3f}"
+        for name, arm in sorted(arms.items(), key=lambda item: item[1].links)
     ]
     return f"{gap} and test {metric} against the number of links: {_some(said)}."
 
 
-def _cost(summary: dict[str, Any]) -> str:
+def _cost(summary: Summary) -> str:
     label, points = costs_of(summary)
-    front = _some(pareto(points))
-    return f"Test number against {label}. On the Pareto front, by their means, cheapest first: {front}."
+    return f"Test number against {label}. On the Pareto front, by their means, cheapest first: {_some(pareto(points))}."
 
 
-def _knots(summary: dict[str, Any]) -> str:
-    knots = [(name, knot) for name, arm in summary["arms"].items() for knot in arm.get("knots") or ()]
-    said = [f"{name} link {knot['link']} {knot['relative_size_median']:.2%}" for name, knot in knots]
-    worst = max(((knot["error_max"], name) for name, knot in knots if knot["error_max"] is not None), default=None)
+def _knots(summary: Summary) -> str:
+    knots = [(name, knot) for name, arm in summary.arms.items() for knot in arm.knots]
+    said = [f"{name} link {knot.link} {knot.relative_size_median:.2%}" for name, knot in knots]
+    worst = max(((knot.error_max, name) for name, knot in knots if knot.error_max is not None), default=None)
     lost = "" if worst is None else f" The largest error is {worst[0]:.0e}, of {worst[1]}."
     return f"Relative size of each link: {_some(said)}.{lost}"
 
 
-def _spectra(summary: dict[str, Any]) -> str:
+def _spectra(summary: Summary) -> str:
     said = [
-        f"{name} {row['what']} {_learned(row['effective_rank'], 1)}"
-        for name, arm in summary["spectra"].items()
-        for row in arm["rows"]
+        f"{name} {row.what} {_learned(row.effective_rank, 1)}"
+        for name, arm in summary.spectra.items()
+        for row in arm.rows
     ]
     return f"Singular values in order of size. Effective ranks: {_some(said)}."
 
 
-def _overlap(summary: dict[str, Any]) -> str:
+def _overlap(summary: Summary) -> str:
     said = [
-        f"{name} {links['labels'][i]} and {links['labels'][i + 1]} {_learned(links['matrix'][i][i + 1], 2)}"
-        for name, arm in summary["spectra"].items()
-        if (links := arm.get("overlap"))
-        for i in range(len(links["labels"]) - 1)
+        f"{name} {links.labels[i]} and {links.labels[i + 1]} {_learned(links.matrix[i][i + 1], 2)}"
+        for name, arm in summary.spectra.items()
+        if (links := arm.overlap)
+        for i in range(len(links.labels) - 1)
     ]
     return f"Overlap of each link's subspace with the next one's: {_some(said) or 'one link only'}."
 
 
-def _ablation(_: dict[str, Any]) -> str:
-    return "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
-
-
-SAYS = {
+SAYS: dict[str, Callable[[Any], str]] = {
     "train-test": _train_test,
     "contrasts": _contrasts,
     "curves": _curves,
@@ -161,7 +157,9 @@ SAYS = {
     "knots": _knots,
     "spectra": _spectra,
     "overlap": _overlap,
-    "ablation": _ablation,
+    "ablation": lambda _: (
+        "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
+    ),
 }
 
 

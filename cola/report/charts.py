@@ -1,4 +1,4 @@
-"""The charts of a run: curves, gaps, train against test, contrasts and cost; None where there is nothing to draw."""
+"""The charts of a run: curves, gaps, train against test; None where there is nothing to draw."""
 
 import itertools
 from collections import defaultdict
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from cola.compare.records import ArmSummary, Summary
 from cola.report.drawing import (
     GREY,
     INK,
@@ -86,15 +87,14 @@ def _draw_curve(axes: Axes, curve: Curve, look: Look) -> None:
     if curve.validation:  # an arm may have ended before its first evaluation point
         steps, losses = zip(*curve.validation, strict=True)
         every = max(1, len(steps) // 12)
-        line: dict[str, Any] = {"color": look.colour, "linewidth": 1.8, "linestyle": look.dash}
-        axes.plot(steps, losses, **line, marker=look.marker, ms=4, markevery=every)
+        axes.plot(steps, losses, color=look.colour, lw=1.8, ls=look.dash, marker=look.marker, ms=4, markevery=every)
         heights = np.interp(curve.knots, steps, losses)
         axes.plot(curve.knots, heights, linestyle="", marker="o", ms=7.5, mfc="none", mec=INK, mew=1.1, zorder=4)
 
 
-def curves_figure(summary: dict[str, Any], curves: Curves) -> Figure | None:
+def curves_figure(summary: Summary, curves: Curves) -> Figure | None:
     """Train and validation loss against the optimizer step: one chart of few arms, a panel each of many."""
-    drawn = {name: curve_of(seeds) for name, seeds in curves.items() if name in summary["arms"]}
+    drawn = {name: curve_of(seeds) for name, seeds in curves.items() if name in summary.arms}
     drawn = {name: curve for name, curve in drawn.items() if curve.train or curve.validation}
     if not drawn:
         return None
@@ -104,7 +104,7 @@ def curves_figure(summary: dict[str, Any], curves: Curves) -> Figure | None:
     ]
     if any(curve.knots for curve in drawn.values()):
         marks.append({"linestyle": "", "marker": "o", "ms": 7.5, "mfc": "none", "mec": INK, "label": "knot"})
-    return (_curves_together if len(drawn) <= MANY else _curves_apart)(drawn, looks(summary["arms"]), marks)
+    return (_curves_together if len(drawn) <= MANY else _curves_apart)(drawn, looks(summary.arms), marks)
 
 
 def _curves_together(curves: dict[str, Curve], look: dict[str, Look], marks: list[dict[str, Any]]) -> Figure:
@@ -157,20 +157,20 @@ def _curves_apart(curves: dict[str, Curve], look: dict[str, Look], marks: list[d
     return settle(figure)
 
 
-def gaps_figure(summary: dict[str, Any]) -> Figure | None:
+def gaps_figure(summary: Summary) -> Figure | None:
     """Gap and test number against the number of links of the arms that train low-rank pairs."""
-    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.get("knots")}
-    lengths = sorted({arm["links"] for arm in arms.values()})
+    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.knots}
+    lengths = sorted({arm.links for arm in arms.values()})
     if len(lengths) < 2:
         return None
-    look = {name: look for name, look in looks(summary["arms"]).items() if name in arms}
+    look = {name: look for name, look in looks(summary.arms).items() if name in arms}
     (gap, formula), (score, metric) = gap_of(summary), metric_of(summary)
     # Arms of one length stand side by side, no farther apart than half way to the next length.
     step = min(later - earlier for earlier, later in itertools.pairwise(lengths))
-    most = max(sum(arm["links"] == length for arm in arms.values()) for length in lengths)
+    most = max(sum(arm.links == length for arm in arms.values()) for length in lengths)
     at = {}
     for length in lengths:
-        mine = [name for name, arm in arms.items() if arm["links"] == length]
+        mine = [name for name, arm in arms.items() if arm.links == length]
         for number, name in enumerate(mine):
             at[name] = length + (number - (len(mine) - 1) / 2) * min(0.16, 0.8 / most) * step
     figure = new_figure(3.4)
@@ -178,7 +178,7 @@ def gaps_figure(summary: dict[str, Any]) -> Figure | None:
     for axes, (key, label) in zip(panels, ((gap, formula), (f"test_{score}", f"test {metric}")), strict=True):
         for name, arm in arms.items():
             draw_seeds(axes, [(at[name], value) for value in seed_values(arm, key)], look[name])
-            axes.plot(at[name], arm[key]["mean"], look[name].marker, color=look[name].colour, ms=7, mec=INK, mew=0.6)
+            axes.plot(at[name], getattr(arm, key).mean, look[name].marker, c=look[name].colour, ms=7, mec=INK, mew=0.6)
         axes.set(xlabel="links", ylabel=label)
         axes.set_xticks(lengths)
         axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
@@ -191,23 +191,23 @@ def gaps_figure(summary: dict[str, Any]) -> Figure | None:
     settle(figure)
     for axes, key in zip(panels, (gap, f"test_{score}"), strict=True):
         dots = [(at[name], value) for name, arm in arms.items() for value in seed_values(arm, key)]
-        label_points(axes, {name: (at[name], arm[key]["mean"]) for name, arm in arms.items()}, dots)
+        label_points(axes, {name: (at[name], getattr(arm, key).mean) for name, arm in arms.items()}, dots)
     return figure
 
 
-def train_test_figure(summary: dict[str, Any]) -> Figure | None:
+def train_test_figure(summary: Summary) -> Figure | None:
     """Train against test: few arms on two axes, where the diagonal is no gap; many in rows, joined by their gap."""
     arms = scored_arms(summary)
     if not arms:
         return None
     key, metric = metric_of(summary)
-    look = looks(summary["arms"])
+    look = looks(summary.arms)
     train, test = f"train_{key}", f"test_{key}"
     if len(arms) > MANY:
         return _train_test_rows(arms, look, key, metric)
     figure = new_figure(4.4, 4.8)
     axes = figure.subplots()
-    means = {name: (arm[train]["mean"], arm[test]["mean"]) for name, arm in arms.items()}
+    means = {name: (getattr(arm, train).mean, getattr(arm, test).mean) for name, arm in arms.items()}
     dots = []
     for name, arm in arms.items():
         pairs = list(zip(seed_values(arm, train), seed_values(arm, test), strict=True))
@@ -218,8 +218,7 @@ def train_test_figure(summary: dict[str, Any]) -> Figure | None:
     room = 0.07 * (max(values) - min(values) or 0.1)
     limits = (min(values) - room, max(values) + room)
     axes.plot(limits, limits, color=INK, alpha=0.5, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    axes.set(xlabel=f"train {metric}", ylabel=f"test {metric}", xlim=limits, ylim=limits)
-    axes.set_aspect("equal")
+    axes.set(xlabel=f"train {metric}", ylabel=f"test {metric}", xlim=limits, ylim=limits, aspect="equal")
     axes.grid(alpha=0.15)
     settle(figure)
     corner = limits[0] + 0.95 * (limits[1] - limits[0])
@@ -230,13 +229,13 @@ def train_test_figure(summary: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _train_test_rows(arms: dict[str, dict[str, Any]], look: dict[str, Look], key: str, metric: str) -> Figure:
+def _train_test_rows(arms: dict[str, ArmSummary], look: dict[str, Look], key: str, metric: str) -> Figure:
     figure = new_figure(0.23 * len(arms) + 1.1)
     axes = figure.subplots()
-    ordered = sorted(arms, key=lambda name: arms[name][f"test_{key}"]["mean"], reverse=key == "loss")
+    ordered = sorted(arms, key=lambda name: getattr(arms[name], f"test_{key}").mean, reverse=key == "loss")
     for row, name in enumerate(ordered):
         arm, colour = arms[name], look[name].colour
-        means = [arm[f"{split}_{key}"]["mean"] for split in ("train", "test")]
+        means = [getattr(arm, f"{split}_{key}").mean for split in ("train", "test")]
         axes.plot(means, [row, row], color=colour, linewidth=2, alpha=0.5, zorder=2)
         for split, mean, face, marker in zip(("train", "test"), means, ("none", colour), ("o", "s"), strict=True):
             seeds = seed_values(arm, f"{split}_{key}")

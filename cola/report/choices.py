@@ -1,24 +1,24 @@
 """The figure of what a search tried and chose."""
 
 import math
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from cola.compare.records import Search, Summary
 from cola.report.drawing import INK, WIDE, Look, clipped, draw_seeds, explain, looks, new_figure, settle, turn_ticks
 from cola.report.numbers import choice_share, value_text
 
 
-def choices_figure(summary: dict[str, Any]) -> Figure | None:
+def choices_figure(summary: Summary) -> Figure | None:
     """Validation loss and score against what each arm's search tried: a line through the means, a dot for each seed."""
-    searches = {arm: search for arm, search in summary["trials"].items() if arm in summary["arms"]}
+    searches = {arm: search for arm, search in summary.trials.items() if arm in summary.arms}
     if not searches:
         return None
-    look = looks(summary["arms"])
+    look = looks(summary.arms)
     kinds = [("loss", "loss")]
-    kinds += [] if summary["metric"] == "perplexity" else [("score", summary["metric"])]
+    kinds += [] if summary.metric == "perplexity" else [("score", summary.metric)]
     columns = min(4, len(searches))
     blocks = math.ceil(len(searches) / columns)
     figure = new_figure(blocks * (1.5 * len(kinds) + 0.8) + 0.6, {1: 4.4, 2: 5.6}.get(columns, WIDE))
@@ -31,7 +31,7 @@ def choices_figure(summary: dict[str, Any]) -> Figure | None:
         for axes, (key, label) in zip(panels, kinds, strict=True):
             _draw_choices(axes, search, key, look[arm])
             if column == 0:
-                axes.set_ylabel(f"{label} (decides)" if key == search["select_by"] else label, fontsize=8)
+                axes.set_ylabel(f"{label} (decides)" if key == search.select_by else label, fontsize=8)
             axes.tick_params(labelsize=7.5)
         panels[-1].set_xlabel(", ".join(searched_keys(search)).replace("_", " "), fontsize=8)
         for axes in panels[:-1]:
@@ -51,32 +51,31 @@ def choices_figure(summary: dict[str, Any]) -> Figure | None:
     return settle(figure)
 
 
-def searched_keys(search: dict[str, Any]) -> list[str]:
+def searched_keys(search: Search) -> list[str]:
     """The keys that a search of summary.json is over."""
-    return list(search["choices"][0]["trials"][0]["values"])
+    return list(search.choices[0].trials[0].values)
 
 
-def _share_text(search: dict[str, Any]) -> str:
+def _share_text(search: Search) -> str:
     """In how many resampled trials the choice is the same."""
     share = choice_share(search)
     return "not resampled" if share is None else f"{share:.0%} of resamples"
 
 
-def _tried(search: dict[str, Any], key: str) -> tuple[list[float | None], list[list[tuple[int, float]]]]:
+def _tried(search: Search, key: str) -> tuple[list[float | None], list[list[tuple[int, float]]]]:
     """Of each value that was tried, the mean over all seeds, None where it failed or diverged; and the seeds' own."""
     means: list[float | None] = []
     dots: list[list[tuple[int, float]]] = []
-    for number in range(len(search["choices"][0]["trials"])):
-        rows = [choice["trials"][number] for choice in search["choices"]]
-        each = [(one["seed"], one[key]) for row in rows for one in row["each"] if one[key] is not None]
-        finite = all(math.isfinite(one["loss"]) for row in rows for one in row["each"])
-        whole = bool(each) and finite and not any(row["failed"] for row in rows)
+    for rows in zip(*(choice.trials for choice in search.choices), strict=True):
+        each = [(one.seed, value) for row in rows for one in row.each if (value := getattr(one, key)) is not None]
+        finite = all(math.isfinite(one.loss) for row in rows for one in row.each)
+        whole = bool(each) and finite and not any(row.failed for row in rows)
         means.append(sum(value for _, value in each) / len(each) if whole else None)
         dots.append(each if whole else [])
     return means, dots
 
 
-def _left_out(search: dict[str, Any], key: str) -> list[int]:
+def _left_out(search: Search, key: str) -> list[int]:
     """The values without a mean, or with one so far off that the others could not be told apart beside it."""
     means, _ = _tried(search, key)
     known = sorted((mean for mean in means if mean is not None), reverse=key == "score")
@@ -87,7 +86,7 @@ def _left_out(search: dict[str, Any], key: str) -> list[int]:
     return [number for number, out in enumerate(far) if out]
 
 
-def _draw_choices(axes: Axes, search: dict[str, Any], key: str, look: Look) -> None:
+def _draw_choices(axes: Axes, search: Search, key: str, look: Look) -> None:
     means, dots = _tried(search, key)
     axes.margins(x=0.1, y=0.12)
     at, ticks, by_number = _places(search)
@@ -101,11 +100,11 @@ def _draw_choices(axes: Axes, search: dict[str, Any], key: str, look: Look) -> N
     if any(len(each) > 1 for each in dots):
         pairs = [(at[n], value) for n, each in enumerate(dots) if n not in out for _, value in each]
         draw_seeds(axes, pairs, look, "o")
-    for choice in search["choices"]:
-        n = choice["chosen"]
-        own = dict(dots[n]).get(choice["seed"], means[n])
+    for choice in search.choices:
+        n = choice.chosen
+        own = means[n] if choice.seed is None else dict(dots[n]).get(choice.seed, means[n])
         if n not in out and own is not None:
-            axes.plot(at[n], own, "o", ms=10 if choice["seed"] is None else 7, mfc="none", mec=INK, mew=1.2, zorder=4)
+            axes.plot(at[n], own, "o", ms=10 if choice.seed is None else 7, mfc="none", mec=INK, mew=1.2, zorder=4)
     axes.set_xticks(at, ticks)
     if out:
         worst = axes.get_ylim()[key == "loss"]
@@ -115,10 +114,10 @@ def _draw_choices(axes: Axes, search: dict[str, Any], key: str, look: Look) -> N
     axes.grid(alpha=0.15)
 
 
-def _places(search: dict[str, Any]) -> tuple[list[float], list[str], bool]:
+def _places(search: Search) -> tuple[list[float], list[str], bool]:
     """Where each value stands, what is written below it, and whether that is at its number: where one key has numbers.
     Any other values stand side by side."""
-    tried = [list(trial["values"].values()) for trial in search["choices"][0]["trials"]]
+    tried = [list(trial.values.values()) for trial in search.choices[0].trials]
     if all(len(values) == 1 and type(values[0]) in (int, float) for values in tried):
         numbers = [float(values[0]) for values in tried]
         return numbers, [f"{number:g}" for number in numbers], True

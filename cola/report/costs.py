@@ -3,12 +3,12 @@
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from cola.compare.records import Summary
 from cola.report.drawing import (
     GREY,
     INK,
@@ -37,37 +37,36 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def costs_of(summary: dict[str, Any]) -> tuple[str, dict[str, tuple[float, float]]]:
+def costs_of(summary: Summary) -> tuple[str, dict[str, tuple[float, float]]]:
     """What a run's arms cost against what they bring: the name of the cost and of each arm (cost, test number, where
     more is better: minus the loss of a text)."""
     arms = scored_arms(summary)
     key, _ = metric_of(summary)
-    known = all(math.isfinite(arm["flops"] or math.nan) for arm in arms.values() if arm["links"])
+    known = all(math.isfinite(arm.flops or math.nan) for arm in arms.values() if arm.links)
     cost, label = ("flops", "training FLOPs") if known else ("total_seconds", "time of training and scoring, seconds")
     sign = -1 if key == "loss" else 1
-    return label, {name: (arm[cost] or 0.0, sign * arm[f"test_{key}"]["mean"]) for name, arm in arms.items()}
+    return label, {name: (getattr(arm, cost), sign * getattr(arm, f"test_{key}").mean) for name, arm in arms.items()}
 
 
-def cost_figure(summary: dict[str, Any]) -> Figure | None:
+def cost_figure(summary: Summary) -> Figure | None:
     """Cost against the test number; a line joins the arms than which none is both better and no dearer."""
-    arms = scored_arms(summary)
     label, found = costs_of(summary)
     if len(found) < 2:
         return None
     key, metric = metric_of(summary)
     sign = -1 if key == "loss" else 1
-    points = {name: (cost, sign * value) for name, (cost, value) in found.items()}
     front = pareto(found)
-    look = looks(summary["arms"])
-    paid = [cost for cost, _ in points.values() if cost > 0]
+    look = looks(summary.arms)
+    paid = [cost for cost, _ in found.values() if cost > 0]
     figure = new_figure(3.9)
     axes = figure.subplots()
     log = bool(paid) and max(paid) > 10 * min(paid)
     if log:
         axes.set_xscale("log")
     left = min(paid) / 3 if log else 0.0  # where what costs nothing stands
-    at = {name: (cost if cost > 0 else left, value) for name, (cost, value) in points.items()}
-    dots = [(at[name][0], value) for name, arm in arms.items() for value in seed_values(arm, f"test_{key}")]
+    at = {name: (cost if cost > 0 else left, sign * value) for name, (cost, value) in found.items()}
+    seeds = {name: seed_values(arm, f"test_{key}") for name, arm in scored_arms(summary).items()}
+    dots = [(at[name][0], value) for name, values in seeds.items() for value in values]
     axes.plot([x for x, _ in dots], [y for _, y in dots], ".", color=GREY, ms=4, alpha=0.5, mew=0)
     corners = [at[front[0]]]
     for name in front[1:]:

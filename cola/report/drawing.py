@@ -22,6 +22,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from cola.compare.records import Ablation, ArmSummary, Summary
 from cola.files import file_digest, write_bytes
 
 # Okabe & Ito without black and yellow: told apart with any colour vision, and readable on white and on black.
@@ -150,21 +151,20 @@ def clipped(names: Iterable[str], most: int = 24) -> dict[str, str]:
         most += 2
 
 
-def scored_arms(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def scored_arms(summary: Summary) -> dict[str, ArmSummary]:
     """The arms that have numbers."""
-    return {name: arm for name, arm in summary["arms"].items() if arm["n_seeds"]}
+    return {name: arm for name, arm in summary.arms.items() if arm.n_seeds}
 
 
-def metric_of(summary: dict[str, Any]) -> tuple[str, str]:
+def metric_of(summary: Summary) -> tuple[str, str]:
     """Key and name of what the arms are judged by: plain text has a loss and no score."""
-    return ("loss", "loss, nats per token") if summary["metric"] == "perplexity" else ("score", summary["metric"])
+    return ("loss", "loss, nats per token") if summary.metric == "perplexity" else ("score", summary.metric)
 
 
-def gap_of(summary: dict[str, Any]) -> tuple[str, str]:
+def gap_of(summary: Summary | Ablation) -> tuple[str, str]:
     """Key and formula of the gap that belongs to it."""
-    if summary["metric"] == "perplexity":
-        return "gap_loss", "gap_loss = test − train"
-    return "gap_acc", "gap_acc = train − test"
+    key, of = ("gap_loss", "test − train") if summary.metric == "perplexity" else ("gap_acc", "train − test")
+    return key, f"{key} = {of}"
 
 
 def new_figure(height: float, width: float = WIDE) -> Figure:
@@ -200,9 +200,9 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def seed_values(arm: dict[str, Any], key: str) -> list[float]:
+def seed_values(arm: ArmSummary, key: str) -> list[float]:
     """One number for each seed, where there are several."""
-    found = [seed[key] for seed in arm.get("seeds", ()) if seed.get(key) is not None]
+    found = [value for seed in arm.seeds if (value := getattr(seed, key)) is not None]
     return found if len(found) > 1 else []
 
 
@@ -260,8 +260,7 @@ def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Se
         # The box of a text begins below its own place by the depth of its font.
         text.set_position(((box.x0 - x) / scale, (box.y0 - y - (size.y0 - y)) / scale))
         if best[0] > 13:
-            near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
-            to = axes.transData.inverted().transform(near)
+            to = axes.transData.inverted().transform((min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)))
             axes.plot([points[name][0], to[0]], [points[name][1], to[1]], color=GREY, linewidth=0.6, zorder=1)
 
 

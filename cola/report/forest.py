@@ -6,50 +6,50 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
 from cola.report.charts import ROLES
 from cola.report.drawing import COLOURS, INK, clipped, new_figure, settle
 
 
-def contrasts_forest(summary: dict[str, Any]) -> Figure | None:
+def contrasts_forest(summary: Summary | TasksSummary) -> Figure | None:
     """A forest plot: each difference with its interval, what could have been found, and whether it carries a claim."""
-    contrasts = [contrast for contrast in summary.get("contrasts") or () if contrast["value"] is not None]
+    contrasts = [contrast for contrast in summary.contrasts if contrast.value is not None]
     if not contrasts:
         return None
-    metrics = list(dict.fromkeys(contrast["metric"] for contrast in contrasts))
-    lines = len(contrasts) + 2 * len({(c["metric"], c["role"]) for c in contrasts})
+    metrics = list(dict.fromkeys(contrast.metric for contrast in contrasts))
+    lines = len(contrasts) + 2 * len({(c.metric, c.role) for c in contrasts})
     figure = new_figure(0.24 * lines + 1.2 * len(metrics))
-    heights = [sum(c["metric"] == metric for c in contrasts) + 2 for metric in metrics]
+    heights = [sum(c.metric == metric for c in contrasts) + 2 for metric in metrics]
     panels = figure.subplots(len(metrics), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, metric in zip(panels, metrics, strict=True):
-        _forest(axes, [contrast for contrast in contrasts if contrast["metric"] == metric])
-        name = summary["metric"] if metric == "score" else "−loss, nats per token"
+        _forest(axes, [contrast for contrast in contrasts if contrast.metric == metric])
+        name = summary.metric if metric == "score" else "−loss, nats per token"
         axes.set_xlabel(f"difference in test {name}; right of the line the first is the better one")
-    axes = panels[0]
     handles = [
-        axes.plot([], [], "o-", color=INK, ms=6, label="claim")[0],
-        axes.plot([], [], "o-", color=INK, ms=6, mfc="none", label="no claim")[0],
+        panels[0].plot([], [], "o-", color=INK, ms=6, label="claim")[0],
+        panels[0].plot([], [], "o-", color=INK, ms=6, mfc="none", label="no claim")[0],
     ]
-    if any(contrast.get("minimum_detectable") is not None for contrast in contrasts):
-        handles.append(axes.fill_between([], [], [], color=INK, alpha=0.09, linewidth=0, label="too small to be found"))  # type: ignore[arg-type]
+    if any(contrast.minimum_detectable is not None for contrast in contrasts):
+        band = panels[0].fill_between([], [], [], color=INK, alpha=0.09, linewidth=0, label="too small to be found")
+        handles.append(band)  # type: ignore[arg-type]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return settle(figure)
 
 
-def _forest(axes: Axes, contrasts: list[dict[str, Any]]) -> None:
-    place, ticks, headings = 0.0, [], []
-    shown = clipped([contrast[key] for contrast in contrasts for key in ("first", "second")], 20)
+def _forest(axes: Axes, contrasts: list[Contrast | TaskContrast]) -> None:
+    place, ticks = 0.0, []
+    shown = clipped([arm for contrast in contrasts for arm in (contrast.first, contrast.second)], 20)
     for role, heading in ROLES.items():
-        mine = [contrast for contrast in contrasts if contrast["role"] == role]
+        mine = [contrast for contrast in contrasts if contrast.role == role]
         if not mine:
             continue
         ticks.append((place, heading))
-        headings.append(heading)
         for contrast in mine:
             place -= 1
-            ticks.append((place, f"{shown[contrast['first']]} − {shown[contrast['second']]}"))
+            ticks.append((place, f"{shown[contrast.first]} − {shown[contrast.second]}"))
             _forest_row(axes, contrast, place)
         place -= 1.4
-    ends = [c[key] for c in contrasts for key in ("value", "low", "high") if c[key] is not None] + [0.0]
+    ends = [0.0, *(end for c in contrasts for end in (c.value, c.low, c.high) if end is not None)]
     room = 0.08 * (max(ends) - min(ends)) or 0.1
     axes.set_xlim(min(ends) - room, max(ends) + room)
     axes.axvline(0, color=INK, linewidth=0.9)
@@ -59,31 +59,30 @@ def _forest(axes: Axes, contrasts: list[dict[str, Any]]) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", alpha=0.15)
     for text in axes.get_yticklabels():
-        if text.get_text() in headings:
+        if text.get_text() in ROLES.values():
             text.set_fontweight("bold")
 
 
-def _forest_row(axes: Axes, contrast: dict[str, Any], y: float) -> None:
-    value, low, high, claim = contrast["value"], contrast["low"], contrast["high"], contrast["claim"]
+def _forest_row(axes: Axes, contrast: Contrast | TaskContrast, y: float) -> None:
+    value, low, high, claim = contrast.value, contrast.low, contrast.high, contrast.claim
+    assert value is not None  # the others are left out
     colour = COLOURS[0 if value > 0 else 1] if claim else INK
-    marker, size = ("D", 8) if contrast["role"] == "primary" else ("o", 6)
-    detectable = contrast.get("minimum_detectable")
-    if detectable is not None:
+    marker, size = ("D", 8) if contrast.role == "primary" else ("o", 6)
+    if (detectable := contrast.minimum_detectable) is not None:
         axes.add_patch(Rectangle((-detectable, y - 0.42), 2 * detectable, 0.84, color=INK, alpha=0.09, linewidth=0))
-    if low is not None:
+    if low is not None and high is not None:
         axes.plot([low, high], [y, y], color=colour, linewidth=2.2 if claim else 1.3, solid_capstyle="butt")
     axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
     interval = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
     form: dict[str, Any] = {"va": "center", "fontsize": 8, "weight": "bold" if claim else "normal"}
     for text, place in ((interval.replace("-", "−"), 8), (p_text(contrast), 140)):
-        where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(text, (1, y), (place, 0), **where, **form)
+        axes.annotate(text, (1, y), (place, 0), axes.get_yaxis_transform(), "offset points", **form)
 
 
-def p_text(contrast: dict[str, Any]) -> str:
+def p_text(contrast: Contrast | TaskContrast) -> str:
     """The p that a contrast is judged by: the primary one's own, of the others Holm's."""
-    holm = contrast.get("p_holm") if contrast["role"] != "primary" else None
-    number = contrast.get("p") if holm is None else holm
+    holm = contrast.p_holm if contrast.role != "primary" else None
+    number = contrast.p if holm is None else holm
     if number is None:
         return "no p"
     text = "p < .001" if number < 0.001 else f"p = {number:.3f}".replace("0.", ".", 1)

@@ -4,13 +4,13 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from cola.compare.records import ArmSpectra, KnotLedger, Summary
 from cola.report.drawing import COLOURS, GREY, INK, MANY, WIDE, clipped, log_scale, looks, new_figure, panels_of, settle
 
 Cells = list[list[float | None]]  # by row and column; None is left empty
@@ -53,21 +53,21 @@ def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
     axes.set_title(heat.title)
 
 
-def knots_figure(summary: dict[str, Any]) -> Figure | None:
+def knots_figure(summary: Summary) -> Figure | None:
     """The knot ledger as heat maps: what each link of each arm added, and how much of it the weights then held."""
-    arms = {name: arm["knots"] for name, arm in summary["arms"].items() if arm.get("knots")}
+    arms = {name: arm.knots for name, arm in summary.arms.items() if arm.knots}
     if not arms:
         return None
-    n_links = max(knot["link"] for knots in arms.values() for knot in knots)
+    n_links = max(knot.link for knots in arms.values() for knot in knots)
     links, names = range(1, n_links + 1), list(clipped(arms).values())
     columns = list(map(str, links))
 
-    def cells(number: Callable[[dict[str, Any]], float | None]) -> Cells:
-        at = {(name, knot["link"]): number(knot) for name, knots in arms.items() for knot in knots}
+    def cells(number: Callable[[KnotLedger], float | None]) -> Cells:
+        at = {(name, knot.link): number(knot) for name, knots in arms.items() for knot in knots}
         return [[at.get((name, link)) for link in links] for name in arms]
 
-    sizes = cells(lambda knot: knot.get("relative_size_median"))
-    errors = cells(lambda knot: knot.get("error_max"))
+    sizes = cells(lambda knot: knot.relative_size_median)
+    errors = cells(lambda knot: knot.error_max)
     largest = max((size for row in sizes for size in row if size is not None), default=0.0) or 1.0
     heats = [
         Heat("size ‖ΔW‖/‖W‖", columns, names, sizes, _percent, lambda size: size / largest),
@@ -85,8 +85,8 @@ def knots_figure(summary: dict[str, Any]) -> Figure | None:
     return settle(figure)
 
 
-def _lost_cosine(knot: dict[str, Any]) -> float | None:
-    return None if knot.get("cosine_min") is None else max(0.0, 1 - knot["cosine_min"])
+def _lost_cosine(knot: KnotLedger) -> float | None:
+    return None if knot.cosine_min is None else max(0.0, 1 - knot.cosine_min)
 
 
 def _percent(number: float) -> str:
@@ -102,9 +102,9 @@ def _logarithmic(number: float) -> float:
     return (math.log10(max(number, 1e-8)) + 8) / 8
 
 
-def spectra_figure(summary: dict[str, Any]) -> Figure | None:
+def spectra_figure(summary: Summary) -> Figure | None:
     """Singular values by the largest: of each link, of the chain, and of full fine-tuning beside them."""
-    found = {name: about["values"] for name, about in (summary.get("spectra") or {}).items() if about.get("values")}
+    found = {name: about.values for name, about in summary.spectra.items() if about.values}
     full = next((values["all weights"] for values in found.values() if "all weights" in values), None)
     own = {name: values for name, values in found.items() if "all weights" not in values} or found
     if not own:
@@ -143,13 +143,9 @@ def spectra_figure(summary: dict[str, Any]) -> Figure | None:
     return settle(figure)
 
 
-def overlap_figure(summary: dict[str, Any]) -> Figure | None:
+def overlap_figure(summary: Summary) -> Figure | None:
     """How far the links' subspaces are the same, and lie in full fine-tuning's, against what chance would give."""
-    found = {
-        name: about
-        for name, about in (summary.get("spectra") or {}).items()
-        if about.get("overlap") or about.get("with_full")
-    }
+    found = {name: about for name, about in summary.spectra.items() if about.overlap or about.with_full}
     if not found:
         return None
     names = clipped(found)
@@ -172,38 +168,38 @@ def _share(number: float) -> str:
     return f"{number:.2f}".replace("0.", ".", 1)
 
 
-def _overlap_map(name: str, about: dict[str, Any]) -> Heat:
+def _overlap_map(name: str, about: ArmSpectra) -> Heat:
     """One arm's links against each other, and each against full fine-tuning in the last column."""
-    links, full = about["overlap"], about["with_full"]
-    rows: list[str] = list(dict.fromkeys([*(links["labels"] if links else []), *(full["labels"] if full else [])]))
-    columns: list[str] = [*(links["labels"] if links else []), *(["full"] if full else [])]
+    links, full = about.overlap, about.with_full
+    rows: list[str] = list(dict.fromkeys([*(links.labels if links else []), *(full.labels if full else [])]))
+    columns: list[str] = [*(links.labels if links else []), *(["full"] if full else [])]
     cells: Cells = [[None] * len(columns) for _ in rows]
     if links:
-        for i, line in enumerate(links["matrix"]):
+        for i, line in enumerate(links.matrix):
             cells[i][: len(line)] = line
     if full:
-        for label, value in zip(full["labels"], full["values"], strict=True):
+        for label, value in zip(full.labels, full.values, strict=True):
             cells[rows.index(label)][-1] = value
-    known = [(what, part["random"]) for what, part in (("links", links), ("full", full)) if part]
+    known = [(what, part.random) for what, part in (("links", links), ("full", full)) if part]
     chance = [f"{what} {_share(random)}" for what, random in known if random is not None] or ["nothing learned"]
     heads = [label.removeprefix("link ") for label in columns]
     sides = [label.removeprefix("link ") for label in rows]
     return Heat(f"{name}\nby chance: {', '.join(chance)}", heads, sides, cells, _share)
 
 
-def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Figure:
+def _overlap_rows(names: dict[str, str], found: dict[str, ArmSpectra]) -> Figure:
     """Many arms, one row each: every link against the one before it, and against full fine-tuning."""
-    before = {name: about["overlap"] for name, about in found.items() if about["overlap"]}
-    full = {name: about["with_full"] for name, about in found.items() if about["with_full"]}
-    most = max(len(part["labels"]) for part in before.values()) if before else 0
-    labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part["labels"]))
+    before = {name: about.overlap for name, about in found.items() if about.overlap}
+    full = {name: about.with_full for name, about in found.items() if about.with_full}
+    most = max(len(part.labels) for part in before.values()) if before else 0
+    labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part.labels))
     labels.sort(key=lambda label: label == "chain")
     steps: Cells = []
     shares: Cells = []
     for name in found:
-        matrix = before[name]["matrix"] if name in before else []
+        matrix = before[name].matrix if name in before else []
         steps.append([matrix[k][k + 1] if k + 1 < len(matrix) else None for k in range(most - 1)])
-        of = dict(zip(full[name]["labels"], full[name]["values"], strict=True)) if name in full else {}
+        of = dict(zip(full[name].labels, full[name].values, strict=True)) if name in full else {}
         shares.append([of.get(label) for label in labels])
     maps: list[Heat] = []
     pairs, heads = [f"{k}·{k + 1}" for k in range(1, most)], [label.removeprefix("link ") for label in labels]
@@ -213,7 +209,7 @@ def _overlap_rows(names: dict[str, str], found: dict[str, dict[str, Any]]) -> Fi
     ):
         if not columns:
             continue
-        chance = sorted({_share(part["random"]) for part in parts.values() if part["random"] is not None})
+        chance = sorted({_share(part.random) for part in parts.values() if part.random is not None})
         by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
         maps.append(Heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share))
     n_columns = sum(len(heat.columns) for heat in maps)

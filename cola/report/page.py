@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from cola.compare.ablation import AblationFolder
+from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.errors import RunFolderError
 from cola.files import write_text
 from cola.report.captions import CAPTIONS, alternative
@@ -73,50 +74,49 @@ class Drawn:
 def write_report(folder: RunFolder) -> Path:
     """Write report.html, and its figures and tables as files, from summary.json, the recipe and the arms' metrics;
     returns the page's path."""
-    summary = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+    summary = Summary.model_validate_json((folder.path / "summary.json").read_text(encoding="utf-8"))
     damaged: list[str] = []
     found = read_curves(folder, damaged)
-    curves = {arm: found[arm] for arm in summary["arms"] if arm in found}  # in the recipe's order
-    tables = page_tables(summary, curves)
+    curves = {arm: found[arm] for arm in summary.arms if arm in found}  # in the recipe's order
+    meta = summary.meta.model_dump(exclude_unset=True, exclude={"all_packages"}) if summary.meta else {}
     lines = verdict(summary)
-    if all(one["role"] == "later" for one in summary["contrasts"]):
+    if all(contrast.role == "later" for contrast in summary.contrasts):
         lines.insert(0, UNNAMED)
     return _write_page(
         folder.path / "report.html",
         "report.html.j2",
         summary,
-        tables,
+        page_tables(summary, curves),
         figures_of(summary, curves),
         name=folder.path.name,
         headline=lines[0],
         states=page_states(summary),
-        whole=all(arm["n_seeds"] == len(summary["seeds"]) for arm in summary["arms"].values()),
-        notes=[*lines[1:], *dict.fromkeys([*summary["notes"], *damaged])],
+        whole=all(arm.n_seeds == len(summary.seeds) for arm in summary.arms.values()),
+        notes=[*lines[1:], *dict.fromkeys([*summary.notes, *damaged])],
         recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
-        provenance=json.dumps({k: v for k, v in (summary["meta"] or {}).items() if k != "all_packages"}, indent=2),
+        provenance=json.dumps(meta, indent=2),
     )
 
 
-def write_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Path:
+def write_ablation(folder: AblationFolder, summary: Ablation) -> Path:
     """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
-    figures = {"ablation": ablation_figure(summary)} if any(row["n_seeds"] for row in summary["rows"]) else {}
+    figures = {"ablation": ablation_figure(summary)} if any(row.n_seeds for row in summary.rows) else {}
     tables, notes = {"ablation": ablation_table(summary)}, ablation_notes(summary)
     return _write_page(folder.path / "ablation.html", "ablation.html.j2", summary, tables, figures, notes=notes)
 
 
-def write_tasks(path: Path, summary: dict[str, Any]) -> Path:
+def write_tasks(path: Path, summary: TasksSummary) -> Path:
     """Write summary.json, report.html and the files of its figure and tables for several runs; returns the page."""
-    averaged = summary["averaged"] and bool(summary["contrasts"])
-    names = [*(["contrasts"] if averaged else []), "arms", *(["tasks"] if summary["contrasts"] else [])]
+    averaged = summary.averaged and bool(summary.contrasts)
+    names = [*(["contrasts"] if averaged else []), "arms", *(["tasks"] if summary.contrasts else [])]
     tables = dict(zip(names, task_tables(summary), strict=True))
-    figure = contrasts_figure(summary) if averaged else None
-    figures = {"contrasts": figure} if figure else {}
-    write_text(path / "summary.json", json.dumps(summary, indent=1) + "\n")
-    said = [contrast_sentence(one, summary["metric"]) for one in summary["contrasts"]] if averaged else [UNNAMED]
+    figures = {"contrasts": figure} if averaged and (figure := contrasts_figure(summary)) else {}
+    write_text(path / "summary.json", json.dumps(summary.content(), indent=1) + "\n")
+    said = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts] if averaged else [UNNAMED]
     return _write_page(path / "report.html", "tasks.html.j2", summary, tables, figures, name=path.name, said=said)
 
 
-def page_tables(summary: dict[str, Any], curves: Curves) -> dict[str, Table]:
+def page_tables(summary: Summary, curves: Curves) -> dict[str, Table]:
     """Every table of a run's page that has rows, by the name of its files."""
     named = named_tables(summary)
     judged = "score" if "score" in named else "loss"  # is in the first table, with the arms' states
@@ -127,8 +127,8 @@ def page_tables(summary: dict[str, Any], curves: Curves) -> dict[str, Table]:
         "seeds": seeds_table(summary),
         "curves": curves_table(curves),
         "knots": knots_table(summary),
-        "spectra": spectra_table(summary),
-        "overlap": overlap_table(summary),
+        "spectra": spectra_table(summary.spectra),
+        "overlap": overlap_table(summary.spectra),
     }
     return {name: table for name, table in tables.items() if table.rows}
 
@@ -145,18 +145,17 @@ def curves_table(curves: Curves) -> Table:
     return table
 
 
-def page_states(summary: dict[str, Any]) -> list[str]:
+def page_states(summary: Summary) -> list[str]:
     """What keeps a run from being whole, each in a few words; empty where nothing does."""
-    arms, seeds = summary["arms"], summary["seeds"]
-    states = ["interrupted: not everything was run"] if summary["interrupted"] else []
+    states = ["interrupted: not everything was run"] if summary.interrupted else []
     states += [
-        f"{name}: {states_text(arm)}, no numbers" if not arm["n_seeds"] else f"{name}: seeds {states_text(arm)}"
-        for name, arm in arms.items()
-        if arm["n_seeds"] < len(seeds)
+        f"{name}: {states_text(arm)}, no numbers" if not arm.n_seeds else f"{name}: seeds {states_text(arm)}"
+        for name, arm in summary.arms.items()
+        if arm.n_seeds < len(summary.seeds)
     ]
-    if len(seeds) == 1:
+    if len(summary.seeds) == 1:
         states.append("one seed: nothing is said about another")
-    pairs = dict.fromkeys((first, second) for first, second, _ in summary["same_outputs"])
+    pairs = dict.fromkeys((first, second) for first, second, _ in summary.same_outputs)
     return [*states, *[f"same outputs: {first} and {second}" for first, second in pairs]]
 
 
@@ -177,7 +176,7 @@ def render(template: str, **values: Any) -> str:
 def _write_page(
     path: Path,
     template: str,
-    summary: dict[str, Any],
+    summary: Summary | TasksSummary | Ablation,
     tables: dict[str, Table],
     figures: dict[str, Figure],
     **more: Any,
@@ -221,10 +220,10 @@ def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
 FILES = ("report.html", "recipe.yaml", "figures", "tables")  # of a page, where they are there
 
 
-def comparison_of(folder: RunFolder, summary: dict[str, Any]) -> Comparison:
+def comparison_of(folder: RunFolder, summary: Summary) -> Comparison:
     """What W&B is sent of a run whose page is written."""
     # Where the store and the run lie on this machine says who works on it.
-    told = {key: value for key, value in summary.items() if key not in ("store", "wandb")}
+    told = summary.model_dump(exclude_unset=True, exclude={"store", "wandb"})
     return Comparison(
         numbers=comparison_numbers(summary),
         lines=verdict(summary),
@@ -239,7 +238,7 @@ def _written_figures(folder: Path) -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("figures/*.svg"))}
 
 
-def comparison_of_ablation(folder: AblationFolder, summary: dict[str, Any]) -> Comparison:
+def comparison_of_ablation(folder: AblationFolder, summary: Ablation) -> Comparison:
     """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
     them says anything."""
     return Comparison(

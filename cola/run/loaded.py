@@ -5,10 +5,11 @@ from functools import cached_property
 
 from transformers import PreTrainedModel
 
-from cola.chain import Chain, Knot, Probe, retie, run_chain
+from cola.chain import Chain, Knot, retie, run_chain
 from cola.errors import ModelError
 from cola.link import adapters
 from cola.link.base import Base
+from cola.link.drift import Probe
 from cola.link.moments import Moments
 from cola.link.residual import Residual, left_behind
 from cola.link.starts import Gradients, hold_out

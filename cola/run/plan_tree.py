@@ -13,6 +13,7 @@ from cola.data.splits import Splits
 from cola.errors import ColaError
 from cola.link import adapters
 from cola.link.model import Source
+from cola.link.targets import target_names
 from cola.measure.cost import Lengths, Meter
 from cola.recipe.methods import Lora, Targets
 from cola.recipe.plan import Job, Link, candidates_of, plan_arm
@@ -93,7 +94,7 @@ class Planner:
             return None
         targets = link.settings.target_modules
         if targets not in self._modules:
-            self._modules[targets] = adapters.target_names(self.skeleton, targets)
+            self._modules[targets] = target_names(self.skeleton, targets)
         return self._modules[targets]
 
 

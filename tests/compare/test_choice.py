@@ -238,7 +238,7 @@ def test_trials_run_on_a_seed_of_their_own_and_their_loss_or_score_decides(recip
     found = {rate: validation(folder.path / f"trials/lora/learning_rate={rate!r}/seed-1000") for rate in RATES}
     best = min(RATES, key=lambda rate: ((0, -found[rate][1])[select_by == "score"], found[rate][0]))
     assert result(folder, "lora", 3)["train_info"]["learning_rate"] == best
-    (choice,) = summary["trials"]["lora"]["choices"]
+    (choice,) = summary.trials["lora"].choices
     assert choice["seeds"] == [1000]
     for rate, trial in zip(RATES, choice["trials"], strict=True):
         (one,) = trial["each"]
@@ -292,7 +292,7 @@ def test_a_choice_that_resampled_trials_often_do_not_make_is_said_to_be_uncertai
     grid = "training.learning_rate={search: [1e-3, 1.01e-3, 1e-7], seeds: [0, 7]}"
     small = ["arms.full=null", "arms.base=null", "arms.chain3=null", "comparison.primary=null"]
     folder, summary = go(recipe_file, grid, *small, "evaluation.every=never", "training.epochs=1")
-    (choice,) = summary["trials"]["lora"]["choices"]
+    (choice,) = summary.trials["lora"].choices
     seeds = [
         [read_jsonl(folder.path / f"trials/lora/learning_rate={rate!r}/seed-{seed}/scores/validation.jsonl")
          for seed in (0, 7)] for rate in (1e-3, 1.01e-3, 1e-7)
@@ -331,20 +331,19 @@ def test_the_figure_of_the_choice_needs_no_more_than_the_summary() -> None:
     from cola.report.choices import choices_figure
 
     summary = many()
-    figure = choices_figure(json.loads(json.dumps(summary)))
+    figure = choices_figure(summary)
     assert figure is not None
     (axes,) = [axes for axes in figure.axes if axes.get_title() == "lora\n54% of resamples"]
     assert axes.get_xscale() == "log"
-    (choice,) = summary["trials"]["lora"]["choices"]
+    (choice,) = summary.trials["lora"].choices
     line = max(axes.lines, key=lambda line: len(np.atleast_1d(line.get_xdata())) * (line.get_linestyle() == "-"))
-    shown = [(t["values"]["learning_rate"], t["loss"]) for t in choice["trials"] if not t["failed"]]
+    shown = [(trial.values["learning_rate"], trial.loss) for trial in choice.trials if not trial.failed]
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == shown
-    chosen = choice["trials"][choice["chosen"]]
+    chosen = choice.trials[choice.chosen]
     ring = next(line for line in axes.lines if line.get_markersize() == 10)
-    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (chosen["values"]["learning_rate"], chosen["loss"])
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (chosen.values["learning_rate"], chosen.loss)
     assert "lora learning_rate=" in alternative("choices", summary)
-    summary["trials"] = {}
-    assert choices_figure(summary) is None
+    assert choices_figure(summary.model_copy(update={"trials": {}})) is None
 
 
 @pytest.mark.slow

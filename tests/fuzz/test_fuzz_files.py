@@ -183,7 +183,7 @@ def test_a_damaged_file_of_a_run_is_named_or_harmless(runs: list[Path], recipe: 
         def report() -> None:
             folder.check_readable()
             folder.check_results()
-            summary = summarize(recipe, folder).content()
+            summary = summarize(recipe, folder)
             page_tables(summary, read_curves(folder, []))
             verdict(summary)
             folder.references()

@@ -20,6 +20,7 @@ from cola.errors import MomentsNotCleared
 from cola.link import adapters
 from cola.link.base import Base
 from cola.link.moments import Moments, carried, check_cleared, read_moments
+from cola.link.targets import target_names
 from cola.link.train import tune
 from cola.measure.cost import Meter
 from cola.recipe.arms import Prune
@@ -363,7 +364,7 @@ def end_name(recipe_file: Path, *overrides: str) -> str:
 
     def modules_of(one: Link) -> list[str] | None:
         pair = one.settings
-        return adapters.target_names(tiny_model(), pair.target_modules) if isinstance(pair, Lora) else None
+        return target_names(tiny_model(), pair.target_modules) if isinstance(pair, Lora) else None
 
     return lineage(root, links, recipe.training, modules_of, [str(n) for n in range(6)]).names[-1]
 

@@ -38,6 +38,7 @@ from cola.link import adapters, starts
 from cola.link.base import Base
 from cola.link.forward import logits_at
 from cola.link.model import Source
+from cola.link.targets import target_names
 from cola.link.train import full_gradients, tune
 from cola.measure.cost import Meter
 from cola.measure.evaluate import Evaluator
@@ -333,7 +334,7 @@ def test_a_gradient_start_reads_along_the_top_of_the_full_gradient() -> None:
     chain = chain_of(tiny_model())
     list(run_chain(chain, links(1), tuner(), outputs, gradients))
     before = logits(chain.model)
-    names = adapters.target_names(chain.model, what())
+    names = target_names(chain.model, what().target_modules)
     expected = true_gradients(chain.model, names, batches(12)[6:8])
 
     def two(model: PreTrainedModel, _own: Link, names: Sequence[str]) -> dict[str, Tensor]:
@@ -771,7 +772,7 @@ def codes_of(model: PreTrainedModel) -> dict[str, Tensor]:
 def dequantized(folder: Path, how: str) -> PreTrainedModel:
     """A dense model with the weights that the codes stand for, by the papers' formulas."""
     model, reference = quantized(folder, how)[0], tiny_model(**WIDE)
-    for name in adapters.target_names(reference, what()):
+    for name in target_names(reference, what().target_modules):
         weight = reference.get_submodule(name).weight
         if how == "int8":
             weight.copy_(weight.half())  # which bitsandbytes makes of it first

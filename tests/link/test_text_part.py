@@ -15,9 +15,11 @@ from summaries import quickstart
 from test_chain import batches, chain_of, link, logits, no_gradients, outputs, tune_with
 
 from cola.chain import run_chain
+from cola.compare.records import Summary
 from cola.errors import ModelError
 from cola.link import adapters
 from cola.link.base import Base
+from cola.link.targets import target_names
 from cola.link.text_part import in_text, outside_text
 from cola.measure import cost
 from cola.measure.learned import Matrices
@@ -79,8 +81,8 @@ def test_full_fine_tuning_and_a_chain_leave_the_tower_as_it_was() -> None:
 
 def test_a_module_of_the_tower_is_no_target() -> None:
     with pytest.raises(ModelError, match=r"'fc1' is in a part of the model that text does not pass through"):
-        adapters.target_names(make(), ("q_proj", "fc1"))
-    names = adapters.target_names(make(), ("q_proj",))
+        target_names(make(), ("q_proj", "fc1"))
+    names = target_names(make(), ("q_proj",))
     assert names == [f"model.language_model.layers.{n}.self_attn.q_proj" for n in range(2)]
 
 
@@ -88,7 +90,7 @@ def test_matrices_are_found_under_the_names_of_the_file(tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(tmp_path)
     files = [tmp_path / "model.safetensors"]
-    names = adapters.target_names(model, "all-linear")
+    names = target_names(model, "all-linear")
     found, base = Matrices(make().to("meta"), files), Base(model, files)
     base.remember(names)
     assert len(names) == 14
@@ -98,21 +100,22 @@ def test_matrices_are_found_under_the_names_of_the_file(tmp_path: Path) -> None:
 
 def test_a_pair_where_the_fused_kernels_pass_over_it_is_refused_and_left_out() -> None:
     model = of("Mamba", state_size=8, intermediate_size=None)
-    names = adapters.target_names(model, "all-linear")
+    names = target_names(model, "all-linear")
     assert {name.rpartition(".")[2] for name in names} == {"in_proj", "x_proj", "dt_proj"}
     adapters.attach(model, settings_of(METHODS["lora"]), 0)
     with pytest.raises(ModelError, match=r"out_proj: PEFT puts no pair there"):
-        adapters.target_names(of("Mamba", state_size=8), ("in_proj", "out_proj"))
+        target_names(of("Mamba", state_size=8), ("in_proj", "out_proj"))
 
 
 def test_an_update_of_nothing_spoils_no_page() -> None:
-    summary = quickstart()
-    about = summary["spectra"]["chain3"]
+    content = quickstart().content()
+    about = content["spectra"]["chain3"]
     for row in about["rows"]:
         row |= dict.fromkeys(("effective_rank", "rank_90", "stable_rank"))
     about["values"] = {what: [] for what in about["values"]}
     labels = about["overlap"]["labels"]
     about["overlap"] |= {"matrix": [[1.0 if a == b else None for a in labels] for b in labels], "random": None}
+    summary = Summary.model_validate(content)
     drawn = figures_of(summary, {})
     for name in ("spectra", "overlap"):
         assert drawn[name] is not None

@@ -23,6 +23,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
+from cola.compare.records import Ablation, Summary
 from cola.report.costs import costs_of, pareto
 from cola.report.drawing import Look, clipped, looks, save, svg
 from cola.report.figures import FIGURES, figures_of
@@ -31,6 +32,7 @@ from cola.report.heatmaps import _percent
 from cola.report.numbers import count, duration, given, interval, number, p_value, size, small, spread, value_range
 from cola.report.page import page_states, page_tables, write_ablation, write_report
 from cola.report.table import NONE, Cell, Table
+from cola.tree.run_folder import FORMAT
 
 pytestmark = pytest.mark.drawn
 
@@ -178,7 +180,7 @@ def test_the_same_results_give_the_same_bytes(pages: dict[str, Path], tmp_path: 
 def test_a_figure_that_has_lost_its_data_goes_from_the_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", quickstart())
     write_report(folder)
-    folder.write_json("summary.json", {**quickstart(), "contrasts": [], "spectra": {}})
+    folder.write("summary.json", quickstart().model_copy(update={"contrasts": [], "spectra": {}}))
     page = write_report(folder).read_text()
     left = {path.stem for path in (folder.path / "figures").iterdir()}
     assert left == set(FIGURES) - {"contrasts", "spectra", "overlap"}
@@ -186,12 +188,12 @@ def test_a_figure_that_has_lost_its_data_goes_from_the_folder(tmp_path: Path) ->
 
 
 def test_a_run_without_any_number_has_a_page_that_says_so(tmp_path: Path) -> None:
-    summary = quickstart()
+    summary = quickstart().content()
     gone = {"links": 1, "states": {"0": "missing"}, "errors": {}, "n_seeds": 0}
     summary |= {"arms": {"lora": gone, "base": {**gone, "links": 0}}, "interrupted": True, "contrasts": []}
     summary |= {"spectra": {}, "trials": {}, "meta": None, "rows": None}
     summary["matched"]["used"] = None
-    folder = write_run(tmp_path / "run", summary)
+    folder = write_run(tmp_path / "run", Summary.model_validate(summary))
     text = write_report(folder).read_text()
     assert "lora: missing, no numbers" in text
     assert not list((folder.path / "figures").glob("*"))
@@ -207,7 +209,7 @@ def test_html_in_names_shows_as_text(pages: dict[str, Path]) -> None:
 def test_what_is_not_whole_stands_under_the_verdict() -> None:
     summary = many(12)
     states = page_states(summary)
-    names = list(summary["arms"])
+    names = list(summary.arms)
     assert states[0] == "interrupted: not everything was run"
     assert f"{names[5]}: seeds 5 ok, 1 failed" in states
     assert "interrupted-arm: 1 interrupted, 5 missing, no numbers" in states
@@ -349,11 +351,11 @@ def test_the_pareto_front_has_nothing_that_another_beats() -> None:
 def test_time_stands_in_for_flops_that_are_missing() -> None:
     summary = quickstart()
     label, points = costs_of(summary)
-    assert (label, points["lora"][0]) == ("training FLOPs", summary["arms"]["lora"]["flops"])
-    summary["arms"]["chain3"]["flops"] = None
+    assert (label, points["lora"][0]) == ("training FLOPs", summary.arms["lora"].flops)
+    summary.arms["chain3"] = summary.arms["chain3"].model_copy(update={"flops": math.nan})
     label, points = costs_of(summary)
     assert label == "time of training and scoring, seconds"
-    assert points["base"][0] == summary["arms"]["base"]["total_seconds"]
+    assert points["base"][0] == summary.arms["base"].total_seconds
 
 
 def test_the_primary_contrast_has_its_own_p_and_the_others_holms() -> None:
@@ -396,7 +398,7 @@ def test_no_label_of_a_figure_covers_another_or_is_cut_off(n_arms: int) -> None:
 
 def test_a_name_with_dollar_signs_is_no_formula_and_an_svg_has_ids_of_its_own() -> None:
     summary = quickstart()
-    summary["arms"]["$x_1$"] = summary["arms"].pop("chain3")
+    summary.arms["$x_1$"] = summary.arms.pop("chain3")
     figures = figures_of(summary, {})
     assert "$x_1$" in svg(figures["train-test"], "train-test")
     ids = [set(re.findall(r' id="([^"]+)"', svg(figure, name))) for name, figure in figures.items()]
@@ -405,14 +407,14 @@ def test_a_name_with_dollar_signs_is_no_formula_and_an_svg_has_ids_of_its_own() 
 
 
 def test_a_text_is_judged_by_its_loss_in_every_figure() -> None:
-    summary = quickstart()
-    summary["metric"] = "perplexity"
-    for arm in summary["arms"].values():
+    content = quickstart().content() | {"metric": "perplexity"}
+    for arm in content["arms"].values():
         for key in ("train_score", "validation_score", "test_score", "gap_acc"):
             arm[key] = None
             arm["seeds"][0][key] = None
-    for one in summary["contrasts"]:
+    for one in content["contrasts"]:
         one["metric"] = "loss"
+    summary = Summary.model_validate(content)
     figures = figures_of(summary, curves_of(summary))
     assert list(figures) == list(FIGURES)
     assert "gap_loss = test − train" in svg(figures["gaps"], "gaps")
@@ -438,7 +440,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cola.compare.ablation import AblationFolder
 
     folder = tmp_path_factory.mktemp("ablation")
-    arms = quickstart()["arms"]
+    arms = quickstart().content()["arms"]
     seeds = [{**arms["lora"]["seeds"][0], "seed": s, "steps": 90, "total_seconds": 78.0 + s} for s in (0, 1)]
     rows: list[dict[str, Any]] = [{"values": None, "label": "", "arm": "lora", **arms["lora"], "seeds": seeds}]
     points = [{"label": f"links={n}", "values": {"arms.chain3.links": str(n)}, "folder": f"0{n}"} for n in (1, 2, 3)]
@@ -447,10 +449,11 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     summary = {"name": "links", "interrupted": True, "keys": ["arms.chain3.links"], "points": points, "rows": rows}
     summary |= {"metric": "exact match", "matched": {"by": "steps", "per_link": False}, "protocol": "fixed"}
     summary |= {"trained_steps": 180, "recalled_steps": 90, "errors": {}, "damaged": []}
+    summary |= {"format": FORMAT, "causes": "", "finished": False, "failed": True}
     for point in points:
         (folder / "points" / point["folder"]).mkdir(parents=True)
         (folder / "points" / point["folder"] / "report.html").touch()
-    return write_ablation(AblationFolder(folder), summary)
+    return write_ablation(AblationFolder(folder), Ablation.model_validate(summary))
 
 
 def test_an_ablation_has_the_same_page_and_files(ablation: Path) -> None:
@@ -548,7 +551,7 @@ class TestInABrowser:
         self, chromium: Any, pages: dict[str, Path]
     ) -> None:
         with Opened(chromium, pages["quickstart"]) as opened:
-            seconds = sorted(arm["total_seconds"] for arm in quickstart()["arms"].values())
+            seconds = sorted(arm.total_seconds for arm in quickstart().arms.values())
             for column, expected in (
                 ("time", [duration(each).text for each in seconds]),
                 ("trained", ["0", "2.44 M", "2.44 M", "135 M"]),

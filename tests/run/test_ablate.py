@@ -10,7 +10,7 @@ from children import end, start
 from runs import cola, quiet, result
 
 from cola.compare.ablation import FORMAT, AblationFolder, points_of
-from cola.compare.records import AblationNote
+from cola.compare.records import Ablation, AblationNote
 from cola.errors import RecipeError
 from cola.recipe.plan import plan_arm
 from cola.recipe.read import read_recipe
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["arms.full=null", "arms.base=null", "comparison.primary=null"]
 
 
-def run_points(recipe_file: Path, *keys: str, paired: bool = False) -> tuple[AblationFolder, dict]:
+def run_points(recipe_file: Path, *keys: str, paired: bool = False) -> tuple[AblationFolder, Ablation]:
     points = points_of(recipe_file, [*keys], paired)
     with AblationFolder.take(points) as folder:
-        return folder, ablate(points, folder, quiet()).content()
+        return folder, ablate(points, folder, quiet())
 
 
 def fresh_steps(folder: AblationFolder) -> int:
@@ -98,12 +98,12 @@ def test_growing_a_chain_trains_each_link_once_and_length_four_tomorrow_trains_o
     grow = ["training.protocol=grow", "training.epochs=1", *SMALL]
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,2,3", *grow)
     # 24 rows in batches of 8: 3 steps a link. LoRA is the chain of one link.
-    assert fresh_steps(folder) == summary["trained_steps"] == 3 * 3
-    assert [row["steps"] for row in summary["rows"]] == [3, 3, 6, 9]
+    assert fresh_steps(folder) == summary.trained_steps == 3 * 3
+    assert [row.steps for row in summary.rows] == [3, 3, 6, 9]
     again, more = run_points(recipe_file, "arms.chain3.links=1,2,3,4", *grow)
     assert fresh_steps(again) == 3
     assert again.path != folder.path
-    assert [row["test_loss"] for row in more["rows"]][:4] == [row["test_loss"] for row in summary["rows"]]
+    assert [row.test_loss for row in more.rows][:4] == [row.test_loss for row in summary.rows]
 
 
 def test_with_fixed_steps_the_common_beginnings_are_trained_once(recipe_file: Path) -> None:
@@ -111,7 +111,7 @@ def test_with_fixed_steps_the_common_beginnings_are_trained_once(recipe_file: Pa
     folder, summary = run_points(recipe_file, *keys)
     # 6 steps in all: links of 6, of 3 + 3, of 2 + 2 + 2; the first link of each is the beginning of the longest.
     assert fresh_steps(folder) == 6 + 3 + 4
-    assert [row["steps"] for row in summary["rows"]] == [6, 6, 6, 6]
+    assert [row.steps for row in summary.rows] == [6, 6, 6, 6]
 
 
 def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: P
     table = ablation_table(summary)
     assert [row[:2] for row in table.texts] == [["lora", "–"], ["full", "–"], ["chain3", "1"], ["chain3", "3"]]
     assert all("±" in row[2] for row in table.texts)
-    assert [len(row["seeds"]) for row in summary["rows"]] == [2, 2, 2, 2]
+    assert [len(row.seeds) for row in summary.rows] == [2, 2, 2, 2]
     page = write_ablation(folder, summary).read_text()
     assert page.count("<svg") == 1
     assert "chain3.links" in page
     assert (folder.path / "figures/ablation.svg").read_text().startswith("<svg")
-    for point in summary["points"]:
-        assert (folder.path / "points" / point["folder"] / "report.html").is_file()
+    for point in summary.points:
+        assert (folder.path / "points" / point.folder / "report.html").is_file()
     assert any("Protocol fixed" in note for note in ablation_notes(summary))
 
 
@@ -149,7 +149,7 @@ def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
     _, summary = run_points(
         recipe_file, "link.rank=2,4", "arms.chain3=null", "arms.full=null", "comparison.primary=null"
     )
-    assert [(row["arm"], row["values"]) for row in summary["rows"]] == [
+    assert [(row.arm, row.values) for row in summary.rows] == [
         ("base", {"link.rank": "2"}),
         ("lora", {"link.rank": "2"}),
         ("base", {"link.rank": "4"}),
@@ -159,10 +159,10 @@ def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
 
 def test_a_point_that_cannot_be_run_does_not_keep_the_others_from_it(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.target_modules=q_prj,v_proj", *SMALL)
-    assert summary["failed"]
-    assert not summary["finished"]
-    assert "q_prj" in summary["errors"]["01-chain3.target_modules=q_prj"]
-    assert [row["n_seeds"] for row in summary["rows"] if row["arm"] == "chain3"] == [0, 1]
+    assert summary.failed
+    assert not summary.finished
+    assert "q_prj" in summary.errors["01-chain3.target_modules=q_prj"]
+    assert [row.n_seeds for row in summary.rows if row.arm == "chain3"] == [0, 1]
     assert "q_prj" in write_ablation(folder, summary).read_text()
 
 
@@ -229,8 +229,8 @@ def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_f
 @pytest.mark.slow
 def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
     _, summary = run_points(recipe_file, "model.dtype=float32,bfloat16", *SMALL)
-    assert summary["finished"]
-    assert [row["values"]["model.dtype"] for row in summary["rows"] if row["arm"] == "lora"] == ["float32", "bfloat16"]
+    assert summary.finished
+    assert [row.values["model.dtype"] for row in summary.rows if row.arm == "lora"] == ["float32", "bfloat16"]
 
 
 def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path) -> None:
@@ -265,5 +265,5 @@ def test_points_that_part_inside_a_link_share_the_steps_before(recipe_file: Path
     # Warm-up over steps 1 to 3, and in step 4 both schedules stand at their peak: from the 5th on the rates differ.
     keys = ["training.schedule=constant,linear", "training.warmup_steps=3", "arms.chain3=null", *SMALL]
     folder, summary = run_points(recipe_file, *keys)
-    assert summary["finished"]
+    assert summary.finished
     assert fresh_steps(folder) == 6 + 2
