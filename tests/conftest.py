@@ -238,7 +238,7 @@ def run_once(folder: Path, text: str, *overrides: str) -> Path:
             _, summary = go(recipe, *overrides, folder=folder / "run")
         finally:
             torch.set_num_threads(threads)
-    assert not any(arm["errors"] for arm in summary["arms"].values()), summary["arms"]
+    assert not any(arm.errors for arm in summary.arms.values()), summary.arms
     return folder / "run"
 
 

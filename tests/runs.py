@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from cola.cli.app import app
+from cola.compare.records import Summary
 from cola.recipe.read import read_recipe
 from cola.report.terminal import Terminal
 from cola.run.run import run
@@ -27,11 +28,11 @@ def quiet() -> Terminal:
     return Terminal(Console(file=open(os.devnull, "w")))  # noqa: PTH123 - closed with the process
 
 
-def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[RunFolder, dict]:
+def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[RunFolder, Summary]:
     """A new run; it shares what the runs of the same test have stored unless it names a store of its own."""
     recipe = read_recipe(recipe_file, list(overrides))
     run_folder = create_run(recipe, folder)
-    return run_folder, run(recipe, run_folder, quiet()).content()
+    return run_folder, run(recipe, run_folder, quiet())
 
 
 def result(folder: RunFolder, arm: str, seed: int = 0) -> dict:
@@ -107,7 +108,7 @@ def write_recipe(folder: Path, recipe_text: str, *lines: str) -> Path:
 def fresh(recipe: Path, overrides: list[str], folder: Path) -> Outcome:
     """The undisturbed run, with a store of its own."""
     whole, summary = go(recipe, *overrides, f"store={folder / 'undisturbed'}", folder=folder / "undisturbed-run")
-    assert not summary["interrupted"]
+    assert not summary.interrupted
     made = outcome(whole.path)
     assert any(name.endswith("result.json") for name in made.files)
     return made

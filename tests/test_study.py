@@ -20,6 +20,7 @@ from scipy.stats import t as student
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
+from cola.compare.records import Interval
 from cola.compare.summary import summarize
 from cola.recipe.read import read_recipe
 from cola.tree.run_folder import RunFolder
@@ -191,8 +192,8 @@ def mean_and_ends(values: Any) -> list[float]:
     return [np.mean(values), np.mean(values) - half, np.mean(values) + half]
 
 
-def numbers(record: dict[str, Any]) -> list[float]:
-    return [record[key] for key in ("value", "low", "high")]
+def numbers(record: Any) -> list[float]:
+    return [record[key] if isinstance(record, dict) else getattr(record, key) for key in ("value", "low", "high")]
 
 
 def test_the_losses_of_a_chain_and_of_lora_on_the_same_minibatches_are_those_of_the_archives(runs: Path) -> None:
@@ -361,11 +362,11 @@ def test_a_prediction_is_judged_by_whether_its_interval_lies_within_what_was_pre
     low: float, high: float, outcome: str, pages: ModuleType
 ) -> None:
     for value in (low, (low + high) / 2, high):  # wherever the estimate is
-        assert pages.judged({"value": value, "low": low, "high": high}, -0.03, 0.03) == outcome
+        assert pages.judged(Interval(value=value, low=low, high=high), -0.03, 0.03) == outcome
 
 
 def test_a_share_of_a_gap_that_cannot_be_had_decides_no_prediction(pages: ModuleType) -> None:
-    for share in (None, "undefined", "no gap", {"value": 0.1, "low": None, "high": None}):
+    for share in (None, "undefined", "no gap", Interval(value=0.1, low=None, high=None)):
         assert pages.judged(share, -np.inf, 0.25) == "not decided"
 
 
@@ -383,7 +384,7 @@ def test_no_prediction_of_the_page_came_true_whose_interval_reaches_out_of_it(pa
     for first, second, low, high in (("chain3", "lora", -0.03, 0.03), ("all_linear", "chain3", 0.05, np.inf)):
         one = pages.contrasts()[first, second]
         text = next(text for text in outcomes if f"{first} − {second}" in text and "told" not in text)
-        inside, outside = low <= one["low"] <= one["high"] <= high, one["high"] < low or one["low"] > high
+        inside, outside = low <= one.low <= one.high <= high, one.high < low or one.low > high
         assert outcomes[text] == ("came true" if inside else "did not come true" if outside else "not decided")
 
 
@@ -412,7 +413,7 @@ def test_the_interval_of_a_difference_of_gaps_has_the_variance_of_the_two_way_ta
     seen = squares["C(seed)"] if of_seeds else 0
     df = variance**2 / (seen**2 / 5 + squares["C(id)"] ** 2 / 499)
     found = pages.gap_difference("simple_equations", "chain3", "lora")
-    assert [found[key] for key in ("value", "se", "df")] == pytest.approx([value, variance**0.5, df], rel=1e-6)
+    assert [found.value, found.se, found.df] == pytest.approx([value, variance**0.5, df], rel=1e-6)
     half = student.ppf(0.975, df) * variance**0.5
     assert numbers(found) == pytest.approx([value, value - half, value + half], abs=0.15 * half)  # but for skewness
 
@@ -422,18 +423,21 @@ def test_the_contrast_without_a_task_is_over_the_others_and_with_all_of_them_the
     again = pages.over(list(pages.by_task()))
     assert numbers(again) == pytest.approx(numbers(whole), abs=1e-9)
     less = pages.over(["trec", "simple_equations"])
-    assert list(less["tasks"]) == ["001-trec", "001-simple_equations"]
-    assert less["n_seeds"] == 12
-    for label, one in less["tasks"].items():
-        assert one["value"] == pytest.approx(whole["tasks"][label]["value"])
+    assert list(less.tasks) == ["001-trec", "001-simple_equations"]
+    assert less.n_seeds == 12
+    for label, one in less.tasks.items():
+        assert one.value == pytest.approx(whole.tasks[label].value)
 
 
 def test_a_contrast_thought_of_later_stands_in_its_own_block_alone(
     pages: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = pages.over_tasks()
-    for one in summary["contrasts"]:
-        one["role"] = "later" if (one["first"], one["second"]) == ("all_linear", "chain3") else one["role"]
+    contrasts = [
+        one.model_copy(update={"role": "later"}) if (one.first, one.second) == ("all_linear", "chain3") else one
+        for one in summary.contrasts
+    ]
+    summary = summary.model_copy(update={"contrasts": contrasts})
     monkeypatch.setattr(pages, "over_tasks", lambda: summary)
     assert "all_linear − chain3" in pages.later()
     assert "all_linear 2.44 M, chain3 461 k" in pages.later()

@@ -239,11 +239,11 @@ def test_trials_run_on_a_seed_of_their_own_and_their_loss_or_score_decides(recip
     best = min(RATES, key=lambda rate: ((0, -found[rate][1])[select_by == "score"], found[rate][0]))
     assert result(folder, "lora", 3)["train_info"]["learning_rate"] == best
     (choice,) = summary.trials["lora"].choices
-    assert choice["seeds"] == [1000]
-    for rate, trial in zip(RATES, choice["trials"], strict=True):
-        (one,) = trial["each"]
-        assert (one["seed"], one["loss"], one["score"]) == (1000, *map(pytest.approx, found[rate]))
-    assert sum(trial["share"] for trial in choice["trials"]) == pytest.approx(1)
+    assert choice.seeds == [1000]
+    for rate, trial in zip(RATES, choice.trials, strict=True):
+        (one,) = trial.each
+        assert (one.seed, one.loss, one.score) == (1000, *map(pytest.approx, found[rate]))
+    assert sum(trial.share for trial in choice.trials) == pytest.approx(1)
     assert any("the choice of learning rate on seed 1000." in line for line in verdict(summary))
 
 
@@ -253,29 +253,27 @@ def test_each_seed_chooses_for_itself_and_what_it_chose_is_not_trained_again(rec
     settings = [f"training.learning_rate={{search: {RATES}, per: seed}}", "arms.base=null", "arms.chain3=null"]
     settings += [f"arms.full.learning_rate={{search: {near}, per: seed}}", "comparison.primary=null"]
     folder, summary = go(recipe_file, *settings, "seeds=[0, 1]", "training.epochs=1")
-    assert summary["arms"]["full"]["learning_rate"] == [0.08, 0.06]
+    assert summary.arms["full"].learning_rate == [0.08, 0.06]
     assert any(line.startswith("full: the chosen learning rate of seed 1 is at the edge") for line in verdict(summary))
     for arm, rates in (("lora", RATES), ("full", near)):
         chosen = []
-        for seed, choice in zip((0, 1), summary["trials"][arm]["choices"], strict=True):
+        for seed, choice in zip((0, 1), summary.trials[arm].choices, strict=True):
             found = [validation(folder.path / f"trials/{arm}/learning_rate={rate!r}/seed-{seed}")[0] for rate in rates]
-            assert (choice["seed"], choice["seeds"]) == (seed, [seed])
-            assert [trial["loss"] for trial in choice["trials"]] == pytest.approx(found)
+            assert (choice.seed, choice.seeds) == (seed, [seed])
+            assert [trial.loss for trial in choice.trials] == pytest.approx(found)
             chosen.append(rates[int(np.argmin(found))])
             info = result(folder, arm, seed)["train_info"]
             assert info["learning_rate"] == chosen[-1]
             assert info["reused_steps"] == info["steps"] == 3
             written = json.loads((folder.path / f"trials/{arm}/chosen-seed-{seed}.json").read_text())
             assert written["trials"][written["chosen"]]["values"] == {"learning_rate": chosen[-1]}
-        assert summary["arms"][arm]["learning_rate"] == chosen
+        assert summary.arms[arm].learning_rate == chosen
         edge = [seed for seed, rate in zip((0, 1), chosen, strict=True) if rate in (rates[0], rates[-1])]
-        assert summary["arms"][arm]["at_grid_edge"] == ({"learning_rate": edge} if edge else {})
+        assert summary.arms[arm].at_grid_edge == ({"learning_rate": edge} if edge else {})
     rows = [row for row in named_tables(summary)["trials"].texts if row[0] == "lora"]
     by = {row[1]: row[-2] for row in rows}
     for rate in RATES:
-        seeds = [
-            seed for seed, one in zip((0, 1), summary["arms"]["lora"]["learning_rate"], strict=True) if one == rate
-        ]
+        seeds = [seed for seed, one in zip((0, 1), summary.arms["lora"].learning_rate, strict=True) if one == rate]
         assert by[f"learning_rate={rate:g}"] == (f"by seed {', '.join(map(str, seeds))}" if seeds else "")
     assert any("each with its own choice of learning rate" in line for line in verdict(summary))
     store = Store(store_path(None), print)
@@ -284,7 +282,7 @@ def test_each_seed_chooses_for_itself_and_what_it_chose_is_not_trained_again(rec
             path = folder.path / f"trials/full/learning_rate={rate!r}/seed-{seed}/result.json"
             segment = store.get(json.loads(path.read_text())["train_info"]["final_state"])
             assert segment is not None
-            assert segment.has_weights == (rate == summary["arms"]["full"]["learning_rate"][seed])
+            assert segment.has_weights == (rate == summary.arms["full"].learning_rate[seed])
 
 
 @pytest.mark.slow
@@ -306,9 +304,9 @@ def test_a_choice_that_resampled_trials_often_do_not_make_is_said_to_be_uncertai
         rows, under = rng.integers(8, size=8), rng.integers(2, size=2)
         means = (trials.nats_CSN[:, under][:, :, rows].sum(axis=2) / tokens[rows].sum()).mean(axis=1)
         found[means.argmin()] += 1 / 3000
-    assert [trial["share"] for trial in choice["trials"]] == pytest.approx(found, abs=0.04)
+    assert [trial.share for trial in choice.trials] == pytest.approx(found, abs=0.04)
     said = [line for line in verdict(summary) if "the choice is uncertain" in line]
-    share = choice["trials"][choice["chosen"]]["share"]
+    share = choice.trials[choice.chosen].share
     assert len(said) == (share < 0.8)
     assert any("(of which 0 are scored too)" in line for line in verdict(summary))
 

@@ -162,14 +162,14 @@ def test_the_summary_has_medians_over_matrices_and_means_over_seeds(many_arms: P
     assert 0 < chain["with_full"]["random"] < 1
     assert spectra["lora"]["overlap"] is None
     assert spectra["full"]["with_full"] is spectra["full"]["rows"][0]["rank"] is None
-    twice = summarized({"chain3": [spectrum_of(spectrum(many_arms, "chain3"))] * 2})["chain3"].content()
-    assert twice["rows"] == chain["rows"]
+    twice = summarized({"chain3": [spectrum_of(spectrum(many_arms, "chain3"))] * 2})["chain3"]
+    assert twice.content()["rows"] == chain["rows"]
     other = json.loads(json.dumps(spectrum(many_arms, "chain3")))
     for matrix in other["matrices"].values():
         matrix["updates"]["chain"]["effective_rank"] += 1
     both = [spectrum_of(one) for one in (spectrum(many_arms, "chain3"), other)]
-    rows = summarized({"chain3": both})["chain3"].content()["rows"]
-    assert rows[-1]["effective_rank"] == pytest.approx(chain["rows"][-1]["effective_rank"] + 0.5)
+    rows = summarized({"chain3": both})["chain3"].rows
+    assert rows[-1].effective_rank == pytest.approx(chain["rows"][-1]["effective_rank"] + 0.5)
 
 
 def test_an_untouched_pair_has_the_spectra_of_nothing(many_arms: Path) -> None:
@@ -179,12 +179,12 @@ def test_an_untouched_pair_has_the_spectra_of_nothing(many_arms: Path) -> None:
         matrix["updates"]["link 2"] |= {"stable_rank": None, "values": []}
         matrix["overlap"] = [two for two in matrix["overlap"] if "link 2" not in two["links"]]
         del matrix["with_full"]["updates"]["link 2"]
-    found = summarized({"chain3": [spectrum_of(record)]})["chain3"].content()
-    assert found["rows"][1]["effective_rank"] is None
-    assert found["values"]["link 2"] == []
-    assert found["overlap"]["matrix"][1] == [None, 1.0, None]
-    assert found["with_full"]["values"][1] is None
-    for table in (spectra_table({"spectra": {"chain3": found}}), overlap_table({"spectra": {"chain3": found}})):
+    found = summarized({"chain3": [spectrum_of(record)]})["chain3"]
+    assert found.rows[1].effective_rank is None
+    assert found.values["link 2"] == []
+    assert found.overlap.matrix[1] == [None, 1.0, None]
+    assert found.with_full.values[1] is None
+    for table in (spectra_table({"chain3": found}), overlap_table({"chain3": found})):
         assert "–" in table.texts[1]
 
 
@@ -203,7 +203,7 @@ def test_a_second_run_takes_its_spectra_from_the_store(recipe_file: Path, monkey
     second, again = go(recipe_file, *SHORT)
     for arm in ("chain3", "full"):
         assert spectrum(first.path, arm) == spectrum(second.path, arm)
-    assert summary["spectra"] == again["spectra"]
+    assert summary.spectra == again.spectra
     assert spectrum(second.path, "chain3")["matrices"]["model.layers.0.self_attn.q_proj"]["with_full"]
 
 
@@ -211,12 +211,12 @@ def test_a_second_run_takes_its_spectra_from_the_store(recipe_file: Path, monkey
 def test_full_fine_tuning_whose_weights_were_let_go_is_still_compared_with(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, *SHORT, "keep_full_weights=false")
     assert not (folder.path / "arms/full/seed-0/model").exists()
-    assert summary["spectra"]["chain3"]["with_full"] is not None
+    assert summary.spectra["chain3"].with_full is not None
     # What is new to a run that finds only the record of full fine-tuning cannot be.
     _, later = go(recipe_file, *SHORT, "keep_full_weights=false", "arms.chain3.links=2")
-    assert later["spectra"]["full"] == summary["spectra"]["full"]
-    assert later["spectra"]["chain3"]["with_full"] is None
-    assert later["spectra"]["chain3"]["overlap"] is not None
+    assert later.spectra["full"] == summary.spectra["full"]
+    assert later.spectra["chain3"].with_full is None
+    assert later.spectra["chain3"].overlap is not None
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_a_best_checkpoint_inside_a_link_is_what_is_looked_at(recipe_file: Path)
     folder, summary = go(recipe_file, *unlearnable, *settings, *SHORT, "arms.full=null")
     info = result(folder, "chain3")["train_info"]
     scored = next(n for n, link in enumerate(info["links"], 1) if info["scored_step"] <= link["last_step"])
-    updates = [row["what"] for row in summary["spectra"]["chain3"]["rows"]]
+    updates = [row.what for row in summary.spectra["chain3"].rows]
     assert updates == [*(f"link {number}" for number in range(1, scored + 1)), "chain"]
 
 
@@ -242,7 +242,7 @@ def test_spectra_that_fail_cost_a_warning_and_nothing_else(recipe_file: Path, mo
     assert result(folder, "chain3")["status"] == "ok"
     assert not (folder.path / "arms/chain3/seed-0/spectrum.json").exists()
     assert any("it did not converge" in text and text.startswith("chain3 seed 0: no spectra") for text in warned)
-    assert set(summary["spectra"]) == {"full"}
+    assert set(summary.spectra) == {"full"}
     monkeypatch.undo()
     assert cola("inspect", folder.path).exit_code == 0  # a look takes them
     assert (folder.path / "arms/chain3/seed-0/spectrum.json").exists()
@@ -252,9 +252,9 @@ def test_spectra_that_fail_cost_a_warning_and_nothing_else(recipe_file: Path, mo
 def test_a_damaged_file_is_said_and_spoils_no_other(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, *SHORT)
     (folder.path / "arms/full/seed-0/spectrum.json").write_text("{")
-    after = summarize(read_recipe(folder.path / "recipe.yaml"), folder).content()
-    assert after["spectra"] == {"chain3": summary["spectra"]["chain3"]}
-    assert any("full/seed-0/spectrum.json is damaged" in note for note in after["notes"])
+    after = summarize(read_recipe(folder.path / "recipe.yaml"), folder)
+    assert after.spectra == {"chain3": summary.spectra["chain3"]}
+    assert any("full/seed-0/spectrum.json is damaged" in note for note in after.notes)
 
 
 def test_a_finished_run_does_nothing_anew(recipe_file: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from summaries import result
+from summaries import contrast, result
 from test_statistics import rng, two_arms
 
+from cola.compare.records import Interval, Spread, Summary
 from cola.compare.summary import summarize
 from cola.recipe.arms import Arm
 from cola.recipe.plan import Job
@@ -95,8 +96,8 @@ class ByHand:
         info = {"arm": arm, "seed": seed, "choice": [], "trial": False, "seconds": 1.0, "error": error}
         self.folder.write_json(where / "result.json", {"format": 1, "status": status, "run_info": info})
 
-    def summary(self, plan: Recipe) -> dict[str, Any]:
-        return summarize(plan, self.folder).content()
+    def summary(self, plan: Recipe) -> Summary:
+        return summarize(plan, self.folder)
 
 
 @pytest.fixture
@@ -115,72 +116,72 @@ def test_gaps_are_those_of_a_count_by_hand(run: ByHand) -> None:
     run.ok("chain3", 0, first_right(130), train=[1.0], train_loss=0.1, test_loss=[1.2] * 200)
     run.ok("full", 0, first_right(140), train=[1.0], train_loss=0.05, test_loss=[1.6] * 200)
     summary = run.summary(recipe())
-    arms = summary["arms"]
-    assert {name: arm["gap_acc"]["mean"] for name, arm in arms.items()} == pytest.approx(
+    arms = summary.arms
+    assert {name: arm.gap_acc.mean for name, arm in arms.items()} == pytest.approx(
         {"base": 0.25 - 0.2, "lora": 0.9 - 0.5, "chain3": 1.0 - 0.65, "full": 1.0 - 0.7}
     )
     # 200 examples of two tokens each: 1.0, 1.2 and 1.6 nats an example are 0.5, 0.6 and 0.8 a token.
-    assert {name: arm["gap_loss"]["mean"] for name, arm in arms.items() if name != "base"} == pytest.approx(
+    assert {name: arm.gap_loss.mean for name, arm in arms.items() if name != "base"} == pytest.approx(
         {"lora": 0.5 - 0.2, "chain3": 0.6 - 0.1, "full": 0.8 - 0.05}
     )
-    assert {name: arm["ft_gap"]["value"] for name, arm in arms.items() if name != "full"} == pytest.approx(
+    assert {name: arm.ft_gap.value for name, arm in arms.items() if name != "full"} == pytest.approx(
         {"base": 0.5, "lora": 0.2, "chain3": 0.05}
     )
-    assert "ft_gap" not in arms["full"]
-    assert arms["chain3"]["closed"]["value"] == pytest.approx((0.65 - 0.5) / (0.7 - 0.5))
-    assert arms["base"]["closed"]["value"] == pytest.approx((0.2 - 0.5) / (0.7 - 0.5))
-    assert "closed" not in arms["lora"]
-    assert "closed" not in arms["full"]
-    assert summary["contrasts"][0]["value"] == pytest.approx(0.65 - 0.5)
-    assert (summary["contrasts"][0]["n_seeds"], summary["contrasts"][0]["n_examples"]) == (1, 200)
-    assert summary["rows"] == {"train": 1, "validation": 4, "test": 200}
-    assert [arm["n_seeds"] for arm in arms.values()] == [1, 1, 1, 1]
+    assert arms["full"].ft_gap is None
+    assert arms["chain3"].closed.value == pytest.approx((0.65 - 0.5) / (0.7 - 0.5))
+    assert arms["base"].closed.value == pytest.approx((0.2 - 0.5) / (0.7 - 0.5))
+    assert arms["lora"].closed is None
+    assert arms["full"].closed is None
+    assert summary.contrasts[0].value == pytest.approx(0.65 - 0.5)
+    assert (summary.contrasts[0].n_seeds, summary.contrasts[0].n_examples) == (1, 200)
+    assert summary.rows == {"train": 1, "validation": 4, "test": 200}
+    assert [arm.n_seeds for arm in arms.values()] == [1, 1, 1, 1]
 
 
 def test_the_interval_of_ft_gap_is_scipys(run: ByHand) -> None:
     full, chain = two_arms(200, seed=3)
     run.ok("full", 0, full[0].tolist())
     run.ok("chain3", 0, chain[0].tolist())
-    gap = run.summary(recipe())["arms"]["chain3"]["ft_gap"]
+    gap = run.summary(recipe()).arms["chain3"].ft_gap
     theirs = stats.bootstrap((full[0] - chain[0],), np.mean, method="BCa", n_resamples=100_000, rng=rng(1))
     tolerance = 0.04 * theirs.standard_error
-    assert gap["low"] == pytest.approx(theirs.confidence_interval.low, abs=tolerance)
-    assert gap["high"] == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
+    assert gap.low == pytest.approx(theirs.confidence_interval.low, abs=tolerance)
+    assert gap.high == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
 
 
 def test_the_interval_of_a_gap_is_that_of_the_test_examples_less_what_was_trained_on(run: ByHand) -> None:
     scores, losses = rng(3).permutation(first_right(90)), rng(4).uniform(0.5, 3.0, 200)
     run.ok("lora", 0, scores.tolist(), train=[1.0, 1.0, 1.0, 0.0], train_loss=0.2, test_loss=losses.tolist())
-    arm = run.summary(recipe())["arms"]["lora"]
+    arm = run.summary(recipe()).arms["lora"]
     for key, values in (("gap_acc", 0.75 - scores), ("gap_loss", losses / 2 - 0.2)):
         low, high = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
-        found = arm[f"{key}_interval"]
-        assert found["value"] == pytest.approx(arm[key]["mean"]) == pytest.approx(values.mean())
-        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
-    assert result_tables(run.summary(recipe()))[0].texts[1][4].startswith(f"{arm['gap_loss']['mean']:+.3f} [")
+        found = getattr(arm, f"{key}_interval")
+        assert found.value == pytest.approx(getattr(arm, key).mean) == pytest.approx(values.mean())
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - low))
+    assert result_tables(run.summary(recipe()))[0].texts[1][4].startswith(f"{arm.gap_loss.mean:+.3f} [")
 
 
 def test_seeds_whose_gaps_differ_widen_its_interval(run: ByHand) -> None:
     for seed, train_loss in enumerate((0.1, 0.4, 0.9, 0.2)):
         run.ok("lora", seed, first_right(100), train_loss=train_loss, test_loss=[2.0] * 200)
-    found = run.summary(recipe(seeds=range(4)))["arms"]["lora"]["gap_loss_interval"]
+    found = run.summary(recipe(seeds=range(4))).arms["lora"].gap_loss_interval
     gaps = 1.0 - np.array([0.1, 0.4, 0.9, 0.2])
-    assert found["se"] == pytest.approx(stats.sem(gaps))
+    assert found.se == pytest.approx(stats.sem(gaps))
     low, high = stats.t.interval(0.95, 3, gaps.mean(), stats.sem(gaps))
-    assert found["high"] - found["low"] == pytest.approx(high - low, rel=0.2)
+    assert found.high - found.low == pytest.approx(high - low, rel=0.2)
 
 
 def test_over_seeds_the_table_has_mean_and_sample_standard_deviation(run: ByHand) -> None:
     for seed, right in ((0, 90), (1, 100), (2, 140)):
         run.ok("lora", seed, first_right(right))
-    arm = run.summary(recipe(seeds=[0, 1, 2]))["arms"]["lora"]
-    assert arm["test_score"]["mean"] == pytest.approx(0.55)
-    assert arm["test_score"]["sd"] == pytest.approx(math.sqrt((0.1**2 + 0.05**2 + 0.15**2) / 2))
+    arm = run.summary(recipe(seeds=[0, 1, 2])).arms["lora"]
+    assert arm.test_score.mean == pytest.approx(0.55)
+    assert arm.test_score.sd == pytest.approx(math.sqrt((0.1**2 + 0.05**2 + 0.15**2) / 2))
 
 
 def test_with_one_seed_there_is_no_standard_deviation(run: ByHand) -> None:
     run.ok("lora", 0, first_right(90))
-    assert run.summary(recipe())["arms"]["lora"]["test_score"] == {"mean": 0.45, "sd": None}
+    assert run.summary(recipe()).arms["lora"].test_score == Spread(mean=0.45, sd=None)
 
 
 def test_closed_is_undefined_where_full_and_lora_cannot_be_told_apart(run: ByHand) -> None:
@@ -189,16 +190,16 @@ def test_closed_is_undefined_where_full_and_lora_cannot_be_told_apart(run: ByHan
     run.ok("full", 0, rng(2).permutation(first_right(102)).tolist())
     run.ok("chain3", 0, first_right(150))
     summary = run.summary(recipe())
-    gap = summary["arms"]["lora"]["ft_gap"]
-    assert gap["low"] < 0 < gap["high"]
-    assert summary["arms"]["chain3"]["closed"] == "undefined"
+    gap = summary.arms["lora"].ft_gap
+    assert gap.low < 0 < gap.high
+    assert summary.arms["chain3"].closed == "undefined"
 
 
 def test_closed_is_undefined_where_full_and_lora_agree_on_every_example(run: ByHand) -> None:
     run.ok("lora", 0, first_right(100))
     run.ok("full", 0, first_right(100))
     run.ok("chain3", 0, first_right(150))
-    assert run.summary(recipe())["arms"]["chain3"]["closed"] == "undefined"
+    assert run.summary(recipe()).arms["chain3"].closed == "undefined"
 
 
 def test_there_is_no_gap_to_close_where_full_fine_tuning_is_the_worse_one(run: ByHand) -> None:
@@ -206,8 +207,8 @@ def test_there_is_no_gap_to_close_where_full_fine_tuning_is_the_worse_one(run: B
     run.ok("full", 0, first_right(100))
     run.ok("chain3", 0, first_right(120))
     summary = run.summary(recipe())
-    assert summary["arms"]["chain3"]["closed"] == "no gap"
-    assert summary["arms"]["chain3"]["ft_gap"]["value"] == pytest.approx(-0.1)
+    assert summary.arms["chain3"].closed == "no gap"
+    assert summary.arms["chain3"].ft_gap.value == pytest.approx(-0.1)
 
 
 def test_a_group_that_the_recipe_names_widens_the_interval(tmp_path: Path) -> None:
@@ -217,8 +218,8 @@ def test_a_group_that_the_recipe_names_widens_the_interval(tmp_path: Path) -> No
         run = ByHand(tmp_path / name)
         run.ok("full", 0, first_right(200), groups=groups)
         run.ok("chain3", 0, scores, groups=groups)
-        gap = run.summary(recipe())["arms"]["chain3"]["ft_gap"]
-        widths.append(gap["high"] - gap["low"])
+        gap = run.summary(recipe()).arms["chain3"].ft_gap
+        widths.append(gap.high - gap.low)
     assert widths[0] / widths[1] == pytest.approx(math.sqrt(8), rel=0.12)
 
 
@@ -226,8 +227,8 @@ def test_examples_are_paired_by_their_name_and_not_by_their_line(run: ByHand) ->
     names = [f"test-{i}" for i in range(200)]
     run.ok("full", 0, first_right(140), ids=names)
     run.ok("chain3", 0, first_right(140)[::-1], ids=names[::-1])
-    gap = run.summary(recipe())["arms"]["chain3"]["ft_gap"]
-    assert gap == {"value": 0.0, "low": None, "high": None, "se": None}  # the same examples are right
+    gap = run.summary(recipe()).arms["chain3"].ft_gap
+    assert gap == Interval(value=0.0, low=None, high=None, se=None)  # the same examples are right
 
 
 def test_arms_are_compared_over_the_seeds_that_both_have(run: ByHand) -> None:
@@ -238,16 +239,16 @@ def test_arms_are_compared_over_the_seeds_that_both_have(run: ByHand) -> None:
     run.failed("chain3", 0, "loss is nan")
     run.ok("full", 2, first_right(190))
     summary = run.summary(recipe(seeds=[0, 1, 2]))
-    arms = summary["arms"]
-    assert summary["contrasts"][0]["value"] == pytest.approx((0.75 + 0.9) / 2 - (0.6 + 0.7) / 2)
-    assert summary["contrasts"][0]["n_seeds"] == 2
-    assert arms["chain3"]["ft_gap"]["value"] == pytest.approx(0.95 - 0.9)
-    assert arms["chain3"]["closed"]["value"] == pytest.approx((0.9 - 0.7) / (0.95 - 0.7))
-    assert arms["lora"]["test_score"]["mean"] == pytest.approx(0.6)
-    assert {name: arm["n_seeds"] for name, arm in arms.items()} == {"base": 0, "lora": 3, "chain3": 2, "full": 1}
-    assert arms["chain3"]["states"] == {0: "failed", 1: "ok", 2: "ok"}
-    assert arms["chain3"]["errors"] == {0: "loss is nan"}
-    assert arms["full"]["states"] == {0: "missing", 1: "missing", 2: "ok"}
+    arms = summary.arms
+    assert summary.contrasts[0].value == pytest.approx((0.75 + 0.9) / 2 - (0.6 + 0.7) / 2)
+    assert summary.contrasts[0].n_seeds == 2
+    assert arms["chain3"].ft_gap.value == pytest.approx(0.95 - 0.9)
+    assert arms["chain3"].closed.value == pytest.approx((0.9 - 0.7) / (0.95 - 0.7))
+    assert arms["lora"].test_score.mean == pytest.approx(0.6)
+    assert {name: arm.n_seeds for name, arm in arms.items()} == {"base": 0, "lora": 3, "chain3": 2, "full": 1}
+    assert arms["chain3"].states == {0: "failed", 1: "ok", 2: "ok"}
+    assert arms["chain3"].errors == {0: "loss is nan"}
+    assert arms["full"].states == {0: "missing", 1: "missing", 2: "ok"}
     said = "\n".join(verdict(summary))
     assert "chain3 seed 0 failed: loss is nan" in said
     assert "chain3: 2 of 3 seeds are there; its means are over those." in said
@@ -260,11 +261,11 @@ def test_arms_without_a_common_seed_are_not_compared(run: ByHand) -> None:
     run.ok("chain3", 1, first_right(150))
     run.ok("full", 1, first_right(160))
     summary = run.summary(recipe(seeds=[0, 1]))
-    assert [(one["first"], one["second"]) for one in summary["contrasts"]] == [("chain3", "full")]
+    assert [(one.first, one.second) for one in summary.contrasts] == [("chain3", "full")]
     assert "chain3, lora have no seed in common, so they are not compared" in verdict(summary)
-    assert "ft_gap" not in summary["arms"]["lora"]
-    assert "closed" not in summary["arms"]["chain3"]
-    assert summary["arms"]["chain3"]["ft_gap"]["value"] == pytest.approx(0.05)
+    assert summary.arms["lora"].ft_gap is None
+    assert summary.arms["chain3"].closed is None
+    assert summary.arms["chain3"].ft_gap.value == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
@@ -272,10 +273,10 @@ def test_an_arm_that_did_not_finish_has_no_numbers_and_takes_no_other_along(run:
     run.ok("lora", 0, first_right(100))
     run.failed("full", 0, "out of memory", status)
     summary = run.summary(recipe())
-    assert summary["arms"]["full"]["states"] == {0: status}
-    assert "test_score" not in summary["arms"]["full"]
-    assert summary["arms"]["lora"]["test_score"]["mean"] == 0.5
-    assert "ft_gap" not in summary["arms"]["lora"]
+    assert summary.arms["full"].states == {0: status}
+    assert summary.arms["full"].test_score is None
+    assert summary.arms["lora"].test_score.mean == 0.5
+    assert summary.arms["lora"].ft_gap is None
     tables = result_tables(summary)
     assert all(len(row) == len(table.columns) for table in tables for row in table.texts)
     assert ["full", status] in [row[:2] for row in tables[0].texts]
@@ -283,11 +284,11 @@ def test_an_arm_that_did_not_finish_has_no_numbers_and_takes_no_other_along(run:
 
 def test_an_empty_run_folder_has_no_numbers_at_all(run: ByHand) -> None:
     summary = run.summary(recipe())
-    assert {name: arm["states"] for name, arm in summary["arms"].items()} == {
+    assert {name: arm.states for name, arm in summary.arms.items()} == {
         name: {0: "missing"} for name in ("base", "lora", "chain3", "full")
     }
-    assert summary["contrasts"] == []
-    assert summary["rows"] is None
+    assert summary.contrasts == []
+    assert summary.rows is None
     assert all(row[1] == "missing" for table in result_tables(summary) for row in table.texts)
 
 
@@ -296,8 +297,8 @@ def test_results_of_arms_and_seeds_that_the_recipe_does_not_name_are_left_out(ru
     run.ok("lora", 7, first_right(200))
     run.ok("stranger", 0, first_right(200))
     summary = run.summary(recipe())
-    assert summary["arms"]["lora"]["test_score"]["mean"] == 0.5
-    assert "stranger" not in summary["arms"]
+    assert summary.arms["lora"].test_score.mean == 0.5
+    assert "stranger" not in summary.arms
 
 
 def test_a_text_is_compared_by_the_loss_per_token_more_being_better(run: ByHand) -> None:
@@ -306,11 +307,11 @@ def test_a_text_is_compared_by_the_loss_per_token_more_being_better(run: ByHand)
     run.ok("chain3", 0, test_loss=(losses - 0.5 + rng(2).normal(0, 0.1, 100)).tolist())
     run.ok("full", 0, test_loss=(losses - 1.0 + rng(3).normal(0, 0.1, 100)).tolist())
     summary = run.summary(recipe("text"))
-    assert summary["metric"] == "perplexity"
+    assert summary.metric == "perplexity"
     # Half a nat less an example of two tokens is a quarter of a nat a token.
-    assert summary["contrasts"][0]["value"] == pytest.approx(0.25, abs=0.02)
-    assert summary["arms"]["chain3"]["closed"]["value"] == pytest.approx(0.5, abs=0.05)
-    assert summary["arms"]["chain3"]["gap_acc"] is None
+    assert summary.contrasts[0].value == pytest.approx(0.25, abs=0.02)
+    assert summary.arms["chain3"].closed.value == pytest.approx(0.5, abs=0.05)
+    assert summary.arms["chain3"].gap_acc is None
     assert "chain3 does better here, but 1 seed cannot carry a claim" in verdict(summary)[0]
     table = result_tables(summary)[0]
     assert table.columns[-3:] == ["test perplexity", "ft_gap", "closed"]
@@ -328,8 +329,8 @@ def test_a_text_difference_is_per_token_as_the_loss_is(run: ByHand) -> None:
             where.relative_to(run.folder.path),
             [{**row.content(), "tokens": tokens} for row, tokens in zip(rows, lengths, strict=True)],
         )
-    primary = run.summary(recipe("text", arms=["lora", "chain3"]))["contrasts"][0]
-    assert primary["value"] == pytest.approx(43 / 61 - 39 / 61)
+    primary = run.summary(recipe("text", arms=["lora", "chain3"])).contrasts[0]
+    assert primary.value == pytest.approx(43 / 61 - 39 / 61)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def test_no_arm_is_called_the_better_one_inside_the_interval(run: ByHand, right:
     run.ok("lora", 0, rng(1).permutation(first_right(100)).tolist())
     run.ok("chain3", 0, rng(2).permutation(first_right(right)).tolist())
     summary = run.summary(recipe())
-    assert summary["contrasts"][0]["low"] <= 0 <= summary["contrasts"][0]["high"]
+    assert summary.contrasts[0].low <= 0 <= summary.contrasts[0].high
     said = "\n".join(verdict(summary))
     assert "the two cannot be told apart" in said
     assert "better" not in said
@@ -368,13 +369,9 @@ def test_outside_the_interval_the_better_arm_is_named_and_a_claim_takes_six_seed
 def test_the_verdict_claims_nothing_from_an_interval_with_zero_or_none(
     run: ByHand, low: float | None, high: float | None, value: float, metric: str
 ) -> None:
-    summary = run.summary(recipe())
-    one: dict[str, Any] = {"first": "chain3", "second": "lora", "role": "primary", "metric": "score", "claim": False}
-    one |= {"value": value, "low": low, "high": high, "p": 0.03, "p_holm": None, "p_rows": 0.03, "n_seeds": 6}
-    one |= {"p_rows_smallest": 0.031, "p_rows_error": None}
-    summary["metric"] = metric
-    summary["contrasts"] = [one | {"minimum_detectable": None if low is None else 0.25}]
-    said = "\n".join(verdict(summary))
+    numbers = {"low": low, "high": high, "p": 0.03, "p_holm": None, "minimum_detectable": None if low is None else 0.25}
+    contrasts = [contrast("chain3", "lora", value, None, role="primary", **numbers)]
+    said = "\n".join(verdict(run.summary(recipe()).model_copy(update={"metric": metric, "contrasts": contrasts})))
     assert "better" not in said
     assert ("cannot be told apart" in said) is (low is not None)
     assert ("nothing is claimed" in said) is (low is None)
@@ -390,19 +387,19 @@ def six_seeds(run: ByHand, **right: int) -> None:
 def test_secondary_contrasts_are_corrected_for_their_number_and_the_primary_is_not(run: ByHand) -> None:
     six_seeds(run, base=85, lora=100, chain3=150, full=160)
     comparison = {"primary": ["chain3", "lora"], "secondary": [["full", "lora"], ["lora", "base"]]}
-    contrasts = run.summary(recipe(seeds=range(6), comparison=comparison))["contrasts"]
-    assert [(c["first"], c["second"], c["role"]) for c in contrasts] == [
+    contrasts = run.summary(recipe(seeds=range(6), comparison=comparison)).contrasts
+    assert [(c.first, c.second, c.role) for c in contrasts] == [
         ("chain3", "lora", "primary"),
         ("full", "lora", "secondary"),
         ("lora", "base", "secondary"),
         ("chain3", "full", "later"),
     ]
-    ours = [c["p"] for c in contrasts]
-    assert [c["p_holm"] for c in contrasts[1:3]] == pytest.approx(multipletests(ours[1:3], method="holm")[1].tolist())
-    assert contrasts[0]["p_holm"] is contrasts[3]["p_holm"] is None
+    ours = [c.p for c in contrasts]
+    assert [c.p_holm for c in contrasts[1:3]] == pytest.approx(multipletests(ours[1:3], method="holm")[1].tolist())
+    assert contrasts[0].p_holm is contrasts[3].p_holm is None
     # Of these rows six seeds that agree are surer than that of others: all reach 2 / 2**6.
-    assert [c["p_rows"] for c in contrasts] == pytest.approx([2 / 64] * len(contrasts))
-    assert [c["claim"] for c in contrasts] == [True, True, contrasts[2]["p_holm"] < 0.05, False]
+    assert [c.p_rows for c in contrasts] == pytest.approx([2 / 64] * len(contrasts))
+    assert [c.claim for c in contrasts] == [True, True, contrasts[2].p_holm < 0.05, False]
     said = verdict(run.summary(recipe(seeds=range(6), comparison=comparison)))
     assert "p < 0.0001: chain3 is the better one." in said[0]
     assert "Holm-corrected p < 0.0001: full is the better one." in said[1]
@@ -411,11 +408,11 @@ def test_secondary_contrasts_are_corrected_for_their_number_and_the_primary_is_n
 def test_a_secondary_contrast_whose_interval_leaves_out_zero_may_carry_no_claim_after_holm(run: ByHand) -> None:
     six_seeds(run, base=85, lora=100, chain3=103)
     comparison = {"primary": ["chain3", "base"], "secondary": [["lora", "base"], ["chain3", "lora"]]}
-    settled = run.summary(recipe(seeds=range(6), comparison=comparison))["contrasts"][1]
-    assert settled["low"] > 0
-    assert settled["p"] < 0.05
-    assert settled["p_holm"] == pytest.approx(2 * settled["p"])
-    assert settled["claim"] is (settled["p_holm"] < 0.05)
+    settled = run.summary(recipe(seeds=range(6), comparison=comparison)).contrasts[1]
+    assert settled.low > 0
+    assert settled.p < 0.05
+    assert settled.p_holm == pytest.approx(2 * settled.p)
+    assert settled.claim is (settled.p_holm < 0.05)
 
 
 def test_the_table_of_contrasts_says_which_were_named_before(run: ByHand) -> None:
@@ -435,9 +432,9 @@ def test_a_contrast_of_losses_is_minus_the_loss_per_token(run: ByHand) -> None:
     run.ok("lora", 0, first_right(100), test_loss=[1.0, 1.4] * 100)
     run.ok("chain3", 0, first_right(100), test_loss=[0.8, 1.1] * 100)
     summary = run.summary(recipe(comparison={"primary": ["chain3", "lora"], "metric": "loss"}))
-    one = summary["contrasts"][0]
-    assert one["metric"] == "loss"
-    assert one["value"] == pytest.approx((0.2 + 0.3) / 2 / 2)  # two tokens an example
+    one = summary.contrasts[0]
+    assert one.metric == "loss"
+    assert one.value == pytest.approx((0.2 + 0.3) / 2 / 2)  # two tokens an example
     assert "test -loss" in verdict(summary)[0]
     assert contrasts_table(summary).title == "Contrasts on test: −loss, nats per target token, more is better"
 
@@ -446,7 +443,7 @@ def test_what_a_study_of_this_size_would_miss_is_said_where_nothing_was_found(ru
     run.ok("lora", 0, rng(1).permutation(first_right(100)).tolist())
     run.ok("chain3", 0, rng(2).permutation(first_right(102)).tolist())
     summary = run.summary(recipe())
-    smallest = summary["contrasts"][0]["minimum_detectable"]
+    smallest = summary.contrasts[0].minimum_detectable
     assert f"a difference below {smallest:.3f} would mostly be missed by this study." in verdict(summary)[0]
     # 200 differences of standard deviation near .7: (1.97 + 0.84) × .7 / sqrt(200).
     assert smallest == pytest.approx(0.139, rel=0.1)
@@ -459,10 +456,10 @@ def test_a_damaged_result_is_named_and_takes_no_other_along(run: ByHand) -> None
     path = run.folder.job(Job(arm="chain3", seed=1)) / "result.json"
     path.write_text('{"status": "ok", "run')
     summary = run.summary(recipe(seeds=[0, 1]))
-    assert summary["arms"]["lora"]["n_seeds"] == 2
-    assert summary["arms"]["chain3"]["n_seeds"] == 1
-    assert summary["contrasts"][0]["n_seeds"] == 1
-    [note] = [note for note in summary["notes"] if "damaged" in note]
+    assert summary.arms["lora"].n_seeds == 2
+    assert summary.arms["chain3"].n_seeds == 1
+    assert summary.contrasts[0].n_seeds == 1
+    [note] = [note for note in summary.notes if "damaged" in note]
     assert note.startswith(f"{path} is damaged (")
     assert "chain3, lora are compared over the seeds that all of them have, without 1" in verdict(summary)
 
@@ -474,9 +471,9 @@ def test_damaged_scores_cost_the_comparison_that_needs_them(run: ByHand, damage:
     path = run.folder.job(Job(arm="chain3", seed=0)) / "scores" / "test.jsonl"
     path.write_text(damage)
     summary = run.summary(recipe())
-    assert [(c["first"], c["second"]) for c in summary["contrasts"]] == [("lora", "full")]
-    assert summary["arms"]["chain3"]["test_score"]["mean"] == 0.6
-    assert any(note.startswith(f"{path} is damaged (") for note in summary["notes"])
+    assert [(c.first, c.second) for c in summary.contrasts] == [("lora", "full")]
+    assert summary.arms["chain3"].test_score.mean == 0.6
+    assert any(note.startswith(f"{path} is damaged (") for note in summary.notes)
 
 
 def test_arms_that_were_scored_on_other_examples_are_not_compared(run: ByHand) -> None:
@@ -484,8 +481,8 @@ def test_arms_that_were_scored_on_other_examples_are_not_compared(run: ByHand) -
     run.ok("full", 0, first_right(140))
     run.ok("chain3", 0, first_right(120)[:150])
     summary = run.summary(recipe())
-    assert [(c["first"], c["second"]) for c in summary["contrasts"]] == [("lora", "full")]
-    assert "ft_gap" in summary["arms"]["lora"]
+    assert [(c.first, c.second) for c in summary.contrasts] == [("lora", "full")]
+    assert summary.arms["lora"].ft_gap is not None
     assert any("were not all scored on the same test examples" in line for line in verdict(summary))
 
 
@@ -517,7 +514,7 @@ def test_arms_that_were_trained_otherwise_and_answer_alike_to_the_bit_are_pointe
     for arm, state, last in (("lora", "a", 1.0), ("chain3", "b", 1.0), ("full", "c", 1.0 + 1e-12), ("base", "a", 1.0)):
         run.ok(arm, 0, first_right(2, 3), test_loss=[1.0, 1.5, last], scored_state=state)
     summary = run.summary(recipe(comparison={}, arms=["lora", "chain3", "full", "base"]))
-    assert summary["same_outputs"] == [("lora", "chain3", 0)]  # base and lora have one state, so they ought to agree
+    assert summary.same_outputs == [("lora", "chain3", 0)]  # base and lora have one state, so they ought to agree
     (line,) = [line for line in verdict(summary) if "to the bit" in line]
     assert line.startswith(
         "lora and chain3 give the same test losses to the bit under seed 0, though not trained alike"

@@ -11,6 +11,7 @@ from scipy import stats
 from test_statistics import rng
 from test_summary import ByHand, first_right, recipe
 
+from cola.compare.records import Contrast, Difference
 from cola.compare.summary import summarize
 from cola.compare.tasks import summarize_tasks
 from cola.recipe.write import dump_recipe
@@ -60,22 +61,22 @@ def three_tasks(tmp_path: Path) -> list[Path]:
 
 
 def test_over_tasks_a_contrast_is_the_mean_of_the_tasks_means_of_paired_differences(tmp_path: Path) -> None:
-    summary = summarize_tasks(three_tasks(tmp_path)).content()
-    [one] = summary["contrasts"]
+    summary = summarize_tasks(three_tasks(tmp_path))
+    [one] = summary.contrasts
     lora = [50, 52, 51, 49]
     means = [np.mean([(50 + by + s - lora[s]) / 100 for s in range(4)]) for by in (10, 14, 40)]
-    assert one["value"] == pytest.approx(np.mean(means))
-    assert one["low"] < one["value"] < one["high"]
-    assert (one["role"], one["n_seeds"], one["n_examples"]) == ("primary", 12, 300)
-    assert one["iqm"] is None  # of three tasks it would be near the middle one
-    assert one["p"] < 0.05
+    assert one.value == pytest.approx(np.mean(means))
+    assert one.low < one.value < one.high
+    assert (one.role, one.n_seeds, one.n_examples) == ("primary", 12, 300)
+    assert one.iqm is None  # of three tasks it would be near the middle one
+    assert one.p < 0.05
     # All twelve differences have one sign: no pattern but their own and its mirror is as far from 0.
-    assert one["p_rows"] == one["p_rows_smallest"] == 2 / 2**12
-    assert one["claim"]
-    said = contrast_sentence(one, summary["metric"])
+    assert one.p_rows == one.p_rows_smallest == 2 / 2**12
+    assert one.claim
+    said = contrast_sentence(one, summary.metric)
     assert "(12 pairs of runs on 3 tasks)" in said
     assert "chain3 is the better one" in said
-    assert {label: found["value"] for label, found in one["tasks"].items()} == pytest.approx(
+    assert {label: found.value for label, found in one.tasks.items()} == pytest.approx(
         dict(zip(("one", "two", "three"), means, strict=True))
     )
     tables = task_tables(summary)
@@ -91,9 +92,9 @@ def test_a_task_where_one_arm_is_far_better_counts_as_much_as_two_where_it_is_wo
         task(tmp_path / name, name, {"lora": [50, 52, 51, 49], "chain3": [50 + by + s for s in range(4)]})
         for name, by in ahead.items()
     ]
-    [one] = summarize_tasks(runs).content()["contrasts"]
+    [one] = summarize_tasks(runs).contrasts
     differences = [(50 + by + s - lora) / 100 for by in ahead.values() for s, lora in enumerate((50, 52, 51, 49))]
-    assert one["value"] == pytest.approx(np.mean(differences)) == pytest.approx(0.0433, abs=1e-4)
+    assert one.value == pytest.approx(np.mean(differences)) == pytest.approx(0.0433, abs=1e-4)
     assert stats.trim_mean(differences, 0.25) < 0  # the interquartile mean said the opposite
 
 
@@ -102,18 +103,18 @@ def test_from_eight_tasks_on_the_interquartile_mean_stands_beside_the_mean(tmp_p
     runs = [
         task(tmp_path / f"t{by}", f"t{by}", {"lora": lora, "chain3": [50 + by + s for s in range(4)]}) for by in leads
     ]
-    summary = summarize_tasks(runs).content()
-    [one] = summary["contrasts"]
+    summary = summarize_tasks(runs)
+    [one] = summary.contrasts
     differences = [(50 + by + s - lora[s]) / 100 for by in leads for s in range(4)]
-    assert one["value"] == pytest.approx(np.mean(differences))
-    assert one["iqm"]["value"] == pytest.approx(stats.trim_mean(differences, 0.25))
-    assert one["iqm"]["low"] < one["iqm"]["value"] < one["iqm"]["high"]
+    assert one.value == pytest.approx(np.mean(differences))
+    assert one.iqm.value == pytest.approx(stats.trim_mean(differences, 0.25))
+    assert one.iqm.low < one.iqm.value < one.iqm.high
     assert task_tables(summary)[0].columns[-1] == "interquartile mean [95 %]"
-    assert task_tables(summary)[0].texts[0][-1].startswith(f"{one['iqm']['value']:+.3f} [")
+    assert task_tables(summary)[0].texts[0][-1].startswith(f"{one.iqm.value:+.3f} [")
 
 
-def digits(one: dict[str, Any]) -> list[str]:
-    return [f"{one[key]:.9f}" for key in ("value", "low", "high", "se", "p", "p_rows", "minimum_detectable")]
+def digits(one: Difference) -> list[str]:
+    return [f"{getattr(one, key):.9f}" for key in ("value", "low", "high", "se", "p", "p_rows", "minimum_detectable")]
 
 
 def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -> None:
@@ -127,27 +128,27 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
     second = task(tmp_path / "second", "halves", {arm: n[2:] for arm, n in right.items()}, data="d", first_seed=2)
     others = three_tasks(tmp_path)
 
-    def of_run(folder: Path) -> dict[str, Any]:
+    def of_run(folder: Path) -> Contrast:
         opened, plan = RunFolder.open(folder)
-        contrasts = summarize(plan, opened).content()["contrasts"]
-        return next(one for one in contrasts if [one["first"], one["second"]] == pair)
+        contrasts = summarize(plan, opened).contrasts
+        return next(one for one in contrasts if [one.first, one.second] == pair)
 
-    def of_tasks(*folders: Path, label: str) -> dict[str, Any]:
-        contrasts = summarize_tasks(folders).content()["contrasts"]
-        return next(one for one in contrasts if [one["first"], one["second"]] == pair)["tasks"][label]
+    def of_tasks(*folders: Path, label: str) -> Difference:
+        contrasts = summarize_tasks(folders).contrasts
+        return next(one for one in contrasts if [one.first, one.second] == pair).tasks[label]
 
     ours = digits(of_run(alone))
     assert digits(of_run(among)) == ours
     assert digits(of_tasks(alone, *others, label="alone")) == ours
     assert digits(of_tasks(*others[::-1], among, label="among")) == ours
     assert digits(of_tasks(first, second, label="halves")) == ours == digits(of_tasks(second, first, label="halves"))
-    over = [summarize_tasks(folders).content()["contrasts"][0] for folders in (others, others[::-1])]
+    over = [summarize_tasks(folders).contrasts[0] for folders in (others, others[::-1])]
     assert digits(over[0]) == digits(over[1])
     shown = f"{float(ours[0]):+.3f} [{float(ours[1]):+.3f}, {float(ours[2]):+.3f}]"
-    table = contrasts_table({"metric": "exact match", "contrasts": [of_run(alone)]})
+    table = contrasts_table(summarize_tasks(others).model_copy(update={"contrasts": [of_run(alone)]}))
     assert table.texts[0][2] == shown
     for folders in ([alone, others[0]], [others[0], alone]):
-        assert task_tables(summarize_tasks(folders).content())[2].texts[0][2 + folders.index(alone)] == shown
+        assert task_tables(summarize_tasks(folders))[2].texts[0][2 + folders.index(alone)] == shown
 
 
 def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path: Path) -> None:
@@ -155,43 +156,43 @@ def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path:
         task(tmp_path / name, name, {"lora": [50 + s for s in range(6)], "chain3": [60] * 6, "base": [90] * 6})
         for name in ("one", "two")
     ]
-    named, later = summarize_tasks(runs, [("base", "lora"), ("lora", "chain3")]).content()["contrasts"]
-    assert (named["first"], named["role"], later["first"], later["role"]) == ("chain3", "primary", "base", "later")
-    assert later["low"] > 0
-    assert not later["claim"]
+    named, later = summarize_tasks(runs, [("base", "lora"), ("lora", "chain3")]).contrasts
+    assert (named.first, named.role, later.first, later.role) == ("chain3", "primary", "base", "later")
+    assert later.low > 0
+    assert not later.claim
     assert "was not named before the run, so nothing is claimed" in contrast_sentence(later, "exact match")
     done = cola("report", *runs, "--contrast", "base,lora")
     assert done.exit_code == 0, done.output
     assert "not named before" in done.output
     opened, plan = RunFolder.open(runs[0])
-    [*_, alone] = summarize(plan, opened, [("base", "lora")]).content()["contrasts"]
-    assert (alone["first"], alone["role"], digits(alone)) == ("base", "later", digits(later["tasks"]["one"]))
+    [*_, alone] = summarize(plan, opened, [("base", "lora")]).contrasts
+    assert (alone.first, alone.role, digits(alone)) == ("base", "later", digits(later.tasks["one"]))
 
 
 def test_runs_on_the_same_data_are_more_seeds_of_one_task(tmp_path: Path) -> None:
     first = task(tmp_path / "a", "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d")
     second = task(tmp_path / "b", "one", {"lora": [52, 53], "chain3": [60, 61]}, data="d", first_seed=2)
-    summary = summarize_tasks([first, second]).content()
-    assert [one["label"] for one in summary["tasks"]] == ["one"]
-    assert summary["contrasts"][0]["n_seeds"] == 4
-    assert summary["contrasts"][0]["tasks"]["one"]["value"] == pytest.approx((10 + 10 + 8 + 8) / 400)
+    summary = summarize_tasks([first, second])
+    assert [one.label for one in summary.tasks] == ["one"]
+    assert summary.contrasts[0].n_seeds == 4
+    assert summary.contrasts[0].tasks["one"].value == pytest.approx((10 + 10 + 8 + 8) / 400)
 
 
 def test_a_seed_that_two_runs_have_counts_once_and_is_told(tmp_path: Path) -> None:
     runs = [task(tmp_path / name, "one", {"lora": [50, 51], "chain3": [60, 61]}, data="d") for name in "ab"]
-    summary = summarize_tasks(runs).content()
-    assert summary["contrasts"][0]["n_seeds"] == 2
-    assert any("b: lora seed 0, 1 is in an earlier run on the same data" in note for note in summary["notes"])
+    summary = summarize_tasks(runs)
+    assert summary.contrasts[0].n_seeds == 2
+    assert any("b: lora seed 0, 1 is in an earlier run on the same data" in note for note in summary.notes)
 
 
 def test_an_arm_that_a_task_lacks_is_left_out_there_and_told(tmp_path: Path) -> None:
     runs = three_tasks(tmp_path)
     alone = task(tmp_path / "four", "four", {"lora": [50, 50]}, comparison={})
-    summary = summarize_tasks([*runs, alone]).content()
-    assert "chain3 − lora: not both are there, under one seed, for four" in summary["notes"]
-    assert any("do not name the same primary contrast" in note for note in summary["notes"])
-    assert summary["contrasts"][0]["role"] == "secondary"
-    assert summary["arms"]["chain3"]["tasks"].keys() == {"one", "two", "three"}
+    summary = summarize_tasks([*runs, alone])
+    assert "chain3 − lora: not both are there, under one seed, for four" in summary.notes
+    assert any("do not name the same primary contrast" in note for note in summary.notes)
+    assert summary.contrasts[0].role == "secondary"
+    assert summary.arms["chain3"].tasks.keys() == {"one", "two", "three"}
 
 
 def test_metrics_that_are_not_the_same_are_not_averaged_and_it_is_said(tmp_path: Path) -> None:
@@ -199,12 +200,12 @@ def test_metrics_that_are_not_the_same_are_not_averaged_and_it_is_said(tmp_path:
         task(tmp_path / "a", "answers", {"lora": [50, 51], "chain3": [60, 61]}),
         task(tmp_path / "b", "texts", {"lora": [50, 51], "chain3": [60, 61]}, kind="text"),
     ]
-    summary = summarize_tasks(runs).content()
-    assert not summary["averaged"]
-    [one] = summary["contrasts"]
-    assert one["value"] is None
-    assert one["tasks"].keys() == {"answers", "texts"}
-    scope, note = summary["notes"]
+    summary = summarize_tasks(runs)
+    assert not summary.averaged
+    [one] = summary.contrasts
+    assert one.value is None
+    assert one.tasks.keys() == {"answers", "texts"}
+    scope, note = summary.notes
     assert scope.startswith("Intervals speak of other seeds and other test examples; held fixed: the training")
     assert note.startswith("the runs are not about the same metric (a: exact match, score, b: perplexity, loss)")
     assert [table.title for table in task_tables(summary)] == ["Arms: test score", "Contrasts, task by task [95 %]"]

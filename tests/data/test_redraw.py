@@ -12,6 +12,7 @@ from scipy import stats
 from test_data import count, data_of, gym, refusal, write_rows
 from transformers import PreTrainedTokenizerFast
 
+from cola.compare.records import Summary
 from cola.compare.tasks import summarize_tasks
 from cola.data.splits import Splits, load_splits
 from cola.link.find import find_model
@@ -133,7 +134,7 @@ def test_all_arms_of_a_seed_train_on_the_rows_that_it_draws_and_are_scored_on_th
     tests = [folder.scores("lora", seed, "test") for seed in (0, 1)]
     assert [row.id for row in tests[0]] == [row.id for row in tests[1]]
     assert any("other training sets of 24 rows from the same source" in line for line in verdict(summary))
-    assert any("each seed draws 24 of 176 rows" in note for note in summary["notes"])
+    assert any("each seed draws 24 of 176 rows" in note for note in summary.notes)
 
 
 @pytest.mark.slow
@@ -169,11 +170,11 @@ def test_eval_scores_a_seed_on_the_rows_that_it_was_trained_on(recipe_file: Path
 def test_runs_that_draw_for_other_seeds_are_more_seeds_of_one_task(recipe_file: Path) -> None:
     few = [*REDRAW, "arms.full=null", "evaluation.every=never"]
     folders = [go(recipe_file, *few, f"seeds={seeds}")[0].path for seeds in ([0, 1], [2])]
-    summary = summarize_tasks(folders).content()
-    (task,) = summary["tasks"]
-    assert task["seeds"] == {"lora": 3, "chain3": 3}
+    summary = summarize_tasks(folders)
+    (task,) = summary.tasks
+    assert task.seeds == {"lora": 3, "chain3": 3}
     other, _ = go(recipe_file, *few, "seeds=[3]", "data.rows.train=32")
-    assert len(summarize_tasks([*folders, other.path]).content()["tasks"]) == 2
+    assert len(summarize_tasks([*folders, other.path]).tasks) == 2
 
 
 def test_a_run_goes_on_where_each_seed_draws_its_own_rows(recipe_file: Path) -> None:
@@ -182,6 +183,6 @@ def test_a_run_goes_on_where_each_seed_draws_its_own_rows(recipe_file: Path) -> 
     (folder.path / "arms/chain3/seed-1/result.json").unlink()
     done = cola("run", "--resume", folder.path)
     assert done.exit_code == 0, done.output
-    again = json.loads((folder.path / "summary.json").read_text())
-    assert again["arms"]["chain3"]["test_loss"] == first["arms"]["chain3"]["test_loss"]
+    again = Summary.model_validate_json((folder.path / "summary.json").read_text())
+    assert again.arms["chain3"].test_loss == first.arms["chain3"].test_loss
     assert result(folder, "chain3", 1)["train_info"]["reused_steps"] == 3

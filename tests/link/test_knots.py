@@ -203,7 +203,7 @@ def metrics(folder: RunFolder, arm: str) -> list[dict[str, Any]]:
 def test_what_a_knot_clears_is_measured_and_recorded(recipe_file: Path) -> None:
     arms = {name: f"{{links: 3, knot: {knot}}}" for name, knot in POLICIES.items()}
     folder, summary = go(recipe_file, *SHORT, "training.steps=9", *only(arms))
-    assert summary["same_outputs"] == []
+    assert summary.same_outputs == []
     cleared = {name: [one["cleared"] for one in result(folder, name)["train_info"]["links"]] for name in POLICIES}
     assert {shares[0] for shares in cleared.values()} == {1.0}
     assert cleared["fresh"] == cleared["zero"] == [1.0, 1.0, 1.0]
@@ -482,8 +482,8 @@ def test_every_method_and_knot_that_is_stopped_ends_with_the_bits_of_an_undistur
     rows = ["data.rows={train: 16, validation: 2, test: 4}", "training.steps=4", "checkpoint_seconds=0"]
     settings = [f"model.name_or_path={base}", *rows, *SHORT, *only(ARMS), "link.rank=4"]
     whole, summary = go(recipe_file, *settings, f"store={tmp_path / 'undisturbed'}")
-    assert {name: arm["states"][0] for name, arm in summary["arms"].items()} == dict.fromkeys(ARMS, "ok")
-    assert summary["same_outputs"] == []
+    assert {name: arm.states[0] for name, arm in summary.arms.items()} == dict.fromkeys(ARMS, "ok")
+    assert summary.same_outputs == []
 
     # Each arm once: in its first link, as the second begins, or in the second; in turn.
     places = [1 + number % 3 for number in range(len(ARMS))]
@@ -491,10 +491,10 @@ def test_every_method_and_knot_that_is_stopped_ends_with_the_bits_of_an_undistur
     Stop(monkeypatch, [place + before for place, before in zip(places, [0, *left], strict=True)])
     stopped, summary = go(recipe_file, *settings, f"store={tmp_path / 'stopped'}")
     sessions = 1
-    while summary["interrupted"]:
+    while summary.interrupted:
         sessions += 1
         folder, recipe = RunFolder.open(stopped.path)
-        summary = run(recipe, folder, quiet()).content()
+        summary = run(recipe, folder, quiet())
     assert sessions == 1 + len(ARMS)
     for name in ARMS:
         assert result(stopped, name)["train_info"]["reused_steps"] > 0
@@ -524,7 +524,7 @@ def test_a_chain_that_keeps_its_pair_and_optimizer_is_lora_to_the_bit(recipe_fil
     arms = {"lora": f"{{{settings}links: 1}}", "same": f"{{{settings}{kept}}}"}
     arms |= {"reset": f"{{{settings}links: 3, knot: {{pair: keep}}}}"}
     folder, summary = go(recipe_file, *SHORT, "training.steps=6", *only(arms))
-    assert summary["same_outputs"] == [("lora", "same", 0)]  # the two that must be; a reset changes what is learned
+    assert summary.same_outputs == [("lora", "same", 0)]  # the two that must be; a reset changes what is learned
     rows = [[step["loss"] for step in metrics(folder, arm)] for arm in arms]
     assert rows[0] == rows[1]
     assert rows[0][:3] == rows[2][:3]  # the first link, and the step whose gradient is still the same
@@ -540,7 +540,7 @@ def test_arms_that_come_to_the_same_outputs_by_other_causes_are_reported(recipe_
     settings = [*SHORT, "training.steps=2", "arms.full=null", "arms.chain3=null"]
     settings += [f"arms.{name}={said}" for name, said in arms.items()]
     _, summary = go(recipe_file, *settings)
-    assert summary["same_outputs"] == [("base", "idle", 0)]
+    assert summary.same_outputs == [("base", "idle", 0)]
     told = cola("run", recipe_file, *settings)
     assert told.exit_code == 1
     assert cola("run", recipe_file, *settings, "arms.idle=null").exit_code == 0

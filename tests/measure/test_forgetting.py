@@ -14,6 +14,7 @@ from peft import PeftModel
 from runs import fresh, go, outcome, result, write_recipe
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cola.compare.records import Summary
 from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.errors import DataError, RecipeError, RunChanged
 from cola.link.model import Source
@@ -246,16 +247,16 @@ def test_a_model_of_many_positions_reads_passages_of_256_tokens() -> None:
 
 @pytest.mark.slow
 def test_the_table_and_the_summary_say_what_was_forgotten(many: Path) -> None:
-    summary = json.loads((many / "summary.json").read_text())
+    summary = Summary.model_validate_json((many / "summary.json").read_text())
     one = [general(many, "chain3", seed)["forgetting"] for seed in (0, 1)]
-    arm = summary["arms"]["chain3"]["forgetting"]
-    assert arm["mean"] == pytest.approx(sum(one) / 2)
-    assert arm["sd"] == pytest.approx(abs(one[0] - one[1]) / 2**0.5)
+    arm = summary.arms["chain3"].forgetting
+    assert arm.mean == pytest.approx(sum(one) / 2)
+    assert arm.sd == pytest.approx(abs(one[0] - one[1]) / 2**0.5)
     loss, _, cost = result_tables(summary)
     place = loss.columns.index("forgetting")
     cells = {row[0]: row[place] for row in loss.texts}
     assert cells["base"] == "+0.000 ± 0.000"
-    assert cells["chain3"] == f"{arm['mean']:+.3f} ± {arm['sd']:.3f}"
+    assert cells["chain3"] == f"{arm.mean:+.3f} ± {arm.sd:.3f}"
     assert all(len(row) == len(table.columns) for table in (loss, cost) for row in table.texts)
 
 
@@ -367,7 +368,7 @@ def test_what_one_recipe_measured_of_the_base_serves_another_of_another_task(rec
 def test_a_recipe_that_leaves_it_out_measures_none_and_shows_no_column(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "evaluation.general_text=off", "arms.full=null")
     assert general(folder.path, "lora") is None
-    assert summary["arms"]["lora"]["forgetting"] is None
+    assert summary.arms["lora"].forgetting is None
     assert not (folder.path / "arms/lora/seed-0/scores/general.jsonl").exists()
     assert "forgetting" not in result_tables(summary)[0].columns
 
@@ -424,8 +425,8 @@ def test_a_run_all_from_the_store_tells_the_memory_that_training_took(recipe_fil
         assert one["process_memory_max"] > 50e6
         assert one["accelerator_memory_max"] is None or torch.cuda.is_available()
         assert result(second, arm)["train_info"]["process_memory_max"] == one["process_memory_max"]
-        assert again["arms"][arm]["peak_memory"] == summary["arms"][arm]["peak_memory"] is not None
-    assert summary["arms"]["base"]["peak_memory"] is None
+        assert again.arms[arm].peak_memory == summary.arms[arm].peak_memory is not None
+    assert summary.arms["base"].peak_memory is None
     cost = result_tables(summary)[-1]
     cells = {row[0]: row[cost.columns.index("memory")] for row in cost.texts}
     assert cells["base"] == "–"

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cola.chain import Chain, extend, run_chain, tie_knot
+from cola.compare.records import Summary
 from cola.compare.summary import summarize
 from cola.data.batches import collate
 from cola.data.splits import load_splits
@@ -486,7 +487,7 @@ def test_a_run_writes_a_row_for_each_matrix_of_each_knot_and_its_record_agrees(r
             row for row in read_jsonl(folder.path / f"arms/{arm}/seed-0/metrics.jsonl") if row["kind"] == "knot"
         ]
         assert in_metrics == [{"kind": "knot", **knot} for knot in found]
-        for knot, shown in zip(found, summary["arms"][arm]["knots"], strict=True):
+        for knot, shown in zip(found, summary.arms[arm].knots, strict=True):
             mine = [row for row in rows if row["link"] == knot["link"]]
             pairs = load_file(folder.path / f"arms/{arm}/seed-0/knots/link-{knot['link']}/adapter_model.safetensors")
             assert {row["module"] for row in mine} == {key.split(".", 2)[2].rsplit(".", 2)[0] for key in pairs}
@@ -495,9 +496,9 @@ def test_a_run_writes_a_row_for_each_matrix_of_each_knot_and_its_record_agrees(r
                 values = [row[field] for row in mine]
                 assert knot[f"{field}_median"] == pytest.approx(np.median(values))
                 assert knot[f"{field}_{worst.__name__}"] == worst(values)
-            assert shown["merge"] == knot["merge"]
-            assert shown["error_max"] == knot["error_max"]
-            assert shown["cosine_min"] == knot["cosine_min"]
+            assert shown.merge == knot["merge"]
+            assert shown.error_max == knot["error_max"]
+            assert shown.cosine_min == knot["cosine_min"]
             assert shown["drift_kl"] == knot["drift_kl"]
             assert shown["drift_loss_change"] == knot["drift_loss_change"]
     beside = ledger_of(folder, "beside")
@@ -535,7 +536,7 @@ def test_what_is_no_pair_has_no_ledger(recipe_file: Path) -> None:
     assert knots_table(summary).rows == []
     for arm in ("base", "full"):
         assert not (folder.path / f"arms/{arm}/seed-0/ledger.jsonl").exists()
-        assert summary["arms"][arm]["knots"] == []
+        assert summary.arms[arm].knots == []
     [knot] = result(folder, "full")["train_info"]["knots"]
     assert knot["merge"] is None
     assert knot["drift_kl"] == knot["drift_loss_change"] == 0.0
@@ -605,14 +606,14 @@ def test_over_seeds_sizes_are_means_and_losses_the_worst(tmp_path: Path) -> None
     for seed, found in enumerate((first, second)):
         run.ok("chain3", seed, first_right(50), knots=found, links=links, rules={"merge_fraction": 0.25})
     plan = recipe(arms=["chain3"], seeds=[0, 1], comparison={"primary": None})
-    one, two = summarize(plan, run.folder).content()["arms"]["chain3"]["knots"]
-    assert one["relative_size_median"] == pytest.approx(0.02)
-    assert one["unchanged_median"] == pytest.approx(0.15)
-    assert (one["relative_size_max"], one["error_max"], one["cosine_min"]) == (0.5, 0.3, 0.7)
-    assert (one["drift_kl"], one["drift_loss_change"]) == (2e-3, -4e-3)
-    assert (one["fraction"], two["fraction"]) == (0.25, 1.0)  # the last knot lets nothing go
-    assert (two["error_max"], two["cosine_min"]) == (0.4, 0.9)
-    assert (one["cleared"], two["cleared"]) == (1.0, 0.5)
+    one, two = summarize(plan, run.folder).arms["chain3"].knots
+    assert one.relative_size_median == pytest.approx(0.02)
+    assert one.unchanged_median == pytest.approx(0.15)
+    assert (one.relative_size_max, one.error_max, one.cosine_min) == (0.5, 0.3, 0.7)
+    assert (one.drift_kl, one.drift_loss_change) == (2e-3, -4e-3)
+    assert (one.fraction, two.fraction) == (0.25, 1.0)  # the last knot lets nothing go
+    assert (two.error_max, two.cosine_min) == (0.4, 0.9)
+    assert (one.cleared, two.cleared) == (1.0, 0.5)
 
 
 COLUMNS = ["unchanged", "error", "cosine", "KL", "loss"]
@@ -628,7 +629,7 @@ def test_the_ledger_is_shown_in_the_terminal_on_the_page_and_in_wandb(
     assert told.exit_code == 0, told.output
     [path] = (recipe_file.parent / "runs").iterdir()
     folder = RunFolder(path)
-    summary = json.loads((folder.path / "summary.json").read_text())
+    summary = Summary.model_validate_json((folder.path / "summary.json").read_text())
     short, long = knots_table(summary, short=True), knots_table(summary)
     assert [row[:2] for row in short.texts] == [[arm, str(k)] for arm in ("chain3", "naive") for k in (1, 2, 3)]
     assert set(COLUMNS) <= set(short.columns)

@@ -456,13 +456,13 @@ tracking: {{wandb: off}}
 output: {tmp_path / "runs"}
 """)
     folder, summary = go(recipe, folder=tmp_path / "run")
-    assert not any(arm["errors"] for arm in summary["arms"].values())
+    assert not any(arm.errors for arm in summary.arms.values())
     made = folder.provenance()
     assert made is not None
     assert made["selfcheck"]["ways"] == {**vars(Ways()), "choices": "plain"}
     assert [base["dtype"] for base in made["selfcheck"]["bases"]] == ["float32"]
     assert made["selfcheck"]["shared"] == [["model.embed_tokens.weight", "lm_head.weight"]]
-    told = "\n".join(summary["notes"])
+    told = "\n".join(summary.notes)
     assert "choices are scored one by one" in told
     assert "lora: target_modules: all-linear: no pair is put on model.layers.*.conv.conv.weight" in told
     # The same again finds the check in the store, and loads nothing.

@@ -88,10 +88,8 @@ def test_every_recipe_trains_all_its_arms_on_a_tiny_qwen2(
     name: str, tiny64: Path, colours: Path, tmp_path: Path
 ) -> None:
     _, summary = go(RECIPES / f"{name}.yaml", *tiny(name, tiny64, colours, tmp_path))
-    assert {arm: about["states"] for arm, about in summary["arms"].items()} == {
-        arm: {0: "ok"} for arm in summary["arms"]
-    }
-    assert summary["same_outputs"] == []
+    assert {arm: about.states for arm, about in summary.arms.items()} == {arm: {0: "ok"} for arm in summary.arms}
+    assert summary.same_outputs == []
 
 
 @pytest.mark.parametrize("name", NAMES)

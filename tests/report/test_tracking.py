@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
 def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "tracking.wandb=offline")
-    assert summary["wandb"]["mode"] == "offline"
-    assert summary["wandb"]["sync"] == f"wandb sync {folder.path}/wandb/offline-run-*"
+    assert summary.wandb.mode == "offline"
+    assert summary.wandb.sync == f"wandb sync {folder.path}/wandb/offline-run-*"
     runs = {}
     for path in folder.path.glob("wandb/offline-run-*"):
         mine = records(path)
@@ -55,8 +55,8 @@ def test_a_server_that_is_down_costs_a_warning_and_no_result(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setattr("cola.report.tracking.INIT_SECONDS", 3.0)
     _, summary = go(recipe_file, "tracking.wandb=auto", "arms.full=null")
-    assert summary["wandb"]["mode"] == "off"
-    assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
+    assert summary.wandb.mode == "off"
+    assert all(arm.states == {0: "ok"} for arm in summary.arms.values())
 
 
 def test_a_failure_is_said_once_and_ends_the_tracking(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def test_whatever_is_done_to_what_a_run_folder_holds_the_next_run_has_the_same_r
     assert {name for name in whole if store.get(name) is None} == ({state} if act is zeroed else set())
     assert len(said) == (act is zeroed)
     second, summary = go(recipe_file, *SHORT, *OTHERS)
-    assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
-    for arm in summary["arms"]:
+    assert all(arm.states == {0: "ok"} for arm in summary.arms.values())
+    for arm in summary.arms:
         assert result(second, arm)["evaluation"] == result(first, arm)["evaluation"]
     assert weights_in(store) == whole
     for path in handed_out(second.path):

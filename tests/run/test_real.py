@@ -50,12 +50,12 @@ def test_the_quickstart_recipe_trains_a_chain_whose_knots_hold(tmp_path: Path) -
     small = ["data.rows={train: 16, validation: 4, test: 8}", "training.epochs=3", "tracking.wandb=off"]
     arms = ["arms.full=null", "arms.lora=null", "comparison.primary=null", f"output={tmp_path}"]
     folder, summary = go(Path("recipes/quickstart.yaml"), *small, *arms)
-    assert summary["arms"]["chain3"]["states"] == {0: "ok"}
+    assert summary.arms["chain3"].states == {0: "ok"}
     knots = result(folder, "chain3")["train_info"]["knots"]
     assert len(knots) == 3
     assert all(0 < knot["drift_relative"] < 1e-5 for knot in knots)
     assert all(knot["relative_size_max"] > knot["relative_size_median"] > 1e-5 for knot in knots)
-    assert summary["arms"]["chain3"]["train_loss"]["mean"] < summary["arms"]["base"]["train_loss"]["mean"]
+    assert summary.arms["chain3"].train_loss.mean < summary.arms["base"].train_loss.mean
 
 
 def test_the_committed_quickstart_result_is_of_the_committed_recipe() -> None:

@@ -128,7 +128,7 @@ def test_the_same_command_after_the_end_makes_a_new_folder_trains_nothing_and_lo
     for path in folder.path.rglob("result.json"):
         info = json.loads(path.read_text())["train_info"]
         assert info["reused_steps"] == info["steps"]
-    assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
+    assert all(arm.states == {0: "ok"} for arm in summary.arms.values())
 
 
 def steps_in(path: Path) -> list[dict[str, Any]]:
@@ -577,7 +577,7 @@ def test_gradient_scaling_is_the_same_however_a_path_is_cut_and_shared(
     assert min(norms) > 0.1  # unscaled twice, they would be some ten thousand times smaller
     # A second, longer link goes on inside what was cut: the scaler's state comes back from the store.
     longer, summary = go(recipe_file, *common, "training.steps=12", "arms.chain3=null", f"store={tmp_path / 'lora'}")
-    assert summary["arms"]["lora"]["states"] == {0: "ok"}
+    assert summary.arms["lora"].states == {0: "ok"}
     assert result(longer, "lora")["train_info"]["reused_steps"] == 9
 
 
@@ -626,9 +626,9 @@ def test_a_damaged_note_of_a_wandb_run_begins_a_new_one(recipe_file: Path, damag
     note.parent.mkdir(parents=True)
     note.write_text(damage)
     opened, recipe = RunFolder.open(folder.path)
-    summary = run(recipe, opened, Terminal(Console(file=io.StringIO()))).content()
-    assert summary["wandb"]["mode"] == "offline"
-    assert summary["arms"]["base"]["states"] == {0: "ok"}
+    summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
+    assert summary.wandb.mode == "offline"
+    assert summary.arms["base"].states == {0: "ok"}
 
 
 def test_a_damaged_choice_of_a_learning_rate_fails_its_arm_alone(recipe_file: Path) -> None:
@@ -637,11 +637,11 @@ def test_a_damaged_choice_of_a_learning_rate_fails_its_arm_alone(recipe_file: Pa
     (folder.path / "trials/lora/chosen.json").write_text("{")
     (folder.path / "arms/lora/seed-0/result.json").unlink()
     opened, recipe = RunFolder.open(folder.path)
-    summary = run(recipe, opened, Terminal(Console(file=io.StringIO()))).content()
-    assert summary["arms"]["lora"]["states"] == {0: "failed"}
-    assert "chosen.json is damaged" in summary["arms"]["lora"]["errors"][0]
-    assert any("chosen.json is damaged" in note for note in summary["notes"])  # its trials have no rows in the table
-    assert summary["arms"]["base"]["states"] == {0: "ok"}
+    summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
+    assert summary.arms["lora"].states == {0: "failed"}
+    assert "chosen.json is damaged" in summary.arms["lora"].errors[0]
+    assert any("chosen.json is damaged" in note for note in summary.notes)  # its trials have no rows in the table
+    assert summary.arms["base"].states == {0: "ok"}
 
 
 def test_the_plan_counts_steps_that_a_new_look_makes_necessary(recipe_file: Path) -> None:

@@ -26,7 +26,7 @@ from cola.tree.run_holder import lock_run
 def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> None:
     folder, summary = go(recipe_file)
     for arm in ("base", "lora", "chain3", "full"):
-        assert summary["arms"][arm]["states"] == {0: "ok"}
+        assert summary.arms[arm].states == {0: "ok"}
         for split, n in (("train", 24), ("validation", 8), ("test", 16)):
             rows = folder.scores(arm, 0, split)
             assert len(rows) == n
@@ -44,7 +44,7 @@ def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> Non
     assert [r["link"] for r in steps] == [1, 1, 2, 2, 3, 3]
     rates = [1e-2 * (1 - i / 6) for i in range(6)]
     assert [r["learning_rate"] for r in steps] == pytest.approx(rates)
-    assert summary["arms"]["lora"]["test_loss"]["mean"] < summary["arms"]["base"]["test_loss"]["mean"]
+    assert summary.arms["lora"].test_loss.mean < summary.arms["base"].test_loss.mean
 
 
 def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_numbers(recipe_file: Path) -
     first, summary = go(recipe_file, "arms.chain3.links=2", "arms.full=null")
     second, again = go(first.path / "recipe.yaml")
     assert (first.path / "recipe.yaml").read_text() == (second.path / "recipe.yaml").read_text()
-    assert summary["arms"]["chain3"]["test_loss"] == again["arms"]["chain3"]["test_loss"]
+    assert summary.arms["chain3"].test_loss == again.arms["chain3"].test_loss
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_the_best_checkpoint_may_lie_before_the_last_knot(recipe_file: Path) -> 
         assert not (folder.path / f"arms/{arm}/seed-0/best.safetensors").exists()
     steps = [result(folder, arm)["train_info"]["scored_step"] for arm in ("lora", "chain3", "full")]
     assert max(steps) < 24
-    assert summary["checkpoint"] == "best"
+    assert summary.checkpoint == "best"
 
 
 def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_file: Path) -> None:
@@ -133,11 +133,11 @@ def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_fi
     assert len(losses) == 3
     assert result(folder, "lora")["train_info"]["learning_rate"] == min(losses, key=losses.__getitem__)
     chosen = result(folder, "lora")["train_info"]["learning_rate"]
-    assert summary["arms"]["lora"]["at_grid_edge"] == ({} if chosen == 1e-2 else {"learning_rate": [0]})
-    (searched,) = summary["trials"]["lora"]["choices"]
-    assert [trial["values"] for trial in searched["trials"]] == [{"learning_rate": rate} for rate in (1e-5, 1e-2, 5.0)]
-    assert searched["trials"][searched["chosen"]]["values"] == {"learning_rate": chosen}
-    assert [trial["loss"] for trial in searched["trials"]] == [losses[rate] for rate in (1e-5, 1e-2, 5.0)]
+    assert summary.arms["lora"].at_grid_edge == ({} if chosen == 1e-2 else {"learning_rate": [0]})
+    (searched,) = summary.trials["lora"].choices
+    assert [trial.values for trial in searched.trials] == [{"learning_rate": rate} for rate in (1e-5, 1e-2, 5.0)]
+    assert searched.trials[searched.chosen].values == {"learning_rate": chosen}
+    assert [trial.loss for trial in searched.trials] == [losses[rate] for rate in (1e-5, 1e-2, 5.0)]
 
 
 @pytest.mark.slow
@@ -145,30 +145,30 @@ def test_a_run_whose_arms_search_keys_of_their_own_runs_again_from_its_resolved_
     arms = ["arms.lora={search: {rank: [2, 16]}}", "arms.chain3={links: {search: [2, 3]}, rank: 4}"]
     folder, summary = go(recipe_file, *arms, "arms.full=null")
     for arm, key, grid in (("lora", "rank", [2, 16]), ("chain3", "links", [2, 3])):
-        trials = summary["trials"][arm]["choices"][0]["trials"]
-        assert [trial["values"] for trial in trials] == [{key: value} for value in grid]
+        trials = summary.trials[arm].choices[0].trials
+        assert [trial.values for trial in trials] == [{key: value} for value in grid]
         info = result(folder, arm)["train_info"]
-        best = min(trials, key=lambda trial: trial["loss"])
-        assert info["choice"] == best["values"]
-        assert (info["links"][0]["rank"] if key == "rank" else len(info["knots"])) == best["values"][key]
+        best = min(trials, key=lambda trial: trial.loss)
+        assert info["choice"] == best.values
+        assert (info["links"][0]["rank"] if key == "rank" else len(info["knots"])) == best.values[key]
     _, again = go(folder.path / "recipe.yaml")
-    assert {name: arm["test_loss"] for name, arm in again["arms"].items()} == {
-        name: arm["test_loss"] for name, arm in summary["arms"].items()
+    assert {name: arm.test_loss for name, arm in again.arms.items()} == {
+        name: arm.test_loss for name, arm in summary.arms.items()
     }
 
 
 def test_a_knot_that_drifts_more_than_is_allowed_fails_its_arm_alone(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.chain3.knot={max_drift: 1e-12}", "arms.full=null")
-    assert summary["arms"]["chain3"]["states"] == {0: "failed"}
-    assert summary["arms"]["lora"]["states"] == {0: "ok"}
+    assert summary.arms["chain3"].states == {0: "failed"}
+    assert summary.arms["lora"].states == {0: "ok"}
     assert "where 1e-12 is allowed (knot.max_drift)" in result(folder, "chain3")["run_info"]["error"]
 
 
 @pytest.mark.drawn
 def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.lora.learning_rate=1e20", "training.max_grad_norm=null")
-    assert summary["arms"]["lora"]["states"] == {0: "failed"}
-    assert summary["arms"]["chain3"]["states"] == {0: "ok"}
+    assert summary.arms["lora"].states == {0: "failed"}
+    assert summary.arms["chain3"].states == {0: "ok"}
     failed = result(folder, "lora")
     assert failed["status"] == "failed"
     assert "step 2" in failed["run_info"]["error"]
@@ -226,7 +226,7 @@ def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, mo
 
     monkeypatch.setattr(Tracker, "finish", stopped)
     folder, summary = go(recipe_file, "arms.full=null")
-    assert summary["interrupted"]
+    assert summary.interrupted
     assert result(folder, "base")["status"] == "ok"
     assert result(folder, "base")["evaluation"]["test"]["n"] == 16
 
@@ -236,7 +236,7 @@ def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, mo
 def test_a_run_without_any_evaluation_point_has_a_page(recipe_file: Path) -> None:
     rates = ["arms.lora.learning_rate=1e20", "arms.chain3.learning_rate=1e20"]
     folder, summary = go(recipe_file, *rates, "arms.full=null", "training.max_grad_norm=null")
-    assert summary["arms"]["chain3"]["states"] == {0: "failed"}
+    assert summary.arms["chain3"].states == {0: "failed"}
     assert "chain3 seed 0 failed" in write_report(folder).read_text()
 
 
@@ -280,19 +280,19 @@ def test_multiple_choice_and_text_run_too(recipe_file: Path) -> None:
         "data.label=label",
     ]
     _, summary = go(recipe_file, *choice, "data.group=passage", "arms.full=null")
-    assert summary["metric"] == "accuracy"
+    assert summary.metric == "accuracy"
     text = ["data.task=text", "data.prompt=null", "data.answer=null", 'data.text="{question} {answer}"']
     folder, summary = go(recipe_file, *text)
-    assert summary["metric"] == "perplexity"
-    assert summary["arms"]["lora"]["test_score"] is None
-    assert f"{math.exp(summary['arms']['lora']['test_loss']['mean']):.2f}" in write_report(folder).read_text()
+    assert summary.metric == "perplexity"
+    assert summary.arms["lora"].test_score is None
+    assert f"{math.exp(summary.arms['lora'].test_loss.mean):.2f}" in write_report(folder).read_text()
 
 
 @pytest.mark.drawn
 def test_the_report_shows_foreign_text_as_text(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.full=null", 'data.prompt="<script>alert(1)</script> {question}"')
-    summary["arms"]["<b>x</b>"] = summary["arms"].pop("lora")
-    folder.write_json("summary.json", summary)
+    summary.arms["<b>x</b>"] = summary.arms.pop("lora")
+    folder.write("summary.json", summary)
     page = write_report(folder).read_text()
     assert page.count("<script>") == 1  # its own
     assert "<script>alert" not in page
@@ -307,5 +307,5 @@ def test_the_report_shows_foreign_text_as_text(recipe_file: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_on_a_cpu(recipe_file: Path, dtype: str) -> None:
     folder, summary = go(recipe_file, f"model.dtype={dtype}", "arms.full=null")
-    assert summary["arms"]["chain3"]["states"] == {0: "ok"}
+    assert summary.arms["chain3"].states == {0: "ok"}
     assert result(folder, "chain3")["train_info"]["knots"][0]["drift_relative"] > 0

@@ -76,7 +76,7 @@ def test_spectra_are_the_same_where_full_fine_tuning_ends_last(
     ended = {arm: (second.path / f"arms/{arm}/seed-0/result.json").stat().st_mtime_ns for arm in ("full", "chain3")}
     assert ended["chain3"] < ended["full"]
     assert spectra(second.path) == in_order[0]
-    assert again["spectra"] == in_order[1]
+    assert again.content()["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
 
 
@@ -95,11 +95,11 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     with monkeypatch.context() as patch:
         patch.setattr(cola_run, "do_job", fails)
         folder, summary = go(recipe_file, *ARMS, kept)
-    assert summary["arms"][failing]["states"] == {0: "failed"}
+    assert summary.arms[failing].states == {0: "failed"}
     opened_again, recipe = RunFolder.open(folder.path)
-    again = run(recipe, opened_again, quiet()).content()
+    again = run(recipe, opened_again, quiet())
     assert spectra(folder.path) == in_order[0]
-    assert again["spectra"] == in_order[1]
+    assert again.content()["spectra"] == in_order[1]
     assert bool(models()) is (kept == KEPT[0])
 
 

@@ -54,7 +54,7 @@ def test_a_store_of_an_earlier_commit_is_found_whole_and_nothing_is_made_anew(tm
     store = tmp_path / "golden/kept"
     before = content(store)
     folder, summary = go(tmp_path / "golden/recipe.yaml", f"store={store}", f"output={tmp_path / 'runs'}")
-    assert [arm["states"] for arm in summary["arms"].values()] == [{0: "ok"}] * 4
+    assert [arm.states for arm in summary.arms.values()] == [{0: "ok"}] * 4
     assert content(store) == before
     assert not list((store / "damaged").iterdir())
     golden = json.loads((GOLDEN / "results.json").read_text())

@@ -60,12 +60,12 @@ def test_arms_that_were_not_made_alike_are_told_apart_wherever_they_are_compared
     recipe_file: Path, tmp_path: Path
 ) -> None:
     alone, summary = go(recipe_file, *SHORT, *LORA_ONLY)
-    assert not any("Not all was made" in note for note in summary["notes"])
+    assert not any("Not all was made" in note for note in summary.notes)
     torch.set_num_threads(2)
     off = "evaluation.general_text=null"  # else the general text by the base is of both
     both, summary = go(recipe_file, *ARMS, off)
     said = f"Not all was made with one device: {ONE} (lora); {TWO} (chain3). A difference between these may be"
-    assert [note for note in summary["notes"] if note.startswith(said)]
+    assert [note for note in summary.notes if note.startswith(said)]
     assert said in write_report(both).read_text()
     again = cola("report", both.path)
     assert said in " ".join(again.output.split())
@@ -98,7 +98,7 @@ def test_seeds_of_one_arm_that_were_not_made_alike_are_told_apart_in_a_report_of
 
 def test_arms_of_two_dtypes_are_told_apart(recipe_file: Path) -> None:
     _, summary = go(recipe_file, *ARMS, "arms.chain3.dtype=bfloat16")
-    assert [note for note in summary["notes"] if note.startswith("Not all was made")] == [
+    assert [note for note in summary.notes if note.startswith("Not all was made")] == [
         "Not all was made with one dtype: bfloat16 (chain3); float32 (lora). "
         "A difference between these may be due to that."
     ]

@@ -198,7 +198,7 @@ def test_a_flipped_byte_anywhere_in_a_segment_is_caught_and_it_is_trained_again(
     folder, summary = go(recipe_file, *PAIR)
     assert weights_in(store) == whole
     assert len(list((place / "damaged").iterdir())) == len(names)
-    assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
+    assert all(arm.states == {0: "ok"} for arm in summary.arms.values())
     assert result(folder, "lora")["train_info"]["reused_steps"] == 0
 
 
@@ -254,7 +254,7 @@ def test_a_damaged_measurement_is_caught_and_made_again(
     for path in measured:
         damage(path, rng)
     second, summary = go(recipe_file, *SHORT)
-    assert all(arm["states"] == {0: "ok"} for arm in summary["arms"].values())
+    assert all(arm.states == {0: "ok"} for arm in summary.arms.values())
     for arm in ("base", "lora", "chain3", "full"):
         assert result(whole_run, arm)["evaluation"] == result(second, arm)["evaluation"]
     assert {path: strip(json.loads(path.read_text())) for path in measured} == content
