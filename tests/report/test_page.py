@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
-from cola.compare.records import Ablation, Summary
+from cola.compare.records import Ablation, Interval, Spread, Summary
 from cola.report.costs import costs_of, pareto
 from cola.report.drawing import Look, clipped, looks, save, svg
 from cola.report.figures import FIGURES, figures_of
@@ -229,8 +229,8 @@ def test_what_is_not_whole_stands_under_the_verdict() -> None:
         (duration(38), "38 s", 38),
         (duration(78), "1 min 18 s", 78),
         (duration(7501), "2 h 5 min", 7500),
-        (interval({"value": 0.0251, "low": -0.005, "high": 0.06}), "+0.025 [-0.005, +0.060]", 0.025),
-        (spread({"mean": -0.1, "sd": 0.02}, signed=True), "-0.100 ± 0.020", -0.1),
+        (interval(Interval(value=0.0251, low=-0.005, high=0.06)), "+0.025 [-0.005, +0.060]", 0.025),
+        (spread(Spread(mean=-0.1, sd=0.02), signed=True), "-0.100 ± 0.020", -0.1),
         (small(5e-5), "5e-05", 5e-5),
         (value_range([0.0006, None, 0.0003]), "0.0003–0.0006", 3e-4),
         (number(0.125, ".1%"), "12.5%", 0.125),
