@@ -16,6 +16,7 @@ from offline import records
 from runs import cola
 from typer.testing import Result
 
+from cola.compare.records import Spread, Summary
 from cola.recipe.schema import Tracking
 from cola.report import tracking
 from cola.report.group_report import KNOT_PANELS, Comparison, group_report
@@ -27,7 +28,7 @@ from cola.tree.run_folder import RunFolder
 
 pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
-SUMMARY: dict[str, Any] = {
+SUMMARY = {
     "arms": {
         "base": {"n_seeds": 2, "states": {}, "errors": {}, "test_loss": {"mean": 2.5, "sd": 0.0}, "test_score": None},
         "lora": {
@@ -80,14 +81,18 @@ SUMMARY: dict[str, Any] = {
     "select_by": "loss",
     "rows": None,
     "same_outputs": [],
-    "matched": {"by": "steps"},
+    "matched": {"by": "steps", "per_link": False},
+    "meta": None,
+    "interrupted": False,
+    "notes": [],
+    "spectra": {},
     "trials": {},
     "intervals": {"seeds": 2, "redraw": "none", "train_rows": 240, "by_validation": False, "search": None},
 }
 
 
 def test_the_numbers_of_a_summary_have_fixed_names_and_what_is_unknown_has_none() -> None:
-    numbers = comparison_numbers(SUMMARY)
+    numbers = comparison_numbers(Summary.model_validate(SUMMARY))
     said = numbers.pop("verdict")
     assert isinstance(said, str)
     assert said.startswith("chain3 − lora = +0.080 test accuracy (2 seeds)")
@@ -120,7 +125,7 @@ def test_the_numbers_of_a_summary_have_fixed_names_and_what_is_unknown_has_none(
 
 def test_a_column_of_plain_numbers_is_one_of_numbers_and_any_other_keeps_its_text() -> None:
     rows: list[list[Shown]] = [
-        ["1", number(0.2911, "+.3f"), small(4e-7), spread({"mean": 0.1, "sd": 0.2}), number(0.0744, ".2%")],
+        ["1", number(0.2911, "+.3f"), small(4e-7), spread(Spread(mean=0.1, sd=0.2)), number(0.0744, ".2%")],
         ["2", NONE, small(0.0), NONE, number(math.nan, ".2f")],
     ]
     assert typed_rows(Table("", ["arm", "a", "b", "c", "d"], rows)) == [
@@ -207,10 +212,10 @@ def test_a_finished_run_leaves_its_comparison_as_a_run_of_the_group(finished: tu
     assert (run["display_name"], run["job_type"], run["run_group"]) == ("comparison", "comparison", "run")
     assert "host" not in run
     final = summary_of(found)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = Summary.model_validate_json((folder / "summary.json").read_text())
     numbers = comparison_numbers(summary)
-    assert final["arm/lora/gap_loss"] == summary["arms"]["lora"]["gap_loss"]["mean"]
-    assert final["contrast/lora-full/value"] == summary["contrasts"][0]["value"]
+    assert final["arm/lora/gap_loss"] == summary.arms["lora"].gap_loss.mean
+    assert final["contrast/lora-full/value"] == summary.contrasts[0].value
     assert {name: final[name] for name in numbers} == numbers
     for name, table in comparison_of(RunFolder(folder), summary).tables.items():
         written = json.loads((part / "files" / final[f"table/{name}.path"]).read_text())
@@ -286,7 +291,7 @@ def test_an_ablation_has_one_comparison_and_a_point_its_own_when_asked(recipe_fi
 @pytest.fixture
 def comparison(finished: tuple[Path, Result]) -> Comparison:
     folder = finished[0]
-    return comparison_of(RunFolder(folder), json.loads((folder / "summary.json").read_text()))
+    return comparison_of(RunFolder(folder), Summary.model_validate_json((folder / "summary.json").read_text()))
 
 
 @pytest.fixture(params=["closed", "silent"])
