@@ -499,8 +499,8 @@ def test_a_run_writes_a_row_for_each_matrix_of_each_knot_and_its_record_agrees(r
             assert shown.merge == knot["merge"]
             assert shown.error_max == knot["error_max"]
             assert shown.cosine_min == knot["cosine_min"]
-            assert shown["drift_kl"] == knot["drift_kl"]
-            assert shown["drift_loss_change"] == knot["drift_loss_change"]
+            assert shown.drift_kl == knot["drift_kl"]
+            assert shown.drift_loss_change == knot["drift_loss_change"]
     beside = ledger_of(folder, "beside")
     assert all((row["unchanged"], row["error"], row["cosine"]) == (0.0, 0.0, 1.0) for row in beside)
     exact, naive = (result(folder, arm)["train_info"]["knots"][-1] for arm in ("chain3", "naive"))
