@@ -587,12 +587,19 @@ def test_drift_is_measured_on_the_last_four_target_tokens_of_sixteen_validation_
 def knot_row(link: int, **values: Any) -> dict[str, Any]:
     drift = {"drift_max_logit_change": 1e-6, "drift_relative": 1e-7, "drift_of_learned": 1e-5, "drift_kl": 1e-12}
     sizes = {"relative_size_median": 0.01, "relative_size_max": 0.02, "unchanged_median": 0.1, "unchanged_max": 0.2}
-    rest = {"merge": "exact", "drift_loss_change": 1e-9, "error_max": 0.1, "cosine_min": 0.9}
-    return {"link": link, **drift, **sizes, **rest, **values}
+    lost = {"error_median": 0.05, "error_max": 0.1, "cosine_median": 0.95, "cosine_min": 0.9}
+    rest = {"step": 5 * link, "seed": link, "merge": "exact", "drift_loss_change": 1e-9, "seconds": 0.1}
+    return {"link": link, **drift, **sizes, **lost, **rest, **values}
+
+
+def link_row(number: int, cleared: float) -> dict[str, Any]:
+    rates = {f"learning_rate_{where}": 1e-3 for where in ("first", "peak", "last")}
+    steps = {"first_step": 5 * number - 5, "last_step": 5 * number}
+    return {"method": "lora", "rank": 4, **steps, **rates, "seed": number, "cleared": cleared}
 
 
 def test_over_seeds_sizes_are_means_and_losses_the_worst(tmp_path: Path) -> None:
-    run, links = ByHand(tmp_path / "run"), [{"cleared": 1.0}, {"cleared": 0.5}]
+    run, links = ByHand(tmp_path / "run"), [link_row(1, cleared=1.0), link_row(2, cleared=0.5)]
     ones = {
         "relative_size_median": 0.01,
         "error_max": 0.3,
@@ -672,8 +679,8 @@ def test_a_run_of_another_version_is_refused_in_one_line(recipe_file: Path, form
     folder, _ = go(recipe_file, *FEW)
     provenance = folder.provenance()
     assert provenance is not None
-    assert provenance["format"] == FORMAT == result(folder, "lora")["format"]
-    folder.write_json("provenance.json", {**provenance, "format": format})
+    assert provenance.format == FORMAT == result(folder, "lora")["format"]
+    folder.write_json("provenance.json", {**provenance.content(), "format": format})
     before = contents(folder.path)
     same = ["run", recipe_file, *FEW, "--run-folder", folder.path]
     for words in (["report", folder.path], ["run", "--resume", folder.path], same):
@@ -698,7 +705,7 @@ def test_an_unfinished_run_of_another_version_is_left_and_a_new_one_begun(recipe
     folder = RunFolder(old)
     provenance = folder.provenance()
     assert provenance is not None
-    folder.write_json("provenance.json", {**provenance, "format": 1})
+    folder.write_json("provenance.json", {**provenance.content(), "format": 1})
     assert cola("run", recipe_file, *FEW).exit_code == 0
     assert len(list(runs.iterdir())) == 2
     assert not (old / "report.html").exists()

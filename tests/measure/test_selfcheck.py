@@ -457,8 +457,9 @@ output: {tmp_path / "runs"}
 """)
     folder, summary = go(recipe, folder=tmp_path / "run")
     assert not any(arm.errors for arm in summary.arms.values())
-    made = folder.provenance()
-    assert made is not None
+    provenance = folder.provenance()
+    assert provenance is not None
+    made = provenance.content()
     assert made["selfcheck"]["ways"] == {**vars(Ways()), "choices": "plain"}
     assert [base["dtype"] for base in made["selfcheck"]["bases"]] == ["float32"]
     assert made["selfcheck"]["shared"] == [["model.embed_tokens.weight", "lm_head.weight"]]
@@ -468,4 +469,6 @@ output: {tmp_path / "runs"}
     # The same again finds the check in the store, and loads nothing.
     monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("a model was loaded"))
     again, _ = go(recipe, folder=tmp_path / "again")
-    assert (again.provenance() or {})["selfcheck"] == made["selfcheck"]
+    second = again.provenance()
+    assert second is not None
+    assert second.content()["selfcheck"] == made["selfcheck"]
