@@ -93,7 +93,7 @@ def tune(
         set_moments(model, optimizer, accelerator, moments)
     parameters = trainable(model)
     cleared = None if done else check_cleared(share_cleared(parameters, optimizer), link.knot)
-    watch = _Watch(parameters, may_skip=accelerator.scaler is not None)
+    watch = _Watch(parameters, optimizer if done else None, may_skip=accelerator.scaler is not None)
     for place, micro_batches in enumerate(batches, start=done):
         started, step, learning_rate = perf_counter(), link.first_step + place + 1, link.learning_rates[place]
         torch.manual_seed(derived_seed("dropout", link.seed, place))
@@ -159,18 +159,24 @@ class _Watch:
 
     Args:
         parameters: What is trained.
+        optimizer: Where the link has begun, its state: a moment tells of a gradient, so that the count of those without
+            one is the same wherever a link is cut.
         may_skip: Whether a gradient may overflow now and then, under fp16 gradient scaling.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], may_skip: bool) -> None:
-        self.parameters, self.silent = parameters, list(parameters)  # silent: without a gradient so far
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], optimizer: AcceleratedOptimizer | None, may_skip: bool
+    ) -> None:
+        state = {} if optimizer is None else optimizer.optimizer.state
+        self.parameters = parameters
+        self.silent = _where_zero(parameters, [state.get(p, {}).get("exp_avg") for p in parameters])  # no gradient yet
         self.may_skip, self.skipped = may_skip, 0
 
     def look(self, step: int, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> int:
         """Look at a step's gradient before it is taken; returns how many tensors have had none in this link yet.
 
-        A tensor is looked at until it has had one, which nearly all have by the second step: a pass over all gradients
-        would take a fifth of a step of full fine-tuning.
+        A tensor is looked at until it has had one, which nearly all have by the second step: later steps are spared a
+        pass over all gradients.
 
         Raises:
             NonFiniteLoss: names the step and the rows of its batch.
@@ -193,10 +199,14 @@ class _Watch:
 
 
 def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Those whose gradient is missing or zero throughout. The device is waited for once, not for each of them."""
-    told = [parameter.grad.any() for parameter in parameters if parameter.grad is not None]
+    return _where_zero(parameters, [parameter.grad for parameter in parameters])
+
+
+def _where_zero(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor | None]) -> list[nn.Parameter]:
+    """The parameters whose tensor is missing or zero throughout. The device is waited for once, not for each."""
+    told = [tensor.any() for tensor in tensors if tensor is not None]
     some = iter(torch.stack(told).tolist() if told else [])
-    return [parameter for parameter in parameters if parameter.grad is None or not next(some)]
+    return [p for p, tensor in zip(parameters, tensors, strict=True) if tensor is None or not next(some)]
 
 
 def _groups(model: PreTrainedModel, link: Link) -> list[dict[str, Any]]:

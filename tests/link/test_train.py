@@ -1,5 +1,6 @@
 """tune: what it looks at, and what it waits for. Run: pytest tests/link/test_train.py"""
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cola.chain import extend
 from cola.errors import NoGradient
 from cola.link import adapters
+from cola.link.moments import read_moments
 from cola.link.train import Step, tune
 from cola.recipe.plan import Link
 
@@ -49,6 +51,31 @@ def test_a_gradient_is_looked_at_until_its_tensor_has_had_one_and_at_no_later_st
     steps, counts = trained(link(n_steps=5))
     assert [step.without_gradient for step in steps] == [14, 0, 0, 0, 0]  # beside B = 0 no A has one at first
     assert [count["any"] for count in counts] == [28, 14, 0, 0, 0]
+
+
+def test_a_link_that_is_cut_counts_the_tensors_without_a_gradient_as_one_that_is_not() -> None:
+    def counted(*cuts: int) -> list[int]:
+        chain, own, accelerator, steps = chain_of(tiny_model()), link(n_steps=4), Accelerator(), []
+        extend(chain, own, gradients)
+        _, once = adapters.trainable(chain.model)[:2]  # a B, which has a gradient at the first step and at no later one
+        once.register_hook(lambda gradient: gradient * (not steps))
+        moments = None
+        for start, end in itertools.pairwise((0, *cuts, 4)):
+            part = batches(4)[start:end]
+            optimizer = tune(
+                chain.model,
+                own,
+                part,
+                accelerator,
+                lambda step, _: steps.append(step.without_gradient),
+                **ADAMW,
+                done=start,
+                moments=moments,
+            )
+            moments = read_moments(chain.model, optimizer, accelerator)
+        return steps
+
+    assert counted() == counted(1) == counted(1, 2, 3) == [14, 0, 0, 0]
 
 
 def test_a_step_waits_for_the_device_as_often_for_many_tensors_as_for_few() -> None:
