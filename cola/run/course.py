@@ -12,6 +12,7 @@ from cola.chain import Knot
 from cola.link.drift import Drift
 from cola.link.residual import Applied
 from cola.measure.scores import ExampleScore, mean_loss, mean_score
+from cola.recipe.schema import Evaluation
 from cola.run.assignment import Assignment
 
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
@@ -82,7 +83,7 @@ class Course:
         link = self.given.lineage.link_of(step) + 1
         look = {"step": step, "link": link, "loss": mean_loss(scores), "score": mean_score(scores)}
         self.looks[step] = look
-        self.best = better(self.given, self.best, step, scores)
+        self.best = better(self.given.recipe.evaluation, self.best, step, scores)
         self._write("validation", look)
         self.given.tracker.log(step, {"validation/loss": look["loss"], "validation/score": look["score"]})
 
@@ -103,11 +104,11 @@ class Course:
         self.metrics.write(json.dumps({"kind": kind, **row}) + "\n")
 
 
-def better(given: Assignment, best: Best | None, step: int, scores: list[ExampleScore]) -> Best | None:
-    """The best look once one more is known; None where the last step is scored whatever the looks say."""
-    if given.recipe.evaluation.checkpoint != "best":
+def better(evaluation: Evaluation, best: Best | None, step: int, scores: list[ExampleScore]) -> Best | None:
+    """The best look once one more is known, the earlier of equal ones; None where the last step is scored anyway."""
+    if evaluation.checkpoint != "best":
         return None
-    key = selection_key(given.recipe.evaluation.select_by, mean_loss(scores), mean_score(scores))
+    key = selection_key(evaluation.select_by, mean_loss(scores), mean_score(scores))
     return Best(key, step) if best is None or key > best.key else best
 
 

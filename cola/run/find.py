@@ -30,7 +30,7 @@ def _is_known(given: Assignment, course: Course, step: int) -> bool:
     for point in sorted(point for point in given.points if course.at < point <= step):
         scores = measured.known_scores("validation", point, "attached")
         if scores is not None:
-            best = better(given, best, point, scores)
+            best = better(given.recipe.evaluation, best, point, scores)
         elif point < step:
             return False
         else:

@@ -21,9 +21,11 @@ from rich.console import Console
 from runs import CHOICE, fresh, go, outcome, result, write_recipe
 
 from cola.link.model import Source
+from cola.measure.scores import ExampleScore
 from cola.recipe.read import read_recipe
+from cola.recipe.schema import Evaluation
 from cola.report.terminal import Terminal
-from cola.run.course import selection_key
+from cola.run.course import better, selection_key
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
@@ -585,6 +587,14 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     worst = selection_key("score", float("nan"), 1.0)
     assert max([worst, selection_key("score", 5.0, 0.0)]) == selection_key("score", 5.0, 0.0)
     assert selection_key("score", float("inf"), 1.0) == worst
+
+
+def test_of_equal_looks_the_earlier_is_the_best_and_a_later_one_has_to_be_better() -> None:
+    evaluation, best = Evaluation(checkpoint="best", select_by="loss"), None
+    for step, nats in enumerate((3.0, 2.0, 2.0, 2.5), start=1):
+        best = better(evaluation, best, step, [ExampleScore("a", nats, 2, 1.0, None, None)])
+    assert best is not None
+    assert best.step == 2
 
 
 @pytest.mark.slow
