@@ -133,6 +133,7 @@ def as_nobody(folder: Path, told: Path) -> None:
     told.write_text(json.dumps(found | {"warned": warned}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; the test before this one is for all")
 def test_a_user_without_roots_rights_cannot_write_into_what_is_shared_and_can_prune_it(nobodys: Path) -> None:
     told = nobodys / "told.json"

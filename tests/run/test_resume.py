@@ -111,6 +111,7 @@ def test_a_run_that_is_killed_at_every_second_step_still_comes_to_its_end(recipe
 # The same command
 
 
+@pytest.mark.slow
 def test_the_same_command_after_the_end_makes_a_new_folder_trains_nothing_and_loads_no_weights(
     recipe_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
