@@ -19,16 +19,10 @@ from cola.link.adapters import unwrapped
 
 
 def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
-    """float32 logits of the selected positions.
+    """float32 logits (N, V) of the positions at which `where_BT` is true, row by row.
 
-    Args:
-        model: A causal language model, whatever is attached to it.
-        input_ids_BT: Token ids, padded on the right; causal attention needs no mask for that.
-        where_BT: True at the positions whose logits are wanted.
-
-    Returns:
-        (N, V), in the order of `where_BT`'s true entries, row by row. While no gradient is taken the head itself
-        computes in float32, whatever the model's dtype.
+    The rows are padded on the right; causal attention needs no mask for that. While no gradient is taken the head
+    itself computes in float32, whatever the model's dtype.
     """
     return _logits(model, input_ids_BT, where_BT, use_cache=False)[0]
 

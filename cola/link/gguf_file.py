@@ -8,6 +8,7 @@ says what holds anyway, or stops the conversion by name.
 import contextlib
 import io
 import json
+from collections import UserDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,12 @@ def read_config(file: Path) -> PreTrainedConfig:
     reader = GGUFReader(file)
     said, tensors = _header(reader), {tensor.name: tensor for tensor in reader.tensors}
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    factors = {name: dequantize(t.data, t.tensor_type) for name in FACTORS if (t := tensors.get(name)) is not None}
-    carry_over(config, said, list(tensors), {name: values.flatten().tolist() for name, values in factors.items()})
+    factors = {
+        name: dequantize(tensors[name].data, tensors[name].tensor_type).flatten().tolist()
+        for name in FACTORS
+        if name in tensors
+    }
+    carry_over(config, said, list(tensors), factors)
     _check_places(config, said["general.architecture"], tensors.keys() - set(FACTORS))
     return config
 
@@ -124,10 +129,9 @@ def end_tokens(file: Path) -> list[int]:
 def carry_over(
     config: PreTrainedConfig, said: dict[str, Any], tensors: Iterable[str], factors: dict[str, list[float]]
 ) -> None:
-    """Put into a config what the header says and transformers' conversion has passed over.
+    """Put into a config, made by transformers' conversion, what that has passed over of the header and of the tensors.
 
     Args:
-        config: By that conversion; changed in place.
         said: The header.
         tensors: Names of the file's tensors.
         factors: Those of them that divide rotary frequencies.
@@ -149,18 +153,19 @@ def carry_over(
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if whole else config.head_dim
     _carry_rope(config, own, factors, architecture)
     for key, value in own.items():
-        name = SAME.get(key)
         if key in taken or key in ABOUT or key.startswith("rope.") or (key in NOTHING and value == NOTHING[key]):
             continue
-        if key == "attention.value_length" and value == _head_size(config):
-            continue
-        if key == "attention.key_length" and value == _head_size(config):
+        if key in ("attention.key_length", "attention.value_length") and value == _head_size(config):
             continue
         if key == "attention.sliding_window" and value >= config.max_position_embeddings:
             continue
         if key == "attention.sliding_window_pattern" and hasattr(config, "layer_types"):
-            config.layer_types = _layer_types(value, config.num_hidden_layers)
+            # For each layer whether it slides, or every how many layers one does not.
+            layers = range(config.num_hidden_layers)
+            slides = value if isinstance(value, list) else [bool((layer + 1) % value) for layer in layers]
+            config.layer_types = ["sliding_attention" if slide else "full_attention" for slide in slides]
             continue
+        name = SAME.get(key)
         if name is None or not hasattr(config, name) or not _slides(config, name):
             raise _refusal(f"{architecture}.{key} = {value!r:.80}", config)
         setattr(config, name, value)
@@ -172,24 +177,20 @@ def _taken(architecture: str, said: dict[str, Any], tensors: Iterable[str], mode
         mapping = GGUF_CONFIG_MAPPING.get(model_type.removesuffix("_text")) or GGUF_CONFIG_MAPPING[architecture]
         return {key for key, name in mapping.items() if name is not None}
     seen = _Seen(said | {"tokenizer.ggml.tokens": 0})
-    get_gguf_config(seen, tuple(tensors))
+    get_gguf_config(seen, tuple(tensors))  # pyright: ignore[reportArgumentType] - all that it takes of a dict
     return {key.removeprefix(f"{architecture}.") for key in seen.asked}
 
 
-class _Seen(dict):
+class _Seen(UserDict):
     """Notes which keys were asked for."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, said: dict[str, Any]) -> None:
+        super().__init__(said)
         self.asked: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
 
 
 def _refusal(fact: str, config: PreTrainedConfig) -> ModelError:
@@ -201,12 +202,6 @@ def _refusal(fact: str, config: PreTrainedConfig) -> ModelError:
 
 def _head_size(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
-    """llama.cpp's pattern: for each layer whether it slides, or every how many layers one does not."""
-    slides = pattern if isinstance(pattern, list) else [bool((layer + 1) % pattern) for layer in range(n_layers)]
-    return ["sliding_attention" if layer_slides else "full_attention" for layer_slides in slides]
 
 
 def _slides(config: PreTrainedConfig, name: str) -> bool:

@@ -47,12 +47,8 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
 
 
 def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
-    """What the next link's optimizer begins with, after the one that ended with `moments`; None: a fresh one.
-
-    Args:
-        moments: Of the link before, whose weights have the same names and shapes.
-        rules: The knot's.
-        seed: Of the next link, for random pruning.
+    """What the next link's optimizer begins with, after a link of the same weights that ended with `moments`; None: a
+    fresh one. `seed`: of the next link, for random pruning.
 
     Raises:
         MomentsNotKept: there is nothing that could be handed on.
@@ -88,15 +84,12 @@ def least_cleared(rules: Rules | None) -> float:
 
 def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimizer) -> float:
     """The share of the entries whose two moments are both zero, or not there yet."""
-    total, zero = 0, torch.zeros((), dtype=torch.long)
+    zero = torch.zeros((), dtype=torch.long)
     for parameter in parameters:
         state = optimizer.optimizer.state.get(parameter, {})
-        total += parameter.numel()
-        if "exp_avg" in state:
-            zero = zero + ((state["exp_avg"] == 0) & (state["exp_avg_sq"] == 0)).sum()
-        else:
-            zero = zero + parameter.numel()
-    return int(zero) / total  # the device is waited for once
+        some = "exp_avg" in state
+        zero = zero + (((state["exp_avg"] == 0) & (state["exp_avg_sq"] == 0)).sum() if some else parameter.numel())
+    return int(zero) / sum(parameter.numel() for parameter in parameters)  # the device is waited for once
 
 
 def check_cleared(cleared: float, rules: Rules | None) -> float:

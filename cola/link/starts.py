@@ -31,9 +31,8 @@ from cola.link.targets import target_names
 from cola.recipe.methods import Lora, Settings
 from cola.recipe.plan import Link
 
-ROW_LENGTH = 1 / math.sqrt(
-    3
-)  # E|a|^2 = 1/3 for a row of a Kaiming-uniform A (a = sqrt 5): entries U(-1/sqrt I, 1/sqrt I)
+# E|a|^2 = 1/3 for a row of a Kaiming-uniform A (a = sqrt 5): entries U(-1/sqrt I, 1/sqrt I)
+ROW_LENGTH = 1 / math.sqrt(3)
 
 Gradients = Callable[[PreTrainedModel, Link, Sequence[str]], dict[str, Tensor]]
 
@@ -50,8 +49,6 @@ def draw(
     """Redraw the attached pair as the link's `init` says; what PEFT has drawn already is left.
 
     Args:
-        model: Carries the pair.
-        link: Says how, and gives the seed.
         base: Where `pissa` takes the pair out of.
         learned: The links tied before.
         gradients: Gives the full gradient (O, I) of the named modules' weights, float32, over the link's first batches.

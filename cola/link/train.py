@@ -28,31 +28,18 @@ MAX_SKIPPED = 20  # steps in a row that fp16 gradient scaling may skip before th
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as it is logged.
+    """One optimizer step, as it is logged."""
 
-    Attributes:
-        step: Steps of the run so far, this one included.
-        loss: Nats per target token over the step's rows, before the update.
-        grad_norm: L2 norm of the gradient before clipping.
-        learning_rate: Of this step.
-        tokens: Tokens read, prompts included, padding not.
-        target_tokens: Tokens that the loss is taken on.
-        seconds: Wall time of the step.
-        without_gradient: Trained tensors that have had no gradient in this link yet (A of a pair at its first step).
-        cleared: Share of the optimizer's moments that were zero as a link began; None at its other steps.
-        rows: Ids of the rows, in the order of the micro-batches.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
+    step: int  # of the run, this one included
+    loss: float  # nats per target token over the step's rows, before the update
+    grad_norm: float  # L2, before clipping
     learning_rate: float
-    tokens: int
-    target_tokens: int
+    tokens: int  # read, prompts included, padding not
+    target_tokens: int  # those that the loss is taken on
     seconds: float
-    without_gradient: int
-    cleared: float | None
-    rows: list[str]
+    without_gradient: int  # trained tensors that have had none in this link yet (A of a pair at its first step)
+    cleared: float | None  # share of the optimizer's moments that were zero as a link began; None at its other steps
+    rows: list[str]  # their ids, in the order of the micro-batches
 
 
 def tune(
@@ -73,13 +60,10 @@ def tune(
 
     The loss of a step is the sum over all its target tokens divided by their number, however the rows are split
     into micro-batches. Dropout is seeded anew at each step, so that a link which is stopped and goes on draws what it
-    would have drawn.
+    would have drawn. The model is left in eval mode.
 
     Args:
-        model: Carries the trainable weights; left in eval mode.
-        link: Gives the learning rate of each step and the seed of the dropout.
         batches: One list of micro-batches per step to be made now.
-        accelerator: Carries device, precision and gradient scaling.
         on_step: Called after each step; may evaluate the model and leave it in eval mode.
         done: Steps of the link that were made before.
         moments: The optimizer's state after those, from `read_moments`, or what a knot carries over, from `carried`.
@@ -158,9 +142,8 @@ class _Watch:
     """Stops a link that diverges, or in which nothing is learned.
 
     Args:
-        parameters: What is trained.
-        optimizer: Where the link has begun, its state: a moment tells of a gradient, so that the count of those without
-            one is the same wherever a link is cut.
+        optimizer: Where the link has begun: a moment tells of a gradient, so that the count of those without one is the
+            same wherever a link is cut.
         may_skip: Whether a gradient may overflow now and then, under fp16 gradient scaling.
     """
 
@@ -189,17 +172,13 @@ class _Watch:
             rows = ", ".join(row for batch in micro_batches for row in batch.ids)
             trouble = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
             raise NonFiniteLoss(f"step {step}: {trouble}; rows of the batch: {rows}; try a lower learning_rate")
-        if norm == 0 and len(_without_gradient(self.parameters)) == len(self.parameters):
+        if norm == 0 and all(p.grad is None or not p.grad.any() for p in self.parameters):
             raise NoGradient(
                 f"step {step}: none of the {len(self.parameters)} trained tensors got a gradient: nothing would be "
                 "learned"
             )
-        self.silent = _without_gradient(self.silent)
+        self.silent = _where_zero(self.silent, [parameter.grad for parameter in self.silent])
         return len(self.silent)
-
-
-def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    return _where_zero(parameters, [parameter.grad for parameter in parameters])
 
 
 def _where_zero(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor | None]) -> list[nn.Parameter]:
@@ -235,7 +214,6 @@ def full_gradients(
         model: In eval mode afterwards; its parameters and their gradients are left as they were.
         names: Modules that map features to features, the last axis.
         batches: One list of micro-batches per step.
-        accelerator: Carries device and precision.
 
     Returns:
         float32 (O, I) for each name, on the CPU.
