@@ -67,13 +67,8 @@ def write_text(path: Path, text: str, aside: Path | None = None) -> None:
 
 
 def write_bytes(path: Path, data: bytes, aside: Path | None = None) -> None:
-    """Write a file so that it is never half there, its folder too where that is missing.
-
-    Args:
-        path: The file; what is there already is replaced.
-        data: Its content.
-        aside: As of `written_aside`.
-    """
+    """Write or replace a file so that it is never half there, its folder too where that is missing; `aside`: as of
+    `written_aside`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path, aside) as new:
         new.write_bytes(data)
@@ -81,12 +76,8 @@ def write_bytes(path: Path, data: bytes, aside: Path | None = None) -> None:
 
 @contextmanager
 def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Where to write a file that is to be there as a whole or not at all: it is synced and renamed at the end.
-
-    Args:
-        path: What it is to be.
-        aside: The folder on the same disk where it lies until then; default: that of the file.
-    """
+    """Where to write a file that is to be there as a whole or not at all: it is synced and renamed at the end. It lies
+    in `aside` until then, a folder on the same disk; by default in its own."""
     new = (aside or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
     try:
         yield new

@@ -38,53 +38,34 @@ EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when th
 
 PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
-
 Decoding: TypeAlias = Literal["padded", "alike", "plain"]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model.
+    """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model."""
 
-    Attributes:
-        rows: Several in one pass, or each alone.
-        choices: Continued from the prompt's cache, or each read as a row of its own.
-        decoding: By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time
-            by plain passes over one prompt.
-        positions: Those that the model has, where decoding could go beyond them.
-    """
-
-    rows: Literal["together", "alone"] = "together"
-    choices: Literal["cached", "plain"] = "cached"
+    rows: Literal["together", "alone"] = "together"  # several in one pass, or each alone
+    choices: Literal["cached", "plain"] = "cached"  # continued from the prompt's cache, or each a row of its own
+    # By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time by plain
+    # passes over one prompt.
     decoding: Decoding = "padded"
-    positions: int | None = None
+    positions: int | None = None  # those that the model has, where decoding could go beyond them
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores examples of one task.
+    """Scores examples of one task."""
 
-    Attributes:
-        task: `multiple_choice`, `answer` or `text`.
-        tokenizer: Decodes generated answers.
-        normalize: What exact match ignores.
-        batch_tokens: Tokens in one forward pass.
-        autocast: Gives the context of the run's precision.
-        answer_tokens: Longest right answer of the data; decoding stops a little after it.
-        stop: Strings that end a decoded answer, beside the end tokens.
-        ends: Tokens that end one, the tokenizer's own always among them.
-        ways: How the model is asked, as `cola.selfcheck` found it.
-    """
-
-    task: str
+    task: str  # `multiple_choice`, `answer` or `text`
     tokenizer: PreTrainedTokenizerBase
-    normalize: Sequence[str]
-    batch_tokens: int
-    autocast: Callable[[], AbstractContextManager[None]]
-    answer_tokens: int
-    stop: Sequence[str] = ()
-    ends: Sequence[int] = ()
-    ways: Ways = Ways()
+    normalize: Sequence[str]  # what exact match ignores
+    batch_tokens: int  # in one forward pass
+    autocast: Callable[[], AbstractContextManager[None]]  # the context of the run's precision
+    answer_tokens: int  # of the data's longest right answer; decoding stops a little after it
+    stop: Sequence[str] = ()  # strings that end a decoded answer, beside the end tokens
+    ends: Sequence[int] = ()  # tokens that end one, beside the tokenizer's own
+    ways: Ways = Ways()  # how the model is asked, as `selfcheck` found it
 
     @classmethod
     def of(
@@ -124,9 +105,8 @@ class Evaluator:
         A passage at a time, since its logits are wanted at every position: of 4096 tokens they would take 2.5 GB under
         a vocabulary of 150,000.
         """
-        ways = Ways(rows=self.ways.rows)
         text = replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=(), ends=())
-        return text.asking(ways)
+        return text.asking(Ways(rows=self.ways.rows))
 
     def asking(self, ways: Ways) -> "Evaluator":
         """The one that asks a model in these ways."""
@@ -139,9 +119,7 @@ class Evaluator:
 
     def causes(self) -> dict[str, Any]:
         """What a score depends on besides the weights, their precision and the examples."""
-        several = {"ends": sorted(self.end_tokens)} if self.task == "answer" and len(self.end_tokens) > 1 else {}
-        slower = {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}
-        return several | {
+        causes = {
             "version": EVALUATION_VERSION,
             "task": self.task,
             "normalize": list(self.normalize),
@@ -149,8 +127,12 @@ class Evaluator:
             "answer_tokens": self.answer_tokens,
             "stop": list(self.stop),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **({"ways": slower} if slower else {}),
         }
+        if self.task == "answer" and len(self.end_tokens) > 1:
+            causes["ends"] = sorted(self.end_tokens)
+        if slower := {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}:
+            causes["ways"] = slower
+        return causes
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[ExampleScore]:

@@ -32,12 +32,8 @@ FULL_FLOPS = {"cpu": 2e12, "cuda": 1e14}
 
 
 class Matrices:
-    """The matrices in a folder of safetensors, as (O, I) by the name of their module, one at a time.
-
-    Args:
-        skeleton: The model without weights.
-        files: The safetensors files.
-    """
+    """The matrices in safetensors files, as (O, I) by the name of their module, one at a time; the skeleton knows the
+    modules."""
 
     def __init__(self, skeleton: PreTrainedModel, files: Sequence[Path]) -> None:
         self._skeleton = skeleton
@@ -52,27 +48,19 @@ class Matrices:
     def norm_of(self, name: str) -> float | None:
         """Frobenius norm."""
         if name not in self._norms:
-            weight_OI = self.of(name)
-            norm = None if weight_OI is None else torch.linalg.vector_norm(weight_OI, dtype=torch.float64).item()
-            self._norms[name] = norm
+            W_OI = self.of(name)
+            self._norms[name] = None if W_OI is None else torch.linalg.vector_norm(W_OI, dtype=torch.float64).item()
         return self._norms[name]
 
 
 @dataclass
 class Learned:
-    """Takes the spectra of a run's arms and seeds.
+    """Takes the spectra of a run's arms and seeds."""
 
-    Attributes:
-        source: The base.
-        skeleton: The base without weights.
-        pairs: All low-rank links that the run may train; they say which matrices matter.
-        device: Where dense matrices are decomposed, if it is a GPU.
-    """
-
-    source: Source
-    skeleton: PreTrainedModel
-    pairs: Sequence[Lora]
-    device: torch.device
+    source: Source  # the base
+    skeleton: PreTrainedModel  # without weights
+    pairs: Sequence[Lora]  # all low-rank links that the run may train; they say which matrices matter
+    device: torch.device  # where dense matrices are decomposed, if it is a GPU
     _full: tuple[str, dict[str, Svd]] | None = None  # of one state at a time: it is large
 
     @cached_property
@@ -83,10 +71,9 @@ class Learned:
     def of_links(
         self, links: Residual, full: Mapping[str, Svd] | None = None, state: str | None = None
     ) -> dict[str, Any]:
-        """The content of a chain's spectrum.json.
+        """The content of the spectrum.json of a chain, given what each link added.
 
         Args:
-            links: What each link added.
             full: Full fine-tuning's update.
             state: The name of the state that it led to.
         """
@@ -116,29 +103,14 @@ class Learned:
             svd = dense_svd(update_OI, self._widest)
             svds[name] = Svd(svd.left_OR.cpu(), svd.values_R.cpu(), svd.right_IR.cpu())
             numbers = numbers_of(svds[name].values_R, weight_OI.norm().item())
-            matrices[name] = {
-                "shape": list(update_OI.shape),
-                "updates": {ALL: numbers},
-                "overlap": [],
-                "with_full": None,
-            }
+            shape = list(update_OI.shape)
+            matrices[name] = {"shape": shape, "updates": {ALL: numbers}, "overlap": [], "with_full": None}
         self._full = state, svds
-        return {
-            "left_out": None,
-            "full": None,
-            "looked_at": [len(matrices), len(self.trained)],
-            "matrices": matrices,
-            "seconds": perf_counter() - started,
-        }
+        looked_at, seconds = [len(matrices), len(self.trained)], perf_counter() - started
+        return {"left_out": None, "full": None, "looked_at": looked_at, "matrices": matrices, "seconds": seconds}
 
     def full(self, state: str, folder: Callable[[], Path | None], dtype: str) -> dict[str, Svd] | None:
-        """Full fine-tuning's update; None where its weights are gone.
-
-        Args:
-            state: As for `of_full`.
-            folder: Finds the weights, where they have to be read.
-            dtype: As for `of_full`.
-        """
+        """Full fine-tuning's update, of what `of_full` takes; None where `folder` does not find its weights."""
         if self._full is None or self._full[0] != state:
             if (weights := folder()) is None:
                 return None
@@ -147,13 +119,8 @@ class Learned:
         return self._full[1]
 
     def count_intruders(self, record: dict[str, Any], dtype: str, weights: Residual | Path) -> None:
-        """Put into a record how many intruders each of its matrices has: after each link, and in the end.
-
-        Args:
-            record: From `of_links` or `of_full`.
-            dtype: That the base had when it was trained.
-            weights: What each link added, or the folder with full fine-tuning's weights.
-        """
+        """Put into a record of `of_links` or `of_full`, which were given `weights`, how many intruders each of its
+        matrices has: after each link, and in the end. `dtype`: that the base had when it was trained."""
         tuned = self._tuned(weights) if isinstance(weights, Path) else weights
         for name, matrix in record["matrices"].items():
             weight_OI = self._began(name, dtype)
