@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from cola.errors import ModelError
 from cola.link.adapters import unwrapped
@@ -28,20 +29,29 @@ def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) ->
 
 
 def logits_and_cache(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> tuple[Tensor, Cache]:
-    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on.
+    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on. Layers
+    that look back so far only keep all of them yet, whatever is padding of a row.
 
     Raises:
         ModelError: the model gives none.
     """
-    logits_NV, cache = _logits(model, input_ids_BT, where_BT, use_cache=True)
+    inputs = {}
+    if unwrapped(model) is model:
+        cache = DynamicCache(config=model.config)
+        if any(layer.is_sliding for layer in cache.layers if isinstance(layer, DynamicLayer)):
+            cache.activate_past_recording()
+            inputs["past_key_values"] = cache
+    logits_NV, cache = _logits(model, input_ids_BT, where_BT, use_cache=True, **inputs)
     if cache is None:
         raise ModelError(f"{type(model).__name__} gives no cache of keys and values")
     return logits_NV, cache
 
 
-def logits_after(cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
-    """Logits of rows that continue what was read into the cache."""
-    return _logits(unwrapped(model), input_ids_BT, where_BT, use_cache=True, past_key_values=cache)[0]
+def logits_after(
+    cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: Tensor
+) -> Tensor:
+    """Logits of rows that continue what was read into the cache; `inputs`: mask and positions, for the model."""
+    return _logits(unwrapped(model), input_ids_BT, where_BT, use_cache=True, past_key_values=cache, **inputs)[0]
 
 
 def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object) -> tuple[Tensor, Any]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from cola.data.answers import normalized, up_to, usual_stops
 from cola.data.batches import by_tokens, collate, training_row
@@ -29,16 +29,17 @@ from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import Splits
 from cola.link.adapters import unwrapped, virtual_tokens
 from cola.link.drift import Outputs
-from cola.link.forward import logits_at
+from cola.link.forward import logits_and_cache, logits_at
+from cola.measure.continued import Continued
 from cola.measure.likelihood import choice_nats, last_logits, left_padded, nats_of, plain_choice_nats
 from cola.measure.scores import ExampleScore
 from cola.recipe.data_section import Data
 
-EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when the same weights would score otherwise
+EVALUATION_VERSION = 3  # part of what a kept score depends on: raise it when the same weights would score otherwise
 
 PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
-Decoding: TypeAlias = Literal["padded", "alike", "plain"]
+Decoding: TypeAlias = Literal["cached", "padded", "alike", "plain"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Ways:
 
     rows: Literal["together", "alone"] = "together"  # several in one pass, or each alone
     choices: Literal["cached", "plain"] = "cached"  # continued from the prompt's cache, or each a row of its own
-    # By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time by plain
-    # passes over one prompt.
-    decoding: Decoding = "padded"
+    # From the cache of the pass that has read the right answer; by `generate` on prompts that are padded on the left,
+    # or of one length; or one token at a time by plain passes over one prompt.
+    decoding: Decoding = "cached"
     positions: int | None = None  # those that the model has, where decoding could go beyond them
 
 
@@ -151,26 +152,73 @@ class Evaluator:
             return Outputs(logits_at(model.eval(), batch.input_ids_BT, batch.predicts_BT), batch.targets_N)
 
     def _sequences(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
-        missed = []
+        cached = self.task == "answer" and self.ways.decoding == "cached"
+        missed: list[tuple[Example, ExampleScore]] = []
+        texts: dict[str, str] = {}
         for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
-            batch = collate([training_row(e) for e in group]).to(model.device)
-            logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
-            nats_N = nats_of(logits_NV, batch.targets_N)
-            hits = logits_NV.argmax(-1) == batch.targets_N
+            batch, cache = collate([training_row(e) for e in group]).to(model.device), None
+            if cached:
+                logits_NV, cache = logits_and_cache(model, batch.input_ids_BT, batch.predicts_BT)
+            else:
+                logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
             lengths = [len(e.answers[e.gold]) for e in group]
-            for example, nats, hit in zip(group, nats_N.split(lengths), hits.split(lengths), strict=True):
-                result = ExampleScore(example.id, nats.sum().item(), len(example.answers[0]), None, None, example.group)
+            nats = nats_of(logits_NV, batch.targets_N).split(lengths)
+            greedy = [tokens.tolist() for tokens in logits_NV.argmax(-1).split(lengths)]
+            misses: dict[int, list[int]] = {}
+            for row, example in enumerate(group):
+                right = example.answers[example.gold]
+                result = ExampleScore(example.id, nats[row].sum().item(), len(right), None, None, example.group)
                 if self.task == "text":
                     yield result
-                elif hit.all():
+                elif greedy[row] == right:
                     # Greedy decoding would walk through exactly these tokens, so it need not be run; no stop string
                     # lies in them.
                     yield replace(result, score=1.0, prediction=example.texts[0])
                 else:
                     missed.append((example, result))
-        for (example, result), text in zip(missed, self._decode(model, [e for e, _ in missed]), strict=True):
+                    n_right = next(n for n, token in enumerate(greedy[row]) if token != right[n])
+                    misses[row] = greedy[row][: n_right + 1]
+            if cache is not None and misses:
+                texts |= self._go_on(model, cache, batch.input_ids_BT.shape[1], group, misses)
+        if not cached:
+            texts = self._decode(model, [example for example, _ in missed])
+        for example, result in missed:
+            text = texts[example.id]
             right = normalized(text, self.normalize) == normalized(self._right(example)[1], self.normalize)
             yield replace(result, score=float(right), prediction=text)
+
+    def _go_on(
+        self, model: PreTrainedModel, cache: Cache, width: int, group: Sequence[Example], misses: dict[int, list[int]]
+    ) -> dict[str, str]:
+        """Greedy answers from the cache of the pass that has read the right ones, along which decoding walks as well
+        up to its first miss; the text of each by id.
+
+        Args:
+            model: That has read them.
+            cache: Of that pass.
+            width: Its tokens of a row.
+            group: Its rows.
+            misses: Of some of them the greedy tokens up to the first miss; added to.
+        """
+        examples = [group[row] for row in misses]
+        said, before = list(misses.values()), [self._right(example)[0] for example in examples]
+        room, ends = [self._room(model, example) for example in examples], self.end_tokens
+
+        def goes_on(i: int) -> bool:
+            tokens = said[i]
+            return tokens[-1] not in ends and len(tokens) < room[i] and not self._said(tokens, before[i])[1]
+
+        going = list(range(len(said)))
+        lengths = [len(example.prompt) + len(tokens) - 1 for example, tokens in zip(examples, said, strict=True)]
+        continued = Continued(model, cache, width, list(misses), lengths)
+        while kept := [place for place, i in enumerate(going) if goes_on(i)]:
+            continued.keep(kept)
+            going = [going[place] for place in kept]
+            last_B1 = torch.tensor([said[i][-1:] for i in going], device=model.device)
+            logits_BV = continued.logits(last_B1, torch.ones_like(last_B1, dtype=torch.bool))
+            for i, token in zip(going, logits_BV.argmax(-1).tolist(), strict=True):
+                said[i].append(token)
+        return {e.id: self._said(tokens, b)[0] for e, tokens, b in zip(examples, said, before, strict=True)}
 
     def _text(self, tokens: list[int]) -> str:
         # A token that ends an answer need not be one that the tokenizer leaves out.
@@ -197,7 +245,7 @@ class Evaluator:
         answer = up_to(text, self.stop)
         return answer, len(answer) < len(text)
 
-    def _decode(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
+    def _decode(self, model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, str]:
         """Greedy answers to the prompts, up to an end token, a stop string or a little over the longest right answer.
 
         What stands before a right answer (the answer prefix) is taken off where the model says it too.
@@ -232,7 +280,7 @@ class Evaluator:
             )
             rows = zip(group, output[:, width:].tolist(), before, strict=True)
             texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
-        return [texts[example.id] for example in examples]
+        return texts
 
     def _room(self, model: PreTrainedModel, example: Example) -> int:
         """New tokens that decoding may come to: the last one that follows from the model's last position at most."""
@@ -251,21 +299,21 @@ class Evaluator:
         return self._said(tokens, before)[0]
 
     def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
-        # Choices of one token are read off the prompt's last position, prompts of any length together. Longer ones
-        # continue from the cached prompt: prompts of one length share a pass, nothing is padded, and so it does not
-        # matter what kind of positions the model has. Where it has no such cache, each choice is a row of its own.
-        alike: dict[tuple[int, int], list[Example]] = defaultdict(list)
+        # Where the model has no cache that choices can go on from, each longer choice is a row of its own.
+        quick = []
         for example in examples:
-            long = max(map(len, example.answers)) > 1
-            if long and self.ways.choices == "plain":
+            if self.ways.choices == "plain" and max(map(len, example.answers)) > 1:
                 yield _chosen(example, plain_choice_nats(model, example, self.batch_tokens))
-                continue
-            alike[len(example.prompt) if long else 0, len(example.answers)].append(example)
-        for (_, n_choices), same in alike.items():
-            rest = n_choices * (max(len(a) for e in same for a in e.answers) - 1)
-            for group in by_tokens(same, lambda e, rest=rest: len(e.prompt) + rest, self.batch_tokens):
-                for example, scores in zip(group, choice_nats(model, group), strict=True):
-                    yield _chosen(example, scores)
+            else:
+                quick.append(example)
+        for group in by_tokens(quick, _choice_tokens, self.batch_tokens):
+            for example, scores in zip(group, choice_nats(model, group), strict=True):
+                yield _chosen(example, scores)
+
+
+def _choice_tokens(example: Example) -> int:
+    """Tokens that an example takes in a batch at most: its prompt, and what its choices go on with."""
+    return len(example.prompt) + sum(len(answer) - 1 for answer in example.answers)
 
 
 def _chosen(example: Example, scores: Sequence[float]) -> ExampleScore:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cola.data.batches import by_tokens, collate
 from cola.data.encode import Example
-from cola.link.forward import logits_after, logits_and_cache, logits_at
+from cola.link.forward import logits_and_cache, logits_at
+from cola.measure.continued import Continued
 
 
 def last_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
@@ -42,35 +43,34 @@ def plain_choice_nats(model: PreTrainedModel, example: Example, batch_tokens: in
 
 
 def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[float]]:
-    """-log p of every choice, summed over its tokens, for examples with one number of choices.
+    """-log p of every choice of each example, summed over its tokens.
 
-    The prompt is read once; choices of more than one token continue from its cache, for which the prompts must be of
-    one length.
+    Prompts are read once, of any lengths together. Choices of more than one token go on from there, all of them
+    together.
     """
-    n_choices = len(examples[0].answers)
-    prompts = collate([(example.id, example.prompt, example.answers[0][:1]) for example in examples]).to(model.device)
+    device, answers = model.device, [example.answers for example in examples]
+    rows = [(q, answer) for q, choices in enumerate(answers) for answer in choices]
+    prompts = collate([(example.id, example.prompt, [0]) for example in examples]).to(device)
     prompts_BT, last_BT = prompts.input_ids_BT[:, :-1], prompts.predicts_BT[:, :-1]
-    longest = max(len(answer) for example in examples for answer in example.answers)
+    longest = max(len(answer) for _, answer in rows)
     cache = None
     if longest > 1:
         logits_BV, cache = logits_and_cache(model, prompts_BT, last_BT)
     else:
         logits_BV = logits_at(model, prompts_BT, last_BT)
-    first_BC = torch.tensor([[answer[0] for answer in example.answers] for example in examples], device=model.device)
-    nats_BC = -logits_BV.log_softmax(-1).gather(1, first_BC)
+    rows_Q = torch.tensor([row for row, _ in rows], device=device)
+    first_Q = torch.tensor([answer[0] for _, answer in rows], device=device)
+    nats_Q = -logits_BV.log_softmax(-1)[rows_Q, first_Q]
     if cache is not None:
-        cache.batch_repeat_interleave(n_choices)
-        answers = [answer for example in examples for answer in example.answers]
-        rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for answer in answers])
-        real_QT = torch.tensor([[t < len(answer) - 1 for t in range(longest)] for answer in answers])
-        rest_ids_QT, real_QT = rest.input_ids_BT.to(model.device), real_QT.to(model.device)
-        logits_NV = logits_after(cache, model, rest_ids_QT, real_QT)
-        targets_N = torch.tensor([token for answer in answers for token in answer[1:]], device=model.device)
-        rest_Q = torch.zeros(len(answers), device=model.device)
-        rows_N = repeat(torch.arange(len(answers), device=model.device), "q -> q t", t=longest)[real_QT]
-        rest_Q.index_add_(0, rows_N, nats_of(logits_NV, targets_N))
-        nats_BC = nats_BC + rearrange(rest_Q, "(b c) -> b c", c=n_choices)
-    return nats_BC.tolist()
+        lengths = [len(examples[row].prompt) for row, _ in rows]
+        continued = Continued(model, cache, prompts_BT.shape[1], rows_Q.tolist(), lengths)
+        rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for _, answer in rows])
+        real_QT = torch.tensor([[t < len(answer) - 1 for t in range(longest)] for _, answer in rows], device=device)
+        logits_NV = continued.logits(rest.input_ids_BT.to(device), real_QT)
+        targets_N = torch.tensor([token for _, answer in rows for token in answer[1:]], device=device)
+        of_N = repeat(torch.arange(len(rows), device=device), "q -> q t", t=longest)[real_QT]
+        nats_Q = nats_Q.index_add(0, of_N, nats_of(logits_NV, targets_N))
+    return [part.tolist() for part in nats_Q.split([len(choices) for choices in answers])]
 
 
 def nats_of(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

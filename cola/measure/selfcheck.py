@@ -3,7 +3,8 @@
     later token   what comes later moves no earlier logit, neither what it is nor whether it is there
     batch         a row among others, padded on the right, has its own logits, and so have positions that are picked
     choices       choices that go on from the prompt's cache are as likely as in plain passes
-    decoding      each step of `generate`, on prompts that are padded on the left, has the logits of a plain pass
+    decoding      each step from the cache of a pass over rows, or else of `generate` on prompts that are padded on the
+                  left, has the logits of a plain pass
     positions     the longest row, and what may be decoded after it, are within the model's positions
     state         all of the state dict is in what is kept of a fully fine-tuned model; training moves no buffer besides
 
@@ -21,8 +22,9 @@ in every row or at every position, a tie now and then, so that the median counts
 Axes: B rows, T tokens, N positions, P prompts, S steps, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from time import perf_counter
 from typing import Any, NoReturn
@@ -35,11 +37,12 @@ from cola.data.batches import collate
 from cola.data.encode import Example
 from cola.errors import ModelError, one_line
 from cola.link.adapters import kept_buffers, unwrapped, virtual_tokens, whole_state
-from cola.link.forward import logits_at
+from cola.link.forward import logits_and_cache, logits_at
+from cola.measure.continued import Continued
 from cola.measure.evaluate import Decoding, Evaluator, Ways
 from cola.measure.likelihood import choice_nats, last_logits, left_padded, plain_choice_nats
 
-VERSION = 2  # part of the name of a remembered result: raise it when other things are tried, or otherwise
+VERSION = 3  # part of the name of a remembered result: raise it when other things are tried, or otherwise
 WITHIN = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 FAINT = 3e-4  # the same, at most, where the place of a row in its batch changes nothing
 ACROSS = {torch.float32: 1e-3, torch.float16: 1.5e-2, torch.bfloat16: 5e-2}
@@ -91,7 +94,11 @@ def self_check(subject: Subject) -> dict[str, Any]:
 
 def slowest(ways: Sequence[Ways]) -> Ways:
     """The ways that are right for several models, which are then all asked alike."""
-    order = {"rows": ("together", "alone"), "choices": ("cached", "plain"), "decoding": ("padded", "alike", "plain")}
+    order = {
+        "rows": ("together", "alone"),
+        "choices": ("cached", "plain"),
+        "decoding": ("cached", "padded", "alike", "plain"),
+    }
     worst = {name: max((getattr(way, name) for way in ways), key=known.index) for name, known in order.items()}
     positions = [way.positions for way in ways if way.positions is not None]
     return Ways(**worst, positions=min(positions, default=None))
@@ -163,7 +170,7 @@ class _Trial:
         task = self.subject.evaluator.task
         choices = self._cached_choices() if task == "multiple_choice" and together else None
         cached = task != "multiple_choice" or (choices is not None and choices <= self.tolerance)
-        decoding, how = self._decoding(together) if task == "answer" else (None, "padded")
+        decoding, how = self._decoding(together) if task == "answer" else (None, "cached")
         ways = Ways("together" if together else "alone", "cached" if cached else "plain", how, positions)
         return {
             "ways": asdict(ways),
@@ -249,12 +256,10 @@ class _Trial:
     def _cached_choices(self) -> float | None:
         """How far choices from the cache are from plain passes, per token; None where there is no such cache."""
         answers = [self.rows[3][:n] for n in (1, 2, 4)]
-        short = len(self.rows[2])
-        prompts = [self.rows[1], self.rows[2], self.rows[0][:short]]  # one alone, and two of one length together
-        examples = [Example("", prompt, answers, 0, [], None) for prompt in prompts]
+        examples = [Example("", prompt, answers, 0, [], None) for prompt in self.rows[:3]]
         want = torch.tensor([plain_choice_nats(self.model, example, 4096) for example in examples])
         try:
-            got = torch.tensor(choice_nats(self.model, examples[:1]) + choice_nats(self.model, examples[1:]))
+            got = torch.tensor(choice_nats(self.model, examples))
         except Exception as error:  # of the model's own code, which knows no such cache
             self.notes.append(f"choices are scored one by one: from the cache the model fails ({_line(error)})")
             return None
@@ -267,24 +272,43 @@ class _Trial:
     def _decoding(self, together: bool) -> tuple[float | None, Decoding]:
         """How far the steps of the quickest right way to decode are from plain passes, and which way that is."""
         short = len(self.rows[2])
+        tried: dict[Decoding, Callable[[], float]] = {"cached": self._continued}
+        if unwrapped(self.model) is self.model:  # virtual tokens have no place before padding
+            tried["padded"] = partial(self._decoded, self.rows)
+        if not together:
+            tried = {}
         alike = [[row[:short] for row in self.rows[: 2 if together else 1]], self.rows[1:2]]
-        tried: list[tuple[Decoding, list[list[list[int]]]]] = (
-            [("padded", [self.rows])] if together and unwrapped(self.model) is self.model else []
-        )
-        why = ""
-        for how, groups in [*tried, ("alike", alike)]:
+        tried["alike"] = lambda: max(self._decoded(rows) for rows in alike)
+        why = []
+        for how, apart_of in tried.items():
             try:
-                apart = max(self._decoded(rows) for rows in groups)
-            except Exception as error:  # of the model's own code, which generates otherwise, or not at all
-                why = f"it fails ({_line(error)})"
+                apart = apart_of()
+            except Exception as error:  # of the model's own code, which keeps or generates otherwise, or not at all
+                why.append(f"{how}: it fails ({_line(error)})")
                 continue
             if apart <= self.tolerance:
-                if how == "alike" and tried:
-                    self.notes.append(f"prompts are decoded by their lengths: padded on the left {why}")
+                if why:
+                    self.notes.append(f"answers are decoded in a slower way, {how}, since {'; '.join(why)}")
                 return apart, how
-            why = f"it gives other logits ({apart:.2g})"
-        self.notes.append(f"answers are decoded by plain passes, one token at a time: by transformers' generate {why}")
+            why.append(f"{how}: it gives other logits ({apart:.2g})")
+        self.notes.append(f"answers are decoded by plain passes, one token at a time, since {'; '.join(why)}")
         return None, "plain"
+
+    def _continued(self) -> float:
+        """How far decoding from the cache of a pass over rows, each from a place of its own, is from plain passes."""
+        batch = collate([("", row[:-1], row[-1:]) for row in self.rows]).to(self.model.device)
+        _, cache = logits_and_cache(self.model, batch.input_ids_BT, batch.predicts_BT)
+        said = [row[: len(row) - b % 3] for b, row in enumerate(self.rows)]
+        read = [len(row) - 1 for row in said]
+        continued = Continued(self.model, cache, batch.input_ids_BT.shape[1], range(len(said)), read)
+        steps = []
+        for _ in range(STEPS):
+            last_B1 = torch.tensor([row[-1:] for row in said], device=self.model.device)
+            steps.append(continued.logits(last_B1, torch.ones_like(last_B1, dtype=torch.bool)))
+            for row, token in zip(said, steps[-1].argmax(-1).tolist(), strict=True):
+                row.append(token)
+        want = [self._whole([row])[0, n : n + STEPS] for row, n in zip(said, read, strict=True)]
+        return self._apart(difference(torch.stack(steps, dim=1), torch.stack(want)))
 
     def _decoded(self, prompts: Sequence[list[int]]) -> float:
         end = self.subject.evaluator.tokenizer.eos_token_id  # what decoding pads with

@@ -63,8 +63,9 @@ class Ways(Record):
 
     rows: Literal["together", "alone"] = Field(description="several in one pass, or each alone")
     choices: Literal["cached", "plain"] = Field(description="continued from the prompt's cache, or each read as a row")
-    decoding: Literal["padded", "alike", "plain"] = Field(
-        description="`padded` on the left; `alike`: prompts of one length; `plain`: passes over one prompt"
+    decoding: Literal["cached", "padded", "alike", "plain"] = Field(
+        description="`cached`: on from the pass that gives the loss; `padded` on the left; `alike`: prompts of one "
+        "length; `plain`: passes over one prompt"
     )
     positions: Count | None = Field(description="the model's positions where decoding could go beyond them")
 

@@ -75,11 +75,25 @@ def other_architectures() -> list[PreTrainedModel]:
 @pytest.mark.parametrize("number", range(4))
 def test_choices_continued_from_the_cached_prompt_have_the_likelihood_of_a_plain_pass(number: int) -> None:
     model = [tiny_model(), *other_architectures()][number]
-    same_length = examples()[:3]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        got = choice_nats(model, same_length)
-    expected = [[plain_nats(model, e.prompt, answer) for answer in e.answers] for e in same_length]
+        got = choice_nats(model, examples())
+    assert len(passes) == 2  # the prompts, of any lengths, and the choices
+    expected = [[plain_nats(model, e.prompt, answer) for answer in e.answers] for e in examples()]
     assert [pytest.approx(row, rel=1e-4) for row in expected] == got
+
+
+def test_rows_with_more_and_fewer_choices_share_a_pass(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, rows = tiny_model(), examples()
+    rows[0] = Example("few", PROMPTS[0], [[50], [60, 61]], 1, ["a", "b"], None)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    scores = evaluator("multiple_choice", tokenizer)(model, rows)
+    assert len(passes) == 2
+    assert [s.nats for s in scores] == pytest.approx(
+        [plain_nats(model, e.prompt, e.answers[e.gold]) for e in rows], rel=1e-4
+    )
 
 
 def test_choices_of_one_token_are_read_off_prompts_of_any_length_in_one_pass(

@@ -251,7 +251,7 @@ def test_a_cache_that_is_wrong_in_silence_is_not_used() -> None:
 
     def shifted(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() and kwargs.get("position_ids") is None:
+        if cache is not None and cache.get_seq_length():
             kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
         return args, kwargs
 
@@ -259,6 +259,28 @@ def test_a_cache_that_is_wrong_in_silence_is_not_used() -> None:
     record = check(model, "multiple_choice")
     assert record["ways"]["choices"] == "plain"
     assert record["choices"] > record["tolerance"]
+    record = check(model, "answer")
+    assert record["ways"]["decoding"] == "plain"
+    assert "cached: it gives other logits" in record["notes"][0]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_answers_are_decoded_from_the_cache_of_the_loss_as_by_plain_passes(name: str) -> None:
+    model, made, quick = make(name), [], evaluator("answer")
+    for i, row in enumerate(rows(6)):  # greedy decoding leaves the right answer at its first token, second, ...
+        tokens = list(row.prompt)
+        while len(tokens) < len(row.prompt) + 3:
+            token = int(plain_logits(model, tokens)[-1].argmax())
+            tokens.append(token if len(tokens) < len(row.prompt) + i % 3 else (token + 7) % 400 + 3)
+        answer = tokens[len(row.prompt) :]
+        made.append(Example(row.id, row.prompt, [answer], 0, [TOKENIZER.decode(answer)], None))
+    got = quick(model, made)
+    assert [score.prediction for score in got] == [plain_text(model, e.prompt, quick.new_tokens) for e in made]
+    want = [plain_nats(model, example.prompt, example.answers[0]) for example in made]
+    assert [score.nats for score in got] == pytest.approx(want, rel=1e-5)
+    assert [s.prediction for s in evaluator("answer", Ways(decoding="padded"))(model, made)] == [
+        s.prediction for s in got
+    ]
 
 
 def test_decoding_stops_at_the_last_position_of_a_model_with_learned_ones() -> None:
