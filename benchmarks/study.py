@@ -1,0 +1,170 @@
+"""A whole study by cola, against the script that one would write today: wall clock and peak memory, results held equal.
+
+    python benchmarks/study.py [--recipe benchmarks/study.yaml] [--rounds 3]
+
+Each round runs `cola run RECIPE` in an empty store and benchmarks/by_hand.py, one after the other, each as a process of
+its own; then the same `cola run` again, which finds all of it. The training losses of every step, the loss and exact
+match of every split and the chosen learning rates must agree. Writes benchmarks/results/RECIPE.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from rich.console import Console
+
+from cola.recipe.plan import evaluation_steps, plan_arm
+from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.report.terminal import Terminal
+from cola.run.materials import Materials, gather
+from cola.run.plan_tree import Planner
+from cola.tree.provenance import provenance
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-4  # of a loss, nats per target token
+
+
+def made() -> dict[str, Any]:
+    """Where and with what a benchmark was run."""
+    return {key: value for key, value in provenance().items() if key != "all_packages"}
+
+
+def timed(command: list[str], log: Path, **environment: str) -> dict[str, float]:
+    """Wall clock and peak memory of a process.
+
+    Raises:
+        SystemExit: it failed; its output is shown.
+    """
+    started = time.perf_counter()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def written_out(recipe: Recipe, materials: Materials) -> dict[str, Any]:
+    """The recipe as by_hand.py reads it: rows, their order, the learning rate of each step, the seed of each draw."""
+    planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
+    tokenizer, n_train = materials.evaluator.tokenizer, materials.splits.sizes["train"]
+    rows: dict[str, list[dict[str, str]]] = {}
+    for split, examples in materials.splits.items():
+        rows[split] = [{"prompt": tokenizer.decode(e.prompt), "answer": e.texts[0]} for e in examples]
+        again = [tokenizer(row["prompt"]).input_ids for row in rows[split]]
+        assert again == [e.prompt for e in examples], "both read the same tokens"
+    rows["general"] = [{"text": tokenizer.decode([*e.prompt, *e.answers[0]])} for e in materials.general]
+    arms, order, looks = [], {}, []
+    for name in recipe.arms:
+        searched = recipe.search_of(name) is not None
+        seeds = [*(recipe.search_seeds(name) if searched else []), *recipe.seeds]
+        plans = {s: [plan_arm(recipe, name, s, n_train, c) for c in recipe.choices_of(name)] for s in seeds}
+        order |= {
+            str(s): planner.order(recipe.training.batch_size, s, plan[0][-1].last_step if plan[0] else 0)
+            for s, plan in plans.items()
+            if len(order.get(str(s), [])) < (plan[0][-1].last_step if plan[0] else 0)
+        }
+        looks = max(looks, evaluation_steps(recipe, plans[seeds[0]][0], n_train), key=len)
+        rates = [dict(choice).get("learning_rate") for choice in recipe.choices_of(name)]
+        arms.append(
+            {
+                "name": name,
+                "method": "none"
+                if not plans[seeds[0]][0]
+                else "full"
+                if plans[seeds[0]][0][0].settings.is_whole
+                else "lora",
+                "seed": str(seeds[0]),
+                "link_seeds": {str(s): [link.seed for link in plan[0]] for s, plan in plans.items()},
+                "rates": [
+                    {"learning_rate": rate, "steps": [link.learning_rates for link in links]}
+                    for rate, links in zip(rates, plans[seeds[0]], strict=True)
+                ],
+            }
+        )
+    link = recipe.link
+    return {
+        "model": str(materials.source.folder),
+        "rows": rows,
+        "order": order,
+        "looks": looks,
+        "seeds": recipe.seeds,
+        "batch_size": recipe.training.batch_size,
+        "lora": {"r": link.rank, "lora_alpha": 16, "target_modules": link.target_modules},
+        "arms": arms,
+    }
+
+
+def disagreements(run_folder: Path, by_hand: dict[str, Any]) -> dict[str, float]:
+    """Largest difference of a training loss, of a split's loss, of an exact match, and of a chosen rate."""
+    worst = {"training loss": 0.0, "loss": 0.0, "score": 0.0, "learning rate": 0.0}
+    for path in run_folder.glob("arms/*/seed-*/result.json"):
+        result, key = json.loads(path.read_text()), f"{path.parts[-3]} {path.parts[-2].removeprefix('seed-')}"
+        theirs, metrics = by_hand[key], map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
+        losses = [row["loss"] for row in metrics if row["kind"] == "step"]
+        pairs = {"training loss": list(zip(losses, theirs["losses"], strict=True))}
+        splits = [name for name in ("train", "validation", "test", "general") if name in theirs]
+        pairs["loss"] = [(result["evaluation"][name]["loss"], theirs[name]["loss"]) for name in splits]
+        scored = [name for name in splits if theirs[name]["score"] is not None]
+        pairs["score"] = [(result["evaluation"][name]["score"], theirs[name]["score"]) for name in scored]
+        pairs["learning rate"] = [(result["train_info"]["learning_rate"] or 0, theirs["learning_rate"] or 0)]
+        for quantity, both in pairs.items():
+            worst[quantity] = max([worst[quantity], *(abs(a - b) for a, b in both)])
+    return worst
+
+
+def main(recipe_file: Path, rounds: int) -> None:
+    """Measure, compare, write."""
+    recipe = read_recipe(recipe_file, [])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with (folder / "log").open("w") as log:
+            materials = gather(recipe, Terminal(Console(file=log)))  # both find the model and the rows on this disk
+        (folder / "study.json").write_text(json.dumps(written_out(recipe, materials)))
+        found: dict[str, list[dict[str, float]]] = {"cola": [], "by hand": [], "cola again": []}
+        worst: dict[str, float] = {}
+        for number in range(rounds):
+            store = folder / f"store-{number}"
+            command = [sys.executable, "-m", "cola", "run", str(recipe_file), f"store={store}", f"output={folder}"]
+            command += ["--run-folder", str(folder / f"run-{number}")]
+            by_hand = [sys.executable, str(HERE / "by_hand.py"), str(folder / "study.json"), str(folder / "hand.json")]
+            found["cola"].append(timed(command, folder / "cola.log", WANDB_MODE="offline"))
+            found["by hand"].append(timed(by_hand, folder / "hand.log"))
+            again = [*command[:-1], str(folder / f"again-{number}")]
+            found["cola again"].append(timed(again, folder / "again.log", WANDB_MODE="offline"))
+            theirs = json.loads((folder / "hand.json").read_text())["results"]
+            for quantity, value in disagreements(folder / f"run-{number}", theirs).items():
+                worst[quantity] = max(value, worst.get(quantity, 0.0))
+            print({name: round(runs[-1]["seconds"], 1) for name, runs in found.items()}, worst, flush=True)
+    ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(found["cola"], found["by hand"], strict=True)]
+    record = {
+        "recipe": recipe_file.name,
+        "made": made(),
+        "runs": found,
+        "median_seconds": {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()},
+        "median_ratio": statistics.median(ratios),
+        "largest_differences": worst,
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / f"{recipe_file.stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["median_seconds"]), f"ratio {record['median_ratio']:.2f}")
+    if worst["training loss"] > TOLERANCE or worst["loss"] > TOLERANCE or worst["score"] or worst["learning rate"]:
+        sys.exit("the two do not agree")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=HERE / "study.yaml")
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    main(asked.recipe, asked.rounds)
