@@ -3,22 +3,20 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cola.errors import quoted
 from cola.recipe.bounds import (
     MOST_LINKS,
     Dtype,
     Epochs,
+    Fraction,
     LinkCount,
+    OneOrMore,
     Positive,
     Quantization,
     Section,
+    Share,
     Steps,
     WarmUp,
     Width,
@@ -44,9 +42,7 @@ class LinkSettings(Section):
         description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
         "Default: `2r`.",
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="lora: dropout on the pair's input. Default: 0."
-    )
+    dropout: Fraction | None = Field(default=None, description="lora: dropout on the pair's input. Default: 0.")
     target_modules: list[str] | str | None = Field(
         default=None,
         description="lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every "
@@ -71,7 +67,7 @@ class LinkSettings(Section):
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
         default=None, description="lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
     )
-    freeze: list[Part] | None = Field(
+    freeze: Annotated[list[Part], OneOrMore] | None = Field(
         default=None,
         description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
         "Default: nothing.",
@@ -109,11 +105,6 @@ class LinkSettings(Section):
             return "all-linear"
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
-    @field_validator("freeze", mode="before")
-    @classmethod
-    def _one_part(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
 
 class OneLink(LinkSettings):
     """One link of a list of links."""
@@ -133,10 +124,10 @@ class OneLink(LinkSettings):
 class Prune(Section):
     """Part of AdamW's moments is cleared at a knot, the same entries of both; its step count goes on (ReLoRA)."""
 
-    prune_magnitude: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    prune_magnitude: Share | None = Field(
         default=None, description="Share of each tensor's entries that is cleared, those of the smallest first moment."
     )
-    prune_random: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    prune_random: Share | None = Field(
         default=None, description="Share of each tensor's entries that is cleared, drawn from the link's seed."
     )
 
@@ -149,9 +140,7 @@ class Prune(Section):
     @property
     def share(self) -> float:
         """The share of the entries that is cleared."""
-        share = self.prune_random if self.prune_magnitude is None else self.prune_magnitude
-        assert share is not None  # `_one_rule`
-        return share
+        return self.prune_magnitude or self.prune_random or 0.0  # one of them is above 0, see `_one_rule`
 
 
 class KnotRules(Section):
@@ -200,13 +189,6 @@ class KnotRules(Section):
     def _yes_or_no(cls, value: Any) -> Any:
         return {True: "exact", False: "no"}[value] if isinstance(value, bool) else value
 
-    @field_validator("warmup_steps")
-    @classmethod
-    def _whole_or_fraction(cls, value: float | None) -> float | None:
-        if value is not None and value >= 1 and value != int(value):
-            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
-        return value
-
 
 class Arm(LinkSettings):
     """One thing that is compared: a number of links, each trained, then tied into the weights."""
@@ -232,13 +214,11 @@ class Arm(LinkSettings):
         if not isinstance(value, dict):
             return value
         inline = {k: v for k, v in value.items() if k in SEARCHABLE and isinstance(v, dict) and "search" in v}
-        if not inline and not isinstance(value.get("search"), dict):
+        apart = value.get("search") or {}
+        if not isinstance(apart, dict) or not (inline or apart):
             return value
-        found = value.get("search") or {}
-        if not isinstance(found, dict):
-            return value
-        as_searches = {k: {"search": v} if isinstance(v, list) else v for k, v in found.items()}
-        return {k: v for k, v in value.items() if k not in inline} | {"search": as_searches | inline}
+        apart = {k: {"search": v} if isinstance(v, list) else v for k, v in apart.items()}
+        return {k: v for k, v in value.items() if k not in inline} | {"search": apart | inline}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

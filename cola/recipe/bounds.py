@@ -4,13 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from cola.errors import quoted
 
@@ -52,6 +46,16 @@ def _path(name: str) -> str:
     return name
 
 
+def _whole_or_fraction(steps: float) -> float:
+    if steps >= 1 and steps != int(steps):
+        raise ValueError("warmup_steps is a whole number, or a fraction below 1")
+    return steps
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 LocalPath = Annotated[str, AfterValidator(_path)]
 Whole = Annotated[int, BeforeValidator(_no_truth)]
 Steps = Annotated[Whole, Field(gt=0, le=MOST_STEPS)]
@@ -61,8 +65,11 @@ Tokens = Annotated[Whole, Field(gt=0, le=MOST_TOKENS)]
 Width = Annotated[Whole, Field(gt=0, le=WIDEST)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 LinkCount = Annotated[Whole, Field(ge=0, le=MOST_LINKS)]
-WarmUp = Annotated[float, Field(ge=0, le=MOST_STEPS)]
+WarmUp = Annotated[float, Field(ge=0, le=MOST_STEPS), AfterValidator(_whole_or_fraction)]
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+OneOrMore = BeforeValidator(_listed)  # of a list of texts: a text alone is a list of one
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 

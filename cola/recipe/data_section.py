@@ -4,15 +4,12 @@ import string
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from cola.errors import quoted
-from cola.recipe.bounds import LocalPath, RowCount, Section, Seed, Tokens
+from cola.recipe.bounds import LocalPath, OneOrMore, RowCount, Section, Seed, Tokens
+
+SOURCES = {"hub": "name", "files": "train", "reasoning_gym": "name"}  # and the key that a text alone stands for
 
 
 class Hub(Section):
@@ -139,7 +136,7 @@ class Data(Section):
         "its amount inside, `lowercase` the case, "
         "`punctuation` every character of string.punctuation.",
     )
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], OneOrMore] | None = Field(
         default=None,
         description="Strings that end an answer (task `answer`): what is decoded counts up to the first of them. "
         "Default: a newline; where that would cut a right answer of the data short, an empty line; where that would "
@@ -158,20 +155,10 @@ class Data(Section):
         "test, then validation; `error` stops; `allow` keeps them and says so.",
     )
 
-    @field_validator("hub", "reasoning_gym", mode="before")
+    @field_validator(*SOURCES, mode="before")
     @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _string_alone(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"train": value} if isinstance(value, str) else value
+    def _text_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        return {SOURCES[str(info.field_name)]: value} if isinstance(value, str) else value
 
     @field_validator("prompt", "answer", "text", mode="before")
     @classmethod
@@ -204,37 +191,33 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        sources = [name for name in ("hub", "files", "reasoning_gym") if getattr(self, name) is not None]
+        sources = [name for name in SOURCES if getattr(self, name) is not None]
         if len(sources) != 1:
             given = f"given are {' and '.join(sources)}" if sources else "none is given"
             raise ValueError(f"give exactly one source, hub, files or reasoning_gym; {given}")
         if self.redraw == "per_seed" and self.rows.train is None:
             raise ValueError("redraw: per_seed needs rows.train, the number of rows that each seed draws")
-        needed = {"multiple_choice": ("prompt", "choices", "label"), "answer": ("prompt", "answer"), "text": ("text",)}
-        for key in needed[self.task]:
-            if getattr(self, key) is None:
-                raise ValueError(f"task {self.task} needs the key {key!r}")
-        optional = {"multiple_choice": {"label_is", "choice_labels"}, "answer": set(), "text": set()}
+        needed = {"multiple_choice": ["prompt", "choices", "label"], "answer": ["prompt", "answer"], "text": ["text"]}
+        if lacking := next((key for key in needed[self.task] if getattr(self, key) is None), None):
+            raise ValueError(f"task {self.task} needs the key {lacking!r}")
+        taken = [*needed[self.task], *(("label_is", "choice_labels") if self.task == "multiple_choice" else ())]
         for key in ("prompt", "answer", "text", "choices", "label", "label_is", "choice_labels"):
-            if getattr(self, key) is not None and key not in {*needed[self.task], *optional[self.task]}:
+            if getattr(self, key) is not None and key not in taken:
                 raise ValueError(f"{key!r} has no effect with task {self.task}: remove it")
         if isinstance(self.choices, list | dict) and len(self.choices) < 2:
             raise ValueError("choices needs two answers or more")
         if self.choice_labels is not None and not isinstance(self.choices, str):
             raise ValueError("choice_labels goes with choices that name a field of the row")
-        named = isinstance(self.choices, dict) or self.choice_labels is not None
-        if self.label_is == "name" and not named:
+        if self.label_is == "name" and not isinstance(self.choices, dict) and self.choice_labels is None:
             raise ValueError("label_is: name needs names: choices as a mapping, or choice_labels")
         if self.label_is in ("index", "text") and self.choice_labels is not None:
             raise ValueError(f"choice_labels has no effect with label_is: {self.label_is}: remove it")
-        if self.normalize is not None and self.task != "answer":
-            raise ValueError(f"normalize has no effect with task {self.task}: remove it")
-        if self.stop is not None and self.task != "answer":
-            raise ValueError(f"stop has no effect with task {self.task}: remove it")
-        if self.system is not None and not self.chat:
-            raise ValueError("system has no effect without chat: true")
-        if self.today is not None and not self.chat:
-            raise ValueError("today has no effect without chat: true")
+        for key in ("normalize", "stop"):
+            if getattr(self, key) is not None and self.task != "answer":
+                raise ValueError(f"{key} has no effect with task {self.task}: remove it")
+        for key in ("system", "today"):
+            if getattr(self, key) is not None and not self.chat:
+                raise ValueError(f"{key} has no effect without chat: true")
         if self.task == "text" and self.chat:
             raise ValueError("chat has no effect with task text: remove it")
         if self.too_long == "split" and self.task != "text":

@@ -27,23 +27,6 @@ from cola.recipe.yaml12 import (
     parse_yaml,
 )
 
-# YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (`wandb: off`, `choices: {yes: .., no: ..}`),
-# 12:30 for a number in base 60, a date for a date, and 1e-4, as every learning rate is written, for text. These are
-# the scalars of YAML 1.2's core schema.
-for _class in (RecipeLoader, RecipeDumper):
-    for _tag, _pattern, _first in (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("merge", r"<<", ["<"]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?[0-9]{1,300}", list("-+0123456789")),  # longer ones are no numbers to Python's int either
-        (
-            "float",
-            r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-            list("-+0123456789."),
-        ),
-    ):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
-
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read, override, validate and resolve a recipe.

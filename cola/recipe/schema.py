@@ -2,13 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from cola.files import each_once
 from cola.recipe.bounds import (
     MOST_ARMS,
     MOST_TRIED,
@@ -16,6 +12,7 @@ from cola.recipe.bounds import (
     TRIAL_SEEDS,
     Dtype,
     Epochs,
+    Fraction,
     LocalPath,
     Positive,
     Quantization,
@@ -77,8 +74,7 @@ class Search(Section):
     def _each_once(self) -> Self:
         if self.per == "seed" and self.seeds is not None:
             raise ValueError("seeds has no effect with per: seed, where each scored seed has trials of its own: remove")
-        values = [value for n, value in enumerate(self.search) if value not in self.search[:n]]
-        if len(values) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
+        if any(len(each_once(values)) < len(values) for values in (self.search, self.seeds or [])):
             raise ValueError("a search names each value, and each seed, once")
         return self
 
@@ -129,13 +125,9 @@ class Training(Section):
         "of which one at least is left for what comes after.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="AdamW's betas."
-    )
-    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW's epsilon.")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=1.0, description="Clip the gradient's norm; null: off."
-    )
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's betas.")
+    epsilon: Positive = Field(default=1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Positive | None = Field(default=1.0, description="Clip the gradient's norm; null: off.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
 
     @model_validator(mode="after")
@@ -144,8 +136,6 @@ class Training(Section):
             raise ValueError("give the budget as epochs or as steps, one of them")
         if self.match != "steps" and self.protocol == "grow":
             raise ValueError(f"match: {self.match} is about arms of one budget; protocol: grow gives it to each link")
-        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
         return self
 
 
@@ -158,8 +148,7 @@ class Evaluation(Section):
         "chain it may lie before the last knot).",
     )
     select_by: Literal["score", "loss"] = Field(
-        default="loss",
-        description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss.",
+        default="loss", description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss."
     )
     every: Literal["epoch", "link", "never"] | Steps = Field(
         default="epoch",

@@ -1,5 +1,6 @@
 """YAML as recipes are written in it: 1.2, safe, and every value with the line it stands on."""
 
+import re
 from typing import Any, NamedTuple
 
 import yaml
@@ -29,12 +30,25 @@ class Mark(NamedTuple):
 
 Marks = dict[tuple[str, ...], Mark]
 
+# YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (`wandb: off`, `choices: {yes: .., no: ..}`),
+# 12:30 for a number in base 60, a date for a date, and 1e-4, as every learning rate is written, for text. These are
+# the scalars of YAML 1.2's core schema.
+SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "merge": r"<<",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]{1,300}",  # longer ones are no numbers to Python's int either
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+RESOLVERS = {None: [(f"tag:yaml.org,2002:{tag}", re.compile(f"^({text})$")) for tag, text in SCALARS.items()]}
+
 
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML whose scalars are read as YAML 1.2 reads them, and whose aliases are copies: who changes one of them
     later changes no other."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = RESOLVERS
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -78,7 +92,7 @@ TEXT, MERGE, MAPPING, LIST = (f"tag:yaml.org,2002:{name}" for name in ("str", "m
 class RecipeDumper(yaml.SafeDumper):
     """Quotes exactly the texts that `RecipeLoader` would read as something else."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = RESOLVERS
 
 
 # Where numbers, true and false stand for their texts, as they do in data files.
