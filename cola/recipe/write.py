@@ -97,30 +97,19 @@ def find_path(name: str, base: Path) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
     # A null that has no other default says nothing; one that overrides a default (max_grad_norm) must stay.
-    tree = _without_idle_nulls(recipe.model_dump(mode="json"), recipe)
+    tree = _said(recipe.model_dump(mode="json"), recipe)
     for arm in tree["arms"].values():
         arm |= arm.pop("search", {})  # each in the place of the value, where an override replaces it
     return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _without_idle_nulls(tree: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    kept = {}
-    for key, value in tree.items():
-        own = getattr(section, key, None)
-        field = type(section).model_fields.get(key)
-        if isinstance(own, BaseModel):
-            value = _without_idle_nulls(value, own)
-            if not value:
-                continue  # a section that holds defaults only, such as `link` once it is written out into the arms
-        elif isinstance(own, dict):
-            value = {
-                k: _without_idle_nulls(v, own[k]) if isinstance(own[k], BaseModel) else v for k, v in value.items()
-            }
-        elif isinstance(own, list):
-            value = [
-                _without_idle_nulls(v, o) if isinstance(o, BaseModel) else v for v, o in zip(value, own, strict=True)
-            ]
-        elif value is None and field is not None and field.default is None:
-            continue
-        kept[key] = value
-    return kept
+def _said(tree: Any, value: Any) -> Any:
+    """The JSON of a value without idle nulls, and without the sections that are then empty."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        kept = {key: inner for key, inner in value if inner is not None or fields[key].default is not None}
+        said = {key: _said(tree[key], inner) for key, inner in kept.items()}
+        return {key: inner for key, inner in said.items() if inner or not isinstance(kept[key], BaseModel)}
+    if isinstance(value, dict):
+        return {key: _said(tree[key], inner) for key, inner in zip(tree, value.values(), strict=True)}
+    return [_said(*pair) for pair in zip(tree, value, strict=True)] if isinstance(value, list | tuple) else tree
