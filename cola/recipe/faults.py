@@ -8,7 +8,7 @@ from pydantic_core import ErrorDetails
 
 from cola.errors import QUOTED, nearest, plain, quoted
 from cola.recipe.recipe import Recipe
-from cola.recipe.yaml12 import KINDS, MOST_FAULTS, Mark, Marks, is_dotted
+from cola.recipe.yaml12 import KINDS, MOST_FAULTS, Mark, Marks, dotted_key
 
 # What is meant here -> the keys that people paste from other tools.
 MEANT = {
@@ -89,7 +89,7 @@ def explain(error: ValidationError, raw: dict, where: str, marks: Marks) -> list
         place = where if not path else f"{where}:{mark.line}" if mark.line else f"{where} (override)"
         either = " or ".join([told[0], *(other.removeprefix("input should be ") for other in told[1:])])
         text = own or f"{either}{_got(path, faults, marks)}"
-        messages.append(f"{place}: {is_dotted(path)}: {text}" if path else f"{place}: {text}")
+        messages.append(f"{place}: {dotted_key(path)}: {text}" if path else f"{place}: {text}")
     return messages
 
 
@@ -129,7 +129,7 @@ def _got(path: tuple[str, ...], faults: list[Located], marks: Marks) -> str:
     got = f"; got {quoted(node) if written is None else plain(written) or 'nothing'}"
     if "string_type" in nodes and written and not isinstance(node, dict | list):
         quotes = f'"{plain(written)}"'
-        quotes = quotes if line else f"{is_dotted(path)}='{quotes}'"  # the shell takes one pair away
+        quotes = quotes if line else f"{dotted_key(path)}='{quotes}'"  # the shell takes one pair away
         kind = KINDS.get(type(node).__name__, KINDS["null"])
         return f"{got}, which is {kind} to YAML; for the text write it in quotes: {quotes}"
     return got

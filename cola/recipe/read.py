@@ -16,7 +16,7 @@ from cola.recipe.data_section import SOURCES
 from cola.recipe.faults import explain, near_files
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import resolved_values
-from cola.recipe.yaml12 import DEEPEST, MOST_BYTES, Mark, Marks, is_dotted, is_unicode, parse_yaml
+from cola.recipe.yaml12 import DEEPEST, MOST_BYTES, Mark, Marks, dotted_key, is_unicode, parse_yaml
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -65,7 +65,7 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
     section, _, key = dotted.partition(".")
     if section != "link" and dotted != "training.learning_rate":
         return
-    trained = [name for name, arm in recipe.arms.items() if arm.n_links]
+    trained = recipe.trained_arms
     if key not in ("method", "learning_rate"):
         trained = [name for name in trained if key in type(recipe.resolved(name).links[0]).model_fields]
 
@@ -108,7 +108,7 @@ def _override(raw: dict, override: str, marks: Marks) -> None:
                 node[key] = {}
             node = node[key]
         if not isinstance(node, dict | list):
-            raise RecipeError(f"{shown}: {is_dotted(tuple(keys[: depth + 1]))} has no keys below it")
+            raise RecipeError(f"{shown}: {dotted_key(tuple(keys[: depth + 1]))} has no keys below it")
     last = keys[-1]
     if isinstance(node, list):
         node[_index(node, last, shown)] = value

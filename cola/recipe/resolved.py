@@ -46,13 +46,7 @@ class BaseFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """What an arm trains, with nothing left to be worked out.
-
-    Attributes:
-        links: Of each link the method and its settings; none for the untrained base.
-        rules: What happens at its knots.
-        base: What it starts from.
-    """
+    """What an arm trains, with nothing left to be worked out; no links: the untrained base."""
 
     links: tuple[Settings, ...]
     rules: Rules
@@ -60,10 +54,7 @@ class ResolvedArm:
 
 
 def resolve(arm: Arm, link: LinkSettings, knot: KnotRules, model: Model, training: Training) -> ResolvedArm:
-    """An arm with the sections that hold for all arms.
-
-    What is searched has its default here; `Recipe.resolved` puts a choice in its place.
-    """
+    """An arm with what holds for all arms; what is searched has its default (`Recipe.resolved` puts a choice there)."""
     entries = arm.links if isinstance(arm.links, list) else [OneLink()] * arm.links
     quantization = arm.quantization or model.quantization
     if "qlora" in methods_of(arm, link):

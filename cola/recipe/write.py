@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.bounds import SAMPLE, is_remote
+from cola.recipe.bounds import SAMPLE, SPLITS, is_remote
 from cola.recipe.data_section import Files
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import resolve
@@ -28,12 +28,8 @@ def resolved_values(recipe: Recipe, base: Path) -> Recipe:
     if data.too_long is None:
         update["too_long"] = "split" if data.task == "text" else "drop"
     if data.files is not None:
-        train = find_path(data.files.train, base)
-        update["files"] = Files(
-            train=train,
-            validation=find_path(data.files.validation, base) if data.files.validation else train,
-            test=find_path(data.files.test, base) if data.files.test else train,
-        )
+        named = {split: getattr(data.files, split) or data.files.train for split in SPLITS}
+        update["files"] = Files(**{split: find_path(file, base) for split, file in named.items()})
     evaluation, general = recipe.evaluation, recipe.evaluation.general_text
     if general not in (None, SAMPLE):
         evaluation = evaluation.model_copy(update={"general_text": find_path(general, base)})

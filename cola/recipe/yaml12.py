@@ -17,15 +17,10 @@ DEEPEST = 50  # mappings and lists inside each other
 
 
 class Mark(NamedTuple):
-    """Where a key or value of a recipe is.
+    """Where a key or value of a recipe is."""
 
-    Attributes:
-        line: From 1; 0: in an override.
-        text: How a value is written that is no text to YAML, such as `1e3`.
-    """
-
-    line: int
-    text: str | None = None
+    line: int  # from 1; 0: in an override
+    text: str | None = None  # how a value is written that is no text to YAML, such as `1e3`
 
 
 Marks = dict[tuple[str, ...], Mark]
@@ -112,7 +107,7 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
             if not is_unicode(node.value):
                 raise ConstructorError(None, None, "half a character (a surrogate)", node.start_mark)
             if not is_text and path[:-1] in LABELS and (fault := _not_as_written(node, loader)):
-                raise RecipeError(f"{where}:{node.start_mark.line + 1}: {is_dotted(path)}: {fault}")
+                raise RecipeError(f"{where}:{node.start_mark.line + 1}: {dotted_key(path)}: {fault}")
             line = marks[path].line if path in marks else node.start_mark.line + 1
             marks[path] = Mark(line, None if is_text else node.value)
             return
@@ -128,10 +123,10 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
                 if not isinstance(key, yaml.ScalarNode):
                     raise RecipeError(f"{place}: a key is a text, not a list or a mapping")
                 if name in seen:
-                    raise RecipeError(f"{place}: {is_dotted((*path, name))} is given twice")
+                    raise RecipeError(f"{place}: {dotted_key((*path, name))} is given twice")
                 note(key, (*path, name))
                 if key.tag not in (TEXT, MERGE) and path not in LABELS:
-                    raise RecipeError(f"{place}: {is_dotted((*path, name))}: {_in_quotes(name, key.tag)}")
+                    raise RecipeError(f"{place}: {dotted_key((*path, name))}: {_in_quotes(name, key.tag)}")
                 seen.add(name)
                 marks[(*path, name)] = Mark(key.start_mark.line + 1)
             note(value, (*path, name))
@@ -174,7 +169,7 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def is_dotted(path: tuple[str, ...]) -> str:
+def dotted_key(path: tuple[str, ...]) -> str:
     return ".".join(map(plain, path))
 
 
