@@ -22,13 +22,7 @@ def asks_for_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def chat_prompt(prompt: str, data: Data, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
-    """The text of a conversation in which the user has said the prompt and the model is to answer.
-
-    Args:
-        prompt: The user's message.
-        data: Says the system message and the day.
-        tokenizer: Has the template.
-        place: Of the row, for messages.
+    """The text of a conversation in which the user has said the prompt of the row at `place`, and the model answers.
 
     Raises:
         DataError: the template refuses the conversation, or fails.

@@ -42,10 +42,9 @@ def text_of(row: Row, field: str, place: str, key: str) -> str:
 
 def texts_of(values: Sequence[Any], field: str, place: str, key: str) -> list[str]:
     """The items of a field that is a list."""
-    names = [f"{field}.{number}" for number in range(len(values))]
-    labels = [f"{key}: {place}: field {name!r}" for name in names]
-    items = zip(values, names, labels, strict=True)
-    return [_as_text(_known(value, label), name, label) for value, name, label in items]
+    whole = {f"{field}.{number}": value for number, value in enumerate(values)}
+    labels = {name: f"{key}: {place}: field {name!r}" for name in whole}
+    return [_as_text(_known(value, labels[name]), name, labels[name]) for name, value in whole.items()]
 
 
 def _as_text(value: Any, field: str, label: str) -> str:
@@ -76,17 +75,8 @@ def _as_text(value: Any, field: str, label: str) -> str:
 def fill(template: str, row: Row, place: str, key: str) -> str:
     """The template with `{field}` and `{nested.field}` filled in; `{{` and `}}` are braces.
 
-    Only fields are looked up: no format specification, index or attribute of Python's own str.format.
+    Only fields are looked up: no index or attribute of Python's own str.format. What a template cannot be is refused
+    as the recipe is read.
     """
-    parts = []
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(f"{key}: {template!r}: {error}; a brace of the text itself is written twice") from None
-    for literal, field, spec, conversion in pieces:
-        parts.append(literal)
-        if field is not None:
-            if spec or conversion or not field:
-                raise DataError(f"{key}: {template!r}: between braces stands a field's name, as in {{question}}")
-            parts.append(text_of(row, field, place, key))
-    return "".join(parts)
+    pieces = string.Formatter().parse(template)
+    return "".join(text + ("" if field is None else text_of(row, field, place, key)) for text, field, _, _ in pieces)

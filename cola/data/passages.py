@@ -17,12 +17,8 @@ PASSAGE_TOKENS = 256  # of a general text, that are read at a time
 
 
 def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Example]:
-    """A general text in passages, in its own order, none of it left out.
-
-    Args:
-        text: A file, or the name of the sample that comes with cola.
-        tokenizer: The model's.
-        longest: Tokens of a passage at most, its special ones included; what is longer is cut into several.
+    """A general text (a file, or the sample that comes with cola) in passages of so many tokens at most, special ones
+    included, in its own order; none of it is left out.
 
     Raises:
         DataError: the file is not there, cannot be read, or has no text in it.

@@ -31,24 +31,16 @@ CACHE_VERSION = 4  # part of every cached file's name: raise it when the same re
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits.
+    """The three splits; all but the training rows is the same for all seeds."""
 
-    Attributes:
-        train: The training rows of all seeds; empty where each draws its own.
-        validation: The same for all seeds.
-        test: Likewise.
-        notes: What there is to say about them.
-        fingerprint: Of their tokens. Where each seed draws its own rows: of validation, test and all that the draws
-            follow from, so that it is the same whichever seeds are drawn.
-        redrawn: The training rows of each seed, where it draws its own.
-    """
-
-    train: list[Example]
+    train: list[Example]  # empty where each seed draws its own
     validation: list[Example]
     test: list[Example]
-    notes: list[str]
+    notes: list[str]  # what there is to say about them
+    # Of their tokens. Where each seed draws its own rows: of validation, test and all that the draws follow from, so
+    # that it is the same whichever seeds are drawn.
     fingerprint: str
-    redrawn: dict[int, list[Example]]
+    redrawn: dict[int, list[Example]]  # by seed, where each draws its own
 
     def items(self) -> Iterator[tuple[str, list[Example]]]:
         """Everything that is drawn, by split: the training rows of all seeds in one."""
@@ -77,8 +69,6 @@ def load_splits(
     """Draw, render and tokenize the recipe's rows, or read them back from the cache.
 
     Args:
-        data: Where they come from.
-        tokenizer: The model's.
         seeds: For which training rows are wanted, where each draws its own.
         ends: The tokens that end an answer by the model, beside the tokenizer's own.
 
@@ -142,7 +132,7 @@ def _tokens_of(splits: Splits) -> str:
 # Drawing
 @dataclass
 class _Drawn:
-    """What was drawn for a split, and what was met on the way."""
+    """What was drawn for a split, and rows that were met on the way."""
 
     examples: list[Example] = field(default_factory=list)
     marks: set[tuple[str, str | None]] = field(default_factory=set)  # by which no other split may have them
@@ -260,11 +250,8 @@ class _Drawing:
                 f"data.overlap: {part.overlapping} {split} rows of {pool.name} have a {shares} that is in another split"
             )
         if part.too_long:
-            done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[
-                data.too_long or "drop"
-            ]
-            if data.task == "text" and data.too_long == "truncate":
-                done = "cut at the end"
+            cut = f"cut at the {'end' if data.task == 'text' else 'beginning'}"
+            done = {"truncate": cut, "split": "split"}.get(data.too_long or "", "passed over")
             notes.append(f"{split}: {_rows(part.too_long)} longer than {data.max_length} tokens, {done}")
         if part.dropped and data.too_long == "truncate":
             alone = f"whose answer alone is longer than {data.max_length} tokens"
