@@ -1,6 +1,6 @@
 """cola run | ablate | data | report | compare | export | eval | inspect | store.
 
-Nothing heavy is imported before it is needed: `cola --help` loads neither torch nor wandb.
+What takes long to import is imported where it is needed: `cola --help` loads neither torch nor wandb.
 """
 
 import errno
@@ -9,36 +9,26 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cola.cli import store
 from cola.cli.models import Split, evaluate, export, inspect
-from cola.cli.show import (
-    RESUMABLE,
-    exit_code,
-    print_ablation,
-    print_results,
-    report_ablation,
-    report_run,
-    report_tasks,
-    say_sync,
-    track_ablation,
-    track_run,
-)
 from cola.errors import ColaError, RunChanged, plain
+from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.report.terminal import Terminal
 from cola.run.interrupt import Interrupted, Signals
-
-if TYPE_CHECKING:
-    from cola.compare.ablation import Point
-    from cola.recipe.recipe import Recipe
-    from cola.report.terminal import Terminal
-    from cola.tree.run_folder import RunFolder
+from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import lock_run, take_run, unfinished_run
 
 # What the system says of a user's disk or path.
 USERS_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP}
 INTERRUPTED = 130
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is loaded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,8 +52,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     _: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit."),
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit.")
     ] = False,
 ) -> None:
     """Chain of LoRA, compared honestly."""
@@ -95,13 +84,18 @@ def run(
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        code = _resume(resume)
+        folder, resolved = RunFolder.open(resume)
+        with lock_run(resume):
+            code = _train(resolved, folder, fresh=False)
     elif recipe is None:
         raise ColaError("name a recipe, for example: cola run recipes/quickstart.yaml")
     elif dry_run:
-        code = _dry_run(recipe, overrides or [])
+        from cola.run.preview import preview
+
+        preview(read_recipe(recipe, overrides), Terminal())
+        code = 0
     else:
-        code = _run(recipe, overrides or [], run_folder)
+        code = _run(read_recipe(recipe, overrides), run_folder)
     raise typer.Exit(code)
 
 
@@ -126,8 +120,7 @@ def ablate(
     For example: cola ablate recipes/quickstart.yaml arms.chain3.links=1,2,3,4 training.protocol=grow
     What the points share is trained once, and so is what an earlier run has trained. Exit codes as of `cola run`.
     """
-    from cola.compare.ablation import points_of
-    from cola.report.terminal import Terminal
+    from cola.compare.ablation import AblationFolder, points_of
 
     terminal = Terminal()
     points = points_of(recipe, keys, paired)
@@ -137,10 +130,21 @@ def ablate(
         for point in points:
             terminal.say(point.label)
             preview(point.recipe, terminal)
-        code = 0
-    else:
-        code = _ablate(points, terminal)
-    raise typer.Exit(code)
+        return
+    with AblationFolder.take(points) as folder:
+        terminal.say(f"{len(points)} points → {folder.path}")
+        from cola.cli.show import print_ablation, track_ablation
+        from cola.run.ablate import ablate as run_all
+
+        with Signals().installed() as signals:
+            summary = run_all(points, folder, terminal, signals)
+        print_ablation(folder, summary, terminal)
+        if not summary.interrupted:
+            track_ablation(folder, summary, terminal, publish=False)
+    if summary.interrupted:
+        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
+        raise typer.Exit(RESUMABLE)
+    raise typer.Exit(1 if summary.failed else 0)
 
 
 def show_data(
@@ -155,11 +159,7 @@ def show_data(
 
     No weights are loaded: the tokenizer is enough.
     """
-    from cola.recipe.read import read_recipe
-    from cola.report.terminal import Terminal
-
-    opened = read_recipe(recipe, overrides or [])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    opened = read_recipe(recipe, overrides)
     from cola.cli.data_view import show
 
     show(opened, Terminal(), split, rows)
@@ -195,20 +195,20 @@ def report(
         from cola.report.group_report import need_reports
 
         need_reports()
+    from cola.cli.show import report_ablation, report_run, report_tasks
+
     if len(run_folders) > 1:
         if wandb:
             raise ColaError("--wandb is for one run or ablation: W&B has a group for each")
         report_tasks(run_folders, to, pairs)
-        return
-    if to is not None:
+    elif to is not None:
         raise ColaError("--to is for the report of several runs; that of one is in its folder")
-    run_folder = run_folders[0]
-    if (run_folder / "ablation.json").is_file():
-        if pairs:
-            raise ColaError("--contrast is for runs; name a point of the ablation, or several")
-        report_ablation(run_folder, wandb)
+    elif not (run_folders[0] / "ablation.json").is_file():
+        report_run(run_folders[0], pairs, wandb)
+    elif pairs:
+        raise ColaError("--contrast is for runs; name a point of the ablation, or several")
     else:
-        report_run(run_folder, pairs, wandb)
+        report_ablation(run_folders[0], wandb)
 
 
 def compare(
@@ -217,7 +217,6 @@ def compare(
 ) -> None:
     """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
     from cola.report.differences import compare_runs
-    from cola.report.terminal import Terminal
 
     tables, notes = compare_runs(first, second)
     terminal = Terminal()
@@ -227,11 +226,8 @@ def compare(
         terminal.say(note)
 
 
-def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
-    from cola.recipe.read import read_recipe
-    from cola.tree.run_holder import take_run, unfinished_run
-
-    recipe = read_recipe(recipe_path, overrides)
+def _run(recipe: Recipe, run_folder: Path | None) -> int:
+    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code."""
     if run_folder is None:
         with unfinished_run(recipe) as before:
             if before is not None:
@@ -243,25 +239,6 @@ def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> in
         return _train(recipe, folder, fresh)
 
 
-def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
-    from cola.compare.ablation import AblationFolder
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with AblationFolder.take(points) as folder:
-        terminal.say(f"{len(points)} points → {folder.path}")
-        from cola.run.ablate import ablate as run_all
-
-        with Signals().installed() as signals:
-            summary = run_all(points, folder, terminal, signals)
-        print_ablation(folder, summary, terminal)
-        if not summary.interrupted:
-            track_ablation(folder, summary, terminal, publish=False)
-    if summary.interrupted:
-        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
-        return RESUMABLE
-    return 1 if summary.failed else 0
-
-
 def _pair(words: str) -> tuple[str, str]:
     first, comma, second = (word.strip() for word in words.partition(","))
     if not (first and comma and second) or "," in second:
@@ -269,25 +246,14 @@ def _pair(words: str) -> tuple[str, str]:
     return first, second
 
 
-def _resume(path: Path) -> int:
-    from cola.tree.run_folder import RunFolder
-    from cola.tree.run_holder import lock_run
-
-    folder, recipe = RunFolder.open(path)
-    with lock_run(path):
-        return _train(recipe, folder, fresh=False)
-
-
-def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
-    """Run a recipe in a folder that this process holds."""
-    from cola.report.terminal import Terminal
-
+def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
+    """Run a recipe in a folder that this process holds; returns the exit code."""
     terminal = Terminal()
     begun = "" if fresh else "going on with "
     terminal.say(
         f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
     )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from cola.cli.show import print_results, say_sync, track_run
     from cola.run.run import run as run_recipe
 
     with Signals().installed() as signals:
@@ -298,16 +264,14 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
         track_run(recipe, folder, summary, terminal)
     else:
         say_sync(folder.path, terminal)
-    return exit_code(summary, f"cola run --resume {folder.path}", terminal)
-
-
-def _dry_run(recipe_path: Path, overrides: list[str]) -> int:
-    from cola.recipe.read import read_recipe
-    from cola.report.terminal import Terminal
-    from cola.run.preview import preview
-
-    preview(read_recipe(recipe_path, overrides), Terminal())
-    return 0
+    command = f"the same command, or: cola run --resume {folder.path}"
+    if summary.interrupted:
+        terminal.say(f"interrupted; all that was trained is kept. Go on with {command}")
+        return RESUMABLE
+    if any(arm.errors for arm in summary.arms.values()):
+        terminal.say(f"some arms failed; try them again with {command}")
+        return 1
+    return 1 if summary.same_outputs else 0  # said among the results
 
 
 def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable[..., None]:

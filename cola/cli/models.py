@@ -1,45 +1,21 @@
 """cola export | eval | inspect: what was trained, out of a run, scored and looked into."""
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cola.cli.store import StoreOption, open_store
+from cola.cli import store as stores
 from cola.errors import ColaError
+from cola.recipe.read import read_recipe
+from cola.report.terminal import Terminal
 
-
-class Split(StrEnum):
-    """The parts of a recipe's data."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
-
-
-class Form(StrEnum):
-    """What an arm can be exported as."""
-
-    adapter = "adapter"
-    merged = "merged"
-    knots = "knots"
-
-
-class Dtype(StrEnum):
-    """Number formats."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Codes(StrEnum):
-    """Codes of bitsandbytes."""
-
-    nf4 = "nf4"
-    int8 = "int8"
+# What an option's word may be.
+Split = StrEnum("Split", ["train", "validation", "test"])
+Form = StrEnum("Form", ["adapter", "merged", "knots"])
+Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
+Codes = StrEnum("Codes", ["nf4", "int8"])
 
 
 def export(
@@ -73,19 +49,18 @@ def export(
 
     For example: cola export runs/quickstart-... --arm chain3 --as adapter
     """
-    from cola.export.outcome import outcomes
-
-    found = outcomes(run_folder, arm, seed)
-    if len(found) > 1:
-        seeds = ", ".join(str(outcome.job.seed) for outcome in found)
-        raise ColaError(f"{run_folder} has the seeds {seeds}; name one by --seed")
+    from cola.cli.show import need_new
     from cola.export.export import Request, push_to_hub
     from cola.export.export import export as write
-    from cola.report.terminal import Terminal
+    from cola.export.outcome import outcomes
 
     terminal = Terminal()
-    outcome = found[0]
+    outcome, *others = outcomes(run_folder, arm, seed)
+    if others:
+        seeds = ", ".join(str(one.job.seed) for one in (outcome, *others))
+        raise ColaError(f"{run_folder} has the seeds {seeds}; name one by --seed")
     to = to or run_folder / "exports" / f"{arm}-seed{outcome.job.seed}-{form}"
+    need_new(to, "--to")
     write(outcome, Request(form, dtype, rank, quantization), to, terminal, push)
     terminal.say(f"export   {to}")
     if form != Form.knots:
@@ -123,17 +98,14 @@ def evaluate(
 
     Exit code: 0 all is scored, 1 some arms of a run could not be, 2 nothing could be.
     """
-    from cola.compare.contrasts import METRICS
-    from cola.recipe.read import read_recipe
-    from cola.report.tables import scored_table
-    from cola.report.terminal import Terminal
-
     recipe = read_recipe(data / "recipe.yaml" if data.is_dir() else data)
     terminal = Terminal()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cola.export.score import Loading, check_new, score, targets_of, write_scores
+    from cola.cli.show import need_new
+    from cola.compare.contrasts import METRICS
+    from cola.export.score import Loading, score, targets_of, write_scores
+    from cola.report.tables import scored_table
 
-    check_new(out)
+    need_new(out, "--out")
     targets = targets_of(target, recipe, Loading(base, dtype, quantization, trust_remote_code), arm, seed)
     scored = score(targets, recipe, split or list(Split), terminal)
     table = scored_table([(one.label, one.evaluation, one.reported) for one in scored], METRICS[recipe.data.task])
@@ -153,7 +125,7 @@ def inspect(
     intruders: Annotated[
         bool, typer.Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
     ] = False,
-    store: StoreOption = None,
+    store: stores.StoreOption = None,
 ) -> None:
     """Of a run: what its links, chains and full fine-tuning learned, as spectra. Of a segment: where it came from.
 
@@ -161,8 +133,6 @@ def inspect(
     other and with full fine-tuning; what its folder lacks of them is computed and kept there. A segment is followed
     back to the base: every link, knot, learning rate and batch, names and checksums verified.
     """
-    from cola.report.terminal import Terminal
-
     if target and Path(target).is_dir():
         if store is not None:
             raise ColaError("--store is for a segment; a run is inspected from its own folder")
@@ -172,6 +142,4 @@ def inspect(
         return
     if arm is not None or seed is not None or intruders:
         raise ColaError(f"{target} is no run folder; --arm, --seed and --intruders belong to a run")
-    from cola.cli.store_view import inspect as show
-
-    show(open_store(store), target, Terminal())
+    stores.inspect(stores.open_store(store), target, Terminal())

@@ -22,14 +22,8 @@ FEW = 60  # rows of a table of matrices that a terminal is given
 
 
 def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None, intruders: bool) -> None:
-    """Print the spectra of a run's arms and seeds; what its folder lacks of them is computed and kept there.
-
-    Args:
-        run: The run's folder.
-        terminal: To print to.
-        arm: Only this one.
-        seed: Only this one.
-        intruders: Whether to count intruder dimensions.
+    """Print the spectra of a run's arms and seeds, or of one arm, of one seed, intruder dimensions counted too or not;
+    what its folder lacks of them is computed and kept there.
 
     Raises:
         RunFolderError: it is no run folder, or has no such arm or seed that came to its end.

@@ -23,23 +23,17 @@ from cola.recipe.methods import Adapter, Lora, Settings, settings_of
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
+from cola.tree.made import Provenance
 from cola.tree.records import Result, TrainInfo
 from cola.tree.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm and seed of a run, at the checkpoint that was scored.
-
-    Attributes:
-        folder: The run's.
-        recipe: As it was resolved.
-        job: The arm and seed.
-        result: What result.json holds.
-    """
+    """One arm and seed of a run, at the checkpoint that was scored."""
 
     folder: RunFolder
-    recipe: Recipe
+    recipe: Recipe  # as it was resolved
     job: Job
     result: Result
 
@@ -63,24 +57,21 @@ class Outcome:
         """The links' method; None for the base."""
         return self.links[0].method if self.links else None
 
+    # What its links trained, in the words of `Settings`.
     @property
     def is_pair(self) -> bool:
-        """Whether its links leave low-rank pairs."""
         return any(link.is_pair for link in self.links)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it trained all weights."""
         return any(link.is_whole for link in self.links)
 
     @property
     def merges(self) -> bool:
-        """Whether what it trained can be added to the weights."""
         return any(link.merges for link in self.links)
 
     @property
     def has_dora(self) -> bool:
-        """Whether a link trained the lengths of the weight's rows too."""
         return any(isinstance(link, Lora) and link.use_dora for link in self.links)
 
     @property
@@ -90,8 +81,14 @@ class Outcome:
 
     @property
     def quantization(self) -> str | None:
-        """Of the frozen weights."""
         return self.info.base.quantization
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the run was made with."""
+        provenance = self.folder.provenance()
+        assert provenance is not None  # a result was written after it
+        return provenance
 
     def link_folders(self) -> list[Path]:
         """The pairs of the links up to the scored step, in order; the last one may be a link at its best step.
@@ -113,20 +110,13 @@ class Outcome:
         return folders
 
     def residual(self) -> Residual:
-        """What the chain had learned where it was scored, float32 on the CPU.
-
-        Raises:
-            ModelError: as `link_folders`, or one is damaged.
-        """
+        """What the chain had learned where it was scored, float32 on the CPU; raises as `link_folders` does, and where
+        one is damaged."""
         pairs, rules = self._pairs(), self.rules
         return [*residual.left_behind(pairs[:-1], rules.merge_fraction, rules.keeps_pair), pairs[-1]]
 
     def added(self) -> Residual:
-        """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link.
-
-        Raises:
-            ModelError: as `link_folders`, or one is damaged.
-        """
+        """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link."""
         return residual.added(self._pairs(), self.rules.merge_fraction, self.rules.keeps_pair)
 
     def _pairs(self) -> Residual:
@@ -151,10 +141,7 @@ class Outcome:
         Raises:
             ModelError: it is not there, or is another one now.
         """
-        source = find_model(self.recipe.model)
-        provenance = self.folder.provenance()
-        assert provenance is not None  # a result was written after it
-        trained_on = provenance.model.sha256
+        source, trained_on = find_model(self.recipe.model), self.provenance.model.sha256
         if source.fingerprint() != trained_on:
             raise ModelError(
                 f"{self.recipe.model.name_or_path} is not the base of {self.folder.path}: its fingerprint is "
@@ -206,11 +193,7 @@ class Outcome:
         return model
 
     def chain(self, device: torch.device) -> Chain:
-        """The base with the scored links tied.
-
-        Raises:
-            ModelError: as `link_folders`.
-        """
+        """The base with the scored links tied; raises as `residual` does."""
         learned = self.residual()
         model = self.source.load(self.dtype, device, self.quantization)
         chain = Chain(model, Base(model, self.source.files, self.quantization is not None), self.rules)
@@ -219,12 +202,7 @@ class Outcome:
 
 
 def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list[Outcome]:
-    """The arms and seeds of a run that came to their end.
-
-    Args:
-        run: The run's folder.
-        arm: Only this one.
-        seed: Only this one.
+    """The arms and seeds of a run that came to their end, or those of one arm, of one seed.
 
     Raises:
         RunFolderError: it is no run folder, has no such arm or seed, or nothing of it came to its end.
@@ -235,14 +213,10 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
         raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")
     if seed is not None and seed not in recipe.seeds:
         raise RunFolderError(f"{run} has no seed {seed}; it has {', '.join(map(str, recipe.seeds))}")
-    done, missing = [], []
-    for name in [arm] if arm is not None else recipe.arms:
-        for number in [seed] if seed is not None else recipe.seeds:
-            job = Job(arm=name, seed=number)
-            if (result := folder.result(job)) is not None:
-                done.append(Outcome(folder, recipe, job, result))
-            else:
-                missing.append(f"{name} seed {number} ({folder.status(job) or 'not run'})")
+    arms, seeds = recipe.arms if arm is None else [arm], recipe.seeds if seed is None else [seed]
+    jobs = [Job(arm=name, seed=number) for name in arms for number in seeds]
+    done = [Outcome(folder, recipe, job, result) for job in jobs if (result := folder.result(job)) is not None]
     if not done:
-        raise RunFolderError(f"{run}: no result of {', '.join(missing)}; go on with it by `cola run --resume {run}`")
+        missing = ", ".join(f"{job.label} ({folder.status(job) or 'not run'})" for job in jobs)
+        raise RunFolderError(f"{run}: no result of {missing}; go on with it by `cola run --resume {run}`")
     return done
