@@ -20,6 +20,7 @@ from cola.recipe.bounds import (
     Steps,
     WarmUp,
     Width,
+    optional,
 )
 from cola.recipe.methods import Activation, Init, Part, Placement
 from cola.recipe.schema import Rate, Search
@@ -30,64 +31,51 @@ MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
 class LinkSettings(Section):
     """What one link trains. Set under `link` for all arms, under an arm for it, or under `links` for one link."""
 
-    method: Literal["lora", "qlora", "full", "adapter", "prefix", "p_tuning", "prompt_tuning"] | None = Field(
-        default=None,
-        description="`lora`: a low-rank pair beside frozen weights; `qlora`: the same on an NF4 base; `full`: all "
-        "weights; `adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first "
-        "token; `p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`.",
+    method: Literal["lora", "qlora", "full", "adapter", "prefix", "p_tuning", "prompt_tuning"] | None = optional(
+        "`lora`: a low-rank pair beside frozen weights; `qlora`: the same on an NF4 base; `full`: all weights; "
+        "`adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first token; "
+        "`p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`."
     )
-    rank: Width | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
-    alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = Field(
-        default=None,
-        description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
-        "Default: `2r`.",
+    rank: Width | None = optional("lora: rank of the pair. Default: 8.")
+    alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = optional(
+        "lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). Default: `2r`."
     )
-    dropout: Fraction | None = Field(default=None, description="lora: dropout on the pair's input. Default: 0.")
-    target_modules: list[str] | str | None = Field(
-        default=None,
-        description="lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every "
-        "linear layer but the output head. Default: `all-linear`.",
+    dropout: Fraction | None = optional("lora: dropout on the pair's input. Default: 0.")
+    target_modules: list[str] | str | None = optional(
+        "lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every linear layer "
+        "but the output head. Default: `all-linear`."
     )
-    init: Init | None = Field(
-        default=None,
-        description="lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with "
-        "standard deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; "
-        "`orthogonal`: rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right "
-        "singular vectors of the full gradient. None changes the function.",
+    init: Init | None = optional(
+        "lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with standard "
+        "deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; `orthogonal`: "
+        "rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right singular vectors "
+        "of the full gradient. None changes the function."
     )
-    init_batches: Steps | None = Field(
-        default=None, description="lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
+    init_batches: Steps | None = optional(
+        "lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
     )
-    use_rslora: bool | None = Field(
-        default=None, description="lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`."
+    use_rslora: bool | None = optional("lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`.")
+    use_dora: bool | None = optional("lora: train the length of each row of the weight too (DoRA). Default: `false`.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = optional(
+        "lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
     )
-    use_dora: bool | None = Field(
-        default=None, description="lora: train the length of each row of the weight too (DoRA). Default: `false`."
+    freeze: Annotated[list[Part], OneOrMore] | None = optional(
+        "full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. Default: "
+        "nothing."
     )
-    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
-        default=None, description="lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
+    bottleneck: Width | None = optional("adapter: inner width. Default: 64.")
+    placement: Placement | None = optional(
+        "adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`."
     )
-    freeze: Annotated[list[Part], OneOrMore] | None = Field(
-        default=None,
-        description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
-        "Default: nothing.",
+    activation: Activation | None = optional("adapter: the nonlinearity. Default: `relu`.")
+    num_virtual_tokens: Width | None = optional(
+        "prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
     )
-    bottleneck: Width | None = Field(default=None, description="adapter: inner width. Default: 64.")
-    placement: Placement | None = Field(
-        default=None,
-        description="adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`.",
+    prefix_projection: bool | None = optional("prefix: learn it through a two-layer network. Default: `false`.")
+    encoder_hidden_size: Width | None = optional(
+        "prefix with projection, p_tuning: width of the encoder. Default: the model's."
     )
-    activation: Activation | None = Field(default=None, description="adapter: the nonlinearity. Default: `relu`.")
-    num_virtual_tokens: Width | None = Field(
-        default=None, description="prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
-    )
-    prefix_projection: bool | None = Field(
-        default=None, description="prefix: learn it through a two-layer network. Default: `false`."
-    )
-    encoder_hidden_size: Width | None = Field(
-        default=None, description="prefix with projection, p_tuning: width of the encoder. Default: the model's."
-    )
-    learning_rate: Rate | None = Field(default=None, description="Peak learning rate. Default: training.learning_rate.")
+    learning_rate: Rate | None = optional("Peak learning rate. Default: training.learning_rate.")
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -109,8 +97,8 @@ class LinkSettings(Section):
 class OneLink(LinkSettings):
     """One link of a list of links."""
 
-    steps: Steps | None = Field(default=None, description="Optimizer steps of this link. Default: an even share.")
-    epochs: Epochs | None = Field(default=None, description="The same in epochs.")
+    steps: Steps | None = optional("Optimizer steps of this link. Default: an even share.")
+    epochs: Epochs | None = optional("The same in epochs.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -124,12 +112,10 @@ class OneLink(LinkSettings):
 class Prune(Section):
     """Part of AdamW's moments is cleared at a knot, the same entries of both; its step count goes on (ReLoRA)."""
 
-    prune_magnitude: Share | None = Field(
-        default=None, description="Share of each tensor's entries that is cleared, those of the smallest first moment."
+    prune_magnitude: Share | None = optional(
+        "Share of each tensor's entries that is cleared, those of the smallest first moment."
     )
-    prune_random: Share | None = Field(
-        default=None, description="Share of each tensor's entries that is cleared, drawn from the link's seed."
-    )
+    prune_random: Share | None = optional("Share of each tensor's entries that is cleared, drawn from the link's seed.")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -146,42 +132,35 @@ class Prune(Section):
 class KnotRules(Section):
     """The joint after each link. Set under `knot` for all arms, or under an arm for it."""
 
-    merge: Literal["exact", "naive", "no"] | None = Field(
-        default=None,
-        description="`exact`: added in float32 to the untouched base and rounded once; `naive`: added in place, in the "
-        "weights' own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. "
-        "A quantized base keeps every pair beside its codes. Default: `exact`.",
+    merge: Literal["exact", "naive", "no"] | None = optional(
+        "`exact`: added in float32 to the untouched base and rounded once; `naive`: added in place, in the weights' "
+        "own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. A "
+        "quantized base keeps every pair beside its codes. Default: `exact`."
     )
-    pair: Literal["fresh", "keep"] | None = Field(
-        default=None,
-        description="`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot "
-        "is a reset of the optimizer or the schedule and nothing else. Default: `fresh`.",
+    pair: Literal["fresh", "keep"] | None = optional(
+        "`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot is a reset "
+        "of the optimizer or the schedule and nothing else. Default: `fresh`."
     )
-    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None,
-        description="Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move "
-        "(PLoRA, LoRASC). The last link is kept whole. Default: 1.",
+    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = optional(
+        "Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move (PLoRA, "
+        "LoRASC). The last link is kept whole. Default: 1."
     )
-    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = Field(
-        default=None,
-        description="AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set "
-        "to zero, which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part "
-        "of the moments cleared. Default: `fresh`.",
+    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = optional(
+        "AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set to zero, "
+        "which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part of the "
+        "moments cleared. Default: `fresh`."
     )
-    schedule: Literal["run", "link"] | None = Field(
-        default=None,
-        description="`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at "
-        "every knot. Default: `run` with protocol `fixed`, `link` with `grow`.",
+    schedule: Literal["run", "link"] | None = optional(
+        "`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at every knot. "
+        "Default: `run` with protocol `fixed`, `link` with `grow`."
     )
-    warmup_steps: WarmUp | None = Field(
-        default=None,
-        description="Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the "
-        "schedule's rate is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`.",
+    warmup_steps: WarmUp | None = optional(
+        "Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the schedule's rate "
+        "is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`."
     )
-    max_drift: Positive | None = Field(
-        default=None,
-        description="Largest change of a logit across a knot, relative to the largest logit, before it is an error. "
-        "Default: 1e-4 in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`.",
+    max_drift: Positive | None = optional(
+        "Largest change of a logit across a knot, relative to the largest logit, before it is an error. Default: 1e-4 "
+        "in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`."
     )
 
     @field_validator("merge", mode="before")
@@ -198,14 +177,13 @@ class Arm(LinkSettings):
         description="Number of equal links (0: the untrained base, 1: plain LoRA, 3: a chain), or a list of links.",
     )
     knot: KnotRules = Field(default_factory=KnotRules, description="This arm's own rules at its knots.")
-    dtype: Dtype | None = Field(default=None, description="Number format of this arm's base. Default: model.dtype.")
-    quantization: Quantization | Literal["none"] | None = Field(
-        default=None, description="Quantization of this arm's base. Default: model.quantization."
+    dtype: Dtype | None = optional("Number format of this arm's base. Default: model.dtype.")
+    quantization: Quantization | Literal["none"] | None = optional(
+        "Quantization of this arm's base. Default: model.quantization."
     )
-    search: dict[str, Search] | None = Field(
-        default=None,
-        description="Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are "
-        "tried. `rank: {search: [4, 8]}` says the same.",
+    search: dict[str, Search] | None = optional(
+        "Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are tried. `rank: "
+        "{search: [4, 8]}` says the same."
     )
 
     @model_validator(mode="before")

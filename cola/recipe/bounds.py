@@ -74,6 +74,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 
 
+def optional(description: str, **bounds: Any) -> Any:
+    """A key that may be left out: None, until what holds without it is known."""
+    return Field(default=None, description=description, **bounds)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cola.recipe.arms import SEARCHABLE, Arm, KnotRules, LinkSettings
-from cola.recipe.bounds import MOST_ARMS, TRIAL_SEEDS, LocalPath, Section, Seed
+from cola.recipe.bounds import MOST_ARMS, TRIAL_SEEDS, LocalPath, Section, Seed, optional
 from cola.recipe.data_section import Data
 from cola.recipe.methods import Lora
 from cola.recipe.resolved import ResolvedArm, resolve
@@ -45,9 +45,8 @@ class Recipe(Section):
         "where something new is asked about them.",
     )
     output: LocalPath = Field(default="runs", description="Folder in which each run makes its own folder.")
-    store: LocalPath | None = Field(
-        default=None,
-        description="Folder of the segments that runs share. Default: `$COLA_STORE`, else `store` in the cache.",
+    store: LocalPath | None = optional(
+        "Folder of the segments that runs share. Default: `$COLA_STORE`, else `store` in the cache."
     )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=60.0,

