@@ -30,7 +30,7 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
         ModelError: none of them changes the base's matrices, or their weights or the base are not there.
     """
     quiet_libraries()
-    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.merges]
+    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.kind.merges]
     if not found:
         raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
     view = _View(found, terminal)
@@ -77,7 +77,8 @@ class _View:
         if spectrum is None:
             self.terminal.say(f"{outcome.job.label}: taking the spectra")
             spectrum = spectrum_of(self._taken(outcome))
-        if intruders and not _counted(spectrum):
+        updates = [one for matrix in spectrum.matrices.values() for one in matrix.updates.values()]
+        if intruders and all(update.intruders is None for update in updates):
             if outcome.quantization is not None:
                 self.terminal.warn(
                     f"{outcome.job.label}: no intruders are counted: its base is the matrices that the "
@@ -85,7 +86,7 @@ class _View:
                 )
             elif spectrum.matrices:
                 self.terminal.say(f"{outcome.job.label}: counting intruders in {len(spectrum.matrices)} matrices")
-                weights = outcome.added() if outcome.is_pair else outcome.tuned.folder
+                weights = outcome.added() if outcome.kind.is_pair else outcome.tuned.folder
                 record = spectrum.content()
                 self.learned.count_intruders(record, outcome.dtype, weights)
                 spectrum, new = spectrum_of(record), True
@@ -98,7 +99,7 @@ class _View:
         return spectrum
 
     def _taken(self, outcome: Outcome) -> dict[str, Any]:
-        if outcome.is_whole:
+        if outcome.kind.is_whole:
             return self.learned.of_full(str(outcome.path), outcome.tuned.folder, outcome.dtype)
         return self.learned.of_links(outcome.added(), *self._full(outcome))
 
@@ -109,16 +110,9 @@ class _View:
         if job.arm not in outcome.recipe.arms or result is None:
             return None, None
         full = Outcome(outcome.folder, outcome.recipe, job, result)
-        if not full.is_whole:
+        if not full.kind.is_whole:
             return None, None
 
-        def folder() -> Path | None:
-            return full.tuned.folder if (full.path / "model" / "config.json").is_file() else None
-
-        update = self.learned.full(str(full.path), folder, full.dtype)
+        kept = (full.path / "model" / "config.json").is_file()
+        update = self.learned.full(str(full.path), lambda: full.tuned.folder if kept else None, full.dtype)
         return update, full.info.scored_state if update is not None else None
-
-
-def _counted(spectrum: Spectrum) -> bool:
-    """Whether it has the number of intruders already."""
-    return any(one.intruders is not None for matrix in spectrum.matrices.values() for one in matrix.updates.values())

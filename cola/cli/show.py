@@ -1,8 +1,7 @@
 """What the commands say at the end: tables, what the numbers allow to be said, the page, and what W&B was sent."""
 
-import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -121,49 +120,41 @@ def track_run(recipe: Recipe, folder: RunFolder, summary: Summary, terminal: Ter
     """Send a run's comparison to W&B; a point of an ablation is in the ablation's group."""
     above = folder.path.resolve().parent.parent  # ABLATION/points/POINT
     group = above.name if (above / "ablation.json").is_file() else None
-    with _tracking(terminal):
-        config = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
-        _send(recipe.tracking, group, folder.path, comparison_of(folder, summary), config, terminal, publish)
+    config = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    _send(recipe.tracking, group, folder.path, lambda: comparison_of(folder, summary), config, terminal, publish)
 
 
 def track_ablation(folder: AblationFolder, summary: Ablation, terminal: Terminal, publish: bool) -> None:
     """Send an ablation's comparison to W&B, as its points' recipe says."""
     if recipes := sorted(folder.path.glob("points/*/recipe.yaml")):
-        with _tracking(terminal):
-            comparison = comparison_of_ablation(folder, summary)
-            _send(read_recipe(recipes[0]).tracking, None, folder.path, comparison, {}, terminal, publish)
-
-
-@contextlib.contextmanager
-def _tracking(terminal: Terminal) -> Iterator[None]:
-    """Ctrl-C leaves W&B, and nothing else: the results are written and said."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        terminal.warn("interrupted while W&B was being sent the comparison; cola report RUN --wandb sends it again")
+        settings = read_recipe(recipes[0]).tracking
+        _send(settings, None, folder.path, lambda: comparison_of_ablation(folder, summary), {}, terminal, publish)
 
 
 def _send(
     settings: Tracking,
     group: str | None,
     path: Path,
-    comparison: Comparison,
+    drawn: Callable[[], Comparison],
     config: dict[str, Any],
     terminal: Terminal,
     publish: bool,
 ) -> None:
-    tracker = Tracker(settings, group, path, terminal.warn)
-    if publish and tracker.mode == "off":
-        terminal.warn("W&B is off, by tracking.wandb in the recipe or by WANDB_MODE: nothing was sent")
-    tracker.compare(comparison, config)
-    if tracker.mode == "online":
-        terminal.say(f"W&B      online, group {tracker.group}")
-        if publish and (url := tracker.publish(comparison)) is not None:
-            terminal.say(f"W&B      Report: {url}")
-    else:
-        say_sync(path, terminal)
-        if publish and tracker.mode == "offline":
-            terminal.say("W&B      a Report needs the runs online: upload them, then the same command with a key")
+    try:
+        tracker, comparison = Tracker(settings, group, path, terminal.warn), drawn()
+        if publish and tracker.mode == "off":
+            terminal.warn("W&B is off, by tracking.wandb in the recipe or by WANDB_MODE: nothing was sent")
+        tracker.compare(comparison, config)
+        if tracker.mode == "online":
+            terminal.say(f"W&B      online, group {tracker.group}")
+            if publish and (url := tracker.publish(comparison)) is not None:
+                terminal.say(f"W&B      Report: {url}")
+        else:
+            say_sync(path, terminal)
+            if publish and tracker.mode == "offline":
+                terminal.say("W&B      a Report needs the runs online: upload them, then the same command with a key")
+    except KeyboardInterrupt:  # leaves W&B, and nothing else: the results are written and said
+        terminal.warn("interrupted while W&B was being sent the comparison; cola report RUN --wandb sends it again")
 
 
 def say_sync(path: Path, terminal: Terminal) -> None:

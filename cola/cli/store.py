@@ -184,19 +184,17 @@ def _trained(link: dict[str, Any]) -> str:
 
 def _settings(values: dict[str, Any]) -> str:
     """Keys and values in words; what is off is left out."""
-    told = []
-    for key, value in values.items():
+
+    def told(key: str, value: Any) -> str:
         match value:
-            case None | False | 0 | []:
-                pass
             case True:
-                told.append(key)
+                return key
             case dict():
-                told.append(f"{key} ({_settings(value)})")
+                return f"{key} ({_settings(value)})"
             case list():
-                told.append(f"{key} {', '.join(value)}")
+                return f"{key} {', '.join(value)}"
             case int() | float():
-                told.append(f"{key} {value:g}")
-            case _:
-                told.append(f"{key} {value}")
-    return ", ".join(told)
+                return f"{key} {value:g}"
+        return f"{key} {value}"
+
+    return ", ".join(told(key, value) for key, value in values.items() if value not in (None, False, 0, []))

@@ -26,14 +26,14 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         parts: Names of the links' folders, for knots.
         name: The export's folder.
     """
-    recipe, provenance, base = outcome.recipe, outcome.provenance, outcome.base_name
+    recipe, base = outcome.recipe, outcome.base_name
     data = f"{recipe.data.hub.name} of the Hugging Face hub" if recipe.data.hub else "local files"
     data = f"{recipe.data.reasoning_gym.name} of reasoning-gym" if recipe.data.reasoning_gym else data
     front = ModelCardData(
         base_model=base if is_remote(base) else None,
         datasets=recipe.data.hub.name if recipe.data.hub else None,
         library_name="transformers" if form == "merged" else "peft",
-        tags=["chain-of-lora", *(["lora"] if outcome.is_pair else [])],
+        tags=["chain-of-lora", *(["lora"] if outcome.kind.is_pair else [])],
     )
     loader = jinja2.PackageLoader("cola.export", ".")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -42,10 +42,8 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         front=front.to_yaml(),
         name=name,
         form=form,
-        method=outcome.method,
         outcome=outcome,
         base=base,
-        base_sha256=provenance.model.sha256,
         dtype=dtype,
         parts=parts,
         data=data,
@@ -54,9 +52,6 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         notes=notes,
         recipe=text,
         fence="`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1),
-        packages=provenance.packages,
-        cola=provenance.cola,
-        created=outcome.result.run_info.created_at,
     )
 
 

@@ -97,19 +97,19 @@ def _check(outcome: Outcome, request: Request) -> None:
         for option, value in (("--dtype", request.dtype), ("--quantization", request.quantization)):
             if value is not None:
                 raise ModelError(f"{option} belongs to --as merged; an adapter and its knots stay in float32")
-    if isinstance(outcome.links[0], Adapter):
+    if outcome.kind is Adapter:
         where = outcome.path / "adapter"
         raise ModelError(
             f"arm {arm}: no other tool loads bottleneck adapters; cola eval scores the run, weights: {where}"
         )
-    if request.form == "merged" and not outcome.merges:
+    if request.form == "merged" and not outcome.kind.merges:
         raise ModelError(
             f"arm {arm}: {method} cannot be merged into the weights, nor quantized; export it --as adapter"
         )
     loads = request.form == "merged" or request.rank is not None
     if loads and (codes := request.quantization or outcome.quantization) is not None:
         need_package("bitsandbytes", f"quantization: {codes}", "quantized")
-    if request.form == "adapter" and outcome.is_whole:
+    if request.form == "adapter" and outcome.kind.is_whole:
         raise ModelError(f"arm {arm}: full fine-tuning is no adapter; export it --as merged")
     if request.form == "knots" or request.rank is not None:
         outcome.link_folders()  # says what is missing
@@ -140,11 +140,10 @@ class _Writing:
     def weights(self) -> None:
         """Write the weights in the form that is asked for, and what is loaded with them."""
         outcome, folder = self.outcome, self.folder
-        if not outcome.merges:
-            shutil.copytree(outcome.path / "adapter", folder, dirs_exist_ok=True)
-            _name_base(folder, outcome.base_name)
+        if not outcome.kind.merges:
+            _copy(outcome.path / "adapter", folder, outcome.base_name)
             return
-        learned = outcome.residual() if outcome.is_pair else []
+        learned = outcome.residual() if outcome.kind.is_pair else []
         if self.request.rank is not None:
             learned = self._compressed(learned, self.request.rank)
         if self.request.form == "merged":
@@ -158,8 +157,7 @@ class _Writing:
 
     def _link(self, link: Path, learned: Residual, folder: Path) -> None:
         if any(pair.rows_O is not None for pair in learned[0].values()):
-            shutil.copytree(link, folder, dirs_exist_ok=True)
-            _name_base(folder, self.outcome.base_name)
+            _copy(link, folder, self.outcome.base_name)
         else:
             adapters.save_pair(folder, stacked(learned), self.outcome.base_name, self.outcome.source.skeleton())
 
@@ -277,10 +275,12 @@ class _Writing:
         }
 
 
-def _name_base(folder: Path, name: str) -> None:
+def _copy(adapter: Path, folder: Path, base_name: str) -> None:
+    """Copy what PEFT has written, with a name of the base that others find it by."""
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n", encoding="utf-8")
 
 
 class _Trial:
@@ -319,7 +319,7 @@ def _state_digests(model: PreTrainedModel) -> dict[str, str]:
 def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str | None) -> PreTrainedModel:
     """The dense model in a number format; with a quantization, on the weights that its codes stand for."""
     device, source = torch.device("cpu"), outcome.source
-    if outcome.is_whole:
+    if outcome.kind.is_whole:
         return outcome.tuned.load(dtype, device)
     if quantization is None:
         model = source.load(dtype, device)

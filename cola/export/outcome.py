@@ -57,18 +57,10 @@ class Outcome:
         """The links' method; None for the base."""
         return self.links[0].method if self.links else None
 
-    # What its links trained, in the words of `Settings`.
     @property
-    def is_pair(self) -> bool:
-        return any(link.is_pair for link in self.links)
-
-    @property
-    def is_whole(self) -> bool:
-        return any(link.is_whole for link in self.links)
-
-    @property
-    def merges(self) -> bool:
-        return any(link.merges for link in self.links)
+    def kind(self) -> type[Settings]:
+        """What may be done with what its links trained, which are all of a kind; nothing with the base's."""
+        return type(self.links[0]) if self.links else Settings
 
     @property
     def has_dora(self) -> bool:
@@ -96,7 +88,7 @@ class Outcome:
         Raises:
             ModelError: the arm has none, or they are not in the run's folder.
         """
-        if not self.is_pair:
+        if not self.kind.is_pair:
             why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
             raise ModelError(f"arm {self.job.arm} has no knots: {why}")
         ends = [link.last_step for link in self.info.links]
@@ -170,14 +162,10 @@ class Outcome:
         return Source(str(self.path / "model"), self.path / "model", self.recipe.model.trust_remote_code)
 
     def load(self, device: torch.device) -> PreTrainedModel:
-        """The model that was scored.
-
-        Raises:
-            ModelError: a part of it is not there.
-        """
-        if self.is_whole:
+        """The model that was scored; raises where a part of it is not there."""
+        if self.kind.is_whole:
             return self.tuned.load("float32", device)  # as they were trained, whatever the base's dtype
-        if self.is_pair:
+        if self.kind.is_pair:
             return self.chain(device).model
         model = self.source.load(self.dtype, device, self.quantization)
         if self.method is None:

@@ -87,11 +87,10 @@ class LinkSettings(Section):
     @field_validator("target_modules")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        if value == []:
+        names = [value] if isinstance(value, str) else value
+        if names == []:
             raise ValueError("name at least one module, or all-linear")
-        if value == ["all-linear"]:
-            return "all-linear"
-        return [value] if isinstance(value, str) and value != "all-linear" else value
+        return "all-linear" if names == ["all-linear"] else names
 
 
 class OneLink(LinkSettings):

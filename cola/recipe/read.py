@@ -20,12 +20,7 @@ from cola.recipe.yaml12 import DEEPEST, MOST_BYTES, Mark, Marks, dotted_key, is_
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override, validate and resolve a recipe.
-
-    Args:
-        path: YAML file.
-        overrides: `dotted.key=value` strings, the value in YAML; `arms.NAME=null` removes an arm, and naming
-            a data source replaces the recipe's.
+    """Read a YAML file, with overrides (`dotted.key=value`, the value in YAML), and resolve the recipe.
 
     Raises:
         RecipeError: names file, line and key, one line for each fault.

@@ -106,8 +106,11 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
                 raise _wrong_tag(node)
             if not is_unicode(node.value):
                 raise ConstructorError(None, None, "half a character (a surrogate)", node.start_mark)
-            if not is_text and path[:-1] in LABELS and (fault := _not_as_written(node, loader)):
-                raise RecipeError(f"{where}:{node.start_mark.line + 1}: {dotted_key(path)}: {fault}")
+            if not is_text and path[:-1] in LABELS:  # whose text may not become another
+                value = loader.construct_object(node)
+                if not isinstance(value, bool) and label_text(value) != node.value:
+                    fault = _in_quotes(node.value, node.tag)
+                    raise RecipeError(f"{where}:{node.start_mark.line + 1}: {dotted_key(path)}: {fault}")
             line = marks[path].line if path in marks else node.start_mark.line + 1
             marks[path] = Mark(line, None if is_text else node.value)
             return
@@ -117,7 +120,7 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
         seen: set[str] = set()
         for index, one in enumerate(node.value):
             key, value = one if isinstance(node, yaml.MappingNode) else (None, one)
-            name = str(index) if key is None else str(key.value)
+            name = str(index if key is None else key.value)
             if key is not None:
                 place = f"{where}:{key.start_mark.line + 1}"
                 if not isinstance(key, yaml.ScalarNode):
@@ -152,17 +155,9 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
         loader.dispose()
 
 
-def _not_as_written(node: yaml.ScalarNode, loader: RecipeLoader) -> str | None:
-    """Why a label or an answer's text that YAML takes for something else cannot stay so: its text would be another."""
-    value = loader.construct_object(node)
-    if isinstance(value, bool) or label_text(value) == node.value:
-        return None
-    return _in_quotes(node.value, node.tag)
-
-
 def _wrong_tag(node: yaml.Node) -> yaml.MarkedYAMLError:
-    what = f"could not determine a constructor for the tag {quoted(node.tag)} of this value"
-    return ConstructorError(None, None, what, node.start_mark)
+    fault = f"could not determine a constructor for the tag {quoted(node.tag)} of this value"
+    return ConstructorError(None, None, fault, node.start_mark)
 
 
 def is_unicode(text: str) -> bool:
