@@ -216,14 +216,10 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
 ) -> None:
     """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
+    from cola.cli.show import print_all
     from cola.report.differences import compare_runs
 
-    tables, notes = compare_runs(first, second)
-    terminal = Terminal()
-    for table in tables:
-        terminal.table(table)
-    for note in notes:
-        terminal.say(note)
+    print_all(*compare_runs(first, second), Terminal())
 
 
 def _run(recipe: Recipe, run_folder: Path | None) -> int:
@@ -306,16 +302,9 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     return run
 
 
-for name, command, unsaid in (
-    ("run", run, ""),
-    ("ablate", ablate, ""),
-    ("data", show_data, ""),
-    ("report", report, ""),
-    ("compare", compare, ""),
-    ("export", export, ""),
-    ("eval", evaluate, "model.name_or_path: "),
-    ("inspect", inspect, "model.name_or_path: "),
-):
-    app.command(name)(_one_line_errors(command, unsaid))
-for name, command in (("ls", store.ls), ("verify", store.verify), ("prune", store.prune)):
-    store_app.command(name)(_one_line_errors(command))
+for name, command in {"run": run, "ablate": ablate, "data": show_data, "report": report, "compare": compare}.items():
+    app.command(name)(_one_line_errors(command))
+for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
+    app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
+for command in (store.ls, store.verify, store.prune):
+    store_app.command(command.__name__)(_one_line_errors(command))

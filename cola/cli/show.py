@@ -1,7 +1,7 @@
 """What the commands say at the end: tables, what the numbers allow to be said, the page, and what W&B was sent."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cola.recipe.schema import Tracking
 from cola.report.group_report import Comparison
 from cola.report.numbers import size
 from cola.report.page import comparison_of, comparison_of_ablation, write_ablation, write_report, write_tasks
+from cola.report.table import Table
 from cola.report.tables import ablation_notes, ablation_table, knots_table, result_tables, task_tables
 from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker, sync_command
@@ -43,21 +44,22 @@ def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> No
         page = write_report(folder)
     finally:
         signal.signal(signal.SIGINT, before)
-    for table in [*result_tables(summary), knots_table(summary, short=True)]:
-        if table.rows:
-            terminal.table(table)
     parts = (summary.meta.data, summary.meta.selfcheck) if summary.meta else ()
     told = [note for part in parts if part for note in part.notes]  # before the run
-    for line in [*verdict(summary), *(note for note in summary.notes if note not in told)]:
-        terminal.say(line)
-    _say_where(page, folder.path / "summary.json", terminal)
+    lines = [*verdict(summary), *(note for note in summary.notes if note not in told)]
+    lines += [f"report   {page}", f"results  {folder.path / 'summary.json'}"]
     if store := summary.store:
-        terminal.say(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
+        lines.append(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
+    print_all([*result_tables(summary), knots_table(summary, short=True)], lines, terminal)
 
 
-def _say_where(page: Path, results: Path, terminal: Terminal) -> None:
-    terminal.say(f"report   {page}")
-    terminal.say(f"results  {results}")
+def print_all(tables: Iterable[Table], lines: Iterable[str], terminal: Terminal) -> None:
+    """Print the tables that have rows, then the lines."""
+    for table in tables:
+        if table.rows:
+            terminal.table(table)
+    for line in lines:
+        terminal.say(line)
 
 
 def report_run(path: Path, later: list[tuple[str, str]], wandb: bool) -> None:
@@ -80,24 +82,18 @@ def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]
     need_new(to, "--to")
     summary = summarize_tasks(paths, later)
     to = to or make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
-    terminal = Terminal()
     page = write_tasks(to, summary)
-    for table in task_tables(summary):
-        terminal.table(table)
-    for contrast in summary.contrasts if summary.averaged else ():
-        terminal.say(contrast_sentence(contrast, summary.metric))
-    for line in [*([OF_P] if summary.contrasts else []), *summary.notes]:
-        terminal.say(line)
-    _say_where(page, to / "summary.json", terminal)
+    lines = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts if summary.averaged]
+    lines += [*([OF_P] if summary.contrasts else []), *summary.notes]
+    lines += [f"report   {page}", f"results  {to / 'summary.json'}"]
+    print_all(task_tables(summary), lines, Terminal())
 
 
 def print_ablation(folder: AblationFolder, summary: Ablation, terminal: Terminal) -> None:
     """Write an ablation's page; print its table and notes, and where all of it is."""
     page = write_ablation(folder, summary)
-    terminal.table(ablation_table(summary))
-    for line in ablation_notes(summary):
-        terminal.say(line)
-    _say_where(page, folder.path / "ablation.json", terminal)
+    lines = [*ablation_notes(summary), f"report   {page}", f"results  {folder.path / 'ablation.json'}"]
+    print_all([ablation_table(summary)], lines, terminal)
 
 
 def report_ablation(path: Path, wandb: bool) -> None:

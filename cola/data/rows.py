@@ -177,10 +177,14 @@ def _read_jsonl(raw: bytes, name: str) -> Iterator[Numbered]:
 
 def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
     """The items of a list; or, as many files called .json have them, objects one after the other, each on its line."""
+
+    def place(line: int) -> str:
+        return f"{name} line {line}"
+
     text = _text(raw, name)
     at = _skip(text, 0)
     if text[at : at + 1] == "[":
-        for number, value in enumerate(_items(text, at + 1, name), start=1):
+        for number, value in enumerate(_items(text, at + 1, place), start=1):
             yield number, _mapping(value, f"{name}:{number}")
         return
     rows: list[Numbered] = []
@@ -189,7 +193,7 @@ def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
         line, counted = line + text.count("\n", counted, at), at
         if rows and rows[-1][0] == line:
             raise DataError(f"{name}: two objects on line {line}; write a list of objects, or one object a line")
-        value, at = _json_at(text, at, lambda line: f"{name} line {line}")
+        value, at = _json_at(text, at, place)
         rows.append((line, _mapping(value, f"{name}:{line}")))
         at = _skip(text, at)
     if len(rows) == 1:
@@ -197,12 +201,8 @@ def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
     yield from rows
 
 
-def _items(text: str, at: int, name: str) -> Iterator[Any]:
+def _items(text: str, at: int, place: Callable[[int], str]) -> Iterator[Any]:
     """The items of a list, from what stands behind its bracket on."""
-
-    def place(line: int) -> str:
-        return f"{name} line {line}"
-
     at = _skip(text, at)
     closed = text[at : at + 1] == "]"
     while not closed:
