@@ -14,8 +14,8 @@ from cola.data.encode import Example
 from cola.data.sources import open_pools
 from cola.data.splits import load_splits
 from cola.link.find import find_tokenizer
-from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
+from cola.recipe.schema import SPLITS
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 

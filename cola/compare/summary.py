@@ -32,9 +32,9 @@ from cola.compare.records import (
 from cola.compare.scope import scope_of
 from cola.compare.spectra import spectra_of
 from cola.errors import RunFolderError
-from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import Job, trials_of
 from cola.recipe.recipe import Recipe
+from cola.recipe.schema import SPLITS
 from cola.tree.made import Made
 from cola.tree.records import ArmState, Chosen, Result, TrainInfo
 from cola.tree.run_folder import RunFolder, choice_file, damaged_file

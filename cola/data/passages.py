@@ -9,8 +9,8 @@ from cola.data.fields import fill
 from cola.data.render import Rendered
 from cola.data.sources import open_texts
 from cola.errors import DataError
-from cola.recipe.bounds import SAMPLE
 from cola.recipe.data_section import Data, Files
+from cola.recipe.schema import SAMPLE
 
 GENERAL = "evaluation.general_text"  # the recipe's key
 PASSAGE_TOKENS = 256  # of a general text, that are read at a time

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cola.data.rows import Row, read_file
 from cola.errors import DataError, one_line
-from cola.recipe.bounds import MOST_GENERATED, SPLITS
 from cola.recipe.data_section import Data, Files, Hub, ReasoningGym
 from cola.recipe.plan import derived_seed
+from cola.recipe.schema import MOST_GENERATED, SPLITS
 
 
 @dataclass(frozen=True)

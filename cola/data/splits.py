@@ -22,8 +22,8 @@ from cola.data.render import golds_of
 from cola.data.sources import Pool, open_pools, shuffled
 from cola.errors import DataError
 from cola.files import cache_dir, sha256, write_text
-from cola.recipe.bounds import SPLITS
 from cola.recipe.data_section import Data
+from cola.recipe.schema import SPLITS
 
 CHUNK = 512  # rows tokenized in one call
 CACHE_VERSION = 4  # part of every cached file's name: raise it when the same recipe must give other tokens

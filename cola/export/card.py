@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from cola.compare.records import Summary
 from cola.export.outcome import Outcome
-from cola.recipe.bounds import SPLITS, is_remote
+from cola.recipe.schema import SPLITS, is_remote
 from cola.report.numbers import interval
 from cola.report.table import NONE, Shown, Table
 from cola.tree.records import Knot, TrainedLink

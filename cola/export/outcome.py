@@ -18,11 +18,11 @@ from cola.link.base import Base
 from cola.link.find import find_model
 from cola.link.model import Source
 from cola.link.residual import Residual
-from cola.recipe.bounds import is_remote
 from cola.recipe.methods import Adapter, Lora, Settings, settings_of
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
+from cola.recipe.schema import is_remote
 from cola.tree.made import Provenance
 from cola.tree.records import Result, TrainInfo
 from cola.tree.run_folder import RunFolder

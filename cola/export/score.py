@@ -20,9 +20,8 @@ from cola.link.model import Source, check_fit
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.scores import evaluation_of, score_rows
 from cola.measure.selfcheck import Subject, self_check
-from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
-from cola.recipe.schema import Model
+from cola.recipe.schema import SPLITS, Model
 from cola.report.terminal import Terminal
 from cola.tree.records import EvaluationFile
 

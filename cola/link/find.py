@@ -15,8 +15,7 @@ from cola.files import cache_dir, package_file
 from cola.link import gguf_file
 from cola.link.checkpoint import content_digest, weight_names
 from cola.link.model import Source
-from cola.recipe.bounds import is_remote
-from cola.recipe.schema import Model
+from cola.recipe.schema import Model, is_remote
 
 HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cola.errors import quoted
-from cola.recipe.bounds import (
+from cola.recipe.methods import Activation, Init, Part, Placement
+from cola.recipe.schema import (
     MOST_LINKS,
     Dtype,
     Epochs,
@@ -15,6 +16,8 @@ from cola.recipe.bounds import (
     OneOrMore,
     Positive,
     Quantization,
+    Rate,
+    Search,
     Section,
     Share,
     Steps,
@@ -22,8 +25,6 @@ from cola.recipe.bounds import (
     Width,
     optional,
 )
-from cola.recipe.methods import Activation, Init, Part, Placement
-from cola.recipe.schema import Rate, Search
 
 MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.bounds import MOST_GENERATED, MOST_TRAININGS, MOST_TRIED, SPLITS
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
-from cola.recipe.schema import Search
+from cola.recipe.schema import MOST_GENERATED, MOST_TRAININGS, MOST_TRIED, SPLITS, Search
 
 
 def check_recipe(recipe: Recipe) -> None:

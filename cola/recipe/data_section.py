@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from cola.errors import quoted
-from cola.recipe.bounds import LocalPath, OneOrMore, RowCount, Section, Seed, Tokens, optional
+from cola.recipe.schema import LocalPath, OneOrMore, RowCount, Section, Seed, Tokens, optional
 
 SOURCES = {"hub": "name", "files": "train", "reasoning_gym": "name"}  # and the key that a text alone stands for
 

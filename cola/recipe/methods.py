@@ -6,7 +6,7 @@ A new method is a class here and a line in METHODS, its keys in `arms.LinkSettin
 
 from typing import Any, ClassVar, Literal
 
-from cola.recipe.bounds import Section
+from cola.recipe.schema import Section
 
 Init = Literal["default", "gaussian", "pissa", "orthogonal", "gradient"]
 Targets = Literal["all-linear"] | tuple[str, ...]  # every linear layer but the head, or the names of some

@@ -9,11 +9,10 @@ import math
 from dataclasses import dataclass, replace
 
 from cola.errors import RecipeError
-from cola.recipe.bounds import MOST_STEPS
 from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
-from cola.recipe.schema import Choice, Search, Training
+from cola.recipe.schema import MOST_STEPS, Choice, Search, Training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,24 @@ from typing import Annotated
 from pydantic import Field
 
 from cola.recipe.arms import SEARCHABLE, Arm, KnotRules, LinkSettings
-from cola.recipe.bounds import MOST_ARMS, TRIAL_SEEDS, LocalPath, Section, Seed, optional
 from cola.recipe.data_section import Data
 from cola.recipe.methods import Lora
 from cola.recipe.resolved import ResolvedArm, resolve
-from cola.recipe.schema import Choice, Comparison, Evaluation, Model, Search, Tracking, Training
+from cola.recipe.schema import (
+    MOST_ARMS,
+    TRIAL_SEEDS,
+    Choice,
+    Comparison,
+    Evaluation,
+    LocalPath,
+    Model,
+    Search,
+    Section,
+    Seed,
+    Tracking,
+    Training,
+    optional,
+)
 
 
 class Recipe(Section):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cola.recipe.arms import Arm, KnotRules, LinkSettings, OneLink, Prune
-from cola.recipe.bounds import Dtype, Quantization, Section
 from cola.recipe.methods import INIT_BATCHES, METHODS, Lora, Settings
-from cola.recipe.schema import Model, Training
+from cola.recipe.schema import Dtype, Model, Quantization, Section, Training
 
 
 class Rules(Section):

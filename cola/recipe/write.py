@@ -7,11 +7,10 @@ import yaml
 from pydantic import BaseModel
 
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.bounds import SAMPLE, SPLITS, is_remote
 from cola.recipe.data_section import Files
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import resolve
-from cola.recipe.schema import Search
+from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
 from cola.recipe.yaml12 import RecipeDumper
 
 

@@ -16,7 +16,7 @@ from cola.compare.records import (
     TaskContrast,
     TasksSummary,
 )
-from cola.recipe.bounds import SPLITS
+from cola.recipe.schema import SPLITS
 from cola.report.numbers import (
     count,
     duration,

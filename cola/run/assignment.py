@@ -11,10 +11,10 @@ from cola.data.encode import Example
 from cola.link.accelerator import make_accelerator
 from cola.measure.evaluate import Evaluator
 from cola.measure.memory import peaks, restart_peaks
-from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import Job, Link, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm
+from cola.recipe.schema import SPLITS
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.bench import Bench
 from cola.tree.measured import Measurements

@@ -10,9 +10,9 @@ from cola.data.encode import Example
 from cola.files import digest
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
-from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
+from cola.recipe.schema import SPLITS
 from cola.report.terminal import RunProgress
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals

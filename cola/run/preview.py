@@ -11,13 +11,12 @@ from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.files import need_package, package_file
 from cola.recipe.arms import Prune
-from cola.recipe.bounds import SAMPLE, SPLITS, is_remote
 from cola.recipe.data_section import Data
 from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
 from cola.recipe.plan import jobs_of, plan_arm
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
-from cola.recipe.schema import Search
+from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
 from cola.report.numbers import count
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal

@@ -25,8 +25,8 @@ from cola.data.sources import open_pools
 from cola.data.splits import Splits, load_splits
 from cola.errors import DataError
 from cola.files import cache_dir
-from cola.recipe.bounds import SPLITS
 from cola.recipe.data_section import Data
+from cola.recipe.schema import SPLITS
 
 Row = dict[str, Any]
 

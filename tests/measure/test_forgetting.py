@@ -19,8 +19,8 @@ from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.errors import DataError, RecipeError, RunChanged
 from cola.link.model import Source
 from cola.measure import memory
-from cola.recipe.bounds import SAMPLE
 from cola.recipe.read import read_recipe
+from cola.recipe.schema import SAMPLE
 from cola.recipe.write import dump_recipe
 from cola.report.tables import result_tables
 from cola.run.preview import preview

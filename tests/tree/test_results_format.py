@@ -12,8 +12,8 @@ from conftest import run_once
 from cola.compare import ablation
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.recipe.arms import SEARCHABLE, LinkSettings
-from cola.recipe.bounds import SPLITS
 from cola.recipe.resolved import Rules
+from cola.recipe.schema import SPLITS
 from cola.tree import run_folder
 from cola.tree.made import Provenance
 from cola.tree.provenance import PACKAGES
