@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from cola.cli import store
 from cola.cli.models import Split, evaluate, export, inspect
@@ -52,25 +53,23 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit.")
     ] = False,
 ) -> None:
     """Chain of LoRA, compared honestly."""
 
 
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="dotted.key=value, for example arms.chain3.links=4", show_default=False)
-    ] = None,
+    recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
+    overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example arms.chain3.links=4")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights, use no network.")
+        bool, Option("--dry-run", help="Check and show the plan; load no weights, use no network.")
     ] = False,
     run_folder: Annotated[
-        Path | None, typer.Option(help="The run's own folder. Default: a new one under the recipe's output.")
+        Path | None, Option(help="The run's own folder. Default: a new one under the recipe's output.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder: what it holds is not trained again.")
+        Path | None, Option(help="Go on with the run in this folder: what it holds is not trained again.")
     ] = None,
 ) -> None:
     """Train and compare every arm of a recipe, and report.
@@ -100,19 +99,14 @@ def run(
 
 
 def ablate(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
+    recipe: Annotated[Path, Argument(help="Recipe (YAML).")],
     keys: Annotated[
         list[str],
-        typer.Argument(
-            help="dotted.key=value,value,... for what is ablated; several make a grid. One value is an override.",
-            show_default=False,
-        ),
+        Argument(help="dotted.key=value,value,... for what is ablated; several make a grid. One value is an override."),
     ],
-    paired: Annotated[
-        bool, typer.Option("--paired", help="The n-th values of all keys belong together: no grid.")
-    ] = False,
+    paired: Annotated[bool, Option("--paired", help="The n-th values of all keys belong together: no grid.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan of every point; train nothing.")
+        bool, Option("--dry-run", help="Check and show the plan of every point; train nothing.")
     ] = False,
 ) -> None:
     """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
@@ -148,12 +142,10 @@ def ablate(
 
 
 def show_data(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="dotted.key=value, for example data.files=mine.jsonl", show_default=False)
-    ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to show, token by token.")] = 3,
-    split: Annotated[Split, typer.Option(help="Of which part.")] = Split.train,
+    recipe: Annotated[Path, Argument(help="Recipe (YAML).")],
+    overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example data.files=mine.jsonl")] = None,
+    rows: Annotated[int, Option(min=0, help="How many rows to show, token by token.")] = 3,
+    split: Annotated[Split, Option(help="Of which part.")] = Split.train,
 ) -> None:
     """Show what a recipe trains and scores on: rows of each file, what is left out and why, and some rows as tokens.
 
@@ -166,21 +158,20 @@ def show_data(
 
 
 def report(
-    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
+    run_folders: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
     to: Annotated[
-        Path | None,
-        typer.Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first."),
+        Path | None, Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first.")
     ] = None,
     contrast: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="FIRST,SECOND",
             help="Two arms to compare too, though no recipe names them; may be repeated. Shown, never claimed.",
         ),
     ] = None,
     wandb: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--wandb", help="Send the comparison to W&B, and where W&B is online, create a W&B Report of the group."
         ),
     ] = False,
@@ -212,8 +203,8 @@ def report(
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
+    first: Annotated[Path, Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, Argument(metavar="B", help="Folder of another.")],
 ) -> None:
     """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
     from cola.cli.show import print_all

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from cola.cli import store as stores
 from cola.errors import ColaError
@@ -19,31 +20,25 @@ Codes = StrEnum("Codes", ["nf4", "int8"])
 
 
 def export(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    arm: Annotated[str, typer.Option(help="The arm to export.", show_default=False)],
-    seed: Annotated[int | None, typer.Option(help="The seed; may be left out where there is one.")] = None,
+    run_folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run.")],
+    arm: Annotated[str, Option(help="The arm to export.")],
+    seed: Annotated[int | None, Option(help="The seed; may be left out where there is one.")] = None,
     form: Annotated[
         Form,
-        typer.Option(
+        Option(
             "--as",
             help="adapter: one PEFT LoRA for the whole chain; merged: a Hugging Face checkpoint; knots: the links one "
             "by one.",
         ),
     ] = Form.adapter,
-    to: Annotated[
-        Path | None, typer.Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM.", show_default=False)
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of a merged checkpoint. Default: the arm's.")] = None,
+    to: Annotated[Path | None, Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM.")] = None,
+    dtype: Annotated[Dtype | None, Option(help="Of a merged checkpoint. Default: the arm's.")] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Compress the chain to this rank by SVD; says what that keeps and loses.")
+        int | None, Option(min=1, help="Compress the chain to this rank by SVD; says what that keeps and loses.")
     ] = None,
-    quantization: Annotated[
-        Codes | None, typer.Option(help="Of a merged checkpoint; says what that loses.", show_default=False)
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hugging Face hub.", show_default=False)
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push: a private repository.")] = False,
+    quantization: Annotated[Codes | None, Option(help="Of a merged checkpoint; says what that loses.")] = None,
+    push: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload to the Hugging Face hub.")] = None,
+    private: Annotated[bool, Option("--private", help="With --push: a private repository.")] = False,
 ) -> None:
     """Write what an arm has learned as files that other tools load.
 
@@ -71,26 +66,19 @@ def export(
 
 def evaluate(
     target: Annotated[
-        str,
-        typer.Argument(metavar="MODEL_OR_RUN", help="Folder of a run, an adapter or a model; a hub id; a GGUF file."),
+        str, Argument(metavar="MODEL_OR_RUN", help="Folder of a run, an adapter or a model; a hub id; a GGUF file.")
     ],
-    data: Annotated[
-        Path, typer.Option(help="Recipe, or folder of a run, whose data and prompts are taken.", show_default=False)
-    ],
-    split: Annotated[list[Split] | None, typer.Option(help="May be given again. Default: all three.")] = None,
-    arm: Annotated[str | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
-    base: Annotated[
-        str | None, typer.Option(help="What an adapter is put on. Default: what it names.", show_default=False)
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the export's own, else the recipe's.")] = None,
-    quantization: Annotated[Codes | None, typer.Option(help="Of the frozen weights.", show_default=False)] = None,
+    data: Annotated[Path, Option(help="Recipe, or folder of a run, whose data and prompts are taken.")],
+    split: Annotated[list[Split] | None, Option(help="May be given again. Default: all three.")] = None,
+    arm: Annotated[str | None, Option(help="Of a run. Default: all.")] = None,
+    seed: Annotated[int | None, Option(help="Of a run. Default: all.")] = None,
+    base: Annotated[str | None, Option(help="What an adapter is put on. Default: what it names.")] = None,
+    dtype: Annotated[Dtype | None, Option(help="Default: the export's own, else the recipe's.")] = None,
+    quantization: Annotated[Codes | None, Option(help="Of the frozen weights.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+        bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="A new folder for eval.json and every example's score.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, Option(help="A new folder for eval.json and every example's score.")] = None,
 ) -> None:
     """Score a run, an adapter or any model on a recipe's data, by the evaluator that scores arms.
 
@@ -118,12 +106,12 @@ def evaluate(
 
 def inspect(
     target: Annotated[
-        str, typer.Argument(metavar="RUN_OR_SEGMENT", help="Folder of a run; or name of a segment, or how it begins.")
+        str, Argument(metavar="RUN_OR_SEGMENT", help="Folder of a run; or name of a segment, or how it begins.")
     ],
-    arm: Annotated[str | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
+    arm: Annotated[str | None, Option(help="Of a run. Default: all.")] = None,
+    seed: Annotated[int | None, Option(help="Of a run. Default: all.")] = None,
     intruders: Annotated[
-        bool, typer.Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
+        bool, Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
     ] = False,
     store: stores.StoreOption = None,
 ) -> None:

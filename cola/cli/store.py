@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from cola.errors import ColaError, StoreError
 from cola.files import digest, store_path
@@ -21,7 +22,7 @@ from cola.tree.locks import alone
 from cola.tree.store import Segment, Store
 
 StoreOption = Annotated[
-    Path | None, typer.Option("--store", help="The store. Default: $COLA_STORE, else `store` in the cache.")
+    Path | None, Option("--store", help="The store. Default: $COLA_STORE, else `store` in the cache.")
 ]
 
 
@@ -65,7 +66,7 @@ def verify(store: StoreOption = None) -> None:
     raise typer.Exit(1 if n_damaged else 0)
 
 
-def prune(store: StoreOption = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+def prune(store: StoreOption = None, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
     """Free what no run folder that still exists refers to. Says what that is, then asks."""
     opened = open_store(store)
     with alone(opened.path):
