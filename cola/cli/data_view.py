@@ -28,11 +28,8 @@ LEGEND = (
 
 
 def show(recipe: Recipe, terminal: Terminal, split: str, n_rows: int) -> None:
-    """Print the counts, what is left out and why, and the first rows of a split.
-
-    Raises:
-        ColaError: the data or the tokenizer cannot be used.
-    """
+    """Print the counts, what is left out and why, and the first rows of a split. Raises ColaError if the data or the
+    tokenizer cannot be used."""
     tokenizer, ends = find_tokenizer(recipe.model)
     splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, ends)
     seed = recipe.seeds[0]

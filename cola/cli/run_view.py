@@ -23,12 +23,9 @@ FEW = 60  # rows of a table of matrices that a terminal is given
 
 def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None, intruders: bool) -> None:
     """Print the spectra of a run's arms and seeds, or of one arm, of one seed, intruder dimensions counted too or not;
-    what its folder lacks of them is computed and kept there.
-
-    Raises:
-        RunFolderError: it is no run folder, or has no such arm or seed that came to its end.
-        ModelError: none of them changes the base's matrices, or their weights or the base are not there.
-    """
+    what its folder lacks of them is computed and kept there. Raises RunFolderError if it is no run folder, or has no
+    such arm or seed that came to its end; ModelError if none of them changes the base's matrices, or their weights or
+    the base are not there."""
     quiet_libraries()
     found = [outcome for outcome in outcomes(run, arm, seed) if outcome.kind.merges]
     if not found:

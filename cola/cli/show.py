@@ -27,11 +27,7 @@ from cola.tree.run_folder import RunFolder
 
 
 def need_new(path: Path | None, option: str) -> None:
-    """Check, before anything is made that is to be kept there, that a folder is new.
-
-    Raises:
-        RunFolderError: it exists.
-    """
+    """Before anything is made that is to be kept in a folder: raises RunFolderError if it exists."""
     if path is not None and path.exists():
         raise RunFolderError(f"{path} exists and is kept as it is; name another folder by {option}")
 
@@ -97,11 +93,8 @@ def print_ablation(folder: AblationFolder, summary: Ablation, terminal: Terminal
 
 
 def report_ablation(path: Path, wandb: bool) -> None:
-    """Print an ablation from its ablation.json, build its page anew, and send it.
-
-    Raises:
-        RunFolderError: it holds no results yet.
-    """
+    """Print an ablation from its ablation.json, build its page anew, and send it. Raises RunFolderError if it holds no
+    results yet."""
     folder = AblationFolder(path)
     summary = folder.summary()
     if summary is None:

@@ -27,11 +27,7 @@ StoreOption = Annotated[
 
 
 def open_store(path: Path | None) -> Store:
-    """The store that a command names, or the one of this machine.
-
-    Raises:
-        ColaError: there is none.
-    """
+    """The store that a command names, or the one of this machine. Raises ColaError if there is none."""
     path = store_path(str(path) if path else None)
     if not (path / "format.json").is_file():
         raise ColaError(f"there is no store at {path}; `cola run` makes one, and --store or $COLA_STORE names another")
@@ -122,11 +118,8 @@ def _row(store: Store, folder: Path, made_at: float, used: dict[Path, set[str]])
 
 
 def inspect(store: Store, beginning: str, terminal: Terminal) -> None:
-    """Print the chain of causes from the base to a segment, every name recomputed and every checksum verified.
-
-    Raises:
-        StoreError: there is no such segment, or one of its ancestors has gone.
-    """
+    """Print the chain of causes from the base to a segment, every name recomputed and every checksum verified. Raises
+    StoreError if there is no such segment, or one of its ancestors has gone."""
     path = [store.find(beginning)]
     root = path[0].record["root"]
     while (parent := path[0].record["causes"]["link"]["parent"]) != digest(root):

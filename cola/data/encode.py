@@ -41,14 +41,9 @@ def all_ends(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[in
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], chat: bool) -> int:
-    """The token that a right answer ends with, of those of `all_ends`.
-
-    Where prompts go through a chat template, it is the first of the ends that the template writes after an assistant's
-    message; else, and where it writes none of them, the tokenizer's own, or the first that the model names.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The token that a right answer ends with, of those of `all_ends`. Where prompts go through a chat template, it is
+    the first of the ends that the template writes after an assistant's message; else, and where it writes none of them,
+    the tokenizer's own, or the first that the model names. Raises DataError if there is none."""
     if not ends:
         raise DataError(
             "the model has no end-of-text token, which task answer needs to end an answer: neither its tokenizer nor "

@@ -48,11 +48,8 @@ def texts_of(values: Sequence[Any], field: str, place: str, key: str) -> list[st
 
 
 def _as_text(value: Any, field: str, label: str) -> str:
-    """A value as the text that it is trained on; `label`: the field, as messages call it.
-
-    Raises:
-        DataError: it has none.
-    """
+    """A value as the text that it is trained on; `label`: the field, as messages call it. Raises DataError if it has
+    none."""
     if isinstance(value, dict | list | tuple):
         kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
         entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"

@@ -18,11 +18,8 @@ PASSAGE_TOKENS = 256  # of a general text, that are read at a time
 
 def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Example]:
     """A general text (a file, or the sample that comes with cola) in passages of so many tokens at most, special ones
-    included, in its own order; none of it is left out.
-
-    Raises:
-        DataError: the file is not there, cannot be read, or has no text in it.
-    """
+    included, in its own order; none of it is left out. Raises DataError if the file is not there, cannot be read, or
+    has no text in it."""
     path = Path(__file__).with_name("general.jsonl") if text == SAMPLE else Path(text)
     pool = open_texts(path, GENERAL)
     places = [pool.place(n) for n in range(pool.size or 0)]

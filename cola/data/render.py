@@ -36,11 +36,8 @@ class Rendered:
 
 
 def render(row: Row, place: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """A row, which messages call by its place, as the text that the model reads.
-
-    Raises:
-        DataError: a field, the label or the answer does not fit.
-    """
+    """A row, which messages call by its place, as the text that the model reads. Raises DataError if a field, the label
+    or the answer does not fit."""
     group = text_of(row, data.group, place, "data.group") if data.group else None
     if data.task == "text":
         assert data.text is not None
@@ -146,11 +143,8 @@ def _folded(label: str) -> str:
 
 
 def golds_of(labels: dict[str, Label]) -> dict[str, int]:
-    """The right choice of each example, all labels read in one way.
-
-    Raises:
-        DataError: no reading fits all rows, or two of them mean different choices.
-    """
+    """The right choice of each example, all labels read in one way. Raises DataError if no reading fits all rows, or
+    two of them mean different choices."""
     fitting = dict.fromkeys(reading for label in labels.values() for reading in label.golds)
     for label in labels.values():
         if not any(reading in label.golds for reading in fitting):

@@ -35,11 +35,8 @@ JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_file(path: Path, key: str, whole: bool = False) -> tuple[str, list[Numbered]]:
-    """The SHA-256 of a data file, which the recipe's `key` names, and its rows; `whole`: a text file is one row.
-
-    Raises:
-        DataError: it is not there, cannot be read, or is ambiguous.
-    """
+    """The SHA-256 of a data file, which the recipe's `key` names, and its rows; `whole`: a text file is one row. Raises
+    DataError if it is not there, cannot be read, or is ambiguous."""
     unpack = UNPACKERS.get(path.suffix.lower())
     kind = Path(path.stem if unpack else path.name).suffix.lower()
     if kind not in READERS and not path.is_dir():

@@ -45,11 +45,8 @@ def shuffled(items: Sequence[int], *causes: object) -> Iterator[int]:
 
 
 def open_pools(data: Data) -> dict[str, Pool]:
-    """The pool of each split; splits that are drawn from the same rows share one object.
-
-    Raises:
-        DataError: the source cannot be found or read.
-    """
+    """The pool of each split; splits that are drawn from the same rows share one object. Raises DataError if the source
+    cannot be found or read."""
     if data.files is not None:
         return _file_pools(data.files)
     if data.hub is not None:
@@ -78,11 +75,8 @@ def _from_file(path: Path, name: str, key: str, whole: bool = False) -> Pool:
 
 
 def open_texts(path: Path, key: str) -> Pool:
-    """A file's texts, each in the field `text` of a row: a text file is one as a whole, any other has one a row.
-
-    Raises:
-        DataError: what the recipe's `key` names is not there, or cannot be read.
-    """
+    """A file's texts, each in the field `text` of a row: a text file is one as a whole, any other has one a row. Raises
+    DataError if what the recipe's `key` names is not there, or cannot be read."""
     return _from_file(path, path.name, key, whole=True)
 
 

@@ -153,7 +153,7 @@ class _Drawing:
 
     def splits(self, seeds: Sequence[int]) -> Splits:
         """All three; `seeds`: those that draw training rows of their own."""
-        orders = {id(pool): pool.order(self.data.seed) for pool in self.pools.values()}
+        orders = {pool: pool.order(self.data.seed) for pool in dict.fromkeys(self.pools.values())}
         drawn: dict[str, list[Example]] = {"train": []}
         redrawn: dict[int, list[Example]] = {}
         # Test first, so that neither more training rows nor a larger validation split change it.
@@ -165,9 +165,9 @@ class _Drawing:
                 why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
                 raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
             if split == "train" and seeds:
-                redrawn = self._redrawn(pool, list(orders[id(pool)]), wanted, seeds)
+                redrawn = self._redrawn(pool, list(orders[pool]), wanted, seeds)
                 continue
-            part = self._draw(split, pool, orders[id(pool)], wanted)
+            part = self._draw(split, pool, orders[pool], wanted)
             drawn[split] = part.examples
             self.seen |= part.marks
             self.notes += part.notes

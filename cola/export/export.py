@@ -333,11 +333,7 @@ def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str |
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
-    """Upload an export to the Hugging Face hub; returns its address.
-
-    Raises:
-        ModelError: the hub does not take it.
-    """
+    """Upload an export to the Hugging Face hub; returns its address. Raises ModelError if the hub does not take it."""
     try:
         hub = HfApi()
         url = hub.create_repo(repository, private=private, exist_ok=True)

@@ -83,11 +83,8 @@ class Outcome:
         return provenance
 
     def link_folders(self) -> list[Path]:
-        """The pairs of the links up to the scored step, in order; the last one may be a link at its best step.
-
-        Raises:
-            ModelError: the arm has none, or they are not in the run's folder.
-        """
+        """The pairs of the links up to the scored step, in order; the last one may be a link at its best step. Raises
+        ModelError if the arm has none, or they are not in the run's folder."""
         if not self.kind.is_pair:
             why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
             raise ModelError(f"arm {self.job.arm} has no knots: {why}")
@@ -128,11 +125,7 @@ class Outcome:
 
     @cached_property
     def source(self) -> Source:
-        """The base it was trained on.
-
-        Raises:
-            ModelError: it is not there, or is another one now.
-        """
+        """The base it was trained on. Raises ModelError if it is not there, or is another one now."""
         source, trained_on = find_model(self.recipe.model), self.provenance.model.sha256
         if source.fingerprint() != trained_on:
             raise ModelError(
@@ -149,11 +142,7 @@ class Outcome:
 
     @property
     def tuned(self) -> Source:
-        """All weights, of full fine-tuning.
-
-        Raises:
-            ModelError: they were not kept.
-        """
+        """All weights, of full fine-tuning. Raises ModelError if they were not kept."""
         if not (self.path / "model" / "config.json").is_file():
             raise ModelError(
                 f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
@@ -190,11 +179,8 @@ class Outcome:
 
 
 def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list[Outcome]:
-    """The arms and seeds of a run that came to their end, or those of one arm, of one seed.
-
-    Raises:
-        RunFolderError: it is no run folder, has no such arm or seed, or nothing of it came to its end.
-    """
+    """The arms and seeds of a run that came to their end, or those of one arm, of one seed. Raises RunFolderError if it
+    is no run folder, has no such arm or seed, or nothing of it came to its end."""
     folder, recipe = RunFolder.open(run)
     if arm is not None and arm not in recipe.arms:
         hint = did_you_mean(arm, recipe.arms)

@@ -61,12 +61,8 @@ class Scored:
 
 
 def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
-    """Score targets one after the other on a recipe's data. Among several, one that does not load is told of and
-    passed over.
-
-    Raises:
-        ColaError: no target loads, or the data does not fit them.
-    """
+    """Score targets one after the other on a recipe's data. Among several, one that does not load is told of and passed
+    over. Raises ColaError if no target loads, or the data does not fit them."""
     quiet_libraries()
     if said := environment.note():
         terminal.warn(said)
@@ -222,11 +218,7 @@ class Note:
 
 
 def read_note(folder: Path) -> Note | None:
-    """The note in a folder; None for what is not from cola.
-
-    Raises:
-        ModelError: it is damaged.
-    """
+    """The note in a folder; None for what is not from cola. Raises ModelError if it is damaged."""
     file = folder / NOTE
     if not file.is_file():
         return None

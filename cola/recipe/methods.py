@@ -117,9 +117,8 @@ class PromptTuning(VirtualTokens):
     method = "prompt_tuning"
 
 
-METHODS: dict[str, type[Settings]] = {
-    kind.method: kind for kind in (Lora, Full, Adapter, Prefix, PTuning, PromptTuning)
-}
+KINDS = (Lora, Full, Adapter, Prefix, PTuning, PromptTuning)
+METHODS: dict[str, type[Settings]] = {kind.method: kind for kind in KINDS}
 METHODS["qlora"] = Lora  # on an NF4 base: `method: lora` and `quantization: nf4` in two words
 
 

@@ -149,8 +149,6 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise RecipeError(f"{where}{place}: not valid YAML: {plain(error.problem or error.context, 200)}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         loader.dispose()
 
@@ -175,11 +173,8 @@ def _in_quotes(text: str, tag: str) -> str:
 
 
 def values_of(override: str) -> tuple[str, list[str]]:
-    """The key of `dotted.key=value,value,...` and each value, as it is written; a list or mapping is one value.
-
-    Raises:
-        RecipeError: it is not of this form.
-    """
+    """The key of `dotted.key=value,value,...` and each value, as it is written; a list or mapping is one value. Raises
+    RecipeError if it is not of this form."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"{quoted(override)}: write dotted.key=value,value,..., such as arms.chain3.links=1,2,3")
