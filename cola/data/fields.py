@@ -12,11 +12,8 @@ from cola.recipe.data_section import label_text
 
 
 def lookup(row: Row, field: str, place: str, key: str) -> Any:
-    """A field of a row; dots go into nested mappings and lists (`answers.text.0`).
-
-    Raises:
-        DataError: names the row, the recipe's key and the fields that there are.
-    """
+    """A field of a row; dots go into nested mappings and lists (`answers.text.0`). Raises DataError, with the row, the
+    recipe's key and the fields that there are."""
     value: Any = row
     for part in [field] if field in row else field.split("."):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):

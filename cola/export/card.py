@@ -19,12 +19,10 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
     """The text of README.md.
 
     Args:
-        outcome: The arm and seed.
-        form: `adapter`, `merged` or `knots`.
         dtype: Of a merged checkpoint's weights; of the base otherwise.
         notes: What making the export has found.
         parts: Names of the links' folders, for knots.
-        name: The export's folder.
+        name: What others load.
     """
     recipe, base = outcome.recipe, outcome.base_name
     data = f"{recipe.data.hub.name} of the Hugging Face hub" if recipe.data.hub else "local files"

@@ -57,14 +57,9 @@ class Request:
 
 
 def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None) -> None:
-    """Write an arm and seed into a new folder, which is there as a whole or not at all.
-
-    Args:
-        name: What the card tells others to load. Default: the folder's.
-
-    Raises:
-        ModelError: the arm has no such form, or a part of it or a package is not there.
-    """
+    """Write an arm and seed into a new folder, which is there as a whole or not at all; its card tells others to load
+    it by this name, or the folder's. Raises ModelError if the arm has no such form, or a part of it or a package is not
+    there."""
     quiet_libraries()
     _check(outcome, request)
     to.parent.mkdir(parents=True, exist_ok=True)

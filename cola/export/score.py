@@ -118,17 +118,9 @@ class Loading:
 
 
 def targets_of(name: str, data: Recipe, loading: Loading, arm: str | None, seed: int | None) -> list[Target]:
-    """What a command line names.
-
-    Args:
-        name: Folder of a run, of a PEFT adapter or of a model; a hub id; a GGUF file; `package://PACKAGE/FILE`.
-        data: The recipe it is to be scored on.
-        loading: For an adapter or a model; a run says all of it itself.
-        arm, seed: Of a run; None: all.
-
-    Raises:
-        ColaError: there is no such thing, or the options do not fit it.
-    """
+    """What a command line names, to be scored on a recipe's data: the folder of a run (of one arm, one seed or all), of
+    a PEFT adapter or of a model; a hub id; a GGUF file; `package://PACKAGE/FILE`. A run says itself how it is loaded.
+    Raises ColaError if there is no such thing, or the options do not fit it."""
     if (Path(name) / "recipe.yaml").is_file():
         if loading != Loading():
             raise ModelError(

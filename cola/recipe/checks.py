@@ -13,11 +13,7 @@ from cola.recipe.schema import MOST_GENERATED, MOST_TRAININGS, MOST_TRIED, SPLIT
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """What its sections mean together, each being right by itself.
-
-    Raises:
-        ValueError: says what is wrong and what would be right; the first fault of them all.
-    """
+    """What its sections mean together, each being right by itself. Raises ValueError, of many faults with the first."""
     if len(set(recipe.seeds)) != len(recipe.seeds):
         raise ValueError("seeds: each seed once")
     _check_number(recipe)

@@ -20,11 +20,8 @@ from cola.recipe.yaml12 import DEEPEST, MOST_BYTES, Mark, Marks, dotted_key, is_
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML file, with overrides (`dotted.key=value`, the value in YAML), and resolve the recipe.
-
-    Raises:
-        RecipeError: names file, line and key, one line for each fault.
-    """
+    """Read a YAML file, with overrides (`dotted.key=value`, the value in YAML), and resolve the recipe. Raises
+    RecipeError with file, line and key of each fault, a line for each."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
