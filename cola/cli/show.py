@@ -25,7 +25,7 @@ def print_results(folder: "RunFolder", summary: "Summary", terminal: "Terminal")
     """Write a run's page; print its tables and notes, and where all of it is."""
     from cola.report.numbers import size
     from cola.report.page import write_report
-    from cola.report.tables import knots_table, result_tables
+    from cola.report.tables import knots_table, named_tables
     from cola.report.verdict import verdict
 
     # Ctrl-C while the last files are written would leave them behind the results: it takes a second.
@@ -34,7 +34,7 @@ def print_results(folder: "RunFolder", summary: "Summary", terminal: "Terminal")
         page = write_report(folder)
     finally:
         signal.signal(signal.SIGINT, before)
-    for table in [*result_tables(summary), knots_table(summary, short=True)]:
+    for table in [*named_tables(summary).values(), knots_table(summary, short=True)]:
         if table.rows:
             terminal.table(table)
     parts = (summary.meta.data, summary.meta.selfcheck) if summary.meta else ()
@@ -95,7 +95,7 @@ def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]
         to = make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
     terminal = Terminal()
     page = write_tasks(to, summary)
-    for table in task_tables(summary):
+    for table in task_tables(summary).values():
         terminal.table(table)
     for contrast in summary.contrasts if summary.averaged else ():
         terminal.say(contrast_sentence(contrast, summary.metric))

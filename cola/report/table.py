@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Cell:
 
 
 Shown = Cell | str  # a str is a cell of words
+Columns = dict[str, Callable[..., Shown]]  # each says what it shows of an arm, or of whatever a row is about
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Table:
     rows: list[list[Shown]]
 
     @classmethod
-    def of(cls, title: str, columns: Mapping[str, Callable[..., Shown]], rows: Iterable[tuple[Any, ...]]) -> "Table":
+    def of(cls, title: str, columns: Columns, rows: Iterable[tuple[Any, ...]]) -> "Table":
         """A table by its columns: each says what it shows of a row's values."""
         return cls(title, list(columns), [[shown(*row) for shown in columns.values()] for row in rows])
 

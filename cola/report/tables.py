@@ -1,7 +1,7 @@
 """The numbers of a summary as tables, the same in the terminal, on the page and in the README. No torch."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cola.compare.ablation import short
@@ -35,16 +35,12 @@ from cola.report.numbers import (
     value_range,
     values_text,
 )
-from cola.report.table import NONE, Cell, Shown, Table
+from cola.report.table import NONE, Cell, Columns, Shown, Table
 from cola.report.verdict import of_contrasts
 from cola.tree.records import ArmState
 from cola.tree.spectra import Spectrum
 
-Columns = dict[str, Callable[..., Shown]]  # each says what it shows of an arm, or of whatever a row is about
-TO_FULL: Columns = {
-    "ft_gap": lambda arm: interval(arm.ft_gap),
-    "closed": lambda arm: interval(arm.closed),
-}
+TO_FULL: Columns = {"ft_gap": lambda arm: interval(arm.ft_gap), "closed": lambda arm: interval(arm.closed)}
 COST: Columns = {
     "trained": lambda arm: count(arm.num_trainable_params),
     "steps": lambda arm: number(arm.steps, ".0f"),
@@ -59,13 +55,9 @@ RANKS: Columns = {
 }
 
 
-def result_tables(summary: Summary) -> list[Table]:
-    """Loss and score on the three splits, each beside its gap, what each arm cost, and what its search tried."""
-    return list(named_tables(summary).values())
-
-
 def named_tables(summary: Summary) -> dict[str, Table]:
-    """The same by name: loss, score, cost, trials; without those that have nothing to say."""
+    """Loss and score on the three splits, each beside its gap, what each arm cost, and what its search tried: by name
+    (loss, score, cost, trials), without those that have nothing to say."""
     arms, matched = summary.arms, matched_text(summary.matched)
     at = "at the last step" if summary.checkpoint == "last" else "at the step that was best on validation"
     loss = _by_split("loss") | {"gap_loss": lambda arm: gap(arm.gap_loss_interval, arm.gap_loss)}
@@ -115,10 +107,8 @@ def _row(head: list[Shown], columns: Columns, arm: ArmState) -> list[Shown]:
     return [*head, ", ".join(sorted(set(arm.states.values()))) or "missing", *[NONE] * (len(columns) - 1)]
 
 
-def arms_table(summary: Summary) -> Table:
-    """The key table of a page: each arm's state and what it is judged by, the score or the loss of a text."""
-    tables = named_tables(summary)
-    table = tables.get("score", tables["loss"])
+def arms_table(summary: Summary, table: Table) -> Table:
+    """The key table of a page: each arm's state, and the table of what it is judged by, score or loss of a text."""
     rows = [
         [name, states_text(arm), *(row[1:] if arm.n_seeds else [NONE] * (len(row) - 1))]
         for (name, arm), row in zip(summary.arms.items(), table.rows, strict=True)
@@ -128,19 +118,15 @@ def arms_table(summary: Summary) -> Table:
 
 def seeds_table(summary: Summary) -> Table:
     """The numbers of each seed, which the figures show as dots."""
-    kinds = ["loss"] if summary.metric == "perplexity" else ["loss", "score"]
-    forms = {f"{split}_{kind}": ".4f" for kind in kinds for split in SPLITS}
-    forms |= {{"loss": "gap_loss", "score": "gap_acc"}[kind]: "+.4f" for kind in kinds}
+    kinds = {"loss": "gap_loss"} | ({} if summary.metric == "perplexity" else {"score": "gap_acc"})
+    forms = {f"{split}_{kind}": ".4f" for kind in kinds for split in SPLITS} | dict.fromkeys(kinds.values(), "+.4f")
     seeds = [(name, seed) for name, arm in summary.arms.items() for seed in arm.seeds]
     if any(seed.forgetting is not None for _, seed in seeds):
         forms["forgetting"] = "+.4f"
     columns: Columns = {"arm": lambda name, _: name, "seed": lambda _, seed: number(seed.seed, "d")}
-    columns |= {
-        key if key.startswith("gap") else key.replace("_", " "): lambda _, seed, key=key, form=form: number(
-            getattr(seed, key), form
-        )
-        for key, form in forms.items()
-    }
+    for key, form in forms.items():
+        name = key if key.startswith("gap") else key.replace("_", " ")
+        columns[name] = lambda _, seed, key=key, form=form: number(getattr(seed, key), form)
     return Table.of("Each seed", columns, seeds)
 
 
@@ -148,7 +134,7 @@ def _trials_table(summary: Summary) -> Table:
     """Every value that a search tried, with what validation said of it, and how often resampled trials choose it; where
     each seed chooses for itself, means over seeds."""
 
-    def mean(tried: list[SummaryTrial], key: str) -> Shown:
+    def mean(tried: Sequence[SummaryTrial], key: str) -> Shown:
         failed = all(trial.failed for trial in tried)
         return "failed" if failed else number(mean_known(getattr(trial, key) for trial in tried), ".3f")
 
@@ -164,15 +150,10 @@ def _trials_table(summary: Summary) -> Table:
         columns[f"validation {summary.metric}"] = lambda _, tried, __: mean(tried, "score")
     columns["chosen"] = chosen
     columns["resampled"] = lambda _, tried, __: number(mean_known(trial.share for trial in tried), ".0%")
-    rows = [
-        (
-            arm,
-            [choice.trials[n] for choice in search.choices],
-            [choice.seed for choice in search.choices if choice.chosen == n],
-        )
-        for arm, search in summary.trials.items()
-        for n in range(len(search.choices[0].trials))
-    ]
+    rows = []
+    for arm, search in summary.trials.items():
+        for n, tried in enumerate(zip(*(choice.trials for choice in search.choices), strict=True)):
+            rows.append((arm, tried, [choice.seed for choice in search.choices if choice.chosen == n]))
     rules = sorted({search.select_by for search in summary.trials.values()})
     title = f"Trials of the search, on validation, by {' or '.join(rules)}; {matched_text(summary.matched)}"
     return Table.of(title, columns, rows)
@@ -250,11 +231,11 @@ def overlap_table(spectra: Mapping[str, ArmSpectra]) -> Table:
         own, with_full = arm.overlap, arm.with_full
         shared = dict(zip(with_full.labels, with_full.values, strict=True)) if with_full else {}
         for update in _distinct([row.what for row in arm.rows]):
-            mine = own.matrix[own.labels.index(update)] if own and update in own.labels else []
-            values = [*mine, *[None] * (len(links) - len(mine))]
-            values += [own.random if own and mine else None] if links else []
-            values += [shared.get(update), with_full.random if with_full else None] if full else []
-            table.rows.append([name, update, *(number(value, ".3f") for value in values)])
+            values = {"full": shared.get(update), "random of full": with_full and with_full.random}
+            if own and update in own.labels:
+                values |= zip(own.labels, own.matrix[own.labels.index(update)], strict=True)
+                values["random"] = own.random
+            table.rows.append([name, update, *(number(values.get(column), ".3f") for column in columns[2:])])
     return table
 
 
@@ -300,35 +281,26 @@ def contrasts_table(summary: Summary | TasksSummary) -> Table:
     return Table.of(title, CONTRAST, [(contrast,) for contrast in summary.contrasts])
 
 
-def arms_by_task(summary: TasksSummary) -> Table:
-    """Each arm's test score on each task."""
-    metric = "−loss, nats per target token" if summary.by_loss else f"test {summary.metric}"
-    columns: Columns = {"arm": lambda name, _: name}
-    columns |= {task.label: lambda _, arm, label=task.label: spread(arm.tasks.get(label)) for task in summary.tasks}
-    return Table.of(f"Arms: {metric}", columns, summary.arms.items())
-
-
-def contrasts_by_task(summary: TasksSummary) -> Table:
-    """Each contrast on each task, paired by seed and example."""
-    columns = {key: CONTRAST[key] for key in ("first − second", "role")}
-    columns |= {task.label: lambda one, label=task.label: interval(one.tasks.get(label)) for task in summary.tasks}
-    return Table.of("Contrasts, task by task [95 %]", columns, [(contrast,) for contrast in summary.contrasts])
-
-
-def task_tables(summary: TasksSummary) -> list[Table]:
-    """All tables of the report of several runs, the averages over tasks first."""
-    contrasts = summary.contrasts
-    if not contrasts:
-        return [arms_by_task(summary)]
-    tables = [arms_by_task(summary), contrasts_by_task(summary)]
-    if summary.averaged:
+def task_tables(summary: TasksSummary) -> dict[str, Table]:
+    """The tables of the report of several runs, by name: contrasts averaged over tasks, where they are; each arm's test
+    score on each task; each contrast on each task, paired by seed and example."""
+    labels, contrasts = [task.label for task in summary.tasks], summary.contrasts
+    tables = {}
+    if contrasts and summary.averaged:
         over = contrasts_table(summary)
         columns, rows = [*over.columns[:-2], "runs", "rows"], over.rows
         if any(contrast.iqm for contrast in contrasts):
             columns.append("interquartile mean [95 %]")
             rows = [[*row, interval(contrast.iqm)] for row, contrast in zip(rows, contrasts, strict=True)]
         title = f"{over.title}; mean over tasks of each task's mean of paired differences"
-        tables.insert(0, Table(title, columns, rows))
+        tables["contrasts"] = Table(title, columns, rows)
+    arms = [[name, *(spread(arm.tasks.get(label)) for label in labels)] for name, arm in summary.arms.items()]
+    metric = "−loss, nats per target token" if summary.by_loss else f"test {summary.metric}"
+    tables["arms"] = Table(f"Arms: {metric}", ["arm", *labels], arms)
+    if contrasts:
+        columns = {key: CONTRAST[key] for key in ("first − second", "role")}
+        columns |= {label: lambda one, label=label: interval(one.tasks.get(label)) for label in labels}
+        tables["tasks"] = Table.of("Contrasts, task by task [95 %]", columns, [(contrast,) for contrast in contrasts])
     return tables
 
 

@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
 from cola.compare.records import Ablation, Interval, Spread, Summary
-from cola.report.costs import costs_of, pareto
+from cola.report.charts import costs_of, pareto
 from cola.report.drawing import Look, clipped, looks, save, svg
 from cola.report.figures import FIGURES, figures_of
 from cola.report.forest import p_text
