@@ -16,9 +16,9 @@ from scipy.stats import ttest_1samp
 
 from cola.compare import statistics
 from cola.compare.contrasts import paired
-from cola.compare.iqm import iqm
 from cola.compare.records import Ablation, ArmSpectra, Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.spectra import summarized
+from cola.compare.statistics import iqm
 from cola.compare.tasks import summarize_tasks
 from cola.report import numbers
 from cola.report.numbers import count, size

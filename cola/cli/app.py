@@ -192,9 +192,9 @@ def report(
     """
     pairs = [_pair(words) for words in contrast or ()]
     if wandb:
-        from cola.report.group_report import need_reports
+        from cola.files import need_package
 
-        need_reports()
+        need_package("wandb_workspaces", "a W&B Report", "report")
     if len(run_folders) > 1:
         if wandb:
             raise ColaError("--wandb is for one run or ablation: W&B has a group for each")
@@ -244,11 +244,11 @@ def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> in
 
 
 def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
-    from cola.compare.ablation import AblationFolder
+    from cola.compare.ablation import take_ablation
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with AblationFolder.take(points) as folder:
-        terminal.say(f"{len(points)} points → {folder.path}")
+    with take_ablation(points) as folder:
+        terminal.say(f"{len(points)} points → {folder}")
         from cola.run.ablate import ablate as run_all
 
         with Signals().installed() as signals:

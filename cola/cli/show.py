@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from cola.errors import RunFolderError
 
 if TYPE_CHECKING:
-    from cola.compare.ablation import AblationFolder
     from cola.compare.records import Ablation, Summary
     from cola.recipe.recipe import Recipe
     from cola.recipe.schema import Tracking
@@ -107,7 +106,7 @@ def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]
     terminal.say(f"results  {to / 'summary.json'}")
 
 
-def print_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Terminal") -> None:
+def print_ablation(folder: Path, summary: "Ablation", terminal: "Terminal") -> None:
     """Write an ablation's page; print its table and notes, and where all of it is."""
     from cola.report.page import write_ablation
     from cola.report.tables import ablation_notes, ablation_table
@@ -117,7 +116,7 @@ def print_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Ter
     for line in ablation_notes(summary):
         terminal.say(line)
     terminal.say(f"report   {page}")
-    terminal.say(f"results  {folder.path / 'ablation.json'}")
+    terminal.say(f"results  {folder / 'ablation.json'}")
 
 
 def report_ablation(path: Path, wandb: bool) -> None:
@@ -126,17 +125,17 @@ def report_ablation(path: Path, wandb: bool) -> None:
     Raises:
         RunFolderError: it holds no results yet.
     """
-    from cola.compare.ablation import AblationFolder
+    from cola.compare.ablation import read_ablation
+    from cola.compare.records import Ablation
     from cola.report.terminal import Terminal
 
-    folder = AblationFolder(path)
-    summary = folder.summary()
+    summary = read_ablation(path, Ablation)
     if summary is None:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
     terminal = Terminal()
-    print_ablation(folder, summary, terminal)
+    print_ablation(path, summary, terminal)
     if wandb:
-        track_ablation(folder, summary, terminal, publish=True)
+        track_ablation(path, summary, terminal, publish=True)
 
 
 def track_run(
@@ -152,17 +151,17 @@ def track_run(
         _send(recipe.tracking, group, folder.path, comparison_of(folder, summary), config, terminal, publish)
 
 
-def track_ablation(folder: "AblationFolder", summary: "Ablation", terminal: "Terminal", publish: bool) -> None:
+def track_ablation(folder: Path, summary: "Ablation", terminal: "Terminal", publish: bool) -> None:
     """Send an ablation's comparison to W&B, as its points' recipe says."""
     from cola.recipe.read import read_recipe
     from cola.report.page import comparison_of_ablation
 
-    recipes = sorted(folder.path.glob("points/*/recipe.yaml"))
+    recipes = sorted(folder.glob("points/*/recipe.yaml"))
     if not recipes:
         return
     with _tracking(terminal):
         settings = read_recipe(recipes[0]).tracking
-        _send(settings, None, folder.path, comparison_of_ablation(folder, summary), {}, terminal, publish)
+        _send(settings, None, folder, comparison_of_ablation(folder, summary), {}, terminal, publish)
 
 
 @contextlib.contextmanager

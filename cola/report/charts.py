@@ -110,7 +110,6 @@ def _curves_together(curves: dict[str, Curve], look: dict[str, Look], marks: lis
         _draw_curve(axes, curve, look[name])
     log_scale(axes)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
-    axes.grid(alpha=0.15)
     ends = {name: (curve.validation or _smooth(curve.train))[-1] for name, curve in curves.items()}
     last = max(step for step, _ in ends.values())
     shown = clipped(ends)
@@ -140,7 +139,6 @@ def _curves_apart(curves: dict[str, Curve], look: dict[str, Look], marks: list[d
                 axes.plot(*zip(*curves[other].validation, strict=True), color=GREY, linewidth=1.2, linestyle=dash)
         _draw_curve(axes, curve, Look(look[name].colour, "o", "-"))
         axes.set_title(shown[name], fontsize=8)
-        axes.grid(alpha=0.15)
     log_scale(panels[0])
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     for axes in panels[-4:]:
@@ -178,7 +176,6 @@ def gaps_figure(summary: Summary) -> Figure | None:
         axes.set_xticks(lengths)
         axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
         axes.margins(y=0.12)
-        axes.grid(alpha=0.15)
     panels[0].axhline(0, color=INK, linewidth=0.8, alpha=0.5)
     if len(arms) > MANY:
         arm_legend(figure, look)
@@ -214,7 +211,6 @@ def train_test_figure(summary: Summary) -> Figure | None:
     limits = (min(values) - room, max(values) + room)
     axes.plot(limits, limits, color=INK, alpha=0.5, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     axes.set(xlabel=f"train {metric}", ylabel=f"test {metric}", xlim=limits, ylim=limits, aspect="equal")
-    axes.grid(alpha=0.15)
     settle(figure)
     corner = limits[0] + 0.95 * (limits[1] - limits[0])
     aslant: dict[str, Any] = {"rotation": 45, "rotation_mode": "anchor", "ha": "right"}
@@ -240,7 +236,6 @@ def _train_test_rows(arms: dict[str, ArmSummary], look: dict[str, Look], key: st
     axes.set_ylim(-0.7, len(ordered) - 0.3)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(metric)
-    axes.grid(alpha=0.15)
     kinds = [("o", "none", "train"), ("s", INK, "test"), ("", INK, "between them: the gap")]
     marks = [
         {"linestyle": "" if marker else "-", "marker": marker, "mec": INK, "mfc": face, "color": INK, "label": label}
@@ -303,7 +298,6 @@ def cost_figure(summary: Summary) -> Figure | None:
     axes.xaxis.set_major_formatter(EngFormatter() if label.endswith("FLOPs") else "{x:g}")
     if key == "loss":
         axes.invert_yaxis()  # better is higher, as with a score
-    axes.grid(alpha=0.15)
     handles = [
         axes.plot([], [], "o-", color=INK, ms=7, label="on the Pareto front (of means)")[0],
         axes.plot([], [], "o", color=INK, ms=7, mfc="none", label="not on it")[0],

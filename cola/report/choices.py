@@ -110,7 +110,6 @@ def _draw_choices(axes: Axes, search: Search, key: str, look: Look) -> None:
         axes.plot([at[n] for n in out], [worst] * len(out), "x", color=INK, ms=5, clip_on=False, zorder=5)
     if sum(map(len, ticks)) > 16:
         turn_ticks(axes, 55)
-    axes.grid(alpha=0.15)
 
 
 def _places(search: Search) -> tuple[list[float], list[str], bool]:
@@ -149,7 +148,6 @@ def ablation_figure(summary: Ablation) -> Figure | None:
         axes.set_xticks(at, ticks)
         if sum(map(len, ticks)) > 22:
             turn_ticks(axes, 40)
-        axes.grid(alpha=0.15)
         axes.margins(x=0.08)
         if key == "total_seconds":
             axes.set_ylim(bottom=0)

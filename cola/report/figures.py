@@ -100,10 +100,6 @@ def _overlap(summary: Summary) -> str:
     return f"Overlap of each link's subspace with the next one's: {_some(said) or 'one link only'}."
 
 
-def _ablation(_: Ablation) -> str:
-    return "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
-
-
 @dataclass(frozen=True)
 class Kind:
     """A figure by its heading, what there is to see in any such figure, what this one says, and its drawing, which is
@@ -189,7 +185,9 @@ KINDS = FIGURES | {
     "ablation": Kind(
         "Score, gap and cost",
         "Lines join the means over seeds, small marks are seeds; a level line is an arm that the values are not about.",
-        _ablation,
+        lambda _: (
+            "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
+        ),
         ablation_figure,
     )
 }

@@ -54,7 +54,7 @@ def _forest(axes: Axes, contrasts: list[Contrast | TaskContrast]) -> None:
     axes.set_ylim(place + 0.8, 0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", alpha=0.15)
+    axes.grid(visible=False, axis="y")
     for text in axes.get_yticklabels():
         if text.get_text() in ROLES.values():
             text.set_fontweight("bold")

@@ -19,7 +19,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cola.compare.ablation import AblationFolder
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.errors import RunFolderError
 from cola.files import write_text
@@ -79,10 +78,10 @@ def write_report(folder: RunFolder) -> Path:
     )
 
 
-def write_ablation(folder: AblationFolder, summary: Ablation) -> Path:
+def write_ablation(folder: Path, summary: Ablation) -> Path:
     """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
     tables, figures = {"ablation": ablation_table(summary)}, drawn(["ablation"], summary)
-    path, notes = folder.path / "ablation.html", ablation_notes(summary)
+    path, notes = folder / "ablation.html", ablation_notes(summary)
     return _write_page(path, "ablation.html.j2", summary, tables, figures, notes=notes)
 
 
@@ -206,15 +205,15 @@ def _written_figures(folder: Path) -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("figures/*.svg"))}
 
 
-def comparison_of_ablation(folder: AblationFolder, summary: Ablation) -> Comparison:
+def comparison_of_ablation(folder: Path, summary: Ablation) -> Comparison:
     """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
     them says anything."""
     return Comparison(
         numbers={"verdict": "\n".join(ablation_notes(summary))},
         lines=ablation_notes(summary),
         tables={"ablation": ablation_table(summary)},
-        figures=_written_figures(folder.path),
-        files=_files(folder.path, "ablation.html", "ablation.json"),
+        figures=_written_figures(folder),
+        files=_files(folder, "ablation.html", "ablation.json"),
         lines_by=None,
     )
 

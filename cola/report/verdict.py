@@ -13,6 +13,10 @@ OF_P = (
     "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
     "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
 )
+ONE_SEED = (
+    "One seed: intervals are over test examples only and say nothing about another seed; "
+    "give more seeds for a claim about a method."
+)
 
 
 def of_contrasts(summary: Summary | TasksSummary) -> str:
@@ -36,9 +40,8 @@ def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
     better = first if one.value > 0 else second
     if one.role == "later":
         return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
-    corrected = one.p_holm is not None
-    p = one.p_holm if corrected else one.p
-    said = f"{'Holm-corrected ' if corrected else ''}p = {p_value(p)}".replace("= <", "<")
+    said = f"p = {p_value(one.p)}" if one.p_holm is None else f"Holm-corrected p = {p_value(one.p_holm)}"
+    said = said.replace("= <", "<")
     if one.claim:
         return f"{line}, {said}: {better} is the better one."
     why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one.n_seeds < FEWEST_RUNS else said
@@ -51,21 +54,11 @@ def verdict(summary: Summary) -> list[str]:
     lines = [contrast_sentence(one, summary.metric) for one in sorted(named, key=lambda one: one.role)]
     lines += summary.unpaired
     n_seeds = len(summary.seeds)
-    if n_seeds == 1:
-        lines.append(
-            "One seed: intervals are over test examples only and say nothing about another seed; "
-            "give more seeds for a claim about a method."
-        )
-    else:
-        lines.append(f"± is the standard deviation over {n_seeds} seeds.")
+    lines.append(ONE_SEED if n_seeds == 1 else f"± is the standard deviation over {n_seeds} seeds.")
     lines.append(scope_sentence(summary.intervals))
-    if summary.contrasts:
-        lines.append(OF_P)
-    rule = (
-        "the last step"
-        if summary.checkpoint == "last"
-        else f"the step that was best on validation ({summary.select_by})"
-    )
+    lines += [OF_P] if summary.contrasts else []
+    best = f"the step that was best on validation ({summary.select_by})"
+    rule = "the last step" if summary.checkpoint == "last" else best
     lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
     if summary.rows:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in summary.rows.items()) + ".")

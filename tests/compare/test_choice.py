@@ -325,8 +325,8 @@ def test_a_search_on_scored_seeds_is_told_of_before_it_is_run(recipe_file: Path)
 def test_the_figure_of_the_choice_needs_no_more_than_the_summary() -> None:
     from summaries import many
 
-    from cola.report.figures import KINDS
     from cola.report.choices import choices_figure
+    from cola.report.figures import KINDS
 
     summary = many()
     figure = choices_figure(summary)

@@ -437,8 +437,6 @@ def test_the_report_is_built_without_torch(pages: dict[str, Path]) -> None:
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of an ablation of chain length, from numbers by hand."""
-    from cola.compare.ablation import AblationFolder
-
     folder = tmp_path_factory.mktemp("ablation")
     arms = quickstart().content()["arms"]
     seeds = [{**arms["lora"]["seeds"][0], "seed": s, "steps": 90, "total_seconds": 78.0 + s} for s in (0, 1)]
@@ -453,7 +451,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for point in points:
         (folder / "points" / point["folder"]).mkdir(parents=True)
         (folder / "points" / point["folder"] / "report.html").touch()
-    return write_ablation(AblationFolder(folder), Ablation.model_validate(summary))
+    return write_ablation(folder, Ablation.model_validate(summary))
 
 
 def test_an_ablation_has_the_same_page_and_files(ablation: Path) -> None:
