@@ -81,19 +81,19 @@ class Comparer:
         against full fine-tuning."""
         comparison, full, arms = self.recipe.comparison, self.recipe.full_arm, self.recipe.arms
         to_full = [(arm, full) for arm in arms if arms[arm].n_links and arm != full and full in arms]
-        roles: dict[frozenset[str], tuple[Role, str, str]] = {}
-        for role, pairs in (
+        named: list[tuple[Role, Sequence[tuple[str, str]]]] = [
             ("primary", [comparison.primary] if comparison.primary else []),
             ("secondary", comparison.secondary),
             ("later", [*later, *to_full]),
-        ):
-            for pair in pairs:
-                roles.setdefault(frozenset(pair), (role, *pair))
+        ]
+        roles: dict[frozenset[str], tuple[Role, str, str]] = {}
+        for role, pair in ((role, pair) for role, pairs in named for pair in pairs):
+            roles.setdefault(frozenset(pair), (role, *pair))
         contrasts = []
         for role, first, second in roles.values():
             if (table := self.table([first, second], by_loss=self.recipe.metric == "loss")) is not None:
-                named = {"first": first, "second": second, "role": role, "metric": self.recipe.metric}
-                contrasts.append(Contrast(**named, **dict(difference_of([table])), claim=False))
+                about = {"first": first, "second": second, "role": role, "metric": self.recipe.metric}
+                contrasts.append(Contrast(**about, **dict(difference_of([table])), claim=False))
         return settle(contrasts)
 
     def table(self, arms: Sequence[str], by_loss: bool = False) -> Table | None:
@@ -102,14 +102,14 @@ class Comparer:
             return None  # the table of arms says so
         scored = self.scored(arms)
         if not scored:
-            self._say_unpaired(f"{', '.join(arms)} have no seed in common, so they are not compared")
+            self.unpaired.append(f"{', '.join(arms)} have no seed in common, so they are not compared")
             return None
         if dropped := sorted({seed for arm in arms for seed in self.ok[arm]} - set(scored)):
             left = ", ".join(map(str, dropped))
-            self._say_unpaired(f"{', '.join(arms)} are compared over the seeds that all of them have, without {left}")
+            self.unpaired.append(f"{', '.join(arms)} are compared over the seeds that all of them have, without {left}")
         table = paired(list(zip(*scored.values(), strict=True)), by_loss)
         if table is None:
-            self._say_unpaired(
+            self.unpaired.append(
                 f"{', '.join(arms)} were not all scored on the same test examples, so they are not compared; delete "
                 "the damaged seed folder and run `cola run --resume`"
             )
@@ -131,10 +131,6 @@ class Comparer:
                 rows = None
             self._scores[arm, seed] = rows
         return self._scores[arm, seed]
-
-    def _say_unpaired(self, text: str) -> None:
-        if text not in self.unpaired:
-            self.unpaired.append(text)
 
 
 def check_arms(pair: Sequence[str], known: Collection[str]) -> None:

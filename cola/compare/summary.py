@@ -1,13 +1,6 @@
-"""From a run's results to every number that the terminal, the page and W&B show. No torch.
+"""From a run's results to every number that the terminal, the page and W&B show; docs/numbers.md says what each is.
 
-    gap_loss   test loss - train loss, nats per target token
-    gap_acc    train score - test score
-    ft_gap     score(full) - score(arm), on test
-    closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
-               the denominator contains 0, and no gap where full fine-tuning is the worse one
-
-What the numbers are worth is computed in `cola.compare`; nothing is drawn, so that a contrast has the same digits in
-every report that shows it.
+Nothing is drawn, so that a contrast has the same digits in every report that shows it. No torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +66,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         arms=arms,
         spectra=spectra,
         contrasts=comparer.contrasts(later),
-        unpaired=comparer.unpaired,
+        unpaired=list(dict.fromkeys(comparer.unpaired)),
         notes=[
             *(meta.data.notes if meta else []),
             *(meta.selfcheck.notes if meta and meta.selfcheck else []),
@@ -107,12 +100,12 @@ def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
     lost = [k.drift_of_learned for i in whole for k in i.knots]
     seeds = [_of_seed(r) for r in done]
     keys = [key for key in records.SeedNumbers.model_fields if key != "seed"]
+    compared: dict[str, Any] = {**comparer.against_full(name), **comparer.gaps(name)}
     return records.ArmSummary(
         **state,
         **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in keys},
         **{key: float(np.mean([getattr(info, key) for info in infos])) for key in COSTS},
-        **comparer.against_full(name),
-        **comparer.gaps(name),
+        **compared,
         seeds=seeds,
         scored_step=[info.scored_step for info in infos],
         learning_rate=[info.learning_rate for info in infos],

@@ -20,12 +20,12 @@ KNOT_PANELS = ("relative_size_median", "unchanged_median", "error_max", "cosine_
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is sent when a group is done: tables and figures (SVG as text, or the path of an image) by name."""
+    """What is sent when a group is done: tables and figures (as SVG) by name."""
 
     numbers: dict[str, float | str]  # the summary, under fixed names
     lines: list[str]  # what the numbers allow to be said
     tables: dict[str, Table]
-    figures: Mapping[str, str | Path]
+    figures: Mapping[str, str]
     files: Mapping[str, str | Path]  # the artifact's by their names in it: text, or the path of a file or a folder
     # The run's key by which a Report's curves are grouped, their mean over the others drawn; None: a line for each run.
     lines_by: str | None = "config.arm"

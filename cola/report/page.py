@@ -22,24 +22,13 @@ from markupsafe import Markup
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.errors import RunFolderError
 from cola.files import write_text
-from cola.report.charts import Curves, curve_of
+from cola.report.charts import Curves
 from cola.report.drawing import Figure, save, svg
 from cola.report.figures import FIGURES, KINDS, drawn, figures_of
 from cola.report.group_report import Comparison
-from cola.report.numbers import number, states_text
+from cola.report.numbers import states_text
 from cola.report.table import Table
-from cola.report.tables import (
-    ablation_notes,
-    ablation_table,
-    arms_table,
-    contrasts_table,
-    knots_table,
-    named_tables,
-    overlap_table,
-    seeds_table,
-    spectra_table,
-    task_tables,
-)
+from cola.report.tables import ablation_notes, ablation_table, page_tables, task_tables
 from cola.report.tracking import comparison_numbers
 from cola.report.verdict import OF_P, contrast_sentence, verdict
 from cola.tree.records import MetricRow
@@ -93,35 +82,6 @@ def write_tasks(path: Path, summary: TasksSummary) -> Path:
     said = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts] if averaged else [UNNAMED]
     tables = task_tables(summary)
     return _write_page(path / "report.html", "tasks.html.j2", summary, tables, figures, name=path.name, said=said)
-
-
-def page_tables(summary: Summary, curves: Curves) -> dict[str, Table]:
-    """Every table of a run's page that has rows, by the name of its files."""
-    tables = named_tables(summary)
-    judged = tables.pop("score" if "score" in tables else "loss")  # is in the first table, with the arms' states
-    tables = {
-        "arms": arms_table(summary, judged),
-        **tables,
-        "contrasts": contrasts_table(summary),
-        "seeds": seeds_table(summary),
-        "curves": curves_table(curves),
-        "knots": knots_table(summary),
-        "spectra": spectra_table(summary.spectra),
-        "overlap": overlap_table(summary.spectra),
-    }
-    return {name: table for name, table in tables.items() if table.rows}
-
-
-def curves_table(curves: Curves) -> Table:
-    """The validation losses of the learning curves, means over seeds."""
-    columns = ["arm", "step", "validation loss", "seeds"]
-    table = Table("Validation loss at each evaluation point, nats per target token", columns, [])
-    for name, seeds in curves.items():
-        curve = curve_of(seeds)
-        for step, loss in curve.validation:
-            n = sum(step in dict(points) for points in curve.seeds)
-            table.rows.append([name, number(step, "d"), number(loss, ".4f"), number(n, "d")])
-    return table
 
 
 def page_states(summary: Summary) -> list[str]:

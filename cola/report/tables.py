@@ -8,8 +8,8 @@ from cola.compare import records
 from cola.compare.ablation import short
 from cola.recipe.bounds import SPLITS
 from cola.report import numbers
+from cola.report.charts import Curves, curve_of
 from cola.report.table import NONE, Cell, Columns, Shown, Table
-from cola.report.verdict import of_contrasts
 from cola.tree.records import ArmState
 from cola.tree.spectra import Spectrum
 
@@ -84,13 +84,37 @@ def _row(head: list[Shown], columns: Columns, arm: ArmState) -> list[Shown]:
     return [*head, ", ".join(sorted(set(arm.states.values()))) or "missing", *[NONE] * (len(columns) - 1)]
 
 
-def arms_table(summary: records.Summary, table: Table) -> Table:
-    """The key table of a page: each arm's state, and the table of what it is judged by, score or loss of a text."""
+def page_tables(summary: records.Summary, curves: Curves) -> dict[str, Table]:
+    """Every table of a run's page that has rows, by the name of its files."""
+    tables = named_tables(summary)
+    judged = tables.pop("score" if "score" in tables else "loss")  # is in the first table, with the arms' states
     rows = [
         [name, numbers.states_text(arm), *(row[1:] if arm.n_seeds else [NONE] * (len(row) - 1))]
-        for (name, arm), row in zip(summary.arms.items(), table.rows, strict=True)
+        for (name, arm), row in zip(summary.arms.items(), judged.rows, strict=True)
     ]
-    return Table(table.title, ["arm", "state", *table.columns[1:]], rows)
+    tables = {
+        "arms": Table(judged.title, ["arm", "state", *judged.columns[1:]], rows),
+        **tables,
+        "contrasts": contrasts_table(summary),
+        "seeds": seeds_table(summary),
+        "curves": curves_table(curves),
+        "knots": knots_table(summary),
+        "spectra": spectra_table(summary.spectra),
+        "overlap": overlap_table(summary.spectra),
+    }
+    return {name: table for name, table in tables.items() if table.rows}
+
+
+def curves_table(curves: Curves) -> Table:
+    """The validation losses of the learning curves, means over seeds."""
+    columns = ["arm", "step", "validation loss", "seeds"]
+    table = Table("Validation loss at each evaluation point, nats per target token", columns, [])
+    for name, seeds in curves.items():
+        curve = curve_of(seeds)
+        for step, loss in curve.validation:
+            n = sum(step in dict(points) for points in curve.seeds)
+            table.rows.append([name, numbers.number(step, "d"), numbers.number(loss, ".4f"), numbers.number(n, "d")])
+    return table
 
 
 def seeds_table(summary: records.Summary) -> Table:
@@ -238,7 +262,8 @@ CONTRAST: Columns = {
 
 def contrasts_table(summary: records.Summary | records.TasksSummary) -> Table:
     """Every contrast with its interval and tests; those named before the run first."""
-    title = f"Contrasts on test: {of_contrasts(summary)}, more is better"
+    by_loss = any(one.metric == "loss" for one in summary.contrasts)
+    title = f"Contrasts on test: {'−loss, nats per target token' if by_loss else summary.metric}, more is better"
     return Table.of(title, [], CONTRAST, [(contrast,) for contrast in summary.contrasts])
 
 

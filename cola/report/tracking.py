@@ -10,16 +10,7 @@ seed:
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
     general/loss  general/forgetting                                             likewise
 
-Of the comparison, in its summary; what a run does not have is not there:
-
-    arm/ARM/{test_score,test_loss,gap_loss,gap_acc,forgetting}    means over seeds
-    arm/ARM/{gap_loss,gap_acc}_{low,high}                         their 95 % intervals
-    arm/ARM/{ft_gap,closed} and each with _low, _high             `closed` may be text: undefined, no gap
-    contrast/FIRST-SECOND/{value,low,high,p,p_holm,p_rows,minimum_detectable,n_seeds,claim}
-    verdict                                                       the sentences that the terminal says
-    table/NAME  figure/NAME                                       what the page shows
-
-Its artifact, of type `report`, holds the page and what it was made from.
+docs/wandb.md has those of the comparison, and what its artifact holds.
 """
 
 import contextlib
@@ -211,9 +202,7 @@ class Tracker:
                 for name, table in comparison.tables.items()
             }
             figures = {
-                f"figure/{name}": wandb.Image(str(figure))
-                if isinstance(figure, Path)
-                else wandb.Html(figure, inject=False, data_is_not_path=True)
+                f"figure/{name}": wandb.Html(figure, inject=False, data_is_not_path=True)
                 for name, figure in comparison.figures.items()
             }
             self.run.summary.update(comparison.numbers)
@@ -221,7 +210,7 @@ class Tracker:
                 self.run.log({**tables, **figures}, step=self.note.logged)
                 self.run.log_artifact(self._artifact(comparison.files))
             self.run.finish()
-            self._close_note()
+            self._write_note(clean=True)
             self.run = None
 
         self._guard(send)
@@ -305,10 +294,8 @@ class Tracker:
     def _write_note(self, clean: bool) -> None:
         self.note.clean = clean
         write_text(self.note_path, json.dumps(asdict(self.note)))
-
-    def _close_note(self) -> None:
-        self._write_note(clean=True)
-        self._sweep()
+        if clean:
+            self._sweep()
 
     def _sweep(self) -> None:
         """Remove what a session left that was killed before W&B had begun its file: `wandb sync` cannot read it."""
@@ -317,10 +304,8 @@ class Tracker:
                 shutil.rmtree(part, ignore_errors=True)
 
     def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
-        """End the W&B run, with its final numbers in the summary; `status` is the result's: ok, failed or interrupted.
-
-        The last step of an interrupted run may have more to come (its validation): it is sent when the run goes on.
-        """
+        """End the W&B run, with its final numbers in the summary; `status` is the result's. The last step of an
+        interrupted run may have more to come (its validation): it is sent when the run goes on."""
         if self.run is None:
             return
         if status != "interrupted":
@@ -329,7 +314,7 @@ class Tracker:
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})
             self.run.finish(exit_code=0 if status == "ok" else 1)
-            self._close_note()
+            self._write_note(clean=True)
 
         self._guard(end)
         self.run = None

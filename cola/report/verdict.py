@@ -1,7 +1,7 @@
 """What a comparison found, in a sentence."""
 
 from cola.compare.choice import SURE
-from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
+from cola.compare.records import Contrast, Summary, TaskContrast
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
 from cola.report.numbers import p_value, values_text
@@ -17,11 +17,6 @@ ONE_SEED = (
     "One seed: intervals are over test examples only and say nothing about another seed; "
     "give more seeds for a claim about a method."
 )
-
-
-def of_contrasts(summary: Summary | TasksSummary) -> str:
-    by_loss = any(one.metric == "loss" for one in summary.contrasts)
-    return "−loss, nats per target token" if by_loss else summary.metric
 
 
 def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
@@ -50,8 +45,7 @@ def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
 
 def verdict(summary: Summary) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    named = [one for one in summary.contrasts if one.role != "later"]
-    lines = [contrast_sentence(one, summary.metric) for one in sorted(named, key=lambda one: one.role)]
+    lines = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role != "later"]
     lines += summary.unpaired
     n_seeds = len(summary.seeds)
     lines.append(ONE_SEED if n_seeds == 1 else f"± is the standard deviation over {n_seeds} seeds.")
@@ -80,17 +74,14 @@ def verdict(summary: Summary) -> list[str]:
                 f"{name}: rounding at a knot moved the outputs by {arm.max_lost:.0%} of what its link had learned; "
                 "model.dtype: float32 keeps knots exact."
             )
-        if arm.without_gradient:
-            lines.append(
-                f"{name}: at every step {arm.without_gradient} of its trained tensors got no gradient or more."
-            )
+        if lacking := arm.without_gradient:
+            lines.append(f"{name}: at every step {lacking} of its trained tensors got no gradient or more.")
         for key, seeds in arm.at_grid_edge.items():
-            what = key.replace("_", " ")
+            chosen = key.replace("_", " ")
             if len(seeds) < arm.n_seeds:
-                what += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-            lines.append(f"{name}: the chosen {what} is at the edge of its grid; a better one may lie outside.")
-        for seed, error in arm.errors.items():
-            lines.append(f"{name} seed {seed} failed: {error}")
+                chosen += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            lines.append(f"{name}: the chosen {chosen} is at the edge of its grid; a better one may lie outside.")
+        lines += [f"{name} seed {seed} failed: {error}" for seed, error in arm.errors.items()]
         if 0 < arm.n_seeds < n_seeds:
             lines.append(f"{name}: {arm.n_seeds} of {n_seeds} seeds are there; its means are over those.")
     return lines

@@ -30,8 +30,9 @@ from cola.report.figures import FIGURES, figures_of
 from cola.report.forest import p_text
 from cola.report.heatmaps import _percent
 from cola.report.numbers import count, duration, given, interval, number, p_value, size, small, spread, value_range
-from cola.report.page import page_states, page_tables, write_ablation, write_report
+from cola.report.page import page_states, write_ablation, write_report
 from cola.report.table import NONE, Cell, Table
+from cola.report.tables import page_tables
 from cola.tree.run_folder import FORMAT
 
 pytestmark = pytest.mark.drawn
