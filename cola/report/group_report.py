@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,19 +86,15 @@ def within(seconds: float, action: Callable[[], str]) -> str:
     Raises:
         TimeoutError: it does not; it is left to itself and ends with the process at the latest.
     """
-    outcome: list[str | Exception] = []
+    future: Future[str] = Future()
 
     def act() -> None:
         try:
-            outcome.append(action())
+            future.set_result(action())
         except Exception as error:
-            outcome.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
+    threading.Thread(target=act, daemon=True).start()
+    if not wait([future], seconds).done:
         raise TimeoutError(f"no answer in {seconds:.0f} s")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    return future.result()
