@@ -21,7 +21,7 @@ from study import page as study_page
 from cola.compare import ablation
 from cola.compare.records import Summary
 from cola.recipe import arms, data_section, recipe, schema, yaml12
-from cola.report.tables import result_tables
+from cola.report.tables import named_tables
 from cola.report.verdict import verdict
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +157,7 @@ def quickstart() -> str:
     head = f"{meta.started[:10]}, {meta.machine.cpu}, {meta.machine.cores} cores, torch {meta.packages['torch']}; "
     head += f"{seconds / 60:.1f} minutes of training and evaluation "
     head += "([summary.json](experiments/000-quickstart/summary.json)):\n"
-    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in result_tables(summary))
+    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in named_tables(summary))
     return "\n".join([head, *tables, *(f"- {line}" for line in verdict(summary)), ""])
 
 

@@ -114,7 +114,7 @@ def ablate(
     For example: cola ablate recipes/quickstart.yaml arms.chain3.links=1,2,3,4 training.protocol=grow
     What the points share is trained once, and so is what an earlier run has trained. Exit codes as of `cola run`.
     """
-    from cola.compare.ablation import AblationFolder, points_of
+    from cola.compare.ablation import points_of, take_ablation
 
     terminal = Terminal()
     points = points_of(recipe, keys, paired)
@@ -125,8 +125,8 @@ def ablate(
             terminal.say(point.label)
             preview(point.recipe, terminal)
         return
-    with AblationFolder.take(points) as folder:
-        terminal.say(f"{len(points)} points → {folder.path}")
+    with take_ablation(points) as folder:
+        terminal.say(f"{len(points)} points → {folder}")
         from cola.cli.show import print_ablation, track_ablation
         from cola.run.ablate import ablate as run_all
 
@@ -183,9 +183,9 @@ def report(
     """
     pairs = [_pair(words) for words in contrast or ()]
     if wandb:
-        from cola.report.group_report import need_reports
+        from cola.files import need_package
 
-        need_reports()
+        need_package("wandb_workspaces", "a W&B Report", "report")
     from cola.cli.show import report_ablation, report_run, report_tasks
 
     if len(run_folders) > 1:

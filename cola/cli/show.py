@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cola.compare.ablation import AblationFolder
+from cola.compare.ablation import read_ablation
 from cola.compare.records import Ablation, Summary, Wandb
 from cola.compare.summary import summarize
 from cola.compare.tasks import summarize_tasks
@@ -19,7 +19,7 @@ from cola.report.group_report import Comparison
 from cola.report.numbers import size
 from cola.report.page import comparison_of, comparison_of_ablation, write_ablation, write_report, write_tasks
 from cola.report.table import Table
-from cola.report.tables import ablation_notes, ablation_table, knots_table, result_tables, task_tables
+from cola.report.tables import ablation_notes, ablation_table, knots_table, named_tables, task_tables
 from cola.report.terminal import Terminal
 from cola.report.tracking import Tracker, sync_command
 from cola.report.verdict import OF_P, contrast_sentence, verdict
@@ -46,7 +46,7 @@ def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> No
     lines += [f"report   {page}", f"results  {folder.path / 'summary.json'}"]
     if store := summary.store:
         lines.append(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
-    print_all([*result_tables(summary), knots_table(summary, short=True)], lines, terminal)
+    print_all([*named_tables(summary).values(), knots_table(summary, short=True)], lines, terminal)
 
 
 def print_all(tables: Iterable[Table], lines: Iterable[str], terminal: Terminal) -> None:
@@ -82,27 +82,26 @@ def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]
     lines = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts if summary.averaged]
     lines += [*([OF_P] if summary.contrasts else []), *summary.notes]
     lines += [f"report   {page}", f"results  {to / 'summary.json'}"]
-    print_all(task_tables(summary), lines, Terminal())
+    print_all(task_tables(summary).values(), lines, Terminal())
 
 
-def print_ablation(folder: AblationFolder, summary: Ablation, terminal: Terminal) -> None:
+def print_ablation(folder: Path, summary: Ablation, terminal: Terminal) -> None:
     """Write an ablation's page; print its table and notes, and where all of it is."""
     page = write_ablation(folder, summary)
-    lines = [*ablation_notes(summary), f"report   {page}", f"results  {folder.path / 'ablation.json'}"]
+    lines = [*ablation_notes(summary), f"report   {page}", f"results  {folder / 'ablation.json'}"]
     print_all([ablation_table(summary)], lines, terminal)
 
 
 def report_ablation(path: Path, wandb: bool) -> None:
     """Print an ablation from its ablation.json, build its page anew, and send it. Raises RunFolderError if it holds no
     results yet."""
-    folder = AblationFolder(path)
-    summary = folder.summary()
+    summary = read_ablation(path, Ablation)
     if summary is None:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
     terminal = Terminal()
-    print_ablation(folder, summary, terminal)
+    print_ablation(path, summary, terminal)
     if wandb:
-        track_ablation(folder, summary, terminal, publish=True)
+        track_ablation(path, summary, terminal, publish=True)
 
 
 def track_run(recipe: Recipe, folder: RunFolder, summary: Summary, terminal: Terminal, publish: bool = False) -> None:
@@ -113,11 +112,11 @@ def track_run(recipe: Recipe, folder: RunFolder, summary: Summary, terminal: Ter
     _send(recipe.tracking, group, folder.path, lambda: comparison_of(folder, summary), config, terminal, publish)
 
 
-def track_ablation(folder: AblationFolder, summary: Ablation, terminal: Terminal, publish: bool) -> None:
+def track_ablation(folder: Path, summary: Ablation, terminal: Terminal, publish: bool) -> None:
     """Send an ablation's comparison to W&B, as its points' recipe says."""
-    if recipes := sorted(folder.path.glob("points/*/recipe.yaml")):
+    if recipes := sorted(folder.glob("points/*/recipe.yaml")):
         settings = read_recipe(recipes[0]).tracking
-        _send(settings, None, folder.path, lambda: comparison_of_ablation(folder, summary), {}, terminal, publish)
+        _send(settings, None, folder, lambda: comparison_of_ablation(folder, summary), {}, terminal, publish)
 
 
 def _send(

@@ -49,7 +49,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": False,
+    "axes.grid": True,
     "grid.alpha": 0.15,
     "legend.frameon": False,
 }
@@ -92,11 +92,8 @@ def save(figure: Figure, path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _lean_fonts() -> list[str]:
-    """The family, if any, of the fonts in use with no more than the letters above and without tables of typesetting;
-    they are made once, and kept in matplotlib's cache.
-
-    For each PDF matplotlib reads whole fonts and cuts them down to the letters in use, which was half of the time of a
-    page.
+    """The family, if any, of the fonts in use with no more than the letters above and without tables of typesetting,
+    made once and kept in matplotlib's cache: it reads whole fonts for each PDF, which was half of the time of a page.
     """
     for weight in ("normal", "bold"):
         whole = Path(findfont(FontProperties(family="sans-serif", weight=weight)))
@@ -210,7 +207,7 @@ def draw_seeds(
     axes: Axes, places: Sequence[tuple[float, float]], look: Look, marker: str | None = None, alpha: float = 0.45
 ) -> None:
     """A small faint mark for each seed, in its arm's look."""
-    x, y = zip(*places, strict=True) if places else ((), ())
+    x, y = [x for x, _ in places], [y for _, y in places]
     axes.plot(x, y, marker or look.marker, color=look.colour, ms=3, alpha=alpha, mew=0)
 
 
@@ -228,13 +225,8 @@ def turn_ticks(axes: Axes, degrees: float) -> None:
 
 
 def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Sequence[tuple[float, float]]) -> None:
-    """Write each name beside its point, over no other name or point; a thin line leads to one that had to move away.
-
-    Args:
-        axes: Of a figure whose layout is fixed.
-        points: Where each name belongs, in data coordinates.
-        dots: Other places to be left free.
-    """
+    """Write each name beside its point, over no other name, point or dot; a thin line leads to one that had to move
+    away. The figure's layout is fixed."""
     scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
     inside = axes.bbox
     where = {name: axes.transData.transform(point) for name, point in points.items()}
@@ -273,9 +265,8 @@ def _beside(x: float, y: float, width: float, height: float, radius: float, angl
 
 def _covered(one: Bbox, other: Bbox) -> float:
     """Area that two boxes share."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return width * height if width > 0 and height > 0 else 0.0
+    shared = Bbox.intersection(one, other)
+    return shared.width * shared.height if shared else 0.0
 
 
 def spread_out(wanted: Sequence[float], distance: float) -> list[float]:

@@ -1,6 +1,8 @@
 """`cola ablate`: the runs of an ablation's points, one after the other; what they share is trained once."""
 
-from cola.compare.ablation import AblationFolder, Point, summarize_ablation
+from pathlib import Path
+
+from cola.compare.ablation import Point, summarize_ablation
 from cola.compare.records import Ablation
 from cola.errors import ColaError
 from cola.recipe.recipe import Recipe
@@ -10,9 +12,11 @@ from cola.run.bench import tracked_state
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
 from cola.tree.records import Result
+from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import take_run
 
 
-def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None) -> Ablation:
+def ablate(points: list[Point], folder: Path, terminal: Terminal, signals: Signals | None = None) -> Ablation:
     """Run every point that is not finished; returns the summary, which is also written to ablation.json. The caller
     holds the folder.
 
@@ -35,13 +39,13 @@ def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, sign
         if interrupted:
             break
     summary = summarize_ablation(folder, points, errors, interrupted)
-    folder.write(summary)
+    RunFolder(folder).write("ablation.json", summary)
     return summary
 
 
 def _run_point(
     point: Point,
-    folder: AblationFolder,
+    folder: Path,
     place: str,
     terminal: Terminal,
     signals: Signals | None,
@@ -49,13 +53,13 @@ def _run_point(
     recipes: list[Recipe],
 ) -> bool:
     """Run a point unless it is finished; returns whether the user stopped it."""
-    with folder.run_folder(point) as (run_folder, _):
+    with take_run(point.recipe, folder / "points" / point.folder) as (run_folder, _):
         if run_folder.finished:
             terminal.say(f"{place}: finished before")
             done = [result for result in run_folder.results() if isinstance(result, Result)]
             tracked |= {tracked_state(r.run_info.arm, r.run_info.seed, r.train_info.final_state) for r in done}
             return False
         terminal.say(f"{place} → {run_folder.path}")
-        summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
+        summary = run(point.recipe, run_folder, terminal, signals, folder.name, tracked, siblings=recipes)
         write_report(run_folder)
     return summary.interrupted

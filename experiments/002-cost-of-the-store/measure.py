@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from rich.console import Console
 
-from cola.compare.ablation import AblationFolder, points_of
+from cola.compare.ablation import points_of, take_ablation
 from cola.measure.evaluate import Evaluator
 from cola.recipe.read import read_recipe
 from cola.report.terminal import Terminal
@@ -97,9 +97,9 @@ def one(settings: list[str], terminal: Terminal) -> list[Path]:
 def several(settings: list[str], terminal: Terminal) -> list[Path]:
     """An ablation."""
     points = points_of(RECIPE, settings, paired=False)
-    with AblationFolder.take(points) as folder:
+    with take_ablation(points) as folder:
         assert ablate(points, folder, terminal)["finished"]
-    return sorted(folder.path.glob("points/*"))
+    return sorted(folder.glob("points/*"))
 
 
 def main(steps: int, rounds: int) -> None:

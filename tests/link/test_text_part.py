@@ -24,8 +24,7 @@ from cola.link.text_part import in_text, outside_text
 from cola.measure import cost
 from cola.measure.learned import Matrices
 from cola.recipe.methods import settings_of
-from cola.report.captions import alternative
-from cola.report.figures import figures_of
+from cola.report.figures import KINDS, figures_of
 
 TOWER = ["model.vision_tower", "model.multi_modal_projector"]
 PAIR = {"method": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0}
@@ -119,7 +118,7 @@ def test_an_update_of_nothing_spoils_no_page() -> None:
     drawn = figures_of(summary, {})
     for name in ("spectra", "overlap"):
         assert drawn[name] is not None
-        assert "nothing learned" in alternative(name, summary)
+        assert "nothing learned" in KINDS[name].says(summary)
 
 
 def test_the_model_learns_as_its_text_model_alone_would() -> None:
