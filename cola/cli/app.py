@@ -229,17 +229,19 @@ def compare(
 
 def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
     from cola.recipe.read import read_recipe
+    from cola.recipe.write import dump_recipe
     from cola.tree.run_holder import take_run, unfinished_run
 
     recipe = read_recipe(recipe_path, overrides)
+    text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
     if run_folder is None:
-        with unfinished_run(recipe) as before:
+        with unfinished_run(text, named) as before:
             if before is not None:
                 try:
                     return _train(recipe, before, fresh=False)
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
-    with take_run(recipe, run_folder) as (folder, fresh):
+    with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
         return _train(recipe, folder, fresh)
 
 
@@ -270,10 +272,12 @@ def _pair(words: str) -> tuple[str, str]:
 
 
 def _resume(path: Path) -> int:
+    from cola.recipe.read import read_recipe
     from cola.tree.run_folder import RunFolder
     from cola.tree.run_holder import lock_run
 
-    folder, recipe = RunFolder.open(path)
+    folder = RunFolder.open(path)
+    recipe = read_recipe(folder.recipe_file)
     with lock_run(path):
         return _train(recipe, folder, fresh=False)
 

@@ -62,11 +62,13 @@ def report_run(path: Path, later: list[tuple[str, str]], wandb: bool) -> None:
     """Summarize a run anew, with contrasts that no recipe names, and print and send what that gives."""
     from cola.compare.records import Wandb
     from cola.compare.summary import summarize
+    from cola.recipe.read import read_recipe
     from cola.report.terminal import Terminal
     from cola.report.tracking import sync_command
     from cola.tree.run_folder import RunFolder
 
-    folder, recipe = RunFolder.open(path)
+    folder = RunFolder.open(path)
+    recipe = read_recipe(folder.recipe_file)
     folder.check_results()
     uploaded_by = Wandb(mode=None, sync=sync_command(folder.path))
     summary = summarize(recipe, folder, later).model_copy(update={"wandb": uploaded_by})

@@ -147,7 +147,7 @@ class AblationFolder:
 
     def run_folder(self, point: Point) -> AbstractContextManager[tuple[RunFolder, bool]]:
         """As `take_run`, of the point's run."""
-        return take_run(point.recipe, self.path / "points" / point.folder)
+        return take_run(dump_recipe(point.recipe), self.path / "points" / point.folder)
 
     @property
     def finished(self) -> bool:

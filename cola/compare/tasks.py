@@ -29,6 +29,7 @@ from cola.compare.scope import scope_of, scope_sentence
 from cola.compare.statistics import Table as Scores
 from cola.compare.summary import made_differently
 from cola.errors import RunFolderError
+from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.tree.records import Result
 from cola.tree.run_folder import FORMAT, RunFolder
@@ -103,7 +104,8 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs: list[Run] = []
     notes: list[str] = []
     for path in paths:
-        folder, recipe = RunFolder.open(path)
+        folder = RunFolder.open(path)
+        recipe = read_recipe(folder.recipe_file)
         folder.check_results()
         if any(folder.path.resolve() == run.folder.path.resolve() for run in runs):
             raise RunFolderError(f"{path} is given twice")

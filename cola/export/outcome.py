@@ -21,6 +21,7 @@ from cola.link.residual import Residual
 from cola.recipe.bounds import is_remote
 from cola.recipe.methods import Adapter, Lora, Settings, settings_of
 from cola.recipe.plan import Job
+from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.tree.records import Result, TrainInfo
@@ -229,7 +230,8 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
     Raises:
         RunFolderError: it is no run folder, has no such arm or seed, or nothing of it came to its end.
     """
-    folder, recipe = RunFolder.open(run)
+    folder = RunFolder.open(run)
+    recipe = read_recipe(folder.recipe_file)
     if arm is not None and arm not in recipe.arms:
         hint = did_you_mean(arm, recipe.arms)
         raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")

@@ -4,7 +4,7 @@ import torch
 
 from cola.data.encode import fingerprint_of
 from cola.errors import RunChanged
-from cola.files import need_room
+from cola.files import file_digest, need_room
 from cola.recipe.plan import trials_of
 from cola.report.terminal import Terminal
 from cola.run.full_weights import tuned_as_a_whole
@@ -27,7 +27,7 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
         format=FORMAT,
         **provenance(),
         device=device_description(),
-        recipe=RecipeDigest(sha256=folder.recipe_digest()),
+        recipe=RecipeDigest(sha256=file_digest(folder.recipe_file)),
         model=Model(name=source.name, revision=source.revision, sha256=source.fingerprint()),
         data=Data(sha256=splits.fingerprint, notes=splits.notes),
         rows=splits.sizes,

@@ -71,8 +71,10 @@ def adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
 
 
-def fault_of(error: ValidationError) -> str:
+def fault_of(error: ValueError) -> str:
     """What is wrong with a file's content, in a few words."""
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors()[0]
     place = ".".join(plain(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")
