@@ -7,11 +7,11 @@ from typing import Any
 
 from cola.files import each_once
 from cola.link import adapters
-from cola.measure.cost import Cost
 from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
 from cola.run.assignment import Assignment
 from cola.run.course import Course
+from cola.run.plan_tree import cost_of
 from cola.tree.records import Result, TrialResult
 from cola.tree.run_folder import FORMAT, MADE_WITH
 from cola.tree.store import hand_out as copy_out
@@ -71,7 +71,8 @@ def result_record(
 
 
 def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
-    names, steps, scored, cost = given.lineage.names, course.steps, course.scored_step, _cost(given)
+    names, steps, scored = given.lineage.names, course.steps, course.scored_step
+    cost = cost_of(given.bench.meter, given.links, given.order, given.job.seed)  # whenever they were trained
     # With what, and in how much memory, the segments were made, in this session or an earlier one.
     segments = [segment.record for step in given.cuts if (segment := given.states.get(step)) is not None]
     train_seconds = sum(step["seconds"] for step in steps)
@@ -106,13 +107,6 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "knots": course.knots,
         "evaluations": [course.looks[step] for step in sorted(course.looks)],
     }
-
-
-def _cost(given: Assignment) -> Cost:
-    """FLOPs and positions of all the links' steps, whenever they were made."""
-    meter, order, seed = given.bench.meter, given.order, given.job.seed
-    costs = [meter.steps(link, order[link.first_step : link.last_step], seed) for link in given.links]
-    return sum((cost for steps in costs for cost in steps), Cost(0.0, 0))
 
 
 def _peak(segments: list[dict[str, Any]], memory: str) -> int | None:

@@ -19,27 +19,16 @@ Form = Literal["attached", "tied"]
 
 @dataclass
 class Measurements:
-    """Measurements of the states of one arm and seed; a step stands for the state after it.
-
-    Attributes:
-        store: Where they are kept.
-        lineage: Gives each state its name.
-        rows: Digest of each split's examples, the passages of `general` among them.
-        scoring: What a score of each split depends on besides the state and the rows.
-        probe: Digest of the positions whose logits tell what a knot changed.
-        tie: What tying a link means: merged how, and which share of it where another link follows.
-        made: With what this session makes them: versions, commit, machine, device.
-        used: Names of all measurements that were asked for; shared with the run's other jobs.
-    """
+    """Measurements of the states of one arm and seed; a step stands for the state after it."""
 
     store: Store
     lineage: Lineage
-    rows: dict[str, str]
-    scoring: dict[str, dict[str, Any]]
-    probe: str
-    tie: dict[str, Any]
-    made: dict[str, Any]
-    used: set[str]
+    rows: dict[str, str]  # digest of each split's examples, the passages of `general` among them
+    scoring: dict[str, dict[str, Any]]  # what a score of each split depends on besides the state and the rows
+    probe: str  # digest of the positions whose logits tell what a knot changed
+    tie: dict[str, Any]  # what tying a link means: merged how, and which share of it where another link follows
+    made: dict[str, Any]  # with what this session makes them
+    used: set[str]  # names of all that were asked for; shared with the run's other jobs
     _seconds: dict[str, float] = field(default_factory=dict)
     _made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -82,36 +71,24 @@ class Measurements:
 
     def known_knot(self, step: int) -> dict[str, Any] | None:
         """The record of the knot after a link's last step, if it was tied before."""
-        circumstances = self._knot_of(step)
-        self.used.add(digest(circumstances))
-        if (record := self.store.recall(circumstances)) is None:
-            return None
-        self._made[digest(circumstances)] = record.pop("made")
+        circumstances = self._used(self._knot_of(step))
+        if (record := self.store.recall(circumstances)) is not None:
+            self._made[digest(circumstances)] = record.pop("made")
         return record
 
     def keep_knot(self, step: int, record: dict[str, Any]) -> None:
         """Keep the record of a knot."""
-        circumstances = self._knot_of(step)
-        self.used.add(digest(circumstances))
+        circumstances = self._used(self._knot_of(step))
         self._made[digest(circumstances)] = self.made
         self.store.remember(circumstances, {**record, "made": self.made})
 
     def known_spectrum(self, step: int, beside: dict[str, Any]) -> dict[str, Any] | None:
-        """The spectra of what led to a state, if they were taken before.
-
-        Args:
-            step: The state's.
-            beside: What they depend on besides it.
-        """
-        circumstances = self._spectrum_of(step, beside)
-        self.used.add(digest(circumstances))
-        return self.store.recall(circumstances)
+        """The spectra of what led to a state, if they were taken before; `beside`: what they depend on besides it."""
+        return self.store.recall(self._used(self._spectrum_of(step, beside)))
 
     def keep_spectrum(self, step: int, beside: dict[str, Any], record: dict[str, Any]) -> None:
         """Keep the spectra of what led to a state."""
-        circumstances = self._spectrum_of(step, beside)
-        self.used.add(digest(circumstances))
-        self.store.remember(circumstances, {"version": VERSION, **record})
+        self.store.remember(self._used(self._spectrum_of(step, beside)), {"version": VERSION, **record})
 
     def _scores_of(self, split: str, step: int, form: Form) -> dict[str, Any]:
         of_state = {"measured": "scores", "state": self.lineage.names[step], "form": form, "rows": self.rows[split]}
@@ -125,11 +102,13 @@ class Measurements:
         state = {"state": self.lineage.names[step], "rows": self.probe}
         return {"measured": "knot", "version": KNOT_VERSION, **state, **tie}
 
+    def _used(self, circumstances: dict[str, Any]) -> dict[str, Any]:
+        self.used.add(digest(circumstances))
+        return circumstances
+
     def _read(self, circumstances: dict[str, Any], record: dict[str, Any]) -> list[ExampleScore]:
-        name = digest(circumstances)
-        self._seconds[name] = record["seconds"]
-        self._made[name] = record["made"]
-        self.used.add(name)
+        name = digest(self._used(circumstances))
+        self._seconds[name], self._made[name] = record["seconds"], record["made"]
         return [ExampleScore(**row) for row in record["scores"]]
 
 

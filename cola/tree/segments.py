@@ -34,24 +34,14 @@ Causes = dict[str, Any]
 
 
 def root_causes(base_sha256: str, dtype: str, device: str, quantization: str | None = None) -> Causes:
-    """What a state without any training depends on.
-
-    Args:
-        base_sha256: Fingerprint of the base's config and weights.
-        dtype: Number format of the frozen weights and the computation.
-        device: Kind of device, `cpu` or `cuda`.
-        quantization: Of the frozen weights: `nf4`, `int8` or None.
-    """
+    """What a state without any training depends on: the fingerprint of the base's config and weights, their number
+    format, the kind of device (`cpu` or `cuda`), and the codes of frozen weights if they are any."""
     causes = {"base": base_sha256, "dtype": dtype, "device": device, "training_version": TRAINING_VERSION}
     return causes | ({"quantization": quantization} if quantization else {})
 
 
 def state_name(causes: Causes) -> str:
-    """The name of the state that a segment's causes lead to.
-
-    Args:
-        causes: `link` (a mapping) and `steps` (a list of [learning rate, digest of the micro-batches]).
-    """
+    """The name of the state that a segment's causes (`Lineage.causes`) lead to."""
     return _names(causes["link"], causes["steps"])[-1]
 
 
@@ -67,21 +57,13 @@ def _names(link: Causes, steps: Iterable[Sequence[Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The states of one arm and seed, from the base to its last step.
+    """The states of one arm and seed, from the base to its last step."""
 
-    Attributes:
-        root: Causes of the base's name.
-        links: What is trained.
-        headers: Each link's own causes, its parent's name among them.
-        steps: Learning rate and digest of the micro-batches, for each optimizer step.
-        names: Names after 0, 1, .., n steps.
-    """
-
-    root: Causes
+    root: Causes  # of the base's name
     links: list[Link]
-    headers: list[Causes]
-    steps: list[tuple[float, str]]
-    names: list[str]
+    headers: list[Causes]  # of each link, its parent's name among them
+    steps: list[tuple[float, str]]  # of each, the learning rate and the digest of the micro-batches
+    names: list[str]  # after 0, 1, .., n steps
 
     @property
     def n_steps(self) -> int:
@@ -93,7 +75,7 @@ class Lineage:
         return next(i for i, link in enumerate(self.links) if step <= link.last_step)
 
     def causes(self, step: int) -> Causes:
-        """What the segment that ends after `step` came from, in clear; `state_name` gives its name."""
+        """What the segment that ends after `step` came from, in clear; `state_name` hashes it to its name."""
         number = self.link_of(step)
         first = self.links[number].first_step
         return {"link": self.headers[number], "steps": [list(cause) for cause in self.steps[first:step]]}
@@ -187,23 +169,9 @@ def merge_of(rules: Rules, quantized: bool) -> str:
 
 @dataclass
 class Tree:
-    """The lineages of a recipe's jobs, and where they are cut into segments.
+    """The lineages of a recipe's jobs, and where they are cut into segments; `lineage_of` makes one."""
 
-    Attributes:
-        training: As in `lineage`.
-        links_of: What a job trains, from `plan_arm`.
-        root_of: The causes of an arm's base, from `root_causes`.
-        modules_of: As in `lineage`.
-        digests_of: Digests of the first n steps' micro-batches under a seed.
-        buffers: As in `lineage`.
-    """
-
-    training: Training
-    links_of: Callable[[Job], list[Link]]
-    root_of: Callable[[str], Causes]
-    modules_of: Callable[[Link], Sequence[str] | None]
-    digests_of: Callable[[int, int], Sequence[str]]
-    buffers: Sequence[str] = ()
+    lineage_of: Callable[[Job], Lineage]
     _lineages: dict[Job, Lineage] = field(default_factory=dict)
     _cuts: set[str] = field(default_factory=set)
     _inner: set[str] = field(default_factory=set)
@@ -211,18 +179,12 @@ class Tree:
     def lineage(self, job: Job) -> Lineage:
         """The states of a job whose searched values are known."""
         if job not in self._lineages:
-            links = self.links_of(job)
-            digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
-            root = self.root_of(job.arm)
-            self._lineages[job] = lineage(root, links, self.training, self.modules_of, digests, self.buffers)
+            self._lineages[job] = self.lineage_of(job)
         return self._lineages[job]
 
     def plan(self, lineages: Iterable[Lineage]) -> None:
-        """Cut lineages into segments: at the ends of links and where two of them part.
-
-        Args:
-            lineages: Of all jobs that there may be, those of an ablation's other points among them.
-        """
+        """Cut the lineages of all jobs that there may be into segments: at the ends of links and where two of them
+        part."""
         after: dict[str, set[str]] = defaultdict(set)
         for path in lineages:
             self._cuts |= {path.names[link.last_step] for link in path.links}
