@@ -6,7 +6,7 @@ from cola.errors import ColaError
 from cola.recipe.recipe import Recipe
 from cola.report.page import write_report
 from cola.report.terminal import Terminal
-from cola.run.bench import tracked_state
+from cola.run.assignment import tracked_state
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
 from cola.tree.records import Result

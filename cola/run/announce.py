@@ -6,7 +6,7 @@ from cola.recipe.arms import Prune
 from cola.recipe.plan import Job, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.run.bench import Bench
+from cola.run.assignment import Bench
 from cola.tree.segments import Tree, merge_of
 
 
@@ -46,7 +46,7 @@ def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) 
             terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
 
 
-def say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
+def say_plan(bench: Bench, known: list[Job], jobs: list[Job]) -> None:
     """How many segments are needed, found and to be trained; `known`: those jobs whose searched values are known."""
     needed = bench.tree.segments(known)
     missing: dict[str, int] = {}
@@ -67,10 +67,10 @@ def say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal
                 begun[names[cut]] = max(steps, default=first) - first
             first = cut
     made = sum(begun.values())
-    terminal.say(
+    bench.terminal.say(
         f"segments: {len(needed)} needed, {len(needed) - len(missing)} found in {bench.store.path}, {len(missing)} to "
         f"be trained: {sum(missing.values()) - made} of {sum(map(len, needed.values()))} optimizer steps"
         + (f" ({made} more are in checkpoints)" if made else "")
     )
     if later := len(jobs) - len(known):
-        terminal.say(f"segments: those of {later} more runs are known when the searches are at their end")
+        bench.terminal.say(f"segments: those of {later} more runs are known when the searches are at their end")

@@ -1,7 +1,7 @@
 """One arm and seed, from the base weights through its links to a scored, recorded result:
 
     find      what the store has of it is taken from there             find.py
-    train     the rest is made, link by link                           training.py, keep.py, loaded.py
+    train     the rest is made, link by link                           training.py, loaded.py
     select    the last step, or the best look at validation            course.py
     score     every split and the general text, by the tied model      scoring.py
     record    the weights that are kept, result.json, W&B              result.py
@@ -13,8 +13,7 @@ from functools import partial
 from time import perf_counter
 
 from cola.recipe.plan import Job
-from cola.run.assignment import Assignment
-from cola.run.bench import Bench
+from cola.run.assignment import Assignment, Bench
 from cola.run.course import Course
 from cola.run.find import deepest, recall
 from cola.run.loaded import Loaded
@@ -24,11 +23,7 @@ from cola.run.training import train
 
 
 def do_job(bench: Bench, job: Job) -> None:
-    """Find or train, select, score, record.
-
-    Args:
-        bench: What the run's jobs share.
-        job: Its searched values chosen.
+    """Find or train, select, score, record a job whose searched values are chosen.
 
     Raises:
         Interrupted: the user stopped it.

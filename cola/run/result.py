@@ -25,7 +25,7 @@ def hand_out(given: Assignment, scored_step: int) -> None:
         kept.append((f"knots/best-link-{number + 1}", scored_step, given.links[number]))
     for name, step, link in kept:
         full = link.settings.is_whole
-        if (not link.settings.is_pair and step != scored_step) or not given.has_weights(step):
+        if (not link.settings.is_pair and step != scored_step) or not given.states.has_weights(step):
             continue
         if full and not given.recipe.keep_full_weights:
             continue
@@ -50,14 +50,7 @@ def refer(given: Assignment, scored_step: int) -> None:
 def result_record(
     given: Assignment, course: Course, evaluation: dict[str, Any], seconds: float
 ) -> Result | TrialResult:
-    """The content of result.json.
-
-    Args:
-        given: The job's assignment.
-        course: At its end.
-        evaluation: The scores.
-        seconds: That all of it took in this session.
-    """
+    """The content of result.json; `seconds`: what all of it took in this session."""
     created = datetime.now().astimezone().isoformat(timespec="seconds")
     record = {
         "format": FORMAT,
@@ -97,7 +90,7 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "positions": cost.positions,
         "without_gradient": min((step["without_gradient"] for step in steps), default=0),
         "num_trainable_params": given.n_trained,
-        "num_total_params": sum(p.numel() for p in given.bench.materials.skeleton.parameters()),
+        "num_total_params": given.bench.materials.n_parameters,
         "train_seconds": train_seconds,
         # What the result costs, whichever session made its parts.
         "total_seconds": train_seconds + given.measured.seconds + sum(knot["seconds"] for knot in course.knots),

@@ -10,7 +10,7 @@ import numpy as np
 from cola.compare.choice import choose
 from cola.errors import ColaError
 from cola.recipe.plan import Job, trials_of
-from cola.run.bench import Bench
+from cola.run.assignment import Bench
 from cola.tree.records import Chosen, Trial
 from cola.tree.run_folder import choice_file
 
@@ -23,10 +23,7 @@ def with_choice(bench: Bench, job: Job) -> Job:
     """The job with the values that were best on validation over its trials' seeds, where any are searched.
 
     The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
-
-    Raises:
-        SearchOpen: not all trials have ended.
-        ColaError: none of them came to its end.
+    SearchOpen where not all trials have ended, a ColaError where none of them came to its end.
     """
     search = None if job.trial else bench.recipe.search_of(job.arm)
     if search is None:

@@ -26,27 +26,16 @@ BYTES_PER_SECOND = 400e6  # what writing, syncing and hashing is taken to reach 
 
 @dataclass
 class States:
-    """The kept states of a job; a step stands for the state after it.
-
-    Attributes:
-        store: Where they are kept.
-        lineage: Gives each its name.
-        skeleton: The model without weights.
-        base_name: Of the model, as the recipe says it.
-        seconds: Least time between two checkpoints; 0: one after each step.
-        made: What a kept state says of how it was made.
-        n_trained: Parameters of the largest link.
-        peaks: Says how much memory the job has taken so far, at most.
-    """
+    """The kept states of a job; a step stands for the state after it."""
 
     store: Store
     lineage: Lineage
-    skeleton: PreTrainedModel
-    base_name: str
-    seconds: float
-    made: dict[str, Any]
-    n_trained: int
-    peaks: Callable[[], dict[str, int | None]]
+    skeleton: PreTrainedModel  # the model without weights
+    base_name: str  # of the model, as the recipe says it
+    seconds: float  # least time between two checkpoints; 0: one after each step
+    made: dict[str, Any]  # what a kept state says of how it was made
+    n_trained: int  # parameters of the largest link
+    peaks: Callable[[], dict[str, int | None]]  # how much memory the job has taken so far, at most
     _verified: dict[int, Segment] = field(default_factory=dict)
     _kept_at: float = field(default_factory=monotonic)
     _cost: float = 0.0
@@ -57,12 +46,14 @@ class States:
 
     def get(self, step: int) -> Segment | None:
         """The state as it is in the store, verified once; None where it is not there."""
-        if step not in self._verified:
-            segment = self.store.get(self.lineage.names[step])
-            if segment is None:
-                return None
+        if step not in self._verified and (segment := self.store.get(self.lineage.names[step])) is not None:
             self._verified[step] = segment
-        return self._verified[step]
+        return self._verified.get(step)
+
+    def has_weights(self, step: int) -> bool:
+        """Whether a state is in the store with its weights."""
+        segment = self.get(step)
+        return segment is not None and segment.has_weights
 
     def there(self, step: int) -> Segment:
         """A state that `get` has found or `keep` has kept."""
@@ -98,8 +89,8 @@ class States:
         model: PreTrainedModel,
         moments: Moments | None,
         rows: list[dict[str, Any]],
-        towards: str | None = None,
-    ) -> Segment:
+        towards: str | None,
+    ) -> None:
         """Keep what the model's attached weights are after `step`.
 
         Args:
@@ -110,10 +101,8 @@ class States:
             rows: The metrics of each of the link's steps so far.
             towards: For a checkpoint: the name of the end of its segment; for a point: of its arm.
         """
-        started = monotonic()
-        causes = self.lineage.causes(step)
-        number = self.lineage.link_of(step)
-        link = self.lineage.links[number]
+        started, lineage, number = monotonic(), self.lineage, self.lineage.link_of(step)
+        link = lineage.links[number]
 
         def write(folder: Path) -> None:
             adapters.save(folder, model, link.settings, self.base_name, self.skeleton)
@@ -131,7 +120,7 @@ class States:
             "made": self.made,
         }
         try:
-            segment, new = self.store.put(self.lineage.names[step], kind, causes, self.lineage.root, notes, write)
+            segment, new = self.store.put(lineage.names[step], kind, lineage.causes(step), lineage.root, notes, write)
         except SafetensorError as error:
             if "os error 28" in str(error):  # safetensors writes without Python, and says it in its own way
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.store.path)) from error
@@ -142,7 +131,6 @@ class States:
         self._kept_at = monotonic()
         if kind == "checkpoint":
             self._cost = self._kept_at - started
-        return segment
 
     def keep_as_point(self, step: int) -> None:
         """Let a state that is there live as long as it is the best."""

@@ -29,7 +29,7 @@ from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.ablate import ablate
 from cola.run.run import run
-from cola.tree.provenance import machine
+from cola.tree.made import machine
 from cola.tree.run_holder import take_run
 from cola.tree.states import States
 from cola.tree.store import Store

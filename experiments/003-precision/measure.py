@@ -50,7 +50,7 @@ from cola.recipe.schema import Model
 from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.run import run
-from cola.tree.provenance import provenance
+from cola.tree.made import provenance
 from cola.tree.run_holder import take_run
 
 HERE = Path(__file__).parent

@@ -23,8 +23,7 @@ from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.run import job as cola_job
 from cola.run import run as cola_run
-from cola.run.assignment import Assignment
-from cola.run.bench import Bench
+from cola.run.assignment import Assignment, Bench
 from cola.run.run import run
 from cola.tree import locks, prune
 
