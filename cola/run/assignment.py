@@ -1,24 +1,22 @@
 """What all jobs of a run share, and what one of them is given: made before it begins, the same until it ends."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from cola.data.encode import Example
 from cola.files import digest
 from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
-from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS, Evaluator
+from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
 from cola.measure.memory import peaks, restart_peaks
 from cola.recipe.bounds import SPLITS
-from cola.recipe.plan import Job, Link, evaluation_steps
+from cola.recipe.plan import Job, evaluation_steps
 from cola.recipe.recipe import Recipe
-from cola.recipe.resolved import BaseFormat, ResolvedArm
+from cola.recipe.resolved import BaseFormat
 from cola.report.terminal import RunProgress, Terminal
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
@@ -28,7 +26,7 @@ from cola.tree.made import Provenance
 from cola.tree.measured import Measurements, rows_digest
 from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
-from cola.tree.segments import Lineage, Tree, merge_of
+from cola.tree.segments import Tree, merge_of
 from cola.tree.states import States
 from cola.tree.store import Store
 
@@ -96,10 +94,6 @@ class Bench:
         """With what this session makes states and measurements."""
         return self.meta.model_dump(include=set(MADE_WITH))
 
-    def order(self, seed: int, n_steps: int) -> list[list[int]]:
-        """Indices of the training rows of each of the first steps under a seed."""
-        return self.planner.order(self.recipe.training.batch_size, seed, n_steps)
-
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
         self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))
@@ -110,98 +104,45 @@ def tracked_state(arm: str, seed: int, final_state: str) -> str:
     return f"{arm} {seed} {final_state}"
 
 
-@dataclass(frozen=True)
 class Assignment:
     """One arm and seed, with all that its training and scoring go by.
 
     A step is counted from 1 and stands for the state after it.
     """
 
-    bench: Bench
-    job: Job  # its searched values chosen
-    arm: ResolvedArm
-    path: Path  # the job's folder
-    rows: dict[str, list[Example]]  # the examples of each split
-    lineage: Lineage
-    cuts: list[int]  # steps whose states are kept
-    points: frozenset[int]  # steps at which validation is looked at
-    accelerator: Accelerator  # its own: an arm that fails must not leave its optimizer or gradient scale to the next
-    evaluator: Evaluator  # in the base's precision
-    states: States
-    measured: Measurements
-    tracker: Tracker | NoTracker
-    n_trained: int  # parameters of the largest link
-
-    @classmethod
-    def of(cls, bench: Bench, job: Job) -> "Assignment":
+    def __init__(self, bench: Bench, job: Job) -> None:
         """Clear the job's folder, and count memory from now on."""
-        recipe, arm = bench.recipe, bench.recipe.resolved(job.arm, job.choice)
-        path = bench.folder.start_job(job)
-        lineage, rows = bench.tree.lineage(job), bench.materials.splits.of(job.seed)
-        accelerator = make_accelerator(arm.base.dtype)
-        n_trained = max((bench.materials.counts[link.settings] for link in lineage.links), default=0)
-        process = restart_peaks(accelerator.device)
-        states = States(
+        recipe, materials = bench.recipe, bench.materials
+        self.bench, self.recipe, self.job = bench, recipe, job  # its searched values chosen
+        self.arm = recipe.resolved(job.arm, job.choice)
+        self.path = bench.folder.start_job(job)
+        self.rows = materials.splits.of(job.seed)  # the examples of each split
+        self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
+        self.general = [] if job.trial else materials.general  # passages that are scored before and after
+        self.lineage = bench.tree.lineage(job)
+        self.links, self.n_steps = self.lineage.links, self.lineage.n_steps
+        self.ends = [link.last_step for link in self.links]
+        self.order = bench.planner.order(recipe.training.batch_size, job.seed, self.n_steps)  # the rows of each step
+        self.cuts = bench.tree.cuts(job)  # steps whose states are kept
+        looks = evaluation_steps(recipe, self.links, len(self.rows["train"])) if self.links else ()
+        self.points = frozenset(looks)  # steps at which validation is looked at
+        # The job's own: an arm that fails must not leave its optimizer or gradient scale to the next.
+        self.accelerator = make_accelerator(self.arm.base.dtype)
+        self.evaluator = replace(materials.evaluator, autocast=self.accelerator.autocast)
+        self.n_trained = max((materials.counts[link.settings] for link in self.links), default=0)  # by the largest link
+        process = restart_peaks(self.accelerator.device)
+        self.states = States(
             bench.store,
-            lineage,
-            bench.materials.skeleton,
-            bench.materials.source.name,
+            self.lineage,
+            materials.skeleton,
+            materials.source.name,
             recipe.checkpoint_seconds,
             {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
-            n_trained,
-            partial(peaks, accelerator.device, process),
+            self.n_trained,
+            partial(peaks, self.accelerator.device, process),
         )
-        return cls(
-            bench=bench,
-            job=job,
-            arm=arm,
-            path=path,
-            rows=rows,
-            lineage=lineage,
-            cuts=bench.tree.cuts(job),
-            points=frozenset(evaluation_steps(recipe, lineage.links, len(rows["train"])) if lineage.links else ()),
-            accelerator=accelerator,
-            evaluator=replace(bench.materials.evaluator, autocast=accelerator.autocast),
-            states=states,
-            measured=bench.measurements(job),
-            tracker=bench.tracker_for(job),
-            n_trained=n_trained,
-        )
-
-    @property
-    def recipe(self) -> Recipe:
-        """The run's."""
-        return self.bench.recipe
-
-    @property
-    def links(self) -> list[Link]:
-        """What is trained."""
-        return self.lineage.links
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.lineage.n_steps
-
-    @property
-    def ends(self) -> list[int]:
-        """The last step of each link."""
-        return [link.last_step for link in self.links]
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """What is scored at the end."""
-        return ("validation",) if self.job.trial else SPLITS
-
-    @property
-    def general(self) -> list[Example]:
-        """The passages of the general text that are scored before and after."""
-        return [] if self.job.trial else self.bench.materials.general
-
-    @property
-    def order(self) -> list[list[int]]:
-        """Indices of the rows of each step."""
-        return self.bench.order(self.job.seed, self.n_steps)
+        self.measured = bench.measurements(job)
+        self.tracker = bench.tracker_for(job)
 
     def file(self, name: str) -> Path:
         """A file of the job's, as the run folder calls it."""

@@ -29,7 +29,7 @@ def do_job(bench: Bench, job: Job) -> None:
         Interrupted: the user stopped it.
         ColaError: the arm has diverged, a knot moved what it should not, or the base is not what it was.
     """
-    given, started = Assignment.of(bench, job), perf_counter()
+    given, started = Assignment(bench, job), perf_counter()
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
     loaded = Loaded(given, partial(score_untouched, given))
     try:
