@@ -5,7 +5,6 @@ from cola.compare.records import Ablation
 from cola.errors import ColaError
 from cola.report.page import write_report
 from cola.report.terminal import Terminal
-from cola.run.assignment import tracked_state
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
 from cola.tree.records import Result
@@ -18,7 +17,7 @@ def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, sign
     A point that cannot be run (a model that is not there, target_modules that match nothing) does not keep the
     others from it.
     """
-    tracked: set[str] = set()
+    tracked: set[tuple[str, int, str]] = set()
     errors: dict[str, str] = {}
     interrupted = False
     for number, point in enumerate(points, 1):
@@ -28,7 +27,7 @@ def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, sign
                 if run_folder.finished:
                     terminal.say(f"{place}: finished before")
                     done = [result for result in run_folder.results() if isinstance(result, Result)]
-                    tracked |= {tracked_state(r.run_info.arm, r.run_info.seed, r.train_info.final_state) for r in done}
+                    tracked |= {(r.run_info.arm, r.run_info.seed, r.train_info.final_state) for r in done}
                     continue
                 terminal.say(f"{place} → {run_folder.path}")
                 siblings = [other.recipe for other in points]

@@ -45,7 +45,7 @@ class Bench:
     used: dict[str, set[str]]  # names of the segments and measurements that the run's results rest on
     ready: dict[BaseFormat, PreTrainedModel]  # a base that was loaded to be tried, for the first job that needs it
     tracker: Tracker | NoTracker
-    tracked: set[str]  # arms, seeds and final states that it has been sent
+    tracked: set[tuple[str, int, str]]  # arms, seeds and final states that it has been sent
     signals: Signals
     progress: RunProgress
     _rows: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Bench:
 
     def tracker_for(self, job: Job) -> Tracker | NoTracker:
         """Of an arm, a seed and a final state W&B is told once, and of a trial nothing."""
-        state = tracked_state(job.arm, job.seed, self.tree.lineage(job).names[-1])
+        state = job.arm, job.seed, self.tree.lineage(job).names[-1]
         silent = job.trial or state in self.tracked
         self.tracked.add(state)
         return NoTracker() if silent else self.tracker
@@ -97,11 +97,6 @@ class Bench:
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
         self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))
-
-
-def tracked_state(arm: str, seed: int, final_state: str) -> str:
-    """What identifies a training to W&B."""
-    return f"{arm} {seed} {final_state}"
 
 
 class Assignment:

@@ -50,11 +50,6 @@ class Course:
         """The step that is scored at the end."""
         return self.best.step if self.best else self.given.n_steps
 
-    @property
-    def link_steps(self) -> list[dict[str, Any]]:
-        """The records of the current link's steps."""
-        return self.steps[self.given.links[self.given.lineage.link_of(self.at)].first_step :]
-
     def note_step(self, record: dict[str, Any]) -> None:
         """One more step is there."""
         given, self.at = self.given, record["step"]

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola import environment
@@ -58,7 +57,11 @@ class Materials:
 def gather(recipe: Recipe, terminal: Terminal) -> Materials:
     """Find and check all of it; a ColaError where model or data cannot serve the recipe."""
     quiet_libraries()
-    accelerator = _accelerator(recipe, terminal)
+    accelerator = make_accelerator(recipe.model.dtype)
+    dtypes = sorted({recipe.resolved(arm).base.dtype for arm in recipe.arms})
+    for note in (environment.note(), *(dtype_warning(dtype, accelerator.device) for dtype in dtypes)):
+        if note:
+            terminal.warn(note)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
     splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, source.ends())
@@ -77,17 +80,6 @@ def heeding(ways: Ways, recipe: Recipe) -> Recipe:
     """The recipe for a model that is asked in these ways, whose rows must perhaps not share a pass."""
     alone = recipe.training.model_copy(update={"micro_batch_tokens": 1})
     return recipe.model_copy(update={"training": alone}) if ways.rows == "alone" else recipe
-
-
-def _accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
-    """What computes; the user is told what of the environment it does not heed, and of a dtype that is slow on it."""
-    accelerator = make_accelerator(recipe.model.dtype)
-    if said := environment.note():
-        terminal.warn(said)
-    for dtype in sorted({recipe.resolved(arm).base.dtype for arm in recipe.arms}):
-        if warning := dtype_warning(dtype, accelerator.device):
-            terminal.warn(warning)
-    return accelerator
 
 
 def _check_arms(

@@ -27,14 +27,9 @@ FIRST_ROWS = 100  # of a file, that are looked at
 
 
 def preview(recipe: Recipe, terminal: Terminal) -> None:
-    """Print the plan.
-
-    Raises:
-        ColaError: a local path is missing, a local file cannot be read or lacks a field or rows, an arm's links do not
-            fit the budget, or target_modules match nothing in a model whose config is on this disk.
-    """
-    unchecked = []
-    matched = recipe.training.match
+    """Print the plan; a ColaError where a local path is missing, a local file cannot be read or lacks a field or rows,
+    an arm's links do not fit the budget, or target_modules match nothing in a model whose config is on this disk."""
+    unchecked, matched = [], recipe.training.match
     known = (recipe.data.rows.train is not None or recipe.training.steps is not None) and matched == "steps"
     if matched != "steps":
         unchecked.append(f"the optimizer steps of each arm, which are matched by {matched}")
@@ -42,7 +37,7 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
         unchecked.append("the number of training rows, and with it the steps")
     # Which rows there are does not change what a link trains, so one row stands for an unknown number.
     links = {arm: plan_arm(recipe, arm, recipe.seeds[0], recipe.data.rows.train or 1) for arm in recipe.arms if known}
-    steps = {arm: [len(link.learning_rates) for link in links[arm]] if known else None for arm in recipe.arms}
+    steps = {arm: [len(link.learning_rates) for link in links[arm]] for arm in links} if known else None
     unchecked += _check_data(recipe)
     for arm in recipe.arms:
         if (quantization := recipe.resolved(arm).base.quantization) is not None:
@@ -62,8 +57,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     )
     for note in [*notes, *filter(None, [overlap_note(recipe)])]:
         terminal.say(note)
-    if all(lengths is not None for lengths in steps.values()):
-        total = sum(sum(steps[job.arm] or []) for job in jobs)
+    if steps is not None:
+        total = sum(sum(steps[job.arm]) for job in jobs)
         terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")
     score = recipe.evaluation
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
@@ -166,14 +161,9 @@ def _free_bytes(output: Path) -> str:
     return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
 
 
-def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: dict[str, int] | None) -> Table:
-    """What a run will do, before it does it.
-
-    Args:
-        recipe: The resolved recipe.
-        steps: Optimizer steps of each arm's links; None where the number of rows is not known yet.
-        parameters: Trainable parameters of each arm's largest link; None where the model is not on this disk.
-    """
+def plan_table(recipe: Recipe, steps: dict[str, list[int]] | None, parameters: dict[str, int] | None) -> Table:
+    """What a run will do: the steps of each arm's links, None where the number of rows is not known yet, and the
+    parameters that its largest link trains, None where the model is not on this disk."""
     rows: list[list[Shown]] = []
     for name in recipe.arms:
         arm = recipe.resolved(name)
@@ -184,13 +174,12 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
         rates += " for each seed" if any(search.per == "seed" for search in searches.values()) else ""
         base = [said for said in (arm.base.quantization, arm.base.dtype) if said not in (None, "float32")]
         knots = f"; {_knots(arm.rules)}" if len(links) > 1 else ""
-        lengths = steps[name]
         rows.append(
             [
                 name,
                 str(len(links)),
                 ", ".join([*base, _trains(links)]) + knots,
-                ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
+                ("+".join(map(str, steps[name])) or "0") if steps is not None else "by epochs",
                 rates if links else NONE,
                 count(parameters[name]) if parameters else "?",
             ]

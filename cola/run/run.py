@@ -38,7 +38,7 @@ def run(
     terminal: Terminal,
     signals: Signals | None = None,
     group: str | None = None,
-    tracked: set[str] | None = None,
+    tracked: set[tuple[str, int, str]] | None = None,
     siblings: Sequence[Recipe] = (),
 ) -> Summary:
     """Train and score everything the recipe asks for that neither the folder nor the store holds yet.
@@ -70,8 +70,9 @@ def run(
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
     say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
-    off, sent = mode_of(recipe.tracking) == "off", set() if tracked is None else tracked
+    off = mode_of(recipe.tracking) == "off"
     tracker = NoTracker() if off else Tracker(recipe.tracking, group, folder.path, terminal.warn)
+    sent = set() if tracked is None else tracked
     with (
         in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,

@@ -177,9 +177,7 @@ class Keeper:
 
     def keep_end(self, model: PreTrainedModel, optimizer: AcceleratedOptimizer) -> None:
         """The end of a segment."""
-        given, at = self.given, self.course.at
-        link = given.links[given.lineage.link_of(at)]
-        goes_on = link.settings.is_pair or given.bench.tree.goes_on(given.lineage.names[at])
+        goes_on = self._link.settings.is_pair or self.given.bench.tree.goes_on(self.given.lineage.names[self.course.at])
         self._keep("segment", model, optimizer if goes_on else None, None)
         self._leave()
 
@@ -199,11 +197,16 @@ class Keeper:
         if before is not None:
             self._outdone.append(before)
 
+    @property
+    def _link(self) -> Link:
+        return self.given.links[self.given.lineage.link_of(self.course.at)]
+
     def _keep(
         self, kind: str, model: PreTrainedModel, optimizer: AcceleratedOptimizer | None, towards: str | None
     ) -> None:
         moments = read_moments(model, optimizer, self.given.accelerator) if optimizer is not None else None
-        self.given.states.keep(self.course.at, kind, model, moments, self.course.link_steps, towards)
+        rows = self.course.steps[self._link.first_step :]
+        self.given.states.keep(self.course.at, kind, model, moments, rows, towards)
 
     def _leave(self) -> None:
         """A later state is kept: the checkpoint before it has served, and the bests that were outdone."""

@@ -57,15 +57,12 @@ class Measurements:
     ) -> list[ExampleScore]:
         """A split's scores, computed now unless they were before."""
         circumstances = self._scores_of(split, step, form)
-        record = self.store.recall(circumstances)
-        if record is None:
+        if (record := self.store.recall(circumstances)) is None:
             with lock(self.store.path, digest(circumstances)):
-                record = self.store.recall(circumstances)
-                if record is None:
+                if (record := self.store.recall(circumstances)) is None:
                     started = perf_counter()
-                    scores = compute()
-                    record = {"scores": list(map(asdict, scores)), "seconds": perf_counter() - started}
-                    record["made"] = self.made
+                    scores = list(map(asdict, compute()))
+                    record = {"scores": scores, "seconds": perf_counter() - started, "made": self.made}
                     self.store.remember(circumstances, record)
         return self._read(circumstances, record)
 

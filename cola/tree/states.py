@@ -120,7 +120,7 @@ class States:
             "made": self.made,
         }
         try:
-            segment, new = self.store.put(lineage.names[step], kind, lineage.causes(step), lineage.root, notes, write)
+            segment, new = self.store.put(kind, lineage.causes(step), lineage.root, notes, write)
         except SafetensorError as error:
             if "os error 28" in str(error):  # safetensors writes without Python, and says it in its own way
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.store.path)) from error

@@ -111,20 +111,13 @@ class Store:
         return True
 
     def put(
-        self,
-        name: str,
-        kind: str,
-        causes: Causes,
-        root: Causes,
-        notes: dict[str, Any],
-        write: Callable[[Path], None],
+        self, kind: str, causes: Causes, root: Causes, notes: dict[str, Any], write: Callable[[Path], None]
     ) -> tuple[Segment, bool]:
         """Keep a state. Where it is there already, the longer-lived kind holds, and an optimizer once kept stays.
 
         Args:
-            name: The state's.
             kind: See `Segment.kind`.
-            causes: From `Lineage.causes`; they hash to the name.
+            causes: From `Lineage.causes`; they hash to the state's name.
             root: Causes of the base's name.
             notes: What is worth knowing and is no cause: rows, seconds, versions, `towards`.
             write: Writes the files into the folder it is given.
@@ -132,7 +125,7 @@ class Store:
         Returns:
             The segment, and whether there was none of that name before.
         """
-        assert state_name(causes) == name
+        name = state_name(causes)
         aside = Path(tempfile.mkdtemp(dir=self.path / "writing"))
         try:
             write(aside)
