@@ -111,9 +111,9 @@ class Assignment:
         self.bench, self.recipe, self.job = bench, recipe, job  # its searched values chosen
         self.arm = recipe.resolved(job.arm, job.choice)
         self.path = bench.folder.start_job(job)
-        self.rows = materials.splits.of(job.seed)  # the examples of each split
+        general = [] if job.trial else materials.general
+        self.rows = materials.splits.of(job.seed) | {"general": general}  # the examples of each split
         self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
-        self.general = [] if job.trial else materials.general  # passages that are scored before and after
         self.lineage = bench.tree.lineage(job)
         self.links, self.n_steps = self.lineage.links, self.lineage.n_steps
         self.ends = [link.last_step for link in self.links]

@@ -45,9 +45,8 @@ class SpectrumFiles:
             result = self.bench.folder.result(job)
             if result is None or not result.train_info.scored_step:
                 continue
-            full = self._full(job.seed)
-            state = _state_of(full)
-            key = job.arm, job.seed
+            full, key = self._full(job.seed), (job.arm, job.seed)
+            state = full and full.train_info.scored_state
             if key not in self._taken or self._taken[key] != state:
                 self._taken[key] = state
                 self._take(job, result, full)
@@ -59,7 +58,8 @@ class SpectrumFiles:
             return True
         if arm != recipe.full_arm:
             return False
-        state = _state_of(self._full(seed))
+        full = self._full(seed)
+        state = full and full.train_info.scored_state
         others = [name for name in recipe.arms if any(link.is_pair for link in recipe.resolved(name).links)]
         return any(self._taken.get((name, seed)) != state for name in others)
 
@@ -133,11 +133,6 @@ class SpectrumFiles:
         """Where a state lies, its checksums verified; None where its weights are gone."""
         segment = self.bench.store.get(state)
         return segment.folder if segment is not None and segment.has_weights else None
-
-
-def _state_of(result: Result | None) -> str | None:
-    """The state that was scored."""
-    return None if result is None else result.train_info.scored_state
 
 
 def want_weights(bench: Bench, jobs: Iterable[Job], spectra: SpectrumFiles) -> None:

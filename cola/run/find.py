@@ -38,7 +38,7 @@ def _is_known(given: Assignment, course: Course, step: int) -> bool:
     if step == given.n_steps and looked and measured.known_knot(step) is not None:
         scored = best.step if best else step
         wanted = not given.job.trial and given.recipe.keep_full_weights and not given.states.has_weights(scored)
-        asked = (*given.splits, "general") if given.general else given.splits
+        asked = (*given.splits, "general") if given.rows["general"] else given.splits
         if not wanted and all(measured.known_scores(name, scored, "tied") is not None for name in asked):
             return True  # nothing is left to be done, so no weights are needed
     return given.states.has_weights(step) and (best is None or best.step == step or given.states.has_weights(best.step))

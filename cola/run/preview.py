@@ -70,12 +70,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
 def _check_data(recipe: Recipe) -> list[str]:
     data, general = recipe.data, recipe.evaluation.general_text
     if general not in (None, SAMPLE):
-        _check_file("evaluation.general_text", general)
         _check_rows(open_texts(Path(general), "evaluation.general_text"), {"evaluation.general_text": "{text}"}, {})
     if data.files is not None:
-        for split in SPLITS:
-            if path := getattr(data.files, split):
-                _check_file(f"data.files.{split}", path)
         _check_files(data)
         return [f"the rows of the data files but the first {FIRST_ROWS}, and how many tokens they have"]
     if data.reasoning_gym is not None:
@@ -110,12 +106,6 @@ def _check_rows(pool: Pool, templates: dict[str, str], fields: dict[str, str]) -
             fill(template, row, place, key)
         for key, field in fields.items():
             lookup(row, field, place, key)
-
-
-def _check_file(key: str, path: str) -> None:
-    if not Path(path).is_file():
-        why = "is a folder; name a file" if Path(path).is_dir() else "does not exist"
-        raise DataError(f"{key}: {path} {why}")
 
 
 def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
