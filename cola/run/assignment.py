@@ -75,13 +75,6 @@ class Bench:
         scoring = {**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()}
         return Measurements(self.store, lineage, rows, scoring, probe, tie, self.made, self.used["measured"])
 
-    def tracker_for(self, job: Job) -> Tracker | NoTracker:
-        """Of an arm, a seed and a final state W&B is told once, and of a trial nothing."""
-        state = job.arm, job.seed, self.tree.lineage(job).names[-1]
-        silent = job.trial or state in self.tracked
-        self.tracked.add(state)
-        return NoTracker() if silent else self.tracker
-
     def rows_of(self, seed: int) -> dict[str, str]:
         """Digest of each split's examples under a seed, and of the general text."""
         if seed not in self._rows:
@@ -137,7 +130,10 @@ class Assignment:
             partial(peaks, self.accelerator.device, process),
         )
         self.measured = bench.measurements(job)
-        self.tracker = bench.tracker_for(job)
+        # Of an arm, a seed and a final state W&B is told once, and of a trial nothing.
+        state = job.arm, job.seed, self.lineage.names[-1]
+        self.tracker = NoTracker() if job.trial or state in bench.tracked else bench.tracker
+        bench.tracked.add(state)
 
     def file(self, name: str) -> Path:
         """A file of the job's, as the run folder calls it."""

@@ -49,10 +49,6 @@ class Materials:
         """Of the base."""
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
-    def asking(self, ways: Ways) -> "Materials":
-        """The same for a model that is asked in these ways."""
-        return replace(self, recipe=heeding(ways, self.recipe), evaluator=self.evaluator.asking(ways))
-
 
 def gather(recipe: Recipe, terminal: Terminal) -> Materials:
     """Find and check all of it; a ColaError where model or data cannot serve the recipe."""
@@ -132,12 +128,8 @@ def _general_text(
 def check_bases(
     materials: Materials, store: Store, used: dict[str, set[str]], terminal: Terminal
 ) -> tuple[SelfCheck, dict[BaseFormat, PreTrainedModel]]:
-    """Try every base that an arm has, unless it was tried before on these rows, with these versions; a ModelError where
-    one is not what training and scoring rely on.
-
-    Returns:
-        The record; and the base of the first arm, where it was loaded, for who needs it next.
-    """
+    """Try every base that an arm has, unless it was tried before on these rows, with these versions. Returns the record
+    and, for who needs it next, the first arm's base if it was loaded; a ModelError where one cannot be relied on."""
     recipe, source, skeleton = materials.recipe, materials.source, materials.skeleton
     bases: dict[BaseFormat, list[str]] = {}
     for job in jobs_of(recipe):
@@ -180,10 +172,13 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
     """What provenance.json will hold; RunChanged where a resumed run has not the recipe, the data and the base that it
     began with, a RunFolderError where another version wrote it, or the store's disk has no room for a new run."""
     recipe, source, splits, general = materials.recipe, materials.source, materials.splits, materials.general
+    device = f"cpu, threads: {torch.get_num_threads()}"  # whose number moves the last bits
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     meta = Provenance(
         format=FORMAT,
         **provenance(),
-        device=_device(),
+        device=device,
         recipe=RecipeDigest(sha256=file_digest(folder.recipe_file)),
         model=Model(name=source.name, revision=source.revision, sha256=source.fingerprint()),
         data=Data(sha256=splits.fingerprint, notes=splits.notes),
@@ -222,13 +217,6 @@ def _room(materials: Materials) -> int:
     tried = sum(len(trials_of(recipe, arm, recipe.seeds[0])) for arm in full)
     each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
     return room + weights * (kept + tried if each_seed else max(kept, tried))
-
-
-def _device() -> str:
-    """What computes: the GPU and CUDA's version, or the CPU and its threads, whose number moves the last bits."""
-    if not torch.cuda.is_available():
-        return f"cpu, threads: {torch.get_num_threads()}"
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
 def tuned_as_a_whole(recipe: Recipe) -> list[str]:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter, sleep
 from typing import Literal
 
@@ -64,8 +64,9 @@ def run(
     selfcheck, ready = check_bases(materials, store, used, terminal)
     began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
     folder.write("provenance.json", began)
-    materials = materials.asking(ways := Ways(**dict(selfcheck.ways)))
-    recipe, siblings = materials.recipe, [heeding(ways, sibling) for sibling in siblings]
+    ways = Ways(**dict(selfcheck.ways))
+    recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
+    materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
     planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)

@@ -158,11 +158,7 @@ class RunFolder:
 
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
-        self.write_json(name, record.content())
-
-    def write_json(self, name: str | Path, value: Any) -> None:
-        """Write a JSON file of the run folder."""
-        self.write_text(name, json.dumps(value, indent=1) + "\n")
+        self.write_text(name, json.dumps(record.content(), indent=1) + "\n")
 
     def write_jsonl(self, name: str | Path, rows: Iterable[Any]) -> None:
         """Write a file of one JSON value per line."""

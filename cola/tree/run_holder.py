@@ -127,12 +127,8 @@ def _make_and_hold(recipe: str, path: Path, dated: bool, held: ExitStack) -> tup
 
 def _make_held(path: Path, held: ExitStack) -> bool:
     """Make a folder that is locked from its first moment on, so that its maker and its holder are one process; False
-    where another process was first. It is made aside, always under one name, so that a kill leaves nothing that the
-    next one would not take; and rename takes no folder's place but an empty one's.
-
-    Raises:
-        FolderGone: another process is making it now.
-    """
+    where another process was first, FolderGone where one is at it. It is made aside, always under one name, so that a
+    kill leaves nothing that the next one would not take; and rename takes no folder's place but an empty one's."""
     aside = path.with_name(f".{path.name}.new")
     aside.mkdir(exist_ok=True)
     with ExitStack() as own:

@@ -89,11 +89,9 @@ def lineage(
     digests: Sequence[str],
     buffers: Sequence[str] = (),
 ) -> Lineage:
-    """Name every state of a path.
+    """Name every state of a path from `root_causes` on.
 
     Args:
-        root: From `root_causes`.
-        links: From `plan_arm`.
         training: Gives the optimizer's constants.
         modules_of: Full names of the modules that a link adapts, however the recipe spells them; None for all weights.
         digests: Of the micro-batches of each step.
@@ -149,10 +147,8 @@ def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Cause
 
 
 def knot_causes(rules: Rules, quantized: bool) -> Causes:
-    """What a knot does to the weights and to the optimizer, each effect in one spelling.
-
-    Moments and step count set to zero are a fresh optimizer.
-    """
+    """What a knot does to the weights and to the optimizer, each effect in one spelling: moments and step count set to
+    zero are a fresh optimizer."""
     optimizer: Any = rules.optimizer if rules.hands_on else "fresh"
     if isinstance(optimizer, Prune):
         optimizer = optimizer.model_dump(exclude_none=True)

@@ -94,14 +94,12 @@ class States:
         """Keep what the model's attached weights are after `step`.
 
         Args:
-            step: The run's.
-            kind: `segment`, `checkpoint` or `point`.
-            model: Carries the link's weights.
             moments: The optimizer's state; None where its link will not go on from here.
             rows: The metrics of each of the link's steps so far.
             towards: For a checkpoint: the name of the end of its segment; for a point: of its arm.
         """
-        started, lineage, number = monotonic(), self.lineage, self.lineage.link_of(step)
+        started, lineage = monotonic(), self.lineage
+        number = lineage.link_of(step)
         link = lineage.links[number]
 
         def write(folder: Path) -> None:

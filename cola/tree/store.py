@@ -113,7 +113,8 @@ class Store:
     def put(
         self, kind: str, causes: Causes, root: Causes, notes: dict[str, Any], write: Callable[[Path], None]
     ) -> tuple[Segment, bool]:
-        """Keep a state. Where it is there already, the longer-lived kind holds, and an optimizer once kept stays.
+        """Keep a state, and say whether there was none of its name before. Where there was, the longer-lived kind
+        holds, and an optimizer once kept stays.
 
         Args:
             kind: See `Segment.kind`.
@@ -121,9 +122,6 @@ class Store:
             root: Causes of the base's name.
             notes: What is worth knowing and is no cause: rows, seconds, versions, `towards`.
             write: Writes the files into the folder it is given.
-
-        Returns:
-            The segment, and whether there was none of that name before.
         """
         name = state_name(causes)
         aside = Path(tempfile.mkdtemp(dir=self.path / "writing"))

@@ -41,7 +41,7 @@ def task(
     made |= {"format": FORMAT, "data": {"sha256": data or name, "notes": []}, "packages": {"torch": "2.13.0"}}
     made |= {"started": "2026-11-28", "cola": "0.1.0", "python": "3.11", "device": "cpu", "machine": {"cpu": "any"}}
     made |= {"commit": {"hash": None, "dirty": None}, "general_text": {"name": None, "sha256": "g"}}
-    run.folder.write_json("provenance.json", made)
+    run.folder.write_text("provenance.json", json.dumps(made))
     for arm, numbers in right.items():
         for seed, hits in zip(seeds, numbers, strict=False):
             scores = rng(seed).permutation(first_right(hits, n)).tolist()
