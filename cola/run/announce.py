@@ -48,7 +48,7 @@ def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) 
 
 def say_plan(bench: Bench, known: list[Job], jobs: list[Job]) -> None:
     """How many segments are needed, found and to be trained; `known`: those jobs whose searched values are known."""
-    needed = bench.tree.segments(known)
+    needed, terminal = bench.tree.segments(known), bench.progress.terminal
     missing: dict[str, int] = {}
     begun: dict[str, int] = {}
     for job in known:
@@ -67,10 +67,10 @@ def say_plan(bench: Bench, known: list[Job], jobs: list[Job]) -> None:
                 begun[names[cut]] = max(steps, default=first) - first
             first = cut
     made = sum(begun.values())
-    bench.terminal.say(
+    terminal.say(
         f"segments: {len(needed)} needed, {len(needed) - len(missing)} found in {bench.store.path}, {len(missing)} to "
         f"be trained: {sum(missing.values()) - made} of {sum(map(len, needed.values()))} optimizer steps"
         + (f" ({made} more are in checkpoints)" if made else "")
     )
     if later := len(jobs) - len(known):
-        bench.terminal.say(f"segments: those of {later} more runs are known when the searches are at their end")
+        terminal.say(f"segments: those of {later} more runs are known when the searches are at their end")

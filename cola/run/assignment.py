@@ -1,5 +1,6 @@
 """What all jobs of a run share, and what one of them is given: made before it begins, the same until it ends."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,16 @@ from cola.recipe.bounds import SPLITS
 from cola.recipe.plan import Job, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
-from cola.report.terminal import RunProgress, Terminal
+from cola.report.terminal import RunProgress
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
 from cola.run.materials import Materials
 from cola.run.plan_tree import Planner
 from cola.tree.made import Provenance
-from cola.tree.measured import Measurements, rows_digest
 from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
 from cola.tree.segments import Tree, merge_of
-from cola.tree.states import States
+from cola.tree.states import Measurements, States, rows_digest
 from cola.tree.store import Store
 
 
@@ -56,11 +56,6 @@ class Bench:
         return self.materials.recipe
 
     @property
-    def terminal(self) -> Terminal:
-        """Where the user is told."""
-        return self.progress.terminal
-
-    @property
     def probe_rows(self) -> list[Example]:
         """The rows whose logits tell what a knot changed."""
         return self.materials.splits.validation[:PROBE_ROWS]
@@ -86,6 +81,11 @@ class Bench:
     def made(self) -> dict[str, Any]:
         """With what this session makes states and measurements."""
         return self.meta.model_dump(include=set(MADE_WITH))
+
+    def refer(self, segments: Iterable[str]) -> None:
+        """Note in the run folder which states its results rest on."""
+        self.used["segments"].update(segments)
+        self.write_references()
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""

@@ -79,7 +79,7 @@ class SpectrumFiles:
                 write_spectrum(self.bench.folder, job, spectrum_of(record))
         # Whatever goes wrong in looking at what was learned, the result it is of took far longer to make.
         except Exception as error:
-            self.bench.terminal.warn(
+            self.bench.progress.terminal.warn(
                 f"{job.label}: no spectra, and nothing else is lost: {type(error).__name__}: {error}"
             )
 
@@ -104,7 +104,7 @@ class SpectrumFiles:
             if update := learned.full(state, lambda: self._weights(state), full.train_info.base.dtype):
                 beside = with_it
             else:
-                self.bench.terminal.warn(
+                self.bench.progress.terminal.warn(
                     f"{job.label}: not compared with full fine-tuning, whose weights an earlier run let go "
                     "(keep_full_weights: false)"
                 )

@@ -17,18 +17,14 @@ from cola.run.assignment import Assignment, Bench
 from cola.run.course import Course
 from cola.run.find import deepest, recall
 from cola.run.loaded import Loaded
-from cola.run.result import hand_out, refer, result_record, tracked_config, tracked_numbers
+from cola.run.result import hand_out, result_record, tracked_config, tracked_numbers
 from cola.run.scoring import evaluate, score_untouched
 from cola.run.training import train
 
 
 def do_job(bench: Bench, job: Job) -> None:
-    """Find or train, select, score, record a job whose searched values are chosen.
-
-    Raises:
-        Interrupted: the user stopped it.
-        ColaError: the arm has diverged, a knot moved what it should not, or the base is not what it was.
-    """
+    """Find or train, select, score, record a job whose searched values are chosen. Interrupted where the user stopped
+    it; a ColaError where the arm has diverged, a knot moved what it should not, or the base is not what it was."""
     given, started = Assignment(bench, job), perf_counter()
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
     loaded = Loaded(given, partial(score_untouched, given))
@@ -41,7 +37,7 @@ def do_job(bench: Bench, job: Job) -> None:
         bench.progress.stage("all of it found in the store")
     if not job.trial:
         hand_out(given, course.scored_step)
-    refer(given, course.scored_step)
+    bench.refer(given.lineage.names[step] for step in (*given.cuts, course.scored_step) if step)
     result = result_record(given, course, evaluation, perf_counter() - started)
     bench.folder.write(given.file("result.json"), result)
     given.tracker.finish(tracked_numbers(given, evaluation))

@@ -44,11 +44,6 @@ class Materials:
     device: torch.device
     counts: dict[Settings, int]  # parameters that each link of an arm trains
 
-    @property
-    def n_parameters(self) -> int:
-        """Of the base."""
-        return sum(parameter.numel() for parameter in self.skeleton.parameters())
-
 
 def gather(recipe: Recipe, terminal: Terminal) -> Materials:
     """Find and check all of it; a ColaError where model or data cannot serve the recipe."""
@@ -208,7 +203,7 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
 def _room(materials: Materials) -> int:
     """Bytes that a new run may come to keep at once."""
     recipe = materials.recipe
-    weights = 4 * materials.n_parameters  # kept in float32
+    weights = 4 * materials.skeleton.num_parameters()  # kept in float32
     full = tuned_as_a_whole(recipe)
     # Of all weights: a checkpoint with its two moments, and the end or the best so far.
     room = 50_000_000 + (4 * weights if full else 0)

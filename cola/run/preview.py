@@ -45,7 +45,11 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     parameters, notes = _parameters(recipe)
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
-    free = _free_bytes(Path(recipe.output).expanduser())
+    output = Path(recipe.output).expanduser().absolute()
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not existing.is_dir():
+        raise RunFolderError(f"output: {existing} is a file, not a folder")
+    free = f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
     terminal.table(plan_table(recipe, steps, parameters))
     jobs = jobs_of(recipe)
     trials = sum(job.trial for job in jobs)
@@ -142,13 +146,6 @@ def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
         except (ModelError, ValueError) as error:
             raise ModelError(f"arms.{arm}: {error}") from None
     return counts, targets.all_linear_notes(skeleton, {arm: resolved.links for arm, resolved in arms.items()})
-
-
-def _free_bytes(output: Path) -> str:
-    existing = next(p for p in [output.absolute(), *output.absolute().parents] if p.exists())
-    if not existing.is_dir():
-        raise RunFolderError(f"output: {existing} is a file, not a folder")
-    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
 
 
 def plan_table(recipe: Recipe, steps: dict[str, list[int]] | None, parameters: dict[str, int] | None) -> Table:

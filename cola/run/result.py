@@ -41,12 +41,6 @@ def hand_out(given: Assignment, scored_step: int) -> None:
                 shutil.copy(own, folder)
 
 
-def refer(given: Assignment, scored_step: int) -> None:
-    """Note in the run folder which states the result rests on."""
-    given.bench.used["segments"] |= {given.lineage.names[step] for step in (*given.cuts, scored_step) if step}
-    given.bench.write_references()
-
-
 def result_record(
     given: Assignment, course: Course, evaluation: dict[str, Any], seconds: float
 ) -> Result | TrialResult:
@@ -90,7 +84,7 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "positions": cost.positions,
         "without_gradient": min((step["without_gradient"] for step in steps), default=0),
         "num_trainable_params": given.n_trained,
-        "num_total_params": given.bench.materials.n_parameters,
+        "num_total_params": given.bench.materials.skeleton.num_parameters(),
         "train_seconds": train_seconds,
         # What the result costs, whichever session made its parts.
         "total_seconds": train_seconds + given.measured.seconds + sum(knot["seconds"] for knot in course.knots),

@@ -41,7 +41,8 @@ def run(
     tracked: set[tuple[str, int, str]] | None = None,
     siblings: Sequence[Recipe] = (),
 ) -> Summary:
-    """Train and score everything the recipe asks for that neither the folder nor the store holds yet.
+    """Train and score everything the recipe asks for that neither the folder nor the store holds yet; returns what
+    summary.json holds, `interrupted` where the user stopped it.
 
     Args:
         recipe: The resolved recipe.
@@ -51,9 +52,6 @@ def run(
         group: W&B group, where the run is a point of an ablation. Default: the run folder's name.
         tracked: Arms, seeds and final states that W&B has been sent, by other points of the ablation; added to.
         siblings: The recipes of the ablation's other points: states are kept where those part from this one.
-
-    Returns:
-        The summary, as in summary.json; `interrupted` is true where the user stopped it.
 
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
@@ -176,7 +174,7 @@ def _do(bench: Bench, job: Job) -> None:
         _record_end(bench, job, "failed", started, reason)
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, "".join(traceback.format_exception(error)))
-        bench.terminal.warn(f"{job.label} failed, the others go on: {reason}")
+        bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
 
 
 def _record_end(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from cola.measure.scores import ExampleScore, evaluation_of, forgetting_of, score_rows
 from cola.run.assignment import Assignment
 from cola.run.loaded import Loaded
-from cola.tree.measured import Form
+from cola.tree.states import Form
 
 
 def score_attached(given: Assignment, model: PreTrainedModel, step: int) -> list[ExampleScore]:

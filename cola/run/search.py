@@ -65,6 +65,5 @@ def chosen_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
 def known_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
     """The same; what they rest on is noted for the store."""
     known = chosen_jobs(bench, jobs)
-    bench.used["segments"] |= set(bench.tree.segments(known))
-    bench.write_references()
+    bench.refer(bench.tree.segments(known))
     return known

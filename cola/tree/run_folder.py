@@ -17,14 +17,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cola.errors import RunFolderError, plain
 from cola.files import load_json, write_text
 from cola.recipe.plan import Job, choice_text
 from cola.tree import records
 from cola.tree.made import Made, Provenance
-from cola.tree.shapes import Record, adapter, fault_of
+from cola.tree.shapes import Record, fault_of
 
 RESULTS = "arms/*/seed-*/result.json"
 WANDB_NOTE = "wandb.json"
@@ -218,7 +218,7 @@ def choice_file(arm: str, seed: int | None) -> Path:
 def read_rows(path: Path, shape: type[R]) -> list[R]:
     """The rows of a JSONL file, as `read_jsonl`, each of them a record."""
     try:
-        return adapter(list[shape]).validate_python(read_jsonl(path))
+        return TypeAdapter(list[shape]).validate_python(read_jsonl(path))
     except ValidationError as error:
         raise damaged_file(path, f"row {fault_of(error)}") from None
 

@@ -38,15 +38,13 @@ def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[Run
 
     Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
     Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
-    before a job has begun, so that a mistake in a recipe leaves nothing behind.
+    before a job has begun, so that a mistake in a recipe leaves nothing behind. A RunFolderError where another process
+    holds it, it is something else, or it cannot be made.
 
     Args:
         recipe: The text of the resolved recipe, written into a new folder.
         path: The folder: this run's, or new or empty.
         dated: Whether to make one that has this name and the time.
-
-    Raises:
-        RunFolderError: another process holds it, it is something else, or it cannot be made.
     """
     with ExitStack() as held:
         while True:

@@ -22,13 +22,16 @@ from typing import Any
 
 from cola.files import canonical, digest
 from cola.recipe.arms import Prune
-from cola.recipe.methods import Lora, Settings
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Job, Link
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import Training
 
 # Part of every name: raise it when the same causes would train other weights (tests/golden holds a loss curve).
 TRAINING_VERSION = 4
+
+# Settings of a link that its name has in other words: the modules by their full names, the start, the rates.
+ELSEWHERE = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
 
 Causes = dict[str, Any]
 
@@ -103,7 +106,7 @@ def lineage(
         header = {
             "parent": names[-1],
             "method": link.settings.method,
-            "settings": _settings(link.settings),
+            "settings": {key: value for key, value in link.settings.record().items() if key not in ELSEWHERE},
             "modules": modules_of(link),
             "start": _start(link, number, batches, root["dtype"]),
             "seed": link.seed,
@@ -124,12 +127,6 @@ def lineage(
         headers.append(header)
         steps += link_steps
     return Lineage(root, links, headers, steps, names)
-
-
-def _settings(settings: Settings) -> Causes:
-    """What a link trains, without what is said elsewhere: the modules by their full names, the start, the rates."""
-    elsewhere = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
-    return {key: value for key, value in settings.record().items() if key not in elsewhere}
 
 
 def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:

@@ -3,10 +3,9 @@ name before any of its numbers is used. No torch.
 """
 
 import math
-from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from cola.errors import plain
 
@@ -63,12 +62,6 @@ Fraction = Annotated[Number, _unit("fraction")]
 Share = Annotated[Number, _unit("share")]
 Relative = Annotated[Number, _unit("relative")]
 Spread = Annotated[Number, _unit("of the logits' spread")]
-
-
-@cache
-def adapter(shape: Any) -> TypeAdapter[Any]:
-    """Checks values of a type, by the type."""
-    return TypeAdapter(shape)
 
 
 def fault_of(error: ValueError) -> str:
