@@ -218,7 +218,7 @@ def choice_file(arm: str, seed: int | None) -> Path:
 def read_rows(path: Path, shape: type[R]) -> list[R]:
     """The rows of a JSONL file, as `read_jsonl`, each of them a record."""
     try:
-        return TypeAdapter(list[shape]).validate_python(read_jsonl(path))
+        return TypeAdapter(list[shape]).validate_python(read_jsonl(path))  # pyright: ignore[reportInvalidTypeForm]
     except ValidationError as error:
         raise damaged_file(path, f"row {fault_of(error)}") from None
 
