@@ -12,11 +12,8 @@ from cola.tree.records import Result
 
 def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None) -> Ablation:
     """Run every point that is not finished; returns the summary, which is also written to ablation.json. The caller
-    holds the folder.
-
-    A point that cannot be run (a model that is not there, target_modules that match nothing) does not keep the
-    others from it.
-    """
+    holds the folder. A point that cannot be run (a model that is not there, target_modules that match nothing) does not
+    keep the others from it."""
     tracked: set[tuple[str, int, str]] = set()
     errors: dict[str, str] = {}
     interrupted = False

@@ -41,11 +41,6 @@ class Course:
     _ledger: list[dict[str, Any]] = field(default_factory=list)  # of each knot's matrices
 
     @property
-    def ended(self) -> bool:
-        """Whether the last knot is tied."""
-        return len(self.knots) == len(self.given.links)
-
-    @property
     def scored_step(self) -> int:
         """The step that is scored at the end."""
         return self.best.step if self.best else self.given.n_steps

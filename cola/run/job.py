@@ -49,6 +49,6 @@ def _find_or_train(given: Assignment, loaded: Loaded) -> Course:
         course = Course(given, metrics)
         if step := deepest(given, course, given.cuts):
             recall(given, course, step, with_knot=True)
-        if not course.ended:
+        if len(course.knots) < len(given.links):
             train(given, course, loaded)
     return course

@@ -151,8 +151,8 @@ def check_bases(
             ready.clear()
             ready[base] = model = source.load(dtype, accelerator.device, quantization)
             mine = replace(materials.evaluator, autocast=accelerator.autocast)
-            subject = Subject(source.name, model, mine, examples, *asked)
-            record = {"dtype": dtype, "quantization": quantization, **self_check(subject)}
+            tried = self_check(Subject(source.name, model, mine, examples, *asked))
+            record = {"dtype": dtype, "quantization": quantization, **tried}
             store.remember(causes, record)
         records.insert(0, record)
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 from transformers import PreTrainedModel
 
@@ -72,6 +72,7 @@ class Planner:
                 digests[seed] = list(batch_digests(rows, order, training.micro_batch_tokens))
             return digests.get(seed, [])[:n_steps]
 
+        @cache
         def lineage_of(job: Job) -> Lineage:
             links = plan_arm(recipe, job.arm, job.seed, n_train, job.choice, budget.steps(job))
             base = recipe.resolved(job.arm).base

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cola.compare.scope import overlap_note
+from cola.data.fields import fill, lookup
 from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.files import need_package, package_file
@@ -102,8 +103,6 @@ def _check_files(data: Data) -> None:
 
 
 def _check_rows(pool: Pool, templates: dict[str, str], fields: dict[str, str]) -> None:
-    from cola.data.fields import fill, lookup
-
     for number in range(min(pool.size or 0, FIRST_ROWS)):
         row, place = pool.row(number), f"{pool.name} row {number + 1}"
         for key, template in templates.items():

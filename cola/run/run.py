@@ -95,9 +95,9 @@ def run(
 def _stopped(bench: Bench, jobs: list[Job]) -> bool:
     """Do every job; returns whether the user stopped it."""
     register(bench.store, bench.folder.path)
-    stopped = False
     try:
         _do_all(bench, jobs)
+        stopped = False
     except (KeyboardInterrupt, Interrupted):
         stopped = True
     bench.progress.close()

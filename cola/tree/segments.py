@@ -162,18 +162,11 @@ def merge_of(rules: Rules, quantized: bool) -> str:
 
 @dataclass
 class Tree:
-    """The lineages of a recipe's jobs, and where they are cut into segments; `lineage_of` makes one."""
+    """The lineages of a recipe's jobs, and where they are cut into segments."""
 
-    lineage_of: Callable[[Job], Lineage]
-    _lineages: dict[Job, Lineage] = field(default_factory=dict)
+    lineage: Callable[[Job], Lineage]  # the states of a job whose searched values are known
     _cuts: set[str] = field(default_factory=set)
     _inner: set[str] = field(default_factory=set)
-
-    def lineage(self, job: Job) -> Lineage:
-        """The states of a job whose searched values are known."""
-        if job not in self._lineages:
-            self._lineages[job] = self.lineage_of(job)
-        return self._lineages[job]
 
     def plan(self, lineages: Iterable[Lineage]) -> None:
         """Cut the lineages of all jobs that there may be into segments: at the ends of links and where two of them
