@@ -20,6 +20,7 @@ from cola.compare.records import Ablation, ArmSpectra, Contrast, Interval, Summa
 from cola.compare.spectra import summarized
 from cola.compare.statistics import iqm
 from cola.compare.tasks import summarize_tasks
+from cola.recipe.read import read_recipe
 from cola.report import numbers
 from cola.report.numbers import count, size
 from cola.report.table import Table
@@ -189,7 +190,8 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 def gap_difference(task: str, first: str, second: str) -> statistics.Estimate:
     """`gap_loss` of one arm minus another's, paired by seed and test example, with its interval over both."""
-    folder, recipe = RunFolder.open(unpacked(task))
+    folder = RunFolder.open(unpacked(task))
+    recipe = read_recipe(folder.recipe_file)
     rows = [[{row.id: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)]
     table = paired(rows, by_loss=True)  # minus the loss
     assert table is not None  # the report of the run has compared them

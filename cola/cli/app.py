@@ -19,6 +19,7 @@ from cola.cli.models import Split, evaluate, export, inspect
 from cola.errors import ColaError, RunChanged, plain
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
+from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.interrupt import Interrupted, Signals
 from cola.tree.run_folder import RunFolder
@@ -83,7 +84,8 @@ def run(
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        folder, resolved = RunFolder.open(resume)
+        folder = RunFolder.open(resume)
+        resolved = read_recipe(folder.recipe_file)
         with lock_run(resume):
             code = _train(resolved, folder, fresh=False)
     elif recipe is None:
@@ -215,14 +217,15 @@ def compare(
 
 def _run(recipe: Recipe, run_folder: Path | None) -> int:
     """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code."""
+    text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
     if run_folder is None:
-        with unfinished_run(recipe) as before:
+        with unfinished_run(text, named) as before:
             if before is not None:
                 try:
                     return _train(recipe, before, fresh=False)
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
-    with take_run(recipe, run_folder) as (folder, fresh):
+    with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
         return _train(recipe, folder, fresh)
 
 

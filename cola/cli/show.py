@@ -60,7 +60,8 @@ def print_all(tables: Iterable[Table], lines: Iterable[str], terminal: Terminal)
 
 def report_run(path: Path, later: list[tuple[str, str]], wandb: bool) -> None:
     """Summarize a run anew, with contrasts that no recipe names, and print and send what that gives."""
-    folder, recipe = RunFolder.open(path)
+    folder = RunFolder.open(path)
+    recipe = read_recipe(folder.recipe_file)
     folder.check_results()
     uploaded_by = Wandb(mode=None, sync=sync_command(folder.path))
     summary = summarize(recipe, folder, later).model_copy(update={"wandb": uploaded_by})

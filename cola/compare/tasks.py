@@ -17,6 +17,7 @@ from cola.compare.statistics import Table as Scores
 from cola.compare.statistics import iqm_estimate
 from cola.compare.summary import made_differently, over_seeds
 from cola.errors import RunFolderError
+from cola.recipe.read import read_recipe
 from cola.tree.run_folder import FORMAT, RunFolder
 
 # Of a contrast where nothing is averaged over tasks.
@@ -65,7 +66,8 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Comparer], list[str]]:
     runs: list[Comparer] = []
     notes: list[str] = []
     for path in paths:
-        folder, recipe = RunFolder.open(path)
+        folder = RunFolder.open(path)
+        recipe = read_recipe(folder.recipe_file)
         folder.check_results()
         if any(folder.path.resolve() == run.folder.path.resolve() for run in runs):
             raise RunFolderError(f"{path} is given twice")

@@ -20,6 +20,7 @@ from cola.link.model import Source
 from cola.link.residual import Residual
 from cola.recipe.methods import Adapter, Lora, Settings, settings_of
 from cola.recipe.plan import Job
+from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import is_remote
@@ -181,7 +182,8 @@ class Outcome:
 def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list[Outcome]:
     """The arms and seeds of a run that came to their end, or those of one arm, of one seed. Raises RunFolderError if it
     is no run folder, has no such arm or seed, or nothing of it came to its end."""
-    folder, recipe = RunFolder.open(run)
+    folder = RunFolder.open(run)
+    recipe = read_recipe(folder.recipe_file)
     if arm is not None and arm not in recipe.arms:
         hint = did_you_mean(arm, recipe.arms)
         raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")

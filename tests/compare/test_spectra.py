@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from runs import assert_one_line, go, quiet, result
+from runs import assert_one_line, go, open_run, quiet, result
 from runs import wide_cola as cola
 from safetensors.numpy import load_file
 from test_architectures import make
@@ -261,7 +261,7 @@ def test_a_finished_run_does_nothing_anew(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, *SHORT)
     path = folder.path / "arms/chain3/seed-0/spectrum.json"
     before = path.stat().st_mtime_ns
-    opened, recipe = RunFolder.open(folder.path)
+    opened, recipe = open_run(folder.path)
     run(recipe, opened, quiet())
     assert path.stat().st_mtime_ns == before
 

@@ -1,5 +1,6 @@
 """The table's numbers counted by hand, and what the verdict dares to say. Run: pytest tests/compare/test_summary.py"""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,13 +89,13 @@ class ByHand:
             "gap_acc": None if test is None else train_score - test_score,
         }
         where = self.folder.job(Job(arm=arm, seed=seed)).relative_to(self.folder.path)
-        self.folder.write_json(where / "result.json", result(arm, seed, evaluation, **info))
+        self.folder.write_text(where / "result.json", json.dumps(result(arm, seed, evaluation, **info)))
         self.folder.write_jsonl(where / "scores" / "test.jsonl", rows)
 
     def failed(self, arm: str, seed: int, error: str, status: str = "failed") -> None:
         where = self.folder.job(Job(arm=arm, seed=seed)).relative_to(self.folder.path)
         info = {"arm": arm, "seed": seed, "choice": [], "trial": False, "seconds": 1.0, "error": error}
-        self.folder.write_json(where / "result.json", {"format": 1, "status": status, "run_info": info})
+        self.folder.write_text(where / "result.json", json.dumps({"format": 1, "status": status, "run_info": info}))
 
     def summary(self, plan: Recipe) -> Summary:
         return summarize(plan, self.folder)
@@ -558,7 +559,7 @@ def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: B
         {"values": {"rank": 8, "init": "default"}, "loss": None, "score": None, "failed": True},
         {"values": {"rank": 8, "init": "pissa"}, "loss": 0.75, "score": 0.125, "failed": False},
     ]
-    run.folder.write_json(Path("trials/lora/chosen.json"), {"chosen": 1, "seeds": [1000], "trials": trials})
+    run.folder.write_text(Path("trials/lora/chosen.json"), json.dumps({"chosen": 1, "seeds": [1000], "trials": trials}))
     arm = Arm.model_validate({"search": {"rank": [4, 8], "init": ["default", "pissa"]}})
     searched = recipe(comparison={}).model_copy(update={"arms": {"lora": arm}})
     table = named_tables(run.summary(searched))["trials"]

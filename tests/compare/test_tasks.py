@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import cola
+from runs import cola, open_run
 from scipy import stats
 from test_statistics import rng
 from test_summary import ByHand, first_right, recipe
@@ -18,7 +18,7 @@ from cola.recipe.write import dump_recipe
 from cola.report.differences import compare_runs
 from cola.report.tables import contrasts_table, task_tables
 from cola.report.verdict import contrast_sentence
-from cola.tree.run_folder import FORMAT, RunFolder
+from cola.tree.run_folder import FORMAT
 
 
 def task(
@@ -41,7 +41,7 @@ def task(
     made |= {"format": FORMAT, "data": {"sha256": data or name, "notes": []}, "packages": {"torch": "2.13.0"}}
     made |= {"started": "2026-11-28", "cola": "0.1.0", "python": "3.11", "device": "cpu", "machine": {"cpu": "any"}}
     made |= {"commit": {"hash": None, "dirty": None}, "general_text": {"name": None, "sha256": "g"}}
-    run.folder.write_json("provenance.json", made)
+    run.folder.write_text("provenance.json", json.dumps(made))
     for arm, numbers in right.items():
         for seed, hits in zip(seeds, numbers, strict=False):
             scores = rng(seed).permutation(first_right(hits, n)).tolist()
@@ -129,7 +129,7 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
     others = three_tasks(tmp_path)
 
     def of_run(folder: Path) -> Contrast:
-        opened, plan = RunFolder.open(folder)
+        opened, plan = open_run(folder)
         contrasts = summarize(plan, opened).contrasts
         return next(one for one in contrasts if [one.first, one.second] == pair)
 
@@ -164,7 +164,7 @@ def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path:
     done = cola("report", *runs, "--contrast", "base,lora")
     assert done.exit_code == 0, done.output
     assert "not named before" in done.output
-    opened, plan = RunFolder.open(runs[0])
+    opened, plan = open_run(runs[0])
     [*_, alone] = summarize(plan, opened, [("base", "lora")]).contrasts
     assert (alone.first, alone.role, digits(alone)) == ("base", "later", digits(later.tasks["one"]))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from children import end, start
-from runs import cola, quiet, result
+from runs import cola, create_run, quiet, result
 
 from cola.compare.ablation import points_of, take_ablation
 from cola.compare.records import Ablation, AblationNote
@@ -19,7 +19,6 @@ from cola.report.page import write_ablation
 from cola.report.tables import ablation_notes, ablation_table
 from cola.run.ablate import ablate
 from cola.tree.run_folder import FORMAT, RunFolder
-from cola.tree.run_holder import create_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,7 @@ from cola.recipe.arms import SEARCHABLE, LinkSettings
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import SPLITS
 from cola.tree import run_folder
-from cola.tree.made import Provenance
-from cola.tree.provenance import PACKAGES
+from cola.tree.made import PACKAGES, Provenance
 from cola.tree.records import Chosen, References, Result, TrialResult
 from cola.tree.run_folder import read_jsonl
 from cola.tree.spectra import Spectrum
