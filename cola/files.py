@@ -124,11 +124,8 @@ def make_new(parent: Path, name: str) -> Path:
 
 def each_once(values: Iterable[Any]) -> list[Any]:
     """The values in their order, what is there twice once."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+    known = list(values)
+    return [value for place, value in enumerate(known) if value not in known[:place]]
 
 
 def cache_dir() -> Path:

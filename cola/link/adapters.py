@@ -60,11 +60,9 @@ def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedM
         match settings:
             case Full():
                 model.float().requires_grad_(True)
-                for name in outside_text(model):
-                    model.get_submodule(name).requires_grad_(False)
-                for part in settings.freeze:
-                    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()
-                    assert isinstance(module, nn.Module)
+                parts = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+                outside = [model.get_submodule(name) for name in outside_text(model)]
+                for module in (*outside, *(parts[part] for part in settings.freeze)):
                     module.requires_grad_(False)
                 return model
             case Lora():

@@ -68,6 +68,11 @@ class Base:
 
         self._beside[name] = module.register_forward_hook(add)
 
+    def matrix(self, name: str) -> Tensor | None:
+        """The weight as the files have it, seen as (O, I)."""
+        stored = self.stored(name)
+        return None if stored is None else as_stored(self._model.get_submodule(name), stored)
+
     def stored(self, name: str) -> Tensor | None:
         """The weight as the files have it; None where they have it in no single tensor."""
         if f"{name}.weight" not in self._files:

@@ -39,11 +39,10 @@ def weight_names(folder: Path) -> list[str]:
     first = str(read_json(folder, "config.json").get("transformers_weights") or "")
     if not first:
         first = SINGLE if (folder / SINGLE).is_file() else INDEX
-    if not first.endswith(".index.json"):
-        names = [first]
-    elif not (folder / first).is_file():
-        return []
-    else:
+    names = [first]
+    if first.endswith(".index.json"):
+        if not (folder / first).is_file():
+            return []
         shards = read_json(folder, first).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
             raise ModelError(

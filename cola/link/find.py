@@ -2,10 +2,9 @@
 
 import contextlib
 import errno
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -177,16 +176,13 @@ def _gguf_folder(file: Path, kind: str) -> Path:
 def _aside(folder: Path) -> Iterator[Path]:
     """Where to make a folder that holds a config.json, unless another process makes it first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
-    try:
-        yield aside
+    with TemporaryDirectory(dir=folder.parent, prefix="making-", ignore_cleanup_errors=True) as aside:
+        yield Path(aside)
         try:
-            aside.replace(folder)
+            Path(aside).replace(folder)
         except OSError:
             if not (folder / "config.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -54,10 +54,9 @@ NOTHING = {
     "attention.shared_kv_layers": 0,
     "attention.sliding_window": 0,
     "nextn_predict_layers": 0,
-    "rope.scale_linear": 1,
 }
 # Sizes that the tensors' shapes have already confirmed, and notes about how the file was made.
-ABOUT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.max_alibi_bias"}
+ABOUT = {"vocab_size", "tensor_data_layout", "attention.max_alibi_bias"}
 FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 HEADS_OF = {"gemma2": 46, "gemma3_text": 62}  # layers of the one size that llama.cpp scales attention otherwise in
 
@@ -92,11 +91,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def read_config(file: Path) -> PreTrainedConfig:
-    """The config of the file's model, from its header; no weight is read.
-
-    Raises:
-        As `convert`.
-    """
+    """The config of the file's model, from its header; no weight is read. Raises as `convert`."""
     reader = GGUFReader(file)
     said, tensors = _header(reader), {tensor.name: tensor for tensor in reader.tensors}
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)

@@ -117,24 +117,20 @@ class Source:
             ModelError: it is no causal language model.
         """
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        named = f"model.name_or_path: {self.name} ({config.model_type})"
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         # Each class of transformers makes of a config what it likes, and fails on a wrong one in its own way.
         except Exception as error:
             if "Unrecognized configuration class" in str(error):
-                raise ModelError(
-                    f"model.name_or_path: {self.name} ({config.model_type}) is no causal language model"
-                ) from error
+                raise ModelError(f"{named} is no causal language model") from error
             raise ModelError(
-                f"model.name_or_path: {self.name} ({config.model_type}): transformers cannot build the model that its "
-                f"config.json describes: {type(error).__name__}: {one_line(error)}"
+                f"{named}: transformers cannot build the model that its config.json describes: "
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
         if getattr(config, "is_decoder", None) is False and config.model_type in BIDIRECTIONAL:
-            raise ModelError(
-                f"model.name_or_path: {self.name} ({config.model_type}) reads in both directions, so it cannot predict "
-                "the next token"
-            )
+            raise ModelError(f"{named} reads in both directions, so it cannot predict the next token")
         return model
 
     def load(self, dtype: str, device: torch.device, quantization: str | None = None) -> PreTrainedModel:

@@ -70,16 +70,9 @@ def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
             # An exact number of entries, ties included: a quantile can clear none of a tensor, or refuse a large one.
             order = size.flatten().argsort(stable=True)
             mask = torch.ones(first.numel(), dtype=torch.bool)
-            mask[order[: math.ceil(least_cleared(rules) * first.numel())]] = False
+            mask[order[: math.ceil(rules.optimizer.share * first.numel())]] = False
             kept[key], kept[f"{key}_sq"] = first * mask.view_as(first), second * mask.view_as(second)
     return kept
-
-
-def least_cleared(rules: Rules | None) -> float:
-    """The share of the moments that must be zero when a link begins."""
-    if rules is None or not rules.hands_on:
-        return 1.0
-    return rules.optimizer.share if isinstance(rules.optimizer, Prune) else 0.0
 
 
 def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimizer) -> float:
@@ -98,8 +91,11 @@ def check_cleared(cleared: float, rules: Rules | None) -> float:
     Raises:
         MomentsNotCleared: it is not.
     """
-    if cleared < least_cleared(rules):
+    least = 1.0
+    if rules is not None and rules.hands_on:
+        least = rules.optimizer.share if isinstance(rules.optimizer, Prune) else 0.0
+    if cleared < least:
         raise MomentsNotCleared(
-            f"a knot was to clear {least_cleared(rules):.1%} of the optimizer's moments and {cleared:.1%} are zero"
+            f"a knot was to clear {least:.1%} of the optimizer's moments and {cleared:.1%} are zero"
         )
     return cleared

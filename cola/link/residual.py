@@ -49,10 +49,6 @@ class Pair:
         """The pair that takes this one away."""
         return Pair(self.A_RI, -self.B_OR, self.scale)
 
-    def times(self, share: float) -> "Pair":
-        """A share of the update."""
-        return replace(self, scale=self.scale * share)
-
 
 BLOCK = 1 << 20  # entries of a matrix that are worked on at a time: 4 MB in float32, a dozen of which are needed
 
@@ -82,7 +78,7 @@ def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | Non
 
 def times(link: LinkWeights, share: float) -> LinkWeights:
     """A share of each of a link's updates."""
-    return {name: pair.times(share) for name, pair in link.items()}
+    return {name: replace(pair, scale=pair.scale * share) for name, pair in link.items()}
 
 
 def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:

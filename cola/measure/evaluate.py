@@ -202,6 +202,8 @@ class Evaluator:
 
         What stands before a right answer (the answer prefix) is taken off where the model says it too.
         """
+        if self.ways.decoding == "plain":
+            return [self._plainly(model, example) for example in examples]
         texts = {}
         ends = self.end_tokens  # load_splits refuses task answer without one
         # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
@@ -216,9 +218,6 @@ class Evaluator:
         ]
         for group, new_tokens in groups:
             before = [self._right(e)[0] for e in group]
-            if self.ways.decoding == "plain":
-                texts |= {e.id: self._plainly(model, e, b, new_tokens) for e, b in zip(group, before, strict=True)}
-                continue
             input_ids_BT, mask_BT = left_padded([e.prompt for e in group], ends[0])
             width = input_ids_BT.shape[1]
             output = model.generate(  # pyright: ignore[reportCallIssue]
@@ -240,10 +239,11 @@ class Evaluator:
             return self.new_tokens
         return min(self.new_tokens, self.ways.positions - virtual_tokens(model) - len(example.prompt) + 1)
 
-    def _plainly(self, model: PreTrainedModel, example: Example, before: str, new_tokens: int) -> str:
+    def _plainly(self, model: PreTrainedModel, example: Example) -> str:
         """The greedy answer, each of its tokens by a plain pass over all before it."""
         tokens: list[int] = []
-        while len(tokens) < new_tokens and not self._said(tokens, before)[1]:
+        before, _ = self._right(example)
+        while len(tokens) < self._room(model, example) and not self._said(tokens, before)[1]:
             token = int(last_logits(model, example.prompt + tokens).argmax())
             if token in self.end_tokens:
                 break

@@ -25,7 +25,6 @@ from torch import Tensor
 from cola.link.residual import Residual, factors, modules_of
 
 KEPT = 64  # singular values of a matrix that are recorded, and directions that are compared with full fine-tuning's
-ENERGY = 0.9  # share of the squared singular values that `rank_90` speaks of
 GRAM_FLOOR = 1e-7  # of the largest singular value: what is below cannot be told from zero in a Gram matrix
 TOP = 10  # left singular vectors of the tuned weights among which intruders are looked for
 SIMILAR = 0.5  # |cosine| with a singular vector of the base from which on a direction is the base's own
@@ -81,10 +80,10 @@ def effective_rank(values_R: Tensor) -> float:
     return math.exp(torch.special.entr(shares_R).sum().item())
 
 
-def rank_at(values_R: Tensor, share: float = ENERGY) -> int:
-    """Fewest directions that hold a share of the energy Σ s²."""
+def rank_90(values_R: Tensor) -> int:
+    """Fewest directions that hold 90 % of the energy Σ s²."""
     energy_R = values_R.square().cumsum(0)
-    return int((energy_R < share * energy_R[-1]).sum()) + 1
+    return int((energy_R < 0.9 * energy_R[-1]).sum()) + 1
 
 
 def stable_rank(values_R: Tensor) -> float:
@@ -105,7 +104,7 @@ def numbers_of(values_R: Tensor, base_norm: float | None) -> dict[str, Any]:
         "rank": len(values_R),
         "relative_size": size / base_norm if base_norm else None,
         "effective_rank": effective_rank(values_R) if some else None,
-        "rank_90": rank_at(values_R) if some else None,
+        "rank_90": rank_90(values_R) if some else None,
         "stable_rank": stable_rank(values_R) if some else None,
         "values": values_R[:KEPT].tolist(),
         "intruders": None,
