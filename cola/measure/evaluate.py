@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cola.data.answers import normalized, up_to, usual_stops
 from cola.data.batches import by_tokens, collate, training_row
@@ -227,11 +227,25 @@ class Evaluator:
                 do_sample=False,
                 pad_token_id=ends[0],
                 eos_token_id=ends,
-                stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
+                stopping_criteria=StoppingCriteriaList([self._stopping(before, width)] if self.stop else []),
             )
             rows = zip(group, output[:, width:].tolist(), before, strict=True)
             texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
         return [texts[example.id] for example in examples]
+
+    def _stopping(self, before: Sequence[str], width: int) -> Callable[..., Tensor]:
+        """Ends each row of a batch once a stop string has ended its answer.
+
+        transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
+        """
+
+        def ended(input_ids: Tensor, _scores: Tensor, **_: object) -> Tensor:
+            rows = zip(input_ids[:, width:].tolist(), before, strict=True)
+            return torch.tensor(
+                [self._said(tokens, its_before)[1] for tokens, its_before in rows], device=input_ids.device
+            )
+
+        return ended
 
     def _room(self, model: PreTrainedModel, example: Example) -> int:
         """New tokens that decoding may come to: the last one that follows from the model's last position at most."""
@@ -272,18 +286,3 @@ def _chosen(example: Example, scores: Sequence[float]) -> ExampleScore:
     """The result of an example, from -log p of each of its choices."""
     best, right = min(range(len(scores)), key=scores.__getitem__), example.answers[example.gold]
     return ExampleScore(example.id, scores[example.gold], len(right), float(best == example.gold), best, example.group)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends each row of a batch once a stop string has ended its answer.
-
-    transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
-    """
-
-    def __init__(self, evaluator: Evaluator, before: Sequence[str], width: int) -> None:
-        self.evaluator, self.before, self.width = evaluator, before, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
-        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
-        ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
-        return torch.tensor(ended, device=input_ids.device)
