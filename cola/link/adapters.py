@@ -287,11 +287,8 @@ def load_pair(folder: Path) -> LinkWeights:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one.
-
-    Raises:
-        ModelError: the adapter has no safetensors weights, or does not fit the model.
-    """
+    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one. Raises ModelError where
+    that has no safetensors weights, or does not fit the model."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(

@@ -13,11 +13,7 @@ SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 
 def read_json(folder: Path, file: str) -> dict[str, Any]:
-    """A file of the folder; empty where there is none.
-
-    Raises:
-        ModelError: it is no JSON object.
-    """
+    """A file of the folder; empty where there is none. Raises ModelError where it is no JSON object."""
     if not (folder / file).is_file():
         return {}
     try:

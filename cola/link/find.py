@@ -54,11 +54,7 @@ def _here(name: str) -> Path:
 
 def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """The base's tokenizer, and the tokens that end an answer by the model. No weights are fetched from the hub, and a
-    GGUF file is not dequantized.
-
-    Raises:
-        ModelError: it is not there, or cannot be reached.
-    """
+    GGUF file is not dequantized. Raises ModelError where it is not there, or cannot be reached."""
     name, path = settings.name_or_path, _here(settings.name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         dequantized = _gguf_folder(path, "models")
@@ -76,11 +72,8 @@ def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]
 
 
 def find_adapter(settings: Model) -> Path | None:
-    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter.
-
-    Raises:
-        ModelError: the hub cannot be reached.
-    """
+    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter. Raises ModelError where the hub
+    cannot be reached."""
     name = settings.name_or_path
     hub = is_remote(name) and not name.startswith("package://")
     folder = _from_hub(settings) if hub else Path(name).expanduser()
@@ -154,11 +147,8 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
 
 
 def gguf_config(file: Path) -> Path:
-    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read.
-
-    Raises:
-        ModelError: it is no GGUF file that can be read.
-    """
+    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read. Raises
+    ModelError where it cannot be read."""
     dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, "configs")
     if (dequantized / "config.json").is_file():
         return dequantized

@@ -111,11 +111,7 @@ def _header(reader: GGUFReader) -> dict[str, Any]:
 
 
 def end_tokens(file: Path) -> list[int]:
-    """The tokens that end an answer by the file's header.
-
-    Raises:
-        OSError, ValueError: it is no GGUF file.
-    """
+    """The tokens that end an answer by the file's header. Raises OSError or ValueError where it is no GGUF file."""
     said = _header(GGUFReader(file))
     kinds = ("eos", "eot", "eom")  # end of text, of a turn, of a message
     return list(dict.fromkeys(said[key] for kind in kinds if (key := f"tokenizer.ggml.{kind}_token_id") in said))

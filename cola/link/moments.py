@@ -48,11 +48,8 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
 
 def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
     """What the next link's optimizer begins with, after a link of the same weights that ended with `moments`; None: a
-    fresh one. `seed`: of the next link, for random pruning.
-
-    Raises:
-        MomentsNotKept: there is nothing that could be handed on.
-    """
+    fresh one. `seed`: of the next link, for random pruning. Raises MomentsNotKept where there is nothing to be handed
+    on."""
     if not rules.hands_on:
         return None
     if moments is None:
@@ -86,11 +83,7 @@ def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimize
 
 
 def check_cleared(cleared: float, rules: Rules | None) -> float:
-    """What a knot was to clear must be cleared; returns the share that is.
-
-    Raises:
-        MomentsNotCleared: it is not.
-    """
+    """The share that is cleared; raises MomentsNotCleared where that is less than the knot was to clear."""
     least = 1.0
     if rules is not None and rules.hands_on:
         least = rules.optimizer.share if isinstance(rules.optimizer, Prune) else 0.0

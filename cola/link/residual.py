@@ -57,12 +57,8 @@ Residual: TypeAlias = list[LinkWeights]
 
 
 def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the links have made of one matrix W: rows * W + B A, as B (O, K), A (K, I) and rows (O,), None where no link
-    scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k].
-
-    Raises:
-        KeyError: no link touched the module.
-    """
+    """What the links that touched one matrix W have made of it: rows * W + B A, as B (O, K), A (K, I) and rows (O,),
+    None where no link scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k]."""
     pairs = [link[name] for link in residual if name in link]
     if not pairs:
         raise KeyError(name)

@@ -118,11 +118,8 @@ def orthogonal_rows(used_KI: Tensor, rank: int, generator: torch.Generator) -> T
 
 
 def check_room(skeleton: PreTrainedModel, links: Sequence[Settings]) -> None:
-    """Whether the model's matrices have room for the directions that the starts of these links ask for.
-
-    Raises:
-        ModelError: names the module, its size and what would fit.
-    """
+    """Raise ModelError where a matrix of the model has no room for the directions that the starts of these links ask
+    for."""
     used: dict[str, int] = {}
     for number, pair in enumerate(links, 1):
         if not isinstance(pair, Lora):
