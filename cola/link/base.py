@@ -34,11 +34,8 @@ class Base:
 
     def remember(self, names: Sequence[str]) -> None:
         """Make sure the pristine weights of these modules can be had from now on."""
-        for name in names:
-            if name in self._remembered:
-                continue
-            weight = weight_of(self._model, name)
-            stored = self.stored(name)
+        for name in set(names) - self._remembered:
+            weight, stored = weight_of(self._model, name), self.stored(name)
             # Codes are never written, so the files' own weights are all that can be asked for.
             if self.quantized:
                 assert stored is not None

@@ -98,12 +98,13 @@ def stacked(residual: Residual) -> LinkWeights:
     """The whole chain as one pair of each module, of rank Σ r_i. No link may have scaled rows."""
     whole = {}
     scales = {pair.scale for link in residual for pair in link.values()}
+    scale = scales.pop() if len(scales) == 1 else None
     for name in modules_of(residual):
         B_OK, A_KI, rows_O = factors(residual, name)
         assert rows_O is None
-        if len(scales) == 1:  # alpha / rank stays what it was, and not even the scaling rounds
+        if scale is not None:  # alpha / rank stays what it was, and not even the scaling rounds
             B_OK = torch.cat([link[name].B_OR for link in residual if name in link], dim=1)
-        whole[name] = Pair(A_KI, B_OK, scales.copy().pop() if len(scales) == 1 else 1.0)
+        whole[name] = Pair(A_KI, B_OK, 1.0 if scale is None else scale)
     return whole
 
 

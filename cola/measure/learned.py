@@ -40,7 +40,6 @@ class Learned:
     pairs: Sequence[Lora]  # all low-rank links that the run may train; they say which matrices matter
     device: torch.device  # where dense matrices are decomposed, if it is a GPU
     _full: tuple[str, dict[str, Svd]] | None = None  # of one state at a time: it is large
-
     _norms: dict[str, float | None] = field(default_factory=dict)
 
     @cached_property
@@ -58,25 +57,19 @@ class Learned:
     def of_links(
         self, links: Residual, full: Mapping[str, Svd] | None = None, state: str | None = None
     ) -> dict[str, Any]:
-        """The content of the spectrum.json of a chain, given what each link added.
-
-        Args:
-            full: Full fine-tuning's update.
-            state: The name of the state that it led to.
-        """
+        """The content of a chain's spectrum.json, from what each link added, and from full fine-tuning's update and the
+        name of the state that it led to."""
         started = perf_counter()
         if any(pair.rows_O is not None for link in links for pair in link.values()):
             return {"left_out": DORA, "full": state, "matrices": {}, "seconds": 0.0}
         matrices = of_chain(links, self.norm_of, full)
-        seconds = perf_counter() - started
-        return {"left_out": None, "full": state, "matrices": matrices, "seconds": seconds}
+        return {"left_out": None, "full": state, "matrices": matrices, "seconds": perf_counter() - started}
 
     def of_full(self, state: str, folder: Path, dtype: str) -> dict[str, Any]:
         """The content of full fine-tuning's spectrum.json; its directions are remembered until another state's are.
 
         Args:
-            state: What identifies the weights.
-            folder: Has them as safetensors.
+            state: What identifies the weights, which the folder has as safetensors.
             dtype: That the base had when it was trained.
         """
         started = perf_counter()

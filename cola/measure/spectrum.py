@@ -72,8 +72,6 @@ def dense_svd(update_OI: Tensor, most: int = KEPT) -> Svd:
     return Svd(near_DR, values_R, far_IR) if wide else Svd(far_IR, values_R, near_DR)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers of one update
 def effective_rank(values_R: Tensor) -> float:
     """exp of the entropy of s / Σ s (Roy & Vetterli, EUSIPCO 2007): n for n equal values, 1 for a single one."""
     shares_R = values_R / values_R.sum()
@@ -111,8 +109,6 @@ def numbers_of(values_R: Tensor, base_norm: float | None) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Directions of two updates
 def overlap(one_DR: Tensor, other_DR: Tensor) -> float:
     """φ = ‖UᵀU'‖_F² / min(r, r') of two sets of orthonormal columns: 1 where the smaller span lies in the larger, 0
     where they are orthogonal (LoRA, arXiv 2106.09685, section 7.2)."""
@@ -137,8 +133,6 @@ def both_sides(one: Svd, other: Svd, most: int | None = None) -> dict[str, float
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Whole chains
 def of_chain(
     links: Residual, norm_of: Callable[[str], float | None], full: Mapping[str, Svd] | None = None
 ) -> dict[str, Any]:
@@ -164,7 +158,7 @@ def of_chain(
         matrices[name] = {
             "shape": [len(svds["chain"].left_OR), len(svds["chain"].right_IR)],
             "updates": {update: numbers_of(svd.values_R, norm) for update, svd in svds.items()},
-            "overlap": [{"links": list(two), **both_sides(*(learned[update] for update in two))} for two in pairs],
+            "overlap": [{"links": [a, b], **both_sides(learned[a], learned[b])} for a, b in pairs],
             "with_full": _with_full(learned, full[name]) if full and name in full and learned else None,
         }
     return matrices
@@ -183,8 +177,6 @@ def _with_full(learned: Mapping[str, Svd], full: Svd) -> dict[str, Any] | None:
     return {"rank": rank, "updates": {update: both_sides(svd, full, rank) for update, svd in learned.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Intruders
 @dataclass(frozen=True)
 class Tuned:
     """A matrix W + B A with the Gram matrix of its smaller side; the sum itself is never there."""
