@@ -77,12 +77,7 @@ def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
 
 
 def load_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        OSError: it is not there, or cannot be read.
-        ValueError: it is no JSON, or none that can be read.
-    """
+    """The value in a JSON file. Raises OSError where it cannot be read, and ValueError where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:

@@ -27,11 +27,8 @@ def read_json(folder: Path, file: str) -> dict[str, Any]:
 
 def weight_names(folder: Path) -> list[str]:
     """Names of the safetensors files that transformers reads a folder's weights from, sorted: what config.json names,
-    else `model.safetensors`, else what the index names; maybe none.
-
-    Raises:
-        ModelError: the index does not say which files, or others than safetensors inside the folder.
-    """
+    else `model.safetensors`, else what the index names; maybe none. Raises ModelError where the index does not say
+    which files, or others than safetensors inside the folder."""
     first = str(read_json(folder, "config.json").get("transformers_weights") or "")
     if not first:
         first = SINGLE if (folder / SINGLE).is_file() else INDEX

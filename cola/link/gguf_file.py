@@ -62,12 +62,8 @@ HEADS_OF = {"gemma2": 46, "gemma3_text": 62}  # layers of the one size that llam
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the file's model and tokenizer as a Hugging Face folder.
-
-    Raises:
-        ModelError: something that the file says cannot be carried over.
-        Exception: transformers, gguf or tokenizers cannot read the file; they raise what they like.
-    """
+    """Write the file's model and tokenizer as a Hugging Face folder. Raises ModelError where something that the file
+    says cannot be carried over, and what transformers, gguf and tokenizers like where they cannot read it."""
     where, config = {"gguf_file": file.name}, read_config(file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -120,16 +116,9 @@ def end_tokens(file: Path) -> list[int]:
 def carry_over(
     config: PreTrainedConfig, said: dict[str, Any], tensors: Iterable[str], factors: dict[str, list[float]]
 ) -> None:
-    """Put into a config, made by transformers' conversion, what that has passed over of the header and of the tensors.
-
-    Args:
-        said: The header.
-        tensors: Names of the file's tensors.
-        factors: Those of them that divide rotary frequencies.
-
-    Raises:
-        ModelError: a key has no place in this kind of model.
-    """
+    """Put into a config, made by transformers' conversion, what that has passed over of the header, `said`, and of the
+    tensors; `factors`: those of them that divide rotary frequencies. Raises ModelError where a key has no place in this
+    kind of model."""
     architecture = said["general.architecture"]
     own = {key.removeprefix(f"{architecture}."): value for key, value in said.items() if key.startswith(architecture)}
     taken = _taken(architecture, said, tensors, str(config.model_type))

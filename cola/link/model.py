@@ -122,14 +122,12 @@ class Source:
         return model
 
     def load(self, dtype: str, device: torch.device, quantization: str | None = None) -> PreTrainedModel:
-        """The model in eval mode, all weights frozen.
+        """The model in eval mode, all weights frozen. Raises ModelError where it is no causal language model, its
+        weights do not load, or bitsandbytes is not there.
 
         Args:
             dtype: Of the weights and the computation.
             quantization: `nf4` (with double quantization) or `int8` codes for the linear layers but the output head.
-
-        Raises:
-            ModelError: it is no causal language model, its weights do not load, or bitsandbytes is not there.
         """
         quantized: dict[str, Any] = {}
         codes = quantization or self.codes

@@ -218,10 +218,7 @@ def full_gradients(
         batches: One list of micro-batches per step.
 
     Returns:
-        float32 (O, I) for each name, on the CPU.
-
-    Raises:
-        NonFiniteLoss: the gradient is not finite at any scale.
+        float32 (O, I) for each name, on the CPU. NonFiniteLoss is raised where it is not finite at any scale.
     """
     micro_batches = [batch for step in batches for batch in step]
     scale = GRADIENT_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0

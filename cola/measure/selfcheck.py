@@ -69,13 +69,11 @@ class Subject:
 
 
 def self_check(subject: Subject) -> dict[str, Any]:
-    """Try a model; it is left in eval mode, as it was.
+    """Try a model, which is left in eval mode, as it was. Raises ModelError where it is not what cola relies on, and
+    there is no slower way that is right.
 
     Returns:
         The record: `ways` (of `Ways`), the differences that were found, `tolerance`, `notes` for the user, `seconds`.
-
-    Raises:
-        ModelError: it is not what cola relies on, and there is no slower way that is right.
     """
     started = perf_counter()
     model, evaluator = subject.model.eval(), subject.evaluator
