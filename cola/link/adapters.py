@@ -1,12 +1,11 @@
-"""Attach, read, detach, save and load a link's trainable weights. With targets.py, which asks what
-peft refuses, the only file that imports it."""
+"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft."""
 
 import copy
 import json
 import warnings
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -29,13 +28,14 @@ from transformers.pytorch_utils import Conv1D
 
 from cola.errors import ModelError, one_line
 from cola.link import bottleneck
-from cola.link.base import weight_of
+from cola.link.base import as_stored, weight_of
 from cola.link.residual import LinkWeights, Pair
 from cola.link.targets import target_names
 from cola.link.text_part import outside_text, text_config
 from cola.recipe.methods import Adapter, Full, Lora, Prefix, PromptTuning, PTuning, Settings, VirtualTokens
 
 ADAPTER = "default"
+PREFIX = "base_model.model."  # of a module's name in an adapter's file
 # transformers' generate hands positions over, and PEFT leaves them to the model, every time with a warning.
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 
@@ -43,13 +43,11 @@ PROMPTS = {Prefix: PrefixTuningConfig, PTuning: PromptEncoderConfig, PromptTunin
 
 
 def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedModel:
-    """Give the model the weights that a link trains; everything else is frozen.
+    """Give the model the weights that a link trains; everything else is frozen. The model to go on with is the same, or
+    in PEFT's wrapper where virtual tokens come before its rows.
 
     They are drawn from the link's own seed, whatever state the global generator is in, and kept in float32. A low-rank
     pair, DoRA's row lengths and bottleneck adapters leave the function as it is; virtual tokens do not.
-
-    Returns:
-        The model to go on with: changed in place, or inside PEFT's wrapper where virtual tokens come before its rows.
 
     Raises:
         ModelError: target_modules match nothing, or a matrix that is shared with another module, or the model has no
@@ -62,11 +60,9 @@ def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedM
         match settings:
             case Full():
                 model.float().requires_grad_(True)
-                for name in outside_text(model):
-                    model.get_submodule(name).requires_grad_(False)
-                for part in settings.freeze:
-                    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()
-                    assert isinstance(module, nn.Module)
+                parts = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+                outside = [model.get_submodule(name) for name in outside_text(model)]
+                for module in (*outside, *(parts[part] for part in settings.freeze)):
                     module.requires_grad_(False)
                 return model
             case Lora():
@@ -75,7 +71,7 @@ def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedM
                 names = target_names(model, settings.target_modules)
                 inject_adapter_in_model(_lora_config(settings, names), model, ADAPTER)
             case Adapter():
-                bottleneck.attach(model, settings.bottleneck, settings.placement, settings.activation)
+                bottleneck.attach(model, settings)
             case VirtualTokens():
                 model = _with_virtual_tokens(model, settings)
     for name, parameter in model.named_parameters():
@@ -155,12 +151,12 @@ def _read(layer: LoraLayer) -> Pair:
     scale = float(layer.scaling[ADAPTER])
     pair = Pair(A_RI.to("cpu", torch.float32, copy=True), B_OR.to("cpu", torch.float32, copy=True), scale)
     if ADAPTER in layer.lora_magnitude_vector:
-        weight_OI = _base_weight(layer)
+        base: Any = layer.get_base_layer()
+        weight_OI = as_stored(base, base.weight.detach())
         length_O = (weight_OI + (scale * B_OR @ A_RI).to(weight_OI.dtype)).norm(dim=1)  # as PEFT's DoRA takes it
         magnitude_O = weight_of(layer.lora_magnitude_vector, ADAPTER)
-        pair = replace(
-            pair, rows_O=(magnitude_O / length_O).float().cpu(), magnitude_O=magnitude_O.float().cpu().clone()
-        )
+        rows_O = (magnitude_O / length_O).float().cpu()
+        pair = replace(pair, rows_O=rows_O, magnitude_O=magnitude_O.float().cpu().clone())
     taken = getattr(layer, "taken_out", None)
     return pair if taken is None else pair.without(taken)
 
@@ -168,13 +164,6 @@ def _read(layer: LoraLayer) -> Pair:
 def factors_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """A and B of an attached pair, to be read or written."""
     return weight_of(layer.lora_A, ADAPTER), weight_of(layer.lora_B, ADAPTER)
-
-
-def _base_weight(layer: LoraLayer) -> Tensor:
-    """(O, I), as DoRA's row lengths are taken of it."""
-    base = layer.get_base_layer()
-    weight: Any = base.weight
-    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
 
 def detach(model: PreTrainedModel) -> LinkWeights:
@@ -193,18 +182,16 @@ def detach(model: PreTrainedModel) -> LinkWeights:
 def save(folder: Path, model: PreTrainedModel, settings: Settings, base_name: str, skeleton: PreTrainedModel) -> None:
     """Write what a link trains; `put_back` reads it. A pair is a standard PEFT adapter, for the model as it was when
     the link began; all weights are a Hugging Face folder; virtual tokens have PEFT's folder beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(settings, Lora):
         # With what was taken out of the weight beside it (PiSSA) the pair is a plain one of twice the rank.
-        save_pair(folder, read_pair(model), base_name, skeleton, settings.use_dora, settings.dropout)
+        save_pair(folder, read_pair(model), base_name, skeleton, settings.dropout)
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(model, settings).items()}
+    save_file(weights, folder / settings.file, metadata={"format": "pt"})
     if settings.is_whole:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_state(model).items()}
-        save_file(weights, folder / settings.file, metadata={"format": "pt"})
         model.config.save_pretrained(folder)
-        return
-    save_file(_own_weights(model), folder / settings.file, metadata={"format": "pt"})
-    if isinstance(model, PeftModel):
+    elif isinstance(model, PeftModel):
         model.peft_config[ADAPTER].base_model_name_or_path = base_name
         # "auto" would look on the hub for whether the embeddings were resized.
         model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -212,6 +199,13 @@ def save(folder: Path, model: PreTrainedModel, settings: Settings, base_name: st
     else:
         shape = settings.record() | {"base": base_name}
         (folder / "bottleneck.json").write_text(json.dumps(shape, indent=1) + "\n", encoding="utf-8")
+
+
+def _kept(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
+    """What the file of a link that leaves no pair holds."""
+    if settings.is_whole:
+        return whole_state(model)
+    return {name: parameter for name, parameter in model.named_parameters() if _is_trained(name)}
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -226,43 +220,29 @@ def kept_buffers(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if name in state]
 
 
-def _own_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if _is_trained(name)}
-
-
-def save_pair(
-    folder: Path,
-    pair: LinkWeights,
-    base_name: str,
-    skeleton: PreTrainedModel,
-    use_dora: bool = False,
-    dropout: float = 0.0,
-) -> None:
-    """Write a standard PEFT LoRA that adds these pairs, whatever rank and scale each of them has.
+def save_pair(folder: Path, pair: LinkWeights, base_name: str, skeleton: PreTrainedModel, dropout: float = 0.0) -> None:
+    """Write a standard PEFT LoRA that adds these pairs, whatever rank and scale each of them has. Beside DoRA's lengths
+    of rows, `rows.safetensors` holds the factors that they came to.
 
     Args:
-        folder: Made where it is missing.
-        pair: One of each module.
         base_name: What the adapter's config calls the base.
         skeleton: Knows the modules.
-        use_dora: With the trained lengths of rows; `rows.safetensors` then holds the factors they came to.
         dropout: What the pair was trained with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, rows = {}, {}
     for name, factors in pair.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A_RI.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.B_OR.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.A_RI.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B_OR.contiguous()
         if factors.rows_O is not None and factors.magnitude_O is not None:
-            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = factors.magnitude_O.contiguous()
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude_O.contiguous()
             rows[name] = factors.rows_O.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if rows:
         save_file(rows, folder / "rows.safetensors", metadata={"format": "pt"})
     ranks = {name: len(factors.A_RI) for name, factors in pair.items()}
     alphas = {name: factors.scale * ranks[name] for name, factors in pair.items()}  # alpha / rank, from whichever rule
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
@@ -270,7 +250,7 @@ def save_pair(
         alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
         lora_dropout=dropout,
         target_modules=_target_modules(skeleton, list(pair)),
-        use_dora=use_dora,
+        use_dora=bool(rows),
         bias="none",
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -278,6 +258,13 @@ def save_pair(
         fan_in_fan_out=any(isinstance(skeleton.get_submodule(name), Conv1D) for name in pair),
     )
     config.save_pretrained(str(folder))
+
+
+def _target_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Last parts (`q_proj`) as other tools write them, where they mean these modules and no others; else the names."""
+    short = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short) if meant == set(names) else sorted(names)
 
 
 def is_export(file: str) -> bool:
@@ -290,27 +277,18 @@ def load_pair(folder: Path) -> LinkWeights:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     rows = load_file(folder / "rows.safetensors") if config["use_dora"] else {}
-    prefix = "base_model.model."
-    names = [key.removeprefix(prefix).removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    return {
-        name: Pair(
-            A_RI=tensors[f"{prefix}{name}.lora_A.weight"],
-            B_OR=tensors[f"{prefix}{name}.lora_B.weight"],
-            scale=config["alpha_pattern"].get(name, config["lora_alpha"])
-            / len(tensors[f"{prefix}{name}.lora_A.weight"]),
-            rows_O=rows.get(name),
-            magnitude_O=tensors.get(f"{prefix}{name}.lora_magnitude_vector"),
-        )
-        for name in names
-    }
+    pairs = {}
+    for key in [key for key in tensors if "lora_A" in key]:
+        module = key.removesuffix(".lora_A.weight")
+        name, A_RI, B_OR = module.removeprefix(PREFIX), tensors[key], tensors[f"{module}.lora_B.weight"]
+        scale = config["alpha_pattern"].get(name, config["lora_alpha"]) / len(A_RI)
+        pairs[name] = Pair(A_RI, B_OR, scale, rows.get(name), tensors.get(f"{module}.lora_magnitude_vector"))
+    return pairs
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one.
-
-    Raises:
-        ModelError: the adapter has no safetensors weights, or does not fit the model.
-    """
+    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one. Raises ModelError where
+    that has no safetensors weights, or does not fit the model."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(
@@ -341,9 +319,8 @@ def put_back(folder: Path, model: PreTrainedModel, settings: Settings) -> None:
         set_pair(model, load_pair(folder))
         return
     weights = load_file(folder / settings.file)
-    for name, tensor in whole_state(model).items() if settings.is_whole else model.named_parameters():
-        if settings.is_whole or _is_trained(name):
-            tensor.copy_(weights[name])
+    for name, tensor in _kept(model, settings).items():
+        tensor.copy_(weights[name])
 
 
 @torch.no_grad()
@@ -369,10 +346,3 @@ def taken_out(model: nn.Module) -> LinkWeights:
     """What was taken out of the frozen weights, as a residual to be added to them."""
     taken = {name: getattr(layer, "taken_out", None) for name, layer in pair_layers(model).items()}
     return {name: pair.negated() for name, pair in taken.items() if pair is not None}
-
-
-def _target_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Last parts (`q_proj`) as other tools write them, where they mean these modules and no others; else the names."""
-    short = {name.rpartition(".")[2] for name in names}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    return sorted(short) if meant == set(names) else sorted(names)

@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 class Base:
     """The base's own weights, float32 and untouched, one matrix at a time.
 
-    Where the model came from safetensors, a matrix is read from the file and nothing is kept in memory. A matrix
-    that the files do not have as it is, or that differs from what was loaded, is copied the first time it is
-    asked for, which must be before it is changed: `remember` does that.
+    Where the model came from safetensors, a matrix is read from the file and nothing is kept in memory. One that the
+    files do not have as it is, or that differs from what was loaded, is copied by `remember`, before it is changed.
     """
 
     def __init__(self, model: nn.Module, files: Sequence[Path] = (), quantized: bool = False) -> None:
@@ -35,11 +34,8 @@ class Base:
 
     def remember(self, names: Sequence[str]) -> None:
         """Make sure the pristine weights of these modules can be had from now on."""
-        for name in names:
-            if name in self._remembered:
-                continue
-            weight = weight_of(self._model, name)
-            stored = self.stored(name)
+        for name in set(names) - self._remembered:
+            weight, stored = weight_of(self._model, name), self.stored(name)
             # Codes are never written, so the files' own weights are all that can be asked for.
             if self.quantized:
                 assert stored is not None
@@ -50,13 +46,12 @@ class Base:
     def weight(self, name: str) -> Tensor:
         """Weight of a remembered module on the CPU, in the file's dtype and the module's own layout; not to be
         changed. Where it comes from a file, only what is read of it is ever in memory."""
-        stored = self._copies.get(name)
-        stored = self.stored(name) if stored is None else stored
         assert name in self._remembered, f"{name} was never remembered"
+        stored = self._copies[name] if name in self._copies else self.stored(name)
         assert stored is not None
         return stored
 
-    def put_beside(self, name: str, module: nn.Module, factors: "tuple[Tensor, Tensor] | None") -> None:
+    def put_beside(self, name: str, module: nn.Module, factors: tuple[Tensor, Tensor] | None) -> None:
         """Let a module add B A x to its output, in float32, from now on; None: nothing. One product for all links."""
         if (handle := self._beside.pop(name, None)) is not None:
             handle.remove()
@@ -69,6 +64,11 @@ class Base:
                 return output + (args[0].float() @ A_KI.T @ B_OK.T).to(output.dtype)
 
         self._beside[name] = module.register_forward_hook(add)
+
+    def matrix(self, name: str) -> Tensor | None:
+        """The weight as the files have it, seen as (O, I)."""
+        stored = self.stored(name)
+        return None if stored is None else as_stored(self._model.get_submodule(name), stored)
 
     def stored(self, name: str) -> Tensor | None:
         """The weight as the files have it; None where they have it in no single tensor."""

@@ -16,19 +16,14 @@ from transformers import PreTrainedModel
 
 from cola.errors import ModelError
 from cola.link.text_part import in_text, outside_text, text_config
+from cola.recipe.methods import Adapter
 
 ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 NAME = "bottleneck"  # of the module inside the sublayer whose output it takes
 
 
 class Bottleneck(nn.Module):
-    """One adapter, float32 whatever the base's format.
-
-    Args:
-        hidden: Features of the model.
-        width: Inner features.
-        activation: `relu`, `gelu` or `silu`.
-    """
+    """One adapter, float32 whatever the base's format."""
 
     def __init__(self, hidden: int, width: int, activation: str) -> None:
         super().__init__()
@@ -43,33 +38,12 @@ class Bottleneck(nn.Module):
         return hidden_BTH + change_BTH.to(hidden_BTH.dtype)
 
 
-def attach(model: PreTrainedModel, width: int, placement: str, activation: str) -> None:
-    """Put an adapter after the sublayers, in place; a model that has them already is left as it is.
-
-    Raises:
-        ModelError: the model's layers have no `self_attn` and `mlp`, as Llama's and Qwen2's have.
-    """
-    hidden: int = text_config(model).hidden_size
-    for name in sublayers(model, placement):
-        sublayer = model.get_submodule(name)
-        if not hasattr(sublayer, NAME):
-            # On the sublayer's device, or on meta where the model has no weights yet.
-            device = next(sublayer.parameters()).device
-            with torch.device(device):
-                sublayer.add_module(NAME, Bottleneck(hidden, width, activation))
-            sublayer.register_forward_hook(_apply)
-
-
-def _apply(sublayer: nn.Module, _args: Any, output: Any) -> Any:
-    adapter = getattr(sublayer, NAME)
-    return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
-
-
-def sublayers(model: PreTrainedModel, placement: str) -> list[str]:
-    """Names of the modules whose output an adapter takes, in the model's order."""
+def attach(model: PreTrainedModel, settings: Adapter) -> None:
+    """Put an adapter after the sublayers, in place; a model that has them already is left as it is. Raises ModelError
+    where its layers have no `self_attn` and `mlp`, as Llama's and Qwen2's have."""
     outside = outside_text(model)
     layers = [
-        name
+        module
         for name, module in model.named_modules()
         if hasattr(module, "self_attn") and hasattr(module, "mlp") and in_text(name, outside)
     ]
@@ -77,5 +51,16 @@ def sublayers(model: PreTrainedModel, placement: str) -> list[str]:
         raise ModelError(
             "method adapter: the model's layers have no self_attn and mlp, as Llama's and Qwen2's have; use method lora"
         )
-    kinds = ["self_attn", "mlp"] if placement == "houlsby" else ["mlp"]
-    return [f"{layer}.{kind}" for layer in layers for kind in kinds]
+    kinds = ["self_attn", "mlp"] if settings.placement == "houlsby" else ["mlp"]
+    for sublayer in (layer.get_submodule(kind) for layer in layers for kind in kinds):
+        if not hasattr(sublayer, NAME):
+            # On the sublayer's device, or on meta where the model has no weights yet.
+            with torch.device(next(sublayer.parameters()).device):
+                adapter = Bottleneck(text_config(model).hidden_size, settings.bottleneck, settings.activation)
+            sublayer.add_module(NAME, adapter)
+            sublayer.register_forward_hook(_apply)
+
+
+def _apply(sublayer: nn.Module, _args: Any, output: Any) -> Any:
+    adapter = getattr(sublayer, NAME)
+    return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)

@@ -1,5 +1,4 @@
-"""What a Hugging Face folder says of itself: which files hold its weights, what they hold, and which tokens end an
-answer. No torch."""
+"""What a Hugging Face folder says of itself, and what its files hold. No torch."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -11,15 +10,10 @@ from cola.files import file_digest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
-TEXT_PARTS = ("text_config", "decoder", "generator")  # of a config, as transformers' get_text_config knows them
 
 
 def read_json(folder: Path, file: str) -> dict[str, Any]:
-    """A file of the folder; empty where there is none.
-
-    Raises:
-        ModelError: it is no JSON object.
-    """
+    """A file of the folder; empty where there is none. Raises ModelError where it is no JSON object."""
     if not (folder / file).is_file():
         return {}
     try:
@@ -33,19 +27,15 @@ def read_json(folder: Path, file: str) -> dict[str, Any]:
 
 def weight_names(folder: Path) -> list[str]:
     """Names of the safetensors files that transformers reads a folder's weights from, sorted: what config.json names,
-    else `model.safetensors`, else what the index names. None where the folder has no such weights.
-
-    Raises:
-        ModelError: the index does not say which files, or others than safetensors inside the folder.
-    """
+    else `model.safetensors`, else what the index names; maybe none. Raises ModelError where the index does not say
+    which files, or others than safetensors inside the folder."""
     first = str(read_json(folder, "config.json").get("transformers_weights") or "")
     if not first:
         first = SINGLE if (folder / SINGLE).is_file() else INDEX
-    if not first.endswith(".index.json"):
-        names = [first]
-    elif not (folder / first).is_file():
-        return []
-    else:
+    names = [first]
+    if first.endswith(".index.json"):
+        if not (folder / first).is_file():
+            return []
         shards = read_json(folder, first).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
             raise ModelError(
@@ -63,51 +53,13 @@ def weight_names(folder: Path) -> list[str]:
     return names
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of `weight_names`.
-
-    Raises:
-        ModelError: as `weight_names`; or one of them is not there.
-    """
-    names = weight_names(folder)
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ModelError(
-            f"model.name_or_path: {folder} lacks {len(missing)} of the {len(names)} files of its weights, the first is "
-            f"{missing[0]:.80}"
-        )
-    return [folder / name for name in names]
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """The tokens that end an answer by generation_config.json and config.json, in that order; the tokenizer may name
-    another one.
-
-    Raises:
-        ModelError: what they say is no token's number.
-    """
-    config = read_json(folder, "config.json")
-    parts = [config, *(part for name in TEXT_PARTS if isinstance(part := config.get(name), dict))]
-    own = next((part for part in parts if part.get("eos_token_id") is not None), {})
-    ends: dict[int, None] = {}
-    for file, said in (("generation_config.json", read_json(folder, "generation_config.json")), ("config.json", own)):
-        value = said.get("eos_token_id")
-        tokens = [] if value is None else value if isinstance(value, list) else [value]
-        if wrong := [token for token in tokens if type(token) is not int]:
-            raise ModelError(
-                f"model.name_or_path: {folder / file}: eos_token_id: {wrong[0]!r:.80} is no token's number; write "
-                "a whole number or a list of them"
-            )
-        ends |= dict.fromkeys(tokens)
-    return list(ends)
-
-
 def content_digest(file: Path) -> str:
     """SHA-256 of a file's content, which is read once by each process that asks.
 
-    No stat says what a file holds: images and archives give every file one time and one inode on whatever machine, a
-    network file system may make them up, and what is written through a memory map may move no time at all. So nothing
-    is remembered between processes. To look at a file again within one tells whether it has been replaced; one that has
-    changed a moment ago may do so again within one tick of the clock, and is read again.
+    No stat says what a file holds: images and archives give every file one time and one inode, a network file system
+    may make them up, and a write through a memory map may move no time at all. So nothing is remembered between
+    processes. Within one it tells whether a file has been replaced; one that has changed a moment ago may do so again
+    within one tick of the clock, and is read again.
     """
     state = file.stat()
     seen = (file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)

@@ -11,15 +11,10 @@ from cola.errors import KnotDrift
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says on fixed inputs.
+    """What a model says on fixed inputs."""
 
-    Attributes:
-        logits_NV: float32 logits at N positions.
-        targets_N: The tokens that stand there.
-    """
-
-    logits_NV: Tensor
-    targets_N: Tensor
+    logits_NV: Tensor  # float32, at N positions
+    targets_N: Tensor  # the tokens that stand there
 
 
 Probe = Callable[[PreTrainedModel], Outputs]  # asks a model on fixed inputs
@@ -27,22 +22,15 @@ Probe = Callable[[PreTrainedModel], Outputs]  # asks a model on fixed inputs
 
 @dataclass(frozen=True)
 class Drift:
-    """Outputs on fixed inputs before and after a knot.
-
-    Attributes:
-        max_logit_change: Largest change of a logit.
-        relative: The same divided by the largest logit.
-        of_learned: ||after - before|| / ||before - start||, where start is the outputs before the link: the change by
-            rounding as a share of the change by learning. None for a link that changed nothing.
-        kl: Mean over positions of KL(before || after), nats.
-        loss_change: Mean over positions of loss after - loss before, nats per target token.
-    """
+    """Outputs on fixed inputs before and after a knot; means are over positions."""
 
     max_logit_change: float
-    relative: float
+    relative: float  # the same divided by the largest logit
+    # ||after - before|| / ||before - start||, where start is the outputs before the link: the change by rounding as a
+    # share of the change by learning. None for a link that changed nothing.
     of_learned: float | None
-    kl: float
-    loss_change: float
+    kl: float  # mean of KL(before || after), nats
+    loss_change: float  # mean of loss after - loss before, nats per target token
 
     @classmethod
     def between(cls, start: Outputs, before: Outputs, after: Outputs) -> "Drift":
@@ -65,11 +53,7 @@ class Drift:
         )
 
     def check(self, max_relative: float) -> None:
-        """Refuse a knot that is not what was trained.
-
-        Raises:
-            KnotDrift: a logit moved by more than `max_relative` of the largest logit, or is no number.
-        """
+        """Raise KnotDrift where a logit moved by more than `max_relative` of the largest logit, or is no number."""
         if not self.relative <= max_relative:
             raise KnotDrift(
                 f"a knot moved a logit by {self.relative:.2g} of the largest logit where {max_relative:.2g} is allowed "

@@ -2,10 +2,9 @@
 
 import contextlib
 import errno
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -25,7 +24,6 @@ def find_model(settings: Model, say: Callable[[str], None] = lambda text: None, 
     """Locate the base, downloading from the hub or dequantizing a GGUF file once where that is needed.
 
     Args:
-        settings: The recipe's.
         say: Told what takes a while.
         quantized: Whether its weights may be codes already, which is for scoring only.
 
@@ -33,39 +31,37 @@ def find_model(settings: Model, say: Callable[[str], None] = lambda text: None, 
         ModelError: it is not there, cannot be reached, or is not in a format that is safe to load.
     """
     name = settings.name_or_path
-    if name.startswith("package://"):
-        return _source(settings, _from_gguf(package_file(name), say))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    path = _here(name)
+    if name.startswith("package://") or path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.name_or_path: {name}: no such file")
         return _source(settings, _from_gguf(path, say))
-    if path.exists() or not is_remote(name):
-        if not path.exists():
-            raise ModelError(f"model.name_or_path: {name}: no such folder")
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
-        return _source(settings, path.resolve(), quantized=quantized)
-    snapshot = _from_hub(settings)
-    # The hub's cache names a snapshot by its commit.
-    return _source(settings, snapshot, revision=snapshot.name, quantized=quantized)
+    if is_remote(name):
+        snapshot = _from_hub(settings)
+        return _source(settings, snapshot, snapshot.name, quantized)  # the hub's cache names it by its commit
+    if not path.exists():
+        raise ModelError(f"model.name_or_path: {name}: no such folder")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
+    return _source(settings, path.resolve(), quantized=quantized)
+
+
+def _here(name: str) -> Path:
+    """Where a name would be on this disk."""
+    return package_file(name) if name.startswith("package://") else Path(name).expanduser()
 
 
 def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """The base's tokenizer, and the tokens that end an answer by the model. No weights are fetched from the hub, and a
-    GGUF file is not dequantized.
-
-    Raises:
-        ModelError: it is not there, or cannot be reached.
-    """
-    name = settings.name_or_path
-    path = package_file(name) if name.startswith("package://") else Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file() and (_gguf_folder(path, "models") / "config.json").is_file():
-        path = _gguf_folder(path, "models")  # a run has read it before, which takes a while
-    elif path.suffix == ".gguf" and path.is_file():
-        tokenizer = Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
-        with _reading(path):
-            return tokenizer, gguf_file.end_tokens(path)
+    GGUF file is not dequantized. Raises ModelError where it is not there, or cannot be reached."""
+    name, path = settings.name_or_path, _here(settings.name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        dequantized = _gguf_folder(path, "models")
+        if not (dequantized / "config.json").is_file():
+            tokenizer = Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
+            with _reading(path):
+                return tokenizer, gguf_file.end_tokens(path)
+        path = dequantized  # a run has read the file before, which takes a while
     if not path.exists() and is_remote(name):
         path = _from_hub(settings, HUB_TEXTS)
     elif not path.is_dir():
@@ -75,15 +71,11 @@ def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]
 
 
 def find_adapter(settings: Model) -> Path | None:
-    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter.
-
-    Raises:
-        ModelError: the hub cannot be reached.
-    """
+    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter. Raises ModelError where the hub
+    cannot be reached."""
     name = settings.name_or_path
-    folder = Path(name).expanduser()
-    if is_remote(name) and not name.startswith("package://"):
-        folder = _from_hub(settings)
+    hub = is_remote(name) and not name.startswith("package://")
+    folder = _from_hub(settings) if hub else Path(name).expanduser()
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
@@ -146,20 +138,16 @@ def _from_hub(settings: Model, files: Sequence[str] = HUB_FILES) -> Path:
 def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     """A safetensors folder with the file's weights in float32, made the first time and reused."""
     folder = _gguf_folder(file, "models")
-    if (folder / "config.json").is_file():
-        return folder
-    say(f"dequantizing {file.name} to safetensors, once, into {folder}")
-    with _aside(folder) as aside, _reading(file):
-        gguf_file.convert(file, aside)
+    if not (folder / "config.json").is_file():
+        say(f"dequantizing {file.name} to safetensors, once, into {folder}")
+        with _aside(folder) as aside, _reading(file):
+            gguf_file.convert(file, aside)
     return folder
 
 
 def gguf_config(file: Path) -> Path:
-    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read.
-
-    Raises:
-        ModelError: it is no GGUF file that can be read.
-    """
+    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read. Raises
+    ModelError where it cannot be read."""
     dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, "configs")
     if (dequantized / "config.json").is_file():
         return dequantized
@@ -177,16 +165,13 @@ def _gguf_folder(file: Path, kind: str) -> Path:
 def _aside(folder: Path) -> Iterator[Path]:
     """Where to make a folder that holds a config.json, unless another process makes it first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
-    try:
-        yield aside
+    with TemporaryDirectory(dir=folder.parent, prefix="making-", ignore_cleanup_errors=True) as aside:
+        yield Path(aside)
         try:
-            aside.replace(folder)
+            Path(aside).replace(folder)
         except OSError:
             if not (folder / "config.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

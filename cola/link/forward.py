@@ -8,49 +8,24 @@ the whole pass.
 Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from cola.errors import ModelError
-from cola.link.adapters import unwrapped
-
 
 def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
-    """float32 logits of the selected positions.
+    """float32 logits (N, V) of the positions at which `where_BT` is true, row by row.
 
-    Args:
-        model: A causal language model, whatever is attached to it.
-        input_ids_BT: Token ids, padded on the right; causal attention needs no mask for that.
-        where_BT: True at the positions whose logits are wanted.
-
-    Returns:
-        (N, V), in the order of `where_BT`'s true entries, row by row. While no gradient is taken the head itself
-        computes in float32, whatever the model's dtype.
+    The rows are padded on the right; causal attention needs no mask for that. While no gradient is taken the head
+    itself computes in float32, whatever the model's dtype.
     """
-    return _logits(model, input_ids_BT, where_BT, use_cache=False)[0]
+    return logits_and_cache(model, input_ids_BT, where_BT, use_cache=False)[0]
 
 
-def logits_and_cache(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> tuple[Tensor, Cache]:
-    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on.
-
-    Raises:
-        ModelError: the model gives none.
-    """
-    logits_NV, cache = _logits(model, input_ids_BT, where_BT, use_cache=True)
-    if cache is None:
-        raise ModelError(f"{type(model).__name__} gives no cache of keys and values")
-    return logits_NV, cache
-
-
-def logits_after(cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
-    """Logits of rows that continue what was read into the cache."""
-    return _logits(unwrapped(model), input_ids_BT, where_BT, use_cache=True, past_key_values=cache)[0]
-
-
-def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object) -> tuple[Tensor, Any]:
+def logits_and_cache(
+    model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object
+) -> tuple[Tensor, Cache | None]:
+    """The same, and the cache of keys and values from which rows can go on, virtual tokens among them."""
     head = model.get_output_embeddings()
     assert head is not None  # Source.load refuses a model without one
 

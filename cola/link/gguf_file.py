@@ -8,6 +8,7 @@ says what holds anyway, or stops the conversion by name.
 import contextlib
 import io
 import json
+from collections import UserDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,21 +54,16 @@ NOTHING = {
     "attention.shared_kv_layers": 0,
     "attention.sliding_window": 0,
     "nextn_predict_layers": 0,
-    "rope.scale_linear": 1,
 }
 # Sizes that the tensors' shapes have already confirmed, and notes about how the file was made.
-ABOUT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.max_alibi_bias"}
+ABOUT = {"vocab_size", "tensor_data_layout", "attention.max_alibi_bias"}
 FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 HEADS_OF = {"gemma2": 46, "gemma3_text": 62}  # layers of the one size that llama.cpp scales attention otherwise in
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the file's model and tokenizer as a Hugging Face folder.
-
-    Raises:
-        ModelError: something that the file says cannot be carried over.
-        Exception: transformers, gguf or tokenizers cannot read the file; they raise what they like.
-    """
+    """Write the file's model and tokenizer as a Hugging Face folder. Raises ModelError where something that the file
+    says cannot be carried over, and what transformers, gguf and tokenizers like where they cannot read it."""
     where, config = {"gguf_file": file.name}, read_config(file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -91,16 +87,16 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def read_config(file: Path) -> PreTrainedConfig:
-    """The config of the file's model, from its header; no weight is read.
-
-    Raises:
-        As `convert`.
-    """
+    """The config of the file's model, from its header; no weight is read. Raises as `convert`."""
     reader = GGUFReader(file)
     said, tensors = _header(reader), {tensor.name: tensor for tensor in reader.tensors}
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    factors = {name: dequantize(t.data, t.tensor_type) for name in FACTORS if (t := tensors.get(name)) is not None}
-    carry_over(config, said, list(tensors), {name: values.flatten().tolist() for name, values in factors.items()})
+    factors = {
+        name: dequantize(tensors[name].data, tensors[name].tensor_type).flatten().tolist()
+        for name in FACTORS
+        if name in tensors
+    }
+    carry_over(config, said, list(tensors), factors)
     _check_places(config, said["general.architecture"], tensors.keys() - set(FACTORS))
     return config
 
@@ -111,11 +107,7 @@ def _header(reader: GGUFReader) -> dict[str, Any]:
 
 
 def end_tokens(file: Path) -> list[int]:
-    """The tokens that end an answer by the file's header.
-
-    Raises:
-        OSError, ValueError: it is no GGUF file.
-    """
+    """The tokens that end an answer by the file's header. Raises OSError or ValueError where it is no GGUF file."""
     said = _header(GGUFReader(file))
     kinds = ("eos", "eot", "eom")  # end of text, of a turn, of a message
     return list(dict.fromkeys(said[key] for kind in kinds if (key := f"tokenizer.ggml.{kind}_token_id") in said))
@@ -124,17 +116,9 @@ def end_tokens(file: Path) -> list[int]:
 def carry_over(
     config: PreTrainedConfig, said: dict[str, Any], tensors: Iterable[str], factors: dict[str, list[float]]
 ) -> None:
-    """Put into a config what the header says and transformers' conversion has passed over.
-
-    Args:
-        config: By that conversion; changed in place.
-        said: The header.
-        tensors: Names of the file's tensors.
-        factors: Those of them that divide rotary frequencies.
-
-    Raises:
-        ModelError: a key has no place in this kind of model.
-    """
+    """Put into a config, made by transformers' conversion, what that has passed over of the header, `said`, and of the
+    tensors; `factors`: those of them that divide rotary frequencies. Raises ModelError where a key has no place in this
+    kind of model."""
     architecture = said["general.architecture"]
     own = {key.removeprefix(f"{architecture}."): value for key, value in said.items() if key.startswith(architecture)}
     taken = _taken(architecture, said, tensors, str(config.model_type))
@@ -149,18 +133,19 @@ def carry_over(
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if whole else config.head_dim
     _carry_rope(config, own, factors, architecture)
     for key, value in own.items():
-        name = SAME.get(key)
         if key in taken or key in ABOUT or key.startswith("rope.") or (key in NOTHING and value == NOTHING[key]):
             continue
-        if key == "attention.value_length" and value == _head_size(config):
-            continue
-        if key == "attention.key_length" and value == _head_size(config):
+        if key in ("attention.key_length", "attention.value_length") and value == _head_size(config):
             continue
         if key == "attention.sliding_window" and value >= config.max_position_embeddings:
             continue
         if key == "attention.sliding_window_pattern" and hasattr(config, "layer_types"):
-            config.layer_types = _layer_types(value, config.num_hidden_layers)
+            # For each layer whether it slides, or every how many layers one does not.
+            layers = range(config.num_hidden_layers)
+            slides = value if isinstance(value, list) else [bool((layer + 1) % value) for layer in layers]
+            config.layer_types = ["sliding_attention" if slide else "full_attention" for slide in slides]
             continue
+        name = SAME.get(key)
         if name is None or not hasattr(config, name) or not _slides(config, name):
             raise _refusal(f"{architecture}.{key} = {value!r:.80}", config)
         setattr(config, name, value)
@@ -172,24 +157,20 @@ def _taken(architecture: str, said: dict[str, Any], tensors: Iterable[str], mode
         mapping = GGUF_CONFIG_MAPPING.get(model_type.removesuffix("_text")) or GGUF_CONFIG_MAPPING[architecture]
         return {key for key, name in mapping.items() if name is not None}
     seen = _Seen(said | {"tokenizer.ggml.tokens": 0})
-    get_gguf_config(seen, tuple(tensors))
+    get_gguf_config(seen, tuple(tensors))  # pyright: ignore[reportArgumentType] - all that it takes of a dict
     return {key.removeprefix(f"{architecture}.") for key in seen.asked}
 
 
-class _Seen(dict):
+class _Seen(UserDict):
     """Notes which keys were asked for."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, said: dict[str, Any]) -> None:
+        super().__init__(said)
         self.asked: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
 
 
 def _refusal(fact: str, config: PreTrainedConfig) -> ModelError:
@@ -201,12 +182,6 @@ def _refusal(fact: str, config: PreTrainedConfig) -> ModelError:
 
 def _head_size(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
-    """llama.cpp's pattern: for each layer whether it slides, or every how many layers one does not."""
-    slides = pattern if isinstance(pattern, list) else [bool((layer + 1) % pattern) for layer in range(n_layers)]
-    return ["sliding_attention" if layer_slides else "full_attention" for layer_slides in slides]
 
 
 def _slides(config: PreTrainedConfig, name: str) -> bool:

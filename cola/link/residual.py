@@ -12,7 +12,7 @@ product for all links, and no rounding at all.
 Axes: O output features, I input features, R rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
@@ -26,21 +26,13 @@ from cola.link.base import Base, as_stored, linear, weight_of
 
 @dataclass(frozen=True)
 class Pair:
-    """One matrix's share of a link, kept in float32 on the CPU: W <- rows * (W + scale * B @ A).
-
-    Attributes:
-        A_RI: Reads the input.
-        B_OR: Writes the output.
-        scale: alpha / rank, or alpha / sqrt(rank).
-        rows_O: DoRA's factor of each row of the weight; None: 1.
-        magnitude_O: DoRA's trained length of each row.
-    """
+    """One matrix's share of a link, kept in float32 on the CPU: W <- rows * (W + scale * B @ A)."""
 
     A_RI: Tensor
     B_OR: Tensor
-    scale: float
-    rows_O: Tensor | None = None
-    magnitude_O: Tensor | None = None
+    scale: float  # alpha / rank, or alpha / sqrt(rank)
+    rows_O: Tensor | None = None  # DoRA's factor of each row of the weight; None: 1
+    magnitude_O: Tensor | None = None  # DoRA's trained length of each row
 
     def without(self, other: "Pair") -> "Pair":
         """scale * (B @ A - other's B @ A) as one pair of both ranks."""
@@ -57,10 +49,6 @@ class Pair:
         """The pair that takes this one away."""
         return Pair(self.A_RI, -self.B_OR, self.scale)
 
-    def times(self, share: float) -> "Pair":
-        """A share of the update."""
-        return self if share == 1 else replace(self, scale=self.scale * share)
-
 
 BLOCK = 1 << 20  # entries of a matrix that are worked on at a time: 4 MB in float32, a dozen of which are needed
 
@@ -69,12 +57,8 @@ Residual: TypeAlias = list[LinkWeights]
 
 
 def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the links have made of one matrix W: rows * W + B A, as B (O, K), A (K, I) and rows (O,), None where no link
-    scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k].
-
-    Raises:
-        KeyError: no link touched the module.
-    """
+    """What the links that touched one matrix W have made of it: rows * W + B A, as B (O, K), A (K, I) and rows (O,),
+    None where no link scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k]."""
     pairs = [link[name] for link in residual if name in link]
     if not pairs:
         raise KeyError(name)
@@ -90,7 +74,7 @@ def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | Non
 
 def times(link: LinkWeights, share: float) -> LinkWeights:
     """A share of each of a link's updates."""
-    return {name: pair.times(share) for name, pair in link.items()}
+    return {name: replace(pair, scale=pair.scale * share) for name, pair in link.items()}
 
 
 def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:
@@ -114,12 +98,13 @@ def stacked(residual: Residual) -> LinkWeights:
     """The whole chain as one pair of each module, of rank Σ r_i. No link may have scaled rows."""
     whole = {}
     scales = {pair.scale for link in residual for pair in link.values()}
+    scale = scales.pop() if len(scales) == 1 else None
     for name in modules_of(residual):
         B_OK, A_KI, rows_O = factors(residual, name)
         assert rows_O is None
-        if len(scales) == 1:  # alpha / rank stays what it was, and not even the scaling rounds
+        if scale is not None:  # alpha / rank stays what it was, and not even the scaling rounds
             B_OK = torch.cat([link[name].B_OR for link in residual if name in link], dim=1)
-        whole[name] = Pair(A_KI, B_OK, scales.copy().pop() if len(scales) == 1 else 1.0)
+        whole[name] = Pair(A_KI, B_OK, 1.0 if scale is None else scale)
     return whole
 
 
@@ -127,9 +112,7 @@ def compressed(residual: Residual, rank: int) -> tuple[LinkWeights, dict[str, tu
     """The best approximation of the chain by one pair of at most this rank per module, by singular values.
 
     From the factors alone: with B = Q R and A^T = P S, the singular values of B A are those of the small R S^T.
-
-    Returns:
-        The pairs; and the squared Frobenius norm of each module's update that is kept, and all of it.
+    Beside the pairs: of each module the squared Frobenius norm of the update that is kept, and all of it.
     """
     pairs, energy = {}, {}
     for name, pair in stacked(residual).items():
@@ -150,20 +133,13 @@ def modules_of(residual: Residual) -> list[str]:
 
 @dataclass(frozen=True)
 class Applied:
-    """What tying a link did to one matrix, against what was learned.
+    """What tying a link did to one matrix: of all links together, what the weights now hold above W_0 (applied) against
+    the sum of the pairs (learned)."""
 
-    Attributes:
-        relative_size: ||W_k - W_{k-1}||_F / ||W_0||_F, before any rounding.
-        unchanged: Share of the matrix's entries that the knot left as they were, in the dtype they are kept in.
-        error: ||applied - learned||_F / ||learned||_F of all links together: what the weights now hold above W_0, and
-            the sum of the pairs. None where nothing was learned.
-        cosine: Between the two; None where one of them is zero.
-    """
-
-    relative_size: float
-    unchanged: float
-    error: float | None
-    cosine: float | None
+    relative_size: float  # ||W_k - W_{k-1}||_F / ||W_0||_F, before any rounding
+    unchanged: float  # share of the entries that the knot left as they were, in the dtype they are kept in
+    error: float | None  # ||applied - learned||_F / ||learned||_F; None where nothing was learned
+    cosine: float | None  # between the two; None where one of them is zero
 
 
 @torch.no_grad()
@@ -175,20 +151,14 @@ def write(
     merge: str = "exact",
     before: Residual | None = None,
 ) -> dict[str, Applied]:
-    """Make the function of `names` that of base + residual.
+    """Make the function of the modules `names` that of base + residual, the links tied so far.
 
     Args:
-        model: Changed in place.
-        base: Its own weights.
-        residual: The links tied so far.
-        names: Modules to be brought up to date.
         merge: `exact`: added in float32 to the base and cast once to each weight's dtype; `naive`: link by link, in
             place as PEFT's merge does it, which rounds each time; `no`: beside the weights, which stay the base's. A
             quantized base has it beside whatever is asked for.
-        before: The links tied before this knot, where it is to be accounted for.
-
-    Returns:
-        What each matrix was given, if `before` is said. Pairs beside the weights are applied as they were learned.
+        before: The links tied before this knot. With them, what each matrix was given is returned; pairs beside the
+            weights are applied as they were learned.
     """
     done: dict[str, Applied] = {}
     for name in names:
@@ -203,7 +173,8 @@ def write(
         weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
         now, then = _Links(residual, name, weight.device), _Links(before or [], name, weight.device)
         sums: dict[str, Tensor] = {}
-        for rows in _blocks(pristine_OI):
+        n_rows = max(1, BLOCK // pristine_OI.shape[1])
+        for rows in (slice(first, first + n_rows) for first in range(0, len(pristine_OI), n_rows)):
             pristine_bI = pristine_OI[rows].to(weight.device, torch.float32, copy=True)
             if not beside:
                 weight_OI[rows] = now.tied(pristine_bI, rows, merge, weight.dtype)
@@ -275,10 +246,3 @@ class _Links:
         B_OK, A_KI = self.stacked
         low_rank_bI = B_OK[rows] @ A_KI
         return low_rank_bI if self.rows_O is None else low_rank_bI + (self.rows_O[rows] - 1) * pristine_bI
-
-
-def _blocks(matrix_OI: Tensor) -> Iterator[slice]:
-    """Rows of a matrix, some at a time."""
-    n_rows = max(1, BLOCK // matrix_OI.shape[1])
-    for first in range(0, len(matrix_OI), n_rows):
-        yield slice(first, min(first + n_rows, len(matrix_OI)))

@@ -31,9 +31,8 @@ from cola.link.targets import target_names
 from cola.recipe.methods import Lora, Settings
 from cola.recipe.plan import Link
 
-ROW_LENGTH = 1 / math.sqrt(
-    3
-)  # E|a|^2 = 1/3 for a row of a Kaiming-uniform A (a = sqrt 5): entries U(-1/sqrt I, 1/sqrt I)
+# E|a|^2 = 1/3 for a row of a Kaiming-uniform A (a = sqrt 5): entries U(-1/sqrt I, 1/sqrt I)
+ROW_LENGTH = 1 / math.sqrt(3)
 
 Gradients = Callable[[PreTrainedModel, Link, Sequence[str]], dict[str, Tensor]]
 
@@ -50,8 +49,6 @@ def draw(
     """Redraw the attached pair as the link's `init` says; what PEFT has drawn already is left.
 
     Args:
-        model: Carries the pair.
-        link: Says how, and gives the seed.
         base: Where `pissa` takes the pair out of.
         learned: The links tied before.
         gradients: Gives the full gradient (O, I) of the named modules' weights, float32, over the link's first batches.
@@ -65,25 +62,23 @@ def draw(
         return
     layers = adapters.pair_layers(model)
     init, rank = link.settings.init, link.settings.rank
-    generator = torch.Generator().manual_seed(link.seed)
+    generator, rows = torch.Generator().manual_seed(link.seed), {}
     if init == "gradient":
         with torch.enable_grad():
             full_gradients = gradients(model, link, list(layers))
-        for name, gradient_OI in full_gradients.items():
-            A_RI, _ = adapters.factors_of(layers[name])
-            A_RI.copy_(ROW_LENGTH * top_right_vectors(gradient_OI, rank, generator))
+        rows = {name: top_right_vectors(G_OI, rank, generator) for name, G_OI in full_gradients.items()}
     elif init == "orthogonal":
-        for name, layer in layers.items():
-            used = [links[name].A_RI for links in learned if name in links]
-            if used:
-                A_RI, _ = adapters.factors_of(layer)
-                A_RI.copy_(ROW_LENGTH * orthogonal_rows(torch.cat(used), rank, generator))
+        used = {name: [links[name].A_RI for links in learned if name in links] for name in layers}
+        rows = {name: orthogonal_rows(torch.cat(As), rank, generator) for name, As in used.items() if As}
     elif init == "pissa":
         for layer in layers.values():
             layer.pissa_init(adapters.ADAPTER, "pissa")
             A_RI, B_OR = (factor.detach().to("cpu", copy=True) for factor in adapters.factors_of(layer))
             adapters.take_out(layer, residual.Pair(A_RI, B_OR, float(layer.scaling[adapters.ADAPTER])))
         hold_out(model, base, learned)
+    for name, rows_RI in rows.items():
+        A_RI, _ = adapters.factors_of(layers[name])
+        A_RI.copy_(ROW_LENGTH * rows_RI)
 
 
 def hold_out(model: PreTrainedModel, base: Base, learned: Residual) -> None:
@@ -123,11 +118,8 @@ def orthogonal_rows(used_KI: Tensor, rank: int, generator: torch.Generator) -> T
 
 
 def check_room(skeleton: PreTrainedModel, links: Sequence[Settings]) -> None:
-    """Whether the model's matrices have room for the directions that the starts of these links ask for.
-
-    Raises:
-        ModelError: names the module, its size and what would fit.
-    """
+    """Raise ModelError where a matrix of the model has no room for the directions that the starts of these links ask
+    for."""
     used: dict[str, int] = {}
     for number, pair in enumerate(links, 1):
         if not isinstance(pair, Lora):

@@ -33,21 +33,15 @@ LENGTHS = (8, 24, 40)  # of the rows that are counted
 COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
 SHAPELESS = {"init", "init_batches", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"}
 
-
 Lengths: TypeAlias = Sequence[tuple[int, int]]  # of rows: tokens, and target tokens among them
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some training.
+    """Of some training."""
 
-    Attributes:
-        flops: Floating-point operations, forward and backward.
-        positions: Positions that passed through the model, virtual ones too, padding not.
-    """
-
-    flops: float
-    positions: int
+    flops: float  # floating-point operations, forward and backward
+    positions: int  # that passed through the model, virtual ones too, padding not
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.positions + other.positions)
@@ -59,21 +53,13 @@ class Cost:
 
 @dataclass
 class Meter:
-    """Counts what links cost on the training rows.
+    """Counts what links cost on the training rows."""
 
-    Attributes:
-        skeleton: The model without weights.
-        rows: Tokens and target tokens of each training row; empty where each seed draws its own.
-        redrawn: The same of each seed's own rows.
-        checkpointing: Whether activations are computed twice.
-        trouble: Why a link could not be counted; its FLOPs are nan then.
-    """
-
-    skeleton: PreTrainedModel
-    rows: Lengths
-    checkpointing: bool
-    redrawn: Mapping[int, Lengths] = field(default_factory=dict)
-    trouble: str | None = None
+    skeleton: PreTrainedModel  # without weights
+    rows: Lengths  # of the training rows; empty where each seed draws its own
+    checkpointing: bool  # whether activations are computed twice
+    redrawn: Mapping[int, Lengths] = field(default_factory=dict)  # of each seed's own rows
+    trouble: str | None = None  # why a link could not be counted; its FLOPs are nan then
     # Not shared by `replace`, which may change what is counted.
     _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict, init=False)
 
@@ -105,13 +91,10 @@ class Meter:
     def _start(self, pair: Lora, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
         """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
         activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
-        head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
-        for name in target_names(self.skeleton, pair.target_modules):
-            product = 2 * math.prod(shape_of(self.skeleton, name))
-            if self.skeleton.get_submodule(name) is head:
-                at_target += product
-            else:
-                at_row += product
+        head, names = self.skeleton.get_output_embeddings(), target_names(self.skeleton, pair.target_modules)
+        products = {name: 2 * math.prod(shape_of(self.skeleton, name)) for name in names}
+        at_target = sum(products[name] for name in names if self.skeleton.get_submodule(name) is head)
+        at_row = sum(products.values()) - at_target
         tokens, targets = (sum(n) for n in zip(*(known[row] for rows in order for row in rows), strict=True))
         return sum(self._steps(pair, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
 
@@ -119,30 +102,25 @@ class Meter:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
         # What changes no shape is left out; counting takes seconds, so it is remembered.
         key = {key: value for key, value in settings.record().items() if key not in SHAPELESS}
-        model = [
-            repr(self.skeleton.config.to_dict()),
-            type(self.skeleton).__module__,
-        ]  # its own code's holds its digest
+        # The module's name of a model's own code holds its digest.
+        model = [repr(self.skeleton.config.to_dict()), type(self.skeleton).__module__]
         name = digest([*model, key, checkpointing, torch.__version__, COUNT_VERSION])
+        note = cache_dir() / "flops" / name
+        if name not in self._shapes and note.is_file():
+            self._shapes[name] = tuple(json.loads(note.read_text(encoding="utf-8")))
         if name not in self._shapes:
-            note = cache_dir() / "flops" / name
-            if note.is_file():
-                self._shapes[name] = tuple(json.loads(note.read_text(encoding="utf-8")))
-                return self._shapes[name]
             try:
                 model = copy.deepcopy(self.skeleton).requires_grad_(False)
                 if not isinstance(settings, VirtualTokens):  # which are stood in for
                     model = adapters.attach(model, settings, 0)
-                counts, per_target = zip(
-                    *(self._count(model, settings, length, checkpointing) for length in LENGTHS), strict=True
-                )
+                counts = [self._count(model, settings, length, checkpointing) for length in LENGTHS]
             # A model's own code may ask the meta device for values, and fail in any way: no reason to lose an arm.
             except Exception as error:
                 self.trouble = self.trouble or f"{type(error).__name__}: {one_line(error, 200)}"
                 self._shapes[name] = [math.nan], math.nan
             else:
-                polynomial = [float(factor) for factor in np.polyfit(LENGTHS, counts, 2).round(3)]
-                self._shapes[name] = polynomial, per_target[0]
+                polynomial = np.polyfit(LENGTHS, [flops for flops, _ in counts], 2).round(3)
+                self._shapes[name] = polynomial.tolist(), counts[0][1]
                 write_text(note, json.dumps(self._shapes[name]))
         return self._shapes[name]
 

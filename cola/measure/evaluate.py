@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cola.data.answers import normalized, up_to, usual_stops
 from cola.data.batches import by_tokens, collate, training_row
@@ -38,53 +38,34 @@ EVALUATION_VERSION = 2  # part of what a kept score depends on: raise it when th
 
 PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
-
 Decoding: TypeAlias = Literal["padded", "alike", "plain"]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model.
+    """How a model is asked: the quick way, or a slower one that is right where the quick one is not for this model."""
 
-    Attributes:
-        rows: Several in one pass, or each alone.
-        choices: Continued from the prompt's cache, or each read as a row of its own.
-        decoding: By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time
-            by plain passes over one prompt.
-        positions: Those that the model has, where decoding could go beyond them.
-    """
-
-    rows: Literal["together", "alone"] = "together"
-    choices: Literal["cached", "plain"] = "cached"
+    rows: Literal["together", "alone"] = "together"  # several in one pass, or each alone
+    choices: Literal["cached", "plain"] = "cached"  # continued from the prompt's cache, or each a row of its own
+    # By `generate` on prompts that are padded on the left, on prompts of one length, or one token at a time by plain
+    # passes over one prompt.
     decoding: Decoding = "padded"
-    positions: int | None = None
+    positions: int | None = None  # those that the model has, where decoding could go beyond them
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores examples of one task.
+    """Scores examples of one task."""
 
-    Attributes:
-        task: `multiple_choice`, `answer` or `text`.
-        tokenizer: Decodes generated answers.
-        normalize: What exact match ignores.
-        batch_tokens: Tokens in one forward pass.
-        autocast: Gives the context of the run's precision.
-        answer_tokens: Longest right answer of the data; decoding stops a little after it.
-        stop: Strings that end a decoded answer, beside the end tokens.
-        ends: Tokens that end one, the tokenizer's own always among them.
-        ways: How the model is asked, as `cola.selfcheck` found it.
-    """
-
-    task: str
+    task: str  # `multiple_choice`, `answer` or `text`
     tokenizer: PreTrainedTokenizerBase
-    normalize: Sequence[str]
-    batch_tokens: int
-    autocast: Callable[[], AbstractContextManager[None]]
-    answer_tokens: int
-    stop: Sequence[str] = ()
-    ends: Sequence[int] = ()
-    ways: Ways = Ways()
+    normalize: Sequence[str]  # what exact match ignores
+    batch_tokens: int  # in one forward pass
+    autocast: Callable[[], AbstractContextManager[None]]  # the context of the run's precision
+    answer_tokens: int  # of the data's longest right answer; decoding stops a little after it
+    stop: Sequence[str] = ()  # strings that end a decoded answer, beside the end tokens
+    ends: Sequence[int] = ()  # tokens that end one, beside the tokenizer's own
+    ways: Ways = Ways()  # how the model is asked, as `selfcheck` found it
 
     @classmethod
     def of(
@@ -124,9 +105,8 @@ class Evaluator:
         A passage at a time, since its logits are wanted at every position: of 4096 tokens they would take 2.5 GB under
         a vocabulary of 150,000.
         """
-        ways = Ways(rows=self.ways.rows)
         text = replace(self, task="text", normalize=[], batch_tokens=PASSAGE_TOKENS, answer_tokens=0, stop=(), ends=())
-        return text.asking(ways)
+        return text.asking(Ways(rows=self.ways.rows))
 
     def asking(self, ways: Ways) -> "Evaluator":
         """The one that asks a model in these ways."""
@@ -139,9 +119,7 @@ class Evaluator:
 
     def causes(self) -> dict[str, Any]:
         """What a score depends on besides the weights, their precision and the examples."""
-        several = {"ends": sorted(self.end_tokens)} if self.task == "answer" and len(self.end_tokens) > 1 else {}
-        slower = {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}
-        return several | {
+        causes = {
             "version": EVALUATION_VERSION,
             "task": self.task,
             "normalize": list(self.normalize),
@@ -149,8 +127,12 @@ class Evaluator:
             "answer_tokens": self.answer_tokens,
             "stop": list(self.stop),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **({"ways": slower} if slower else {}),
         }
+        if self.task == "answer" and len(self.end_tokens) > 1:
+            causes["ends"] = sorted(self.end_tokens)
+        if slower := {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}:
+            causes["ways"] = slower
+        return causes
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, examples: Sequence[Example]) -> list[ExampleScore]:
@@ -220,6 +202,8 @@ class Evaluator:
 
         What stands before a right answer (the answer prefix) is taken off where the model says it too.
         """
+        if self.ways.decoding == "plain":
+            return [self._plainly(model, example) for example in examples]
         texts = {}
         ends = self.end_tokens  # load_splits refuses task answer without one
         # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
@@ -234,9 +218,6 @@ class Evaluator:
         ]
         for group, new_tokens in groups:
             before = [self._right(e)[0] for e in group]
-            if self.ways.decoding == "plain":
-                texts |= {e.id: self._plainly(model, e, b, new_tokens) for e, b in zip(group, before, strict=True)}
-                continue
             input_ids_BT, mask_BT = left_padded([e.prompt for e in group], ends[0])
             width = input_ids_BT.shape[1]
             output = model.generate(  # pyright: ignore[reportCallIssue]
@@ -246,11 +227,25 @@ class Evaluator:
                 do_sample=False,
                 pad_token_id=ends[0],
                 eos_token_id=ends,
-                stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
+                stopping_criteria=StoppingCriteriaList([self._stopping(before, width)] if self.stop else []),
             )
             rows = zip(group, output[:, width:].tolist(), before, strict=True)
             texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
         return [texts[example.id] for example in examples]
+
+    def _stopping(self, before: Sequence[str], width: int) -> Callable[..., Tensor]:
+        """Ends each row of a batch once a stop string has ended its answer.
+
+        transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
+        """
+
+        def ended(input_ids: Tensor, _scores: Tensor, **_: object) -> Tensor:
+            rows = zip(input_ids[:, width:].tolist(), before, strict=True)
+            return torch.tensor(
+                [self._said(tokens, its_before)[1] for tokens, its_before in rows], device=input_ids.device
+            )
+
+        return ended
 
     def _room(self, model: PreTrainedModel, example: Example) -> int:
         """New tokens that decoding may come to: the last one that follows from the model's last position at most."""
@@ -258,10 +253,11 @@ class Evaluator:
             return self.new_tokens
         return min(self.new_tokens, self.ways.positions - virtual_tokens(model) - len(example.prompt) + 1)
 
-    def _plainly(self, model: PreTrainedModel, example: Example, before: str, new_tokens: int) -> str:
+    def _plainly(self, model: PreTrainedModel, example: Example) -> str:
         """The greedy answer, each of its tokens by a plain pass over all before it."""
         tokens: list[int] = []
-        while len(tokens) < new_tokens and not self._said(tokens, before)[1]:
+        before, _ = self._right(example)
+        while len(tokens) < self._room(model, example) and not self._said(tokens, before)[1]:
             token = int(last_logits(model, example.prompt + tokens).argmax())
             if token in self.end_tokens:
                 break
@@ -290,18 +286,3 @@ def _chosen(example: Example, scores: Sequence[float]) -> ExampleScore:
     """The result of an example, from -log p of each of its choices."""
     best, right = min(range(len(scores)), key=scores.__getitem__), example.answers[example.gold]
     return ExampleScore(example.id, scores[example.gold], len(right), float(best == example.gold), best, example.group)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends each row of a batch once a stop string has ended its answer.
-
-    transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
-    """
-
-    def __init__(self, evaluator: Evaluator, before: Sequence[str], width: int) -> None:
-        self.evaluator, self.before, self.width = evaluator, before, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
-        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
-        ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
-        return torch.tensor(ended, device=input_ids.device)

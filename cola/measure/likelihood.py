@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from cola.data.batches import by_tokens, collate
 from cola.data.encode import Example
-from cola.link.forward import logits_after, logits_and_cache, logits_at
+from cola.errors import ModelError
+from cola.link.adapters import unwrapped
+from cola.link.forward import logits_and_cache, logits_at
 
 
 def last_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
@@ -51,20 +53,21 @@ def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[lis
     prompts = collate([(example.id, example.prompt, example.answers[0][:1]) for example in examples]).to(model.device)
     prompts_BT, last_BT = prompts.input_ids_BT[:, :-1], prompts.predicts_BT[:, :-1]
     longest = max(len(answer) for example in examples for answer in example.answers)
-    cache = None
-    if longest > 1:
-        logits_BV, cache = logits_and_cache(model, prompts_BT, last_BT)
-    else:
-        logits_BV = logits_at(model, prompts_BT, last_BT)
+    long = longest > 1
+    logits_BV, cache = logits_and_cache(model, prompts_BT, last_BT, use_cache=long)
     first_BC = torch.tensor([[answer[0] for answer in example.answers] for example in examples], device=model.device)
     nats_BC = -logits_BV.log_softmax(-1).gather(1, first_BC)
-    if cache is not None:
+    if long:
+        if cache is None:
+            raise ModelError(f"{type(model).__name__} gives no cache of keys and values")
         cache.batch_repeat_interleave(n_choices)
         answers = [answer for example in examples for answer in example.answers]
         rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for answer in answers])
         real_QT = torch.tensor([[t < len(answer) - 1 for t in range(longest)] for answer in answers])
         rest_ids_QT, real_QT = rest.input_ids_BT.to(model.device), real_QT.to(model.device)
-        logits_NV = logits_after(cache, model, rest_ids_QT, real_QT)
+        # The cache has the virtual tokens, which PEFT's wrapper would put before the rest once more.
+        going_on = {"use_cache": True, "past_key_values": cache}
+        logits_NV, _ = logits_and_cache(unwrapped(model), rest_ids_QT, real_QT, **going_on)
         targets_N = torch.tensor([token for answer in answers for token in answer[1:]], device=model.device)
         rest_Q = torch.zeros(len(answers), device=model.device)
         rows_N = repeat(torch.arange(len(answers), device=model.device), "q -> q t", t=longest)[real_QT]

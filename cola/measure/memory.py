@@ -28,15 +28,8 @@ def restart_peaks(device: torch.device) -> bool:
 
 
 def need_memory(n_trained: int, device: torch.device) -> None:
-    """Check that what a link trains has room, which is the least that its training takes.
-
-    Args:
-        n_trained: Parameters.
-        device: That computes.
-
-    Raises:
-        ModelError: it has not.
-    """
+    """Raise ModelError where the parameters that a link trains have no room, which is the least that its training
+    takes."""
     room, wanted = memory_of(device), TRAINED_BYTES * n_trained
     if wanted > room:
         raise ModelError(
@@ -54,22 +47,15 @@ def memory_of(device: torch.device) -> int:
 
 
 def peaks(device: torch.device, process: bool) -> dict[str, int | None]:
-    """Largest memory in bytes since `restart_peaks`; None where it is not known.
-
-    Args:
-        device: That computes.
-        process: What `restart_peaks` said.
+    """Largest memory in bytes since `restart_peaks`, which said `process`; None where it is not known.
 
     Returns:
         `accelerator`: allocated on the GPU; `process`: resident, of this process.
     """
-    on_gpu = device.type == "cuda"
-    return {
-        "accelerator": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "process": _peak_resident() if process else None,
-    }
-
-
-def _peak_resident() -> int | None:
-    peak = re.search(r"^VmHWM:\s*(\d+) kB$", (PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
-    return int(peak[1]) * 1024 if peak else None
+    resident = None
+    if process:
+        status = (PROCESS / "status").read_text(encoding="utf-8")
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+        resident = int(peak[1]) * 1024 if peak else None
+    allocated = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {"accelerator": allocated, "process": resident}

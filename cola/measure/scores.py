@@ -12,36 +12,21 @@ from cola.data.encode import Example
 
 @dataclass(frozen=True)
 class ExampleScore:
-    """One example's result.
+    """One example's result."""
 
-    Attributes:
-        id: The example's.
-        nats: -log p of the right answer, summed over its tokens.
-        tokens: Their number.
-        score: 1.0 or 0.0; None for plain text.
-        prediction: Index of the chosen answer, or the decoded one.
-        group: The example's.
-    """
-
-    id: str
-    nats: float
-    tokens: int
-    score: float | None
-    prediction: int | str | None
-    group: str | None
+    id: str  # the example's
+    nats: float  # -log p of the right answer, summed over its tokens
+    tokens: int  # their number
+    score: float | None  # 1.0 or 0.0; None for plain text
+    prediction: int | str | None  # index of the chosen answer, or the decoded one
+    group: str | None  # the example's
 
 
 def score_rows(
     examples: Sequence[Example], scores: Sequence[ExampleScore], tokenizer: PreTrainedTokenizerBase, prompts: bool
 ) -> list[dict[str, Any]]:
-    """The rows of scores/SPLIT.jsonl: each score with the right answer beside it.
-
-    Args:
-        examples: What was scored.
-        scores: Theirs, in the same order.
-        tokenizer: Gives the tokens that were read back as text.
-        prompts: Whether to add that text (of a task `text` all of it) and a multiple choice's answers.
-    """
+    """The rows of scores/SPLIT.jsonl: each score and the right answer of its example; with `prompts` also the text that
+    was read (of a task `text` all of it) and a multiple choice's answers."""
     rows = []
     for example, score in zip(examples, scores, strict=True):
         answer = example.texts[example.gold] if example.texts else None
@@ -67,12 +52,8 @@ def mean_score(scores: Iterable[ExampleScore]) -> float | None:
 
 
 def forgetting_of(before: Sequence[ExampleScore], after: Sequence[ExampleScore]) -> dict[str, Any]:
-    """What training has cost on a general text: its loss after training, before, and the difference.
-
-    Args:
-        before: Its passages by the untouched base.
-        after: The same by the model that is scored.
-    """
+    """What training has cost on a general text: the loss of its passages after training, `before` it, by the untouched
+    base, and the difference."""
     loss, start = mean_loss(after), mean_loss(before)
     tokens = sum(score.tokens for score in after)
     return {"loss": loss, "before": start, "forgetting": loss - start, "n": len(after), "tokens": tokens}

@@ -53,25 +53,15 @@ ROWS = 8  # examples whose tokens make the rows
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model and what it is tried on.
+    """A loaded model and what it is tried on."""
 
-    Attributes:
-        name: As the user calls it.
-        model: With whatever is attached to it.
-        evaluator: Will score it.
-        examples: Rows at hand.
-        n_virtual: Virtual tokens that an arm will put before a row.
-        trains: Whether something will be trained.
-        full: Whether all weights will.
-    """
-
-    name: str
-    model: PreTrainedModel
-    evaluator: Evaluator
-    examples: Sequence[Example]
-    n_virtual: int = 0
-    trains: bool = False
-    full: bool = False
+    name: str  # as the user calls it
+    model: PreTrainedModel  # with whatever is attached to it
+    evaluator: Evaluator  # will score it
+    examples: Sequence[Example]  # rows at hand
+    n_virtual: int = 0  # virtual tokens that an arm will put before a row
+    trains: bool = False  # whether something will be trained
+    full: bool = False  # whether all weights will
 
     def refuse(self, why: str) -> NoReturn:
         """Raise a ModelError that names the model."""
@@ -79,13 +69,11 @@ class Subject:
 
 
 def self_check(subject: Subject) -> dict[str, Any]:
-    """Try a model; it is left in eval mode, as it was.
+    """Try a model, which is left in eval mode, as it was. Raises ModelError where it is not what cola relies on, and
+    there is no slower way that is right.
 
     Returns:
         The record: `ways` (of `Ways`), the differences that were found, `tolerance`, `notes` for the user, `seconds`.
-
-    Raises:
-        ModelError: it is not what cola relies on, and there is no slower way that is right.
     """
     started = perf_counter()
     model, evaluator = subject.model.eval(), subject.evaluator
@@ -164,7 +152,7 @@ class _Trial:
         if not all(logits.isfinite().any(-1).all() and not logits.isnan().any() for logits in self.whole):
             self.subject.refuse(f"its logits are no finite numbers in {str(self.dtype).removeprefix('torch.')}")
         later, rounding = self._later_token(), self._longer_row()
-        batch = self._batch()
+        batch = self._apart(difference(self._at_last(self.rows), torch.stack([row[-TARGETS:] for row in self.whole])))
         together = batch <= self.tolerance
         if not together:
             self._refuse_if_random()
@@ -214,7 +202,6 @@ class _Trial:
         # What the place in the batch alone changes is rounding; where that is nothing, the tokens are what moved it.
         rounding = 4 * difference(logits, twins).max().item()
         if moved > min(WITHIN[self.dtype], max(FAINT, rounding)):
-            self._refuse_if_random()
             self._refuse_later(moved)
         return moved
 
@@ -223,17 +210,16 @@ class _Trial:
         length = len(self.rows[1])
         apart_N = difference(self._whole([self.rows[0][:length]])[0], self.whole[0][:length])
         if self._apart(apart_N) > 4 * ACROSS[self.dtype]:
-            self._refuse_if_random()
             self._refuse_later(self._apart(apart_N))
         # Of one token too, as decoding has it: other kernels compute that.
-        firsts = [
-            difference(self._whole([row[:1]])[0], logits[:1]) for row, logits in zip(self.rows, self.whole, strict=True)
-        ]
+        rows = zip(self.rows, self.whole, strict=True)
+        firsts = [difference(self._whole([row[:1]])[0], logits[:1]) for row, logits in rows]
         rounding = torch.cat([apart_N, *firsts]).max().item()
         self.tolerance = max(self.tolerance, 4 * min(rounding, 4 * ACROSS[self.dtype]))
         return rounding
 
     def _refuse_later(self, moved: float) -> NoReturn:
+        self._refuse_if_random()
         said = getattr(unwrapped(self.model).config, "is_causal", None) is False
         self.subject.refuse(
             f"a later token moves an earlier logit, by {moved:.2g} of the logits' spread, so the model sees the answer "
@@ -249,10 +235,6 @@ class _Trial:
         batch = collate([("", row[: 1 - TARGETS], [*row[1 - TARGETS :], 0]) for row in rows]).to(self.model.device)
         ids_BT, where_BT = batch.input_ids_BT[:, :-1], batch.predicts_BT[:, :-1]
         return logits_at(self.model, ids_BT, where_BT).unflatten(0, (len(rows), TARGETS))
-
-    def _batch(self) -> float:
-        want = torch.stack([logits[-TARGETS:] for logits in self.whole])
-        return self._apart(difference(self._at_last(self.rows), want))
 
     def _check_single_positions(self) -> None:
         apart = self._apart(difference(self._at_last(self.rows[:1]), self.whole[0][None, -TARGETS:]))
@@ -327,7 +309,11 @@ class _Trial:
 def _check_training(subject: Subject, rows: list[list[int]]) -> None:
     """A pass in training mode goes through and moves no buffer that what is kept of an arm would not hold."""
     model, evaluator = subject.model, subject.evaluator
-    if subject.full and (lost := [name for name in model.state_dict() if not _is_kept(model, name)]):
+    # A shared matrix is kept under one of its names.
+    buffers, parameters = set(kept_buffers(model)), set(map(id, model.parameters()))
+    state = model.state_dict(keep_vars=True)
+    lost = [name for name, entry in state.items() if name not in buffers and id(entry) not in parameters]
+    if subject.full and lost:
         subject.refuse(
             f"full fine-tuning cannot keep all of it: its state dict has {lost[0]}, neither parameter nor buffer"
         )
@@ -348,12 +334,6 @@ def _check_training(subject: Subject, rows: list[list[int]]) -> None:
         subject.refuse(
             f"training moves its buffer {moved[0]}, which is no weight: nothing that is kept of a link gives it back"
         )
-
-
-def _is_kept(model: PreTrainedModel, name: str) -> bool:
-    """Whether an entry of the state dict is in `whole_state`, maybe under another name of a shared matrix."""
-    entry = model.state_dict(keep_vars=True)[name]
-    return name in kept_buffers(model) or any(parameter is entry for parameter in model.parameters())
 
 
 def _line(error: Exception) -> str:

@@ -14,17 +14,17 @@ Pure functions on tensors: no files, no models. Axes: O output features, I input
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cola.link.residual import Residual, factors
+from cola.link.residual import Residual, factors, modules_of
 
 KEPT = 64  # singular values of a matrix that are recorded, and directions that are compared with full fine-tuning's
-ENERGY = 0.9  # share of the squared singular values that `rank_90` speaks of
 GRAM_FLOOR = 1e-7  # of the largest singular value: what is below cannot be told from zero in a Gram matrix
 TOP = 10  # left singular vectors of the tuned weights among which intruders are looked for
 SIMILAR = 0.5  # |cosine| with a singular vector of the base from which on a direction is the base's own
@@ -32,17 +32,11 @@ SIMILAR = 0.5  # |cosine| with a singular vector of the base from which on a dir
 
 @dataclass(frozen=True)
 class Svd:
-    """Singular values, largest first, and vectors; float64.
+    """Singular values, largest first, and vectors; float64."""
 
-    Attributes:
-        left_OR: Directions that the update writes to.
-        values_R: All values that are not zero; for a dense update there may be more of them than vectors.
-        right_IR: Directions that it reads from.
-    """
-
-    left_OR: Tensor
-    values_R: Tensor
-    right_IR: Tensor
+    left_OR: Tensor  # directions that the update writes to
+    values_R: Tensor  # all that are not zero; for a dense update there may be more of them than vectors
+    right_IR: Tensor  # directions that it reads from
 
     @property
     def rank(self) -> int:
@@ -65,14 +59,10 @@ def low_rank_svd(B_OK: Tensor, A_KI: Tensor) -> Svd:
 
 
 def dense_svd(update_OI: Tensor, most: int = KEPT) -> Svd:
-    """All singular values of a dense update and the vectors of the largest, by the Gram matrix of its smaller side.
-
-    Args:
-        update_OI: On the device that is to do it.
-        most: Vectors wanted.
-    """
+    """All singular values of a dense update and the vectors of the `most` largest, by the Gram matrix of its smaller
+    side, on the update's device."""
     update_OI = update_OI.double()
-    wide = update_OI.shape[0] <= update_OI.shape[1]
+    wide = _is_wide(update_OI)
     rows_DI = update_OI if wide else update_OI.T
     squares_D, vectors_DD = torch.linalg.eigh(rows_DI @ rows_DI.T)
     values_D = squares_D.flip(0).clamp(min=0).sqrt()
@@ -82,18 +72,16 @@ def dense_svd(update_OI: Tensor, most: int = KEPT) -> Svd:
     return Svd(near_DR, values_R, far_IR) if wide else Svd(far_IR, values_R, near_DR)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers of one update
 def effective_rank(values_R: Tensor) -> float:
     """exp of the entropy of s / Σ s (Roy & Vetterli, EUSIPCO 2007): n for n equal values, 1 for a single one."""
     shares_R = values_R / values_R.sum()
     return math.exp(torch.special.entr(shares_R).sum().item())
 
 
-def rank_at(values_R: Tensor, share: float = ENERGY) -> int:
-    """Fewest directions that hold a share of the energy Σ s²."""
+def rank_90(values_R: Tensor) -> int:
+    """Fewest directions that hold 90 % of the energy Σ s²."""
     energy_R = values_R.square().cumsum(0)
-    return int((energy_R < share * energy_R[-1]).sum()) + 1
+    return int((energy_R < 0.9 * energy_R[-1]).sum()) + 1
 
 
 def stable_rank(values_R: Tensor) -> float:
@@ -102,14 +90,10 @@ def stable_rank(values_R: Tensor) -> float:
 
 
 def numbers_of(values_R: Tensor, base_norm: float | None) -> dict[str, Any]:
-    """What is recorded of one matrix's update.
-
-    Args:
-        values_R: Its singular values, without zeros; empty where nothing was learned.
-        base_norm: ‖W_0‖_F; None where it is not known.
+    """What is recorded of one matrix's update, from its singular values without zeros; none where nothing was learned.
 
     Returns:
-        `rank`, `relative_size` (None without `base_norm`), `effective_rank`, `rank_90`, `stable_rank` (None for no
+        `rank`, `relative_size` (to `base_norm`, ‖W_0‖_F), `effective_rank`, `rank_90`, `stable_rank` (None for no
         update), `values` (the largest `KEPT`), `intruders` (None: not looked for).
     """
     size = values_R.norm().item()
@@ -118,15 +102,13 @@ def numbers_of(values_R: Tensor, base_norm: float | None) -> dict[str, Any]:
         "rank": len(values_R),
         "relative_size": size / base_norm if base_norm else None,
         "effective_rank": effective_rank(values_R) if some else None,
-        "rank_90": rank_at(values_R) if some else None,
+        "rank_90": rank_90(values_R) if some else None,
         "stable_rank": stable_rank(values_R) if some else None,
         "values": values_R[:KEPT].tolist(),
         "intruders": None,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Directions of two updates
 def overlap(one_DR: Tensor, other_DR: Tensor) -> float:
     """φ = ‖UᵀU'‖_F² / min(r, r') of two sets of orthonormal columns: 1 where the smaller span lies in the larger, 0
     where they are orthogonal (LoRA, arXiv 2106.09685, section 7.2)."""
@@ -139,14 +121,8 @@ def random_overlap(rank: int, other_rank: int, n_features: int) -> float:
 
 
 def both_sides(one: Svd, other: Svd, most: int | None = None) -> dict[str, float]:
-    """φ of the directions that two updates write to (`left`), of those they read from (`right`), and what random ones
-    would have, the mean of both sides (`random`).
-
-    Args:
-        one: An update.
-        other: Another one of the same matrix.
-        most: Only so many of the largest directions of each.
-    """
+    """φ of the directions that two updates of a matrix write to (`left`), of those they read from (`right`), and what
+    random ones would have, the mean of both sides (`random`). `most`: only so many of the largest of each."""
     left, other_left = one.left_OR[:, :most], other.left_OR[:, :most]
     right, other_right = one.right_IR[:, :most], other.right_IR[:, :most]
     ranks = left.shape[1], other_left.shape[1]
@@ -157,15 +133,12 @@ def both_sides(one: Svd, other: Svd, most: int | None = None) -> dict[str, float
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Whole chains
 def of_chain(
     links: Residual, norm_of: Callable[[str], float | None], full: Mapping[str, Svd] | None = None
 ) -> dict[str, Any]:
-    """The spectra of what each link added and of the chain, matrix by matrix.
+    """The spectra of what each link added and of the chain, matrix by matrix. No pair may have scaled rows.
 
     Args:
-        links: What each link added; no pair may have scaled rows.
         norm_of: ‖W_0‖_F of a matrix; None where it is not known.
         full: Full fine-tuning's update of (some of) the same matrices.
 
@@ -175,33 +148,26 @@ def of_chain(
         largest directions of both, `rank` being the fewest that any of the updates has; None without it).
     """
     matrices = {}
-    for name in sorted({name for link in links for name in link}):
-        svds: dict[str, Svd] = {}
+    for name in modules_of(links):
         mine = {f"link {number}": [link] for number, link in enumerate(links, 1) if name in link}
-        for update, part in [*mine.items(), ("chain", links)]:
-            if update == "chain" and len(mine) == 1:
-                svds[update] = next(iter(svds.values()))
-                continue
-            B_OK, A_KI, rows_O = factors(part, name)
-            assert rows_O is None
-            svds[update] = low_rank_svd(B_OK.double(), A_KI.double())
+        svds = {update: _svd_of(link, name) for update, link in mine.items()}
+        svds["chain"] = next(iter(svds.values())) if len(svds) == 1 else _svd_of(links, name)
         norm = norm_of(name)
         learned = {update: svd for update, svd in svds.items() if svd.rank}
+        pairs = combinations([update for update in learned if update != "chain"], 2)
         matrices[name] = {
             "shape": [len(svds["chain"].left_OR), len(svds["chain"].right_IR)],
             "updates": {update: numbers_of(svd.values_R, norm) for update, svd in svds.items()},
-            "overlap": _between([update for update in learned if update != "chain"], learned),
+            "overlap": [{"links": [a, b], **both_sides(learned[a], learned[b])} for a, b in pairs],
             "with_full": _with_full(learned, full[name]) if full and name in full and learned else None,
         }
     return matrices
 
 
-def _between(links: Sequence[str], svds: Mapping[str, Svd]) -> list[dict[str, Any]]:
-    return [
-        {"links": [one, other], **both_sides(svds[one], svds[other])}
-        for number, one in enumerate(links)
-        for other in links[number + 1 :]
-    ]
+def _svd_of(links: Residual, name: str) -> Svd:
+    B_OK, A_KI, rows_O = factors(links, name)
+    assert rows_O is None
+    return low_rank_svd(B_OK, A_KI)
 
 
 def _with_full(learned: Mapping[str, Svd], full: Svd) -> dict[str, Any] | None:
@@ -211,22 +177,13 @@ def _with_full(learned: Mapping[str, Svd], full: Svd) -> dict[str, Any] | None:
     return {"rank": rank, "updates": {update: both_sides(svd, full, rank) for update, svd in learned.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Intruders
 @dataclass(frozen=True)
 class Tuned:
-    """A matrix W + B A with the Gram matrix of its smaller side; the sum itself is never there.
+    """A matrix W + B A with the Gram matrix of its smaller side; the sum itself is never there."""
 
-    Attributes:
-        weight_OI: W, float64, on the device that is to do it.
-        gram_DD: M Mᵀ of M = W + B A where O <= I, else Mᵀ M.
-        B_OK: None where nothing is added.
-        A_KI: Likewise.
-    """
-
-    weight_OI: Tensor
-    gram_DD: Tensor
-    B_OK: Tensor | None = None
+    weight_OI: Tensor  # W, float64, on the device that is to do it
+    gram_DD: Tensor  # M Mᵀ of M = W + B A where O <= I, else Mᵀ M
+    B_OK: Tensor | None = None  # None where nothing is added
     A_KI: Tensor | None = None
 
     @classmethod
@@ -264,11 +221,7 @@ def _is_wide(weight_OI: Tensor) -> bool:
 
 
 def count_intruders(base_left_OM: Tensor, tuned_left_OT: Tensor) -> int:
-    """Left singular vectors of tuned weights that resemble none of the base's: |cosine| below `SIMILAR` with each
-    (Shuttleworth et al., arXiv 2410.21228, as PEFT's `reduce_intruder_dimension` finds them).
-
-    Args:
-        base_left_OM: All left singular vectors of the base's matrix.
-        tuned_left_OT: The first `TOP` of the tuned one.
-    """
+    """How many of the first `TOP` left singular vectors of a tuned matrix resemble none of all those of the base's:
+    |cosine| below `SIMILAR` with each (Shuttleworth et al., arXiv 2410.21228, as PEFT's `reduce_intruder_dimension`
+    finds them)."""
     return int(((tuned_left_OT.T @ base_left_OM).abs().amax(dim=1) < SIMILAR).sum())
