@@ -158,8 +158,7 @@ def _show(segment: Segment, terminal: Terminal) -> None:
         f"{made['packages']['torch']}, cola {made['cola']}" + (f" at {commit[:10]}{dirty}" if commit else ""),
         f"{size(segment.n_bytes)} in " + ", ".join(record["files"]),
     ]
-    for number, line in enumerate(lines):
-        terminal.say(("  " if number else "") + line)
+    terminal.say("\n  ".join(lines))
 
 
 def _trained(link: dict[str, Any]) -> str:

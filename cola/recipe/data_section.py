@@ -1,6 +1,7 @@
 """The section `data` of a recipe: where rows come from and how they are read. No torch."""
 
 import string
+from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
@@ -58,11 +59,9 @@ class Rows(Section):
 
 
 def _a_day(said: str) -> str:
-    try:
+    with suppress(ValueError):
         if date.fromisoformat(said).isoformat() == said:
             return said
-    except ValueError:
-        pass
     raise ValueError("a day is written as 2024-07-26")
 
 

@@ -44,10 +44,8 @@ def derived_seed(*causes: object) -> int:
 
 def budget_steps(training: Training, n_train: int) -> int:
     """Optimizer steps of the budget; an epoch's last batch may be smaller and is a step of its own."""
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None
-    return max(1, round(training.epochs * steps_per_epoch(training, n_train)))
+    # A recipe gives one of the two.
+    return training.steps or max(1, round((training.epochs or 0) * steps_per_epoch(training, n_train)))
 
 
 def steps_per_epoch(training: Training, n_train: int) -> int:
@@ -102,8 +100,7 @@ def plan_arm(
 
 def _own_rates(recipe: Recipe, arm: str) -> list[float]:
     """The peak learning rate of each link of an arm, none of which is searched any more."""
-    links, peak = recipe.arms[arm].links, recipe.learning_rate_of(arm)
-    rates = [peak] * links if isinstance(links, int) else [link.learning_rate or peak for link in links]
+    rates = [entry.learning_rate or recipe.learning_rate_of(arm) for entry in recipe.arms[arm].entries]
     numbers = [float(rate) for rate in rates if not isinstance(rate, Search)]
     assert len(numbers) == len(rates), "the search was replaced by one of its values"
     return numbers
@@ -157,10 +154,8 @@ def _share(recipe: Recipe, arm: str, n_train: int, total: int) -> list[int]:
 
 def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
     """Optimizer steps of an arm's links, as far as they say them themselves."""
-    per_epoch, links = steps_per_epoch(recipe.training, n_train), recipe.arms[arm].links
-    if isinstance(links, int):
-        return [None] * links
-    return [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
+    entries, per_epoch = recipe.arms[arm].entries, steps_per_epoch(recipe.training, n_train)
+    return [entry.steps or (max(1, round(entry.epochs * per_epoch)) if entry.epochs else None) for entry in entries]
 
 
 def _warmup(warmup_steps: float, scope: int) -> int:
