@@ -109,7 +109,6 @@ class _View:
         full = Outcome(outcome.folder, outcome.recipe, job, result)
         if not full.kind.is_whole:
             return None, None
-
         kept = (full.path / "model" / "config.json").is_file()
         update = self.learned.full(str(full.path), lambda: full.tuned.folder if kept else None, full.dtype)
         return update, full.info.scored_state if update is not None else None

@@ -70,7 +70,9 @@ def plan_arm(
     resolved, training = recipe.resolved(arm), recipe.training
     if not resolved.links:
         return []
-    rules, own_rates = resolved.rules, _own_rates(recipe, arm)
+    rules, entries = resolved.rules, recipe.arms[arm].entries
+    rates = [entry.learning_rate or recipe.learning_rate_of(arm) for entry in entries]
+    peaks = [float(rate) for rate in rates if not isinstance(rate, Search)]  # all: a choice took its place
     lengths = _share(recipe, arm, n_train, total or budget_steps(training, n_train))
     if sum(lengths) > MOST_STEPS:  # before there is a number for each
         raise RecipeError(
@@ -83,7 +85,7 @@ def plan_arm(
             settings=resolved.links[number],
             knot=rules if number else None,
             first_step=sum(lengths[:number]),
-            learning_rates=tuple(own_rates[number] * factor for factor in factors),
+            learning_rates=tuple(peaks[number] * factor for factor in factors),
             # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
             seed=derived_seed("link", seed, number),
         )
@@ -96,14 +98,6 @@ def plan_arm(
                 "it would learn nothing; give it more steps, or leave out the warm-up"
             )
     return links
-
-
-def _own_rates(recipe: Recipe, arm: str) -> list[float]:
-    """The peak learning rate of each link of an arm, none of which is searched any more."""
-    rates = [entry.learning_rate or recipe.learning_rate_of(arm) for entry in recipe.arms[arm].entries]
-    numbers = [float(rate) for rate in rates if not isinstance(rate, Search)]
-    assert len(numbers) == len(rates), "the search was replaced by one of its values"
-    return numbers
 
 
 def _check_warmups(arm: str, lengths: list[int], training: Training, rules: Rules) -> None:
