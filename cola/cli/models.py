@@ -52,7 +52,7 @@ def export(
     terminal = Terminal()
     outcome, *others = outcomes(run_folder, arm, seed)
     if others:
-        seeds = ", ".join(str(one.job.seed) for one in (outcome, *others))
+        seeds = ", ".join(str(other.job.seed) for other in (outcome, *others))
         raise ColaError(f"{run_folder} has the seeds {seeds}; name one by --seed")
     to = to or run_folder / "exports" / f"{arm}-seed{outcome.job.seed}-{form}"
     need_new(to, "--to")

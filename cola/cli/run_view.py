@@ -27,16 +27,16 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
     such arm or seed that came to its end; ModelError if none of them changes the base's matrices, or their weights or
     the base are not there."""
     quiet_libraries()
-    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.kind.merges]
-    if not found:
+    changed = [outcome for outcome in outcomes(run, arm, seed) if outcome.kind.merges]
+    if not changed:
         raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
-    view = _View(found, terminal)
+    view = _View(changed, terminal)
     records: dict[str, list[Spectrum]] = {}
-    for number, outcome in enumerate(found, 1):
+    for number, outcome in enumerate(changed, 1):
         try:
             record = view.record(outcome, intruders)
         except ModelError as error:
-            if not records and number == len(found):
+            if not records and number == len(changed):
                 raise
             terminal.warn(f"{outcome.job.label}: {error}")
             continue
@@ -45,13 +45,13 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
         records.setdefault(outcome.job.arm, []).append(record)
     spectra = summarized(records)
     tables = [spectra_table(spectra), overlap_table(spectra)]
-    if len(found) == 1:
-        detail = matrices_table(records[found[0].job.arm][0])
+    if len(changed) == 1:
+        detail = matrices_table(records[changed[0].job.arm][0])
         tables += [detail] if len(detail.rows) <= FEW else []
     for table in tables:
         if table.rows:
             terminal.table(table)
-    where = found[0].path if len(found) == 1 else run / "arms" / "ARM" / "seed-S"
+    where = changed[0].path if len(changed) == 1 else run / "arms" / "ARM" / "seed-S"
     terminal.say(f"matrix by matrix: {where / SPECTRUM}")
 
 
@@ -59,13 +59,13 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
 class _View:
     """Reads or takes spectra of the outcomes of one run."""
 
-    found: Sequence[Outcome]
+    outcomes: Sequence[Outcome]
     terminal: Terminal
 
     @cached_property
     def learned(self) -> Learned:
         """Made where something has to be computed: it needs the base."""
-        source, recipe = self.found[0].source, self.found[0].recipe
+        source, recipe = self.outcomes[0].source, self.outcomes[0].recipe
         return Learned(source, source.skeleton(), recipe.pairs, make_accelerator("float32").device)
 
     def record(self, outcome: Outcome, intruders: bool) -> Spectrum:
@@ -74,7 +74,7 @@ class _View:
         if spectrum is None:
             self.terminal.say(f"{outcome.job.label}: taking the spectra")
             spectrum = spectrum_of(self._taken(outcome))
-        updates = [one for matrix in spectrum.matrices.values() for one in matrix.updates.values()]
+        updates = [update for matrix in spectrum.matrices.values() for update in matrix.updates.values()]
         if intruders and all(update.intruders is None for update in updates):
             if outcome.quantization is not None:
                 self.terminal.warn(
@@ -109,7 +109,6 @@ class _View:
         full = Outcome(outcome.folder, outcome.recipe, job, result)
         if not full.kind.is_whole:
             return None, None
-
         kept = (full.path / "model" / "config.json").is_file()
         update = self.learned.full(str(full.path), lambda: full.tuned.folder if kept else None, full.dtype)
         return update, full.info.scored_state if update is not None else None

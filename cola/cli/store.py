@@ -15,7 +15,7 @@ from cola.files import digest, store_path
 from cola.recipe.arms import LinkSettings
 from cola.recipe.methods import METHODS
 from cola.report.numbers import duration, size
-from cola.report.table import NONE, Shown, Table
+from cola.report.table import NONE, Cell, Shown, Table
 from cola.report.terminal import Terminal
 from cola.tree import prune as pruning
 from cola.tree.locks import alone
@@ -92,7 +92,7 @@ def _say_garbage(store: Store, terminal: Terminal) -> list[Path]:
     return garbage
 
 
-def _size(paths: Iterable[Path]) -> str:
+def _size(paths: Iterable[Path]) -> Cell:
     return size(sum(map(pruning.size_of, paths)))
 
 
@@ -158,8 +158,7 @@ def _show(segment: Segment, terminal: Terminal) -> None:
         f"{made['packages']['torch']}, cola {made['cola']}" + (f" at {commit[:10]}{dirty}" if commit else ""),
         f"{size(segment.n_bytes)} in " + ", ".join(record["files"]),
     ]
-    for number, line in enumerate(lines):
-        terminal.say(("  " if number else "") + line)
+    terminal.say("\n  ".join(lines))
 
 
 def _trained(link: dict[str, Any]) -> str:

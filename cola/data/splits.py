@@ -211,10 +211,7 @@ class _Drawing:
     def _draw(self, split: str, pool: Pool, order: Iterator[int], wanted: int | None) -> _Drawn:
         """As many rows as are wanted, or all that there are, without those that another split has."""
         part = _Drawn()
-        while wanted is None or part.rows < wanted:
-            chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - part.rows)))
-            if not chunk:
-                break
+        while chunk := list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - part.rows))):
             for encoded in self.encoder.rows(pool, chunk):
                 self._take(part, encoded)
             if pool.size is None and part.overlapping + part.too_long > 10_000 + 20 * part.rows:

@@ -92,5 +92,5 @@ def _results_table(outcome: Outcome) -> Table:
     return Table("Results", ["", "loss", "score", "rows"], rows)
 
 
-def _text(number: float | None, form: str) -> str:
+def _text(number: float | str | None, form: str) -> str:
     return NONE if number is None else format(number, form)

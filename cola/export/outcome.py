@@ -76,7 +76,7 @@ class Outcome:
     def quantization(self) -> str | None:
         return self.info.base.quantization
 
-    @property
+    @cached_property
     def provenance(self) -> Provenance:
         """What the run was made with."""
         provenance = self.folder.provenance()

@@ -222,8 +222,13 @@ class Arm(LinkSettings):
         return self
 
     @property
+    def entries(self) -> list[OneLink]:
+        """What each link says itself: nothing, where the arm says how many there are."""
+        return self.links if isinstance(self.links, list) else [OneLink()] * self.links
+
+    @property
     def n_links(self) -> int:
-        return self.links if isinstance(self.links, int) else len(self.links)
+        return len(self.entries)
 
 
 SEARCHABLE = ("links", *(key for key in LinkSettings.model_fields if key != "method"))

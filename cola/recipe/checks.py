@@ -103,13 +103,13 @@ def _check_same_trials(recipe: Recipe) -> None:
 
 
 def _check_search(recipe: Recipe, name: str) -> None:
-    links, searches = recipe.arms[name].links, recipe.searches_of(name)
+    searches = recipe.searches_of(name)
     if told := _unlike(searches.items()):
         raise ValueError(f"arms.{name}: all its keys are searched with the same per and select_by; there are {told}")
     if "links" in searches and searches["links"].per == "seed":
         raise ValueError(f"arms.{name}.links: an arm has one number of links, so it is searched per: arm")
     for key in searches:
-        if isinstance(links, list) and any(getattr(link, key, None) is not None for link in links):
+        if any(getattr(entry, key, None) is not None for entry in recipe.arms[name].entries):
             raise ValueError(f"arms.{name}: a link's own {key} and a search exclude each other")
 
 
@@ -134,10 +134,10 @@ def _check_arm(recipe: Recipe, name: str) -> None:
 def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpointing: bool) -> None:
     """Keys that a link's method does not take, or not beside the others."""
     links = resolved.links
-    for n, link in enumerate(links if isinstance(arm.links, list) else links[:1]):  # else all are the same
-        own = arm.links[n] if isinstance(arm.links, list) else arm
+    own = links if isinstance(arm.links, list) else links[:1]  # else all are the same
+    for entry, link in zip(arm.entries, own, strict=False):
         for key in LinkSettings.model_fields:
-            given = getattr(arm, key) is not None or getattr(own, key) is not None
+            given = getattr(arm, key) is not None or getattr(entry, key) is not None
             if given and key not in (*type(link).model_fields, "method", "learning_rate"):
                 raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
         if isinstance(link, Lora) and link.init_batches and link.init != "gradient":
@@ -190,13 +190,12 @@ def _check_base(name: str, resolved: ResolvedArm) -> None:
 
 
 def _check_merge_fraction(name: str, resolved: ResolvedArm) -> None:
-    if resolved.rules.merge_fraction == 1 or len(resolved.links) < 2:
-        return
-    if resolved.rules.keeps_pair:
+    lets_go = resolved.rules.merge_fraction != 1 and len(resolved.links) > 1
+    if lets_go and resolved.rules.keeps_pair:
         raise ValueError(
             f"arms.{name}.knot.merge_fraction: with pair: keep nothing is let go of between links: remove it"
         )
-    if any(isinstance(link, Lora) and link.use_dora for link in resolved.links):
+    if lets_go and any(isinstance(link, Lora) and link.use_dora for link in resolved.links):
         raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
 
 

@@ -1,6 +1,7 @@
 """The section `data` of a recipe: where rows come from and how they are read. No torch."""
 
 import string
+from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
@@ -18,9 +19,11 @@ class Hub(Section):
     name: str = Field(min_length=1, description="Data set id on the hub.")
     config: str | None = optional("Configuration name, where the data set has several.")
     revision: str | None = optional("Branch, tag or commit.")
-    train: str = Field("train", description="Hub split that training rows are drawn from.")
-    validation: str = Field("validation", description="Hub split for validation; equal splits are drawn disjointly.")
-    test: str = Field("test", description="Hub split for test; equal splits are drawn disjointly.")
+    train: str = Field(default="train", description="Hub split that training rows are drawn from.")
+    validation: str = Field(
+        default="validation", description="Hub split for validation; equal splits are drawn disjointly."
+    )
+    test: str = Field(default="test", description="Hub split for test; equal splits are drawn disjointly.")
 
 
 class Files(Section):
@@ -58,11 +61,9 @@ class Rows(Section):
 
 
 def _a_day(said: str) -> str:
-    try:
+    with suppress(ValueError):
         if date.fromisoformat(said).isoformat() == said:
             return said
-    except ValueError:
-        pass
     raise ValueError("a day is written as 2024-07-26")
 
 
@@ -104,7 +105,9 @@ class Data(Section):
         "Field that says which rows belong together (a shared passage): they stay in one split, and intervals draw "
         "them together."
     )
-    chat: bool = Field(False, description="Put the prompt through the tokenizer's chat template as a user's message.")
+    chat: bool = Field(
+        default=False, description="Put the prompt through the tokenizer's chat template as a user's message."
+    )
     system: str | None = optional("System message, with `chat: true`.")
     today: Annotated[str, AfterValidator(_a_day)] | None = optional(
         "What a chat template that asks for the date is told, on whatever day it is asked. Default: `2024-07-26`."

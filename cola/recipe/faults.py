@@ -144,7 +144,7 @@ def _locate(fault: ErrorDetails, raw: dict) -> tuple[tuple[str, ...], Any]:
     node: Any = raw
     for part in fault["loc"]:
         if part in (node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()):
-            node, path = node[part], (*path, str(part))
+            node, path = node[part], (*path, str(part))  # pyright: ignore[reportCallIssue, reportArgumentType]
         elif fault["type"] == "missing" and part == fault["loc"][-1]:
             path = (*path, str(part))
     return path, node

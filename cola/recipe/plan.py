@@ -44,10 +44,8 @@ def derived_seed(*causes: object) -> int:
 
 def budget_steps(training: Training, n_train: int) -> int:
     """Optimizer steps of the budget; an epoch's last batch may be smaller and is a step of its own."""
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None
-    return max(1, round(training.epochs * steps_per_epoch(training, n_train)))
+    # A recipe gives one of the two.
+    return training.steps or max(1, round((training.epochs or 0) * steps_per_epoch(training, n_train)))
 
 
 def steps_per_epoch(training: Training, n_train: int) -> int:
@@ -72,7 +70,9 @@ def plan_arm(
     resolved, training = recipe.resolved(arm), recipe.training
     if not resolved.links:
         return []
-    rules, own_rates = resolved.rules, _own_rates(recipe, arm)
+    rules, entries = resolved.rules, recipe.arms[arm].entries
+    rates = [entry.learning_rate or recipe.learning_rate_of(arm) for entry in entries]
+    peaks = [float(rate) for rate in rates if not isinstance(rate, Search)]  # all: a choice took its place
     lengths = _share(recipe, arm, n_train, total or budget_steps(training, n_train))
     if sum(lengths) > MOST_STEPS:  # before there is a number for each
         raise RecipeError(
@@ -85,7 +85,7 @@ def plan_arm(
             settings=resolved.links[number],
             knot=rules if number else None,
             first_step=sum(lengths[:number]),
-            learning_rates=tuple(own_rates[number] * factor for factor in factors),
+            learning_rates=tuple(peaks[number] * factor for factor in factors),
             # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
             seed=derived_seed("link", seed, number),
         )
@@ -98,15 +98,6 @@ def plan_arm(
                 "it would learn nothing; give it more steps, or leave out the warm-up"
             )
     return links
-
-
-def _own_rates(recipe: Recipe, arm: str) -> list[float]:
-    """The peak learning rate of each link of an arm, none of which is searched any more."""
-    links, peak = recipe.arms[arm].links, recipe.learning_rate_of(arm)
-    rates = [peak] * links if isinstance(links, int) else [link.learning_rate or peak for link in links]
-    numbers = [float(rate) for rate in rates if not isinstance(rate, Search)]
-    assert len(numbers) == len(rates), "the search was replaced by one of its values"
-    return numbers
 
 
 def _check_warmups(arm: str, lengths: list[int], training: Training, rules: Rules) -> None:
@@ -157,10 +148,8 @@ def _share(recipe: Recipe, arm: str, n_train: int, total: int) -> list[int]:
 
 def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
     """Optimizer steps of an arm's links, as far as they say them themselves."""
-    per_epoch, links = steps_per_epoch(recipe.training, n_train), recipe.arms[arm].links
-    if isinstance(links, int):
-        return [None] * links
-    return [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
+    entries, per_epoch = recipe.arms[arm].entries, steps_per_epoch(recipe.training, n_train)
+    return [entry.steps or (max(1, round(entry.epochs * per_epoch)) if entry.epochs else None) for entry in entries]
 
 
 def _warmup(warmup_steps: float, scope: int) -> int:

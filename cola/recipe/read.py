@@ -62,9 +62,8 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
         trained = [name for name in trained if key in type(recipe.resolved(name).links[0]).model_fields]
 
     def says(arm: Arm) -> bool:
-        own = arm.links if isinstance(arm.links, list) else []
         alone = getattr(arm, key) is not None or key in (arm.search or {})
-        return alone or (bool(own) and all(getattr(link, key) is not None for link in own))
+        return alone or all(getattr(entry, key) is not None for entry in arm.entries)
 
     nearer = section == "training" and recipe.link.learning_rate is not None
     if trained and (nearer or all(says(recipe.arms[name]) for name in trained)):

@@ -135,9 +135,8 @@ class Recipe(Section):
         """The recipe with the searched keys of an arm set to values."""
         if not choice:
             return self
-        tried = {key: list(value) if isinstance(value, tuple) else value for key, value in dict(choice).items()}
         # As if the arm said it: `target_modules: q_proj` is a list of one.
-        values = {key: getattr(Arm.model_validate({key: value}), key) for key, value in tried.items()}
+        values = {key: getattr(Arm.model_validate({key: value}), key) for key, value in choice}
         settings = self.arms[arm].model_copy(update={**values, "search": None})
         return self.model_copy(update={"arms": self.arms | {arm: settings}})
 

@@ -54,12 +54,11 @@ class ResolvedArm:
 
 def resolve(arm: Arm, link: LinkSettings, knot: KnotRules, model: Model, training: Training) -> ResolvedArm:
     """An arm with what holds for all arms; what is searched has its default (`Recipe.resolved` puts a choice there)."""
-    entries = arm.links if isinstance(arm.links, list) else [OneLink()] * arm.links
     quantization = arm.quantization or model.quantization
     if "qlora" in methods_of(arm, link):
         quantization = "nf4"
     return ResolvedArm(
-        links=tuple(_link_settings(entry, arm, link) for entry in entries),
+        links=tuple(_link_settings(entry, arm, link) for entry in arm.entries),
         rules=_rules(arm.knot, knot, training),
         base=BaseFormat(arm.dtype or model.dtype, None if quantization == "none" else quantization),
     )
@@ -67,8 +66,7 @@ def resolve(arm: Arm, link: LinkSettings, knot: KnotRules, model: Model, trainin
 
 def methods_of(arm: Arm, link: LinkSettings) -> list[str]:
     """The methods of an arm's links as the recipe says them."""
-    entries = arm.links if isinstance(arm.links, list) else [OneLink()] * min(arm.links, 1)
-    return [_nearest("method", entry, arm, link) or "lora" for entry in entries]
+    return [_nearest("method", entry, arm, link) or "lora" for entry in arm.entries]
 
 
 def _nearest(key: str, *sections: Section) -> Any:
