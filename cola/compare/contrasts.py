@@ -118,8 +118,8 @@ class Comparer:
     def scored(self, arms: Sequence[str]) -> dict[int, list[Rows]]:
         """Test scores of some arms by example, under each seed that all of them have."""
         common = [seed for seed in self.ok.get(arms[0], ()) if all(seed in self.ok.get(arm, ()) for arm in arms)]
-        found = {s: [rows for arm in arms if (rows := self.rows(arm, s)) is not None] for s in common}
-        return {seed: of_arms for seed, of_arms in found.items() if len(of_arms) == len(arms)}
+        scores = {s: [rows for arm in arms if (rows := self.rows(arm, s)) is not None] for s in common}
+        return {seed: of_arms for seed, of_arms in scores.items() if len(of_arms) == len(arms)}
 
     def rows(self, arm: str, seed: int) -> Rows | None:
         """Test scores by example; None where they are damaged."""
