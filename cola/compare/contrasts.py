@@ -81,16 +81,15 @@ class Comparer:
         against full fine-tuning."""
         comparison, full, arms = self.recipe.comparison, self.recipe.full_arm, self.recipe.arms
         to_full = [(arm, full) for arm in arms if arms[arm].n_links and arm != full and full in arms]
-        named: list[tuple[Role, Sequence[tuple[str, str]]]] = [
-            ("primary", [comparison.primary] if comparison.primary else []),
-            ("secondary", comparison.secondary),
-            ("later", [*later, *to_full]),
-        ]
-        roles: dict[frozenset[str], tuple[Role, str, str]] = {}
-        for role, pair in ((role, pair) for role, pairs in named for pair in pairs):
-            roles.setdefault(frozenset(pair), (role, *pair))
+        roles: dict[frozenset[str], tuple[Role, tuple[str, str]]] = {}
+        for pair in [comparison.primary] if comparison.primary else []:
+            roles[frozenset(pair)] = "primary", pair
+        for pair in comparison.secondary:
+            roles[frozenset(pair)] = "secondary", pair
+        for pair in (*later, *to_full):
+            roles.setdefault(frozenset(pair), ("later", pair))
         contrasts = []
-        for role, first, second in roles.values():
+        for role, (first, second) in roles.values():
             if (table := self.table([first, second], by_loss=self.recipe.metric == "loss")) is not None:
                 about = {"first": first, "second": second, "role": role, "metric": self.recipe.metric}
                 contrasts.append(Contrast(**about, **dict(difference_of([table])), claim=False))
@@ -118,8 +117,8 @@ class Comparer:
     def scored(self, arms: Sequence[str]) -> dict[int, list[Rows]]:
         """Test scores of some arms by example, under each seed that all of them have."""
         common = [seed for seed in self.ok.get(arms[0], ()) if all(seed in self.ok.get(arm, ()) for arm in arms)]
-        found = {s: [rows for arm in arms if (rows := self.rows(arm, s)) is not None] for s in common}
-        return {seed: of_arms for seed, of_arms in found.items() if len(of_arms) == len(arms)}
+        scores = {s: [rows for arm in arms if (rows := self.rows(arm, s)) is not None] for s in common}
+        return {seed: of_arms for seed, of_arms in scores.items() if len(of_arms) == len(arms)}
 
     def rows(self, arm: str, seed: int) -> Rows | None:
         """Test scores by example; None where they are damaged."""
