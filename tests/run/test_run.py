@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
 from cola.report.page import write_report
-from cola.report.tracking import Tracker
+from cola.report.tracking import NoTracker
 from cola.run.run import run
 from cola.tree.run_folder import read_jsonl
 from cola.tree.run_holder import lock_run
@@ -220,11 +220,11 @@ def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Pat
 
 def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Uploading the last numbers takes seconds, which is when a user stops a run that looks done.
-    def stopped(self: Tracker, summary: dict, status: str = "ok") -> None:
+    def stopped(self: NoTracker, summary: dict, status: str = "ok") -> None:
         if status == "ok":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Tracker, "finish", stopped)
+    monkeypatch.setattr(NoTracker, "finish", stopped)
     folder, summary = go(recipe_file, "arms.full=null")
     assert summary.interrupted
     assert result(folder, "base")["status"] == "ok"
