@@ -69,7 +69,7 @@ def draw(
         rows = {name: top_right_vectors(G_OI, rank, generator) for name, G_OI in full_gradients.items()}
     elif init == "orthogonal":
         used = {name: [links[name].A_RI for links in learned if name in links] for name in layers}
-        rows = {name: orthogonal_rows(torch.cat(As), rank, generator) for name, As in used.items() if As}
+        rows = {name: orthogonal_rows(torch.cat(rows_of), rank, generator) for name, rows_of in used.items() if rows_of}
     elif init == "pissa":
         for layer in layers.values():
             layer.pissa_init(adapters.ADAPTER, "pissa")
