@@ -54,11 +54,7 @@ def settle() -> None:
 
 
 def check_alone() -> None:
-    """Check that no launcher has started this process as one of several.
-
-    Raises:
-        ModelError: it has.
-    """
+    """Raise ModelError where a launcher has started this process as one of several."""
     if _launched():
         raise ModelError(
             f"cola runs as one process, and WORLD_SIZE={os.environ['WORLD_SIZE'][:20]} says that there are several; "

@@ -15,11 +15,8 @@ from cola.errors import ModelError, RunFolderError, plain, quoted
 
 
 def package_file(name: str) -> Path:
-    """The path of `package://PACKAGE/FILE`.
-
-    Raises:
-        ModelError: the package is not installed or has no such file.
-    """
+    """The path of `package://PACKAGE/FILE`; raises ModelError where the package is not installed or has no such
+    file."""
     package, _, inside = name.removeprefix("package://").partition("/")
     # Finds the folder without running the package's code, which it would of what a dotted name lies in.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -38,21 +35,13 @@ def package_file(name: str) -> Path:
 
 
 def need_package(package: str, what: str, extra: str) -> None:
-    """Check that an optional package is installed.
-
-    Raises:
-        ModelError: it is not; says what needs it and how to get it.
-    """
+    """Raise ModelError, which says what needs an optional package and how to get it, where that is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"{what} needs the package {package}: pip install 'chain-of-lora[{extra}]'")
 
 
 def need_room(path: Path, n_bytes: int, what: str) -> None:
-    """Check that a folder's disk has room for what is about to be written.
-
-    Raises:
-        RunFolderError: it has not.
-    """
+    """Raise RunFolderError where a folder's disk has no room for what is about to be written."""
     free = shutil.disk_usage(path).free
     if free < n_bytes:
         raise RunFolderError(
@@ -88,12 +77,7 @@ def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
 
 
 def load_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        OSError: it is not there, or cannot be read.
-        ValueError: it is no JSON, or none that can be read.
-    """
+    """The value in a JSON file. Raises OSError where it cannot be read, and ValueError where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -124,11 +108,8 @@ def make_new(parent: Path, name: str) -> Path:
 
 def each_once(values: Iterable[Any]) -> list[Any]:
     """The values in their order, what is there twice once."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+    known = list(values)
+    return [value for place, value in enumerate(known) if value not in known[:place]]
 
 
 def cache_dir() -> Path:

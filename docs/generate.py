@@ -20,8 +20,8 @@ from study import page as study_page
 
 from cola.compare import ablation
 from cola.compare.records import Summary
-from cola.recipe import arms, bounds, data_section, recipe, schema, yaml12
-from cola.report.tables import result_tables
+from cola.recipe import arms, data_section, recipe, schema, yaml12
+from cola.report.tables import named_tables
 from cola.report.verdict import verdict
 
 ROOT = Path(__file__).parent.parent
@@ -84,17 +84,17 @@ rows they have, and what each arm trains of a local model, of a GGUF file by its
 BOUNDS = [
     ("characters of a recipe's file", yaml12.MOST_BYTES),
     ("values in it, those that aliases stand for counted each time", yaml12.MOST_VALUES),
-    ("optimizer steps of an arm, of a warm-up", bounds.MOST_STEPS),
-    ("epochs", bounds.MOST_EPOCHS),
-    ("links", bounds.MOST_LINKS),
-    ("arms", bounds.MOST_ARMS),
-    ("combinations of an arm's search", bounds.MOST_TRIED),
-    ("trainings: arms times seeds, and trials", bounds.MOST_TRAININGS),
+    ("optimizer steps of an arm, of a warm-up", schema.MOST_STEPS),
+    ("epochs", schema.MOST_EPOCHS),
+    ("links", schema.MOST_LINKS),
+    ("arms", schema.MOST_ARMS),
+    ("combinations of an arm's search", schema.MOST_TRIED),
+    ("trainings: arms times seeds, and trials", schema.MOST_TRAININGS),
     ("points of an ablation", ablation.MOST_POINTS),
-    ("rows of a split, of a batch", bounds.MOST_ROWS),
-    ("rows of a generator", bounds.MOST_GENERATED),
-    ("tokens of a row, of a forward pass", bounds.MOST_TOKENS),
-    ("rank, inner width, virtual tokens", bounds.WIDEST),
+    ("rows of a split, of a batch", schema.MOST_ROWS),
+    ("rows of a generator", schema.MOST_GENERATED),
+    ("tokens of a row, of a forward pass", schema.MOST_TOKENS),
+    ("rank, inner width, virtual tokens", schema.WIDEST),
 ]
 
 
@@ -157,7 +157,7 @@ def quickstart() -> str:
     head = f"{meta.started[:10]}, {meta.machine.cpu}, {meta.machine.cores} cores, torch {meta.packages['torch']}; "
     head += f"{seconds / 60:.1f} minutes of training and evaluation "
     head += "([summary.json](experiments/000-quickstart/summary.json)):\n"
-    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in result_tables(summary))
+    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in named_tables(summary))
     return "\n".join([head, *tables, *(f"- {line}" for line in verdict(summary)), ""])
 
 

@@ -16,10 +16,11 @@ from scipy.stats import ttest_1samp
 
 from cola.compare import statistics
 from cola.compare.contrasts import paired
-from cola.compare.iqm import iqm
 from cola.compare.records import Ablation, ArmSpectra, Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.spectra import summarized
+from cola.compare.statistics import iqm
 from cola.compare.tasks import summarize_tasks
+from cola.recipe.read import read_recipe
 from cola.report import numbers
 from cola.report.numbers import count, size
 from cola.report.table import Table
@@ -95,12 +96,13 @@ def verdict() -> str:
         "The estimate that was named before the runs was the interquartile mean of the paired differences: "
         f"{iqm(np.subtract(*scores)):+.3f}. It was given up after the results were seen."
     )
-    return f"**{contrast_sentence(primary, summary.metric)}** {before}\n\n{titled(task_tables(summary)[0])}"
+    return f"**{contrast_sentence(primary, summary.metric)}** {before}\n\n{titled(task_tables(summary)['contrasts'])}"
 
 
 def scores() -> str:
     """Each arm and each contrast, task by task."""
-    return "\n".join(titled(table) for table in task_tables(in_order(over_tasks(), later=False))[1:])
+    tables = task_tables(in_order(over_tasks(), later=False))
+    return "\n".join(titled(tables[name]) for name in ("arms", "tasks"))
 
 
 def later() -> str:
@@ -111,7 +113,7 @@ def later() -> str:
     names = dict.fromkeys(arm for one in summary.contrasts for arm in (one.first, one.second))
     arms = next(iter(by_task().values())).arms
     trained = ", ".join(f"{arm} {count(arms[arm].num_trainable_params)}" for arm in names)
-    tables = "\n".join(titled(table) for table in task_tables(summary) if not table.title.startswith("Arms"))
+    tables = "\n".join(titled(table) for name, table in task_tables(summary).items() if name != "arms")
     return f"{tables}\nParameters in training: {trained}.\n"
 
 
@@ -150,7 +152,7 @@ def without() -> str:
     summary, tasks = over_tasks(), list(by_task())
     found = {"none": primary_of(summary)}
     found |= {task: over([one for one in tasks if one != task]) for task in tasks}
-    of_all = [task_tables(summary.model_copy(update={"contrasts": [one]}))[0] for one in found.values()]
+    of_all = [task_tables(summary.model_copy(update={"contrasts": [one]}))["contrasts"] for one in found.values()]
     rows = [[left_out, *table.rows[0][2:]] for left_out, table in zip(found, of_all, strict=True)]
     title = f"{found['none'].first} − {found['none'].second} over the tasks without one of them"
     return titled(Table(title, ["left out", *of_all[0].columns[2:]], rows))
@@ -188,7 +190,8 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 def gap_difference(task: str, first: str, second: str) -> statistics.Estimate:
     """`gap_loss` of one arm minus another's, paired by seed and test example, with its interval over both."""
-    folder, recipe = RunFolder.open(unpacked(task))
+    folder = RunFolder.open(unpacked(task))
+    recipe = read_recipe(folder.recipe_file)
     rows = [[{row.id: row for row in folder.scores(arm, s, "test")} for s in recipe.seeds] for arm in (first, second)]
     table = paired(rows, by_loss=True)  # minus the loss
     assert table is not None  # the report of the run has compared them
@@ -525,7 +528,7 @@ def hours() -> str:
 def headline() -> str:
     """For the project's README: the primary contrast, and each arm's score by task."""
     summary = in_order(over_tasks(), later=False)
-    arms = task_tables(summary)[1]
+    arms = task_tables(summary)["arms"]
     return f"**{contrast_sentence(primary_of(summary), summary.metric)}**\n\n{arms.markdown()}\n"
 
 

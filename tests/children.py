@@ -18,7 +18,7 @@ from cola.cli.app import app
 from cola.link import forward, train
 from cola.measure import evaluate
 from cola.report import page
-from cola.run import full_weights
+from cola.run import ended
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "children"])
@@ -94,7 +94,7 @@ def ended_at(place: str, number: int, words: list[str], said: Path, cache: str, 
         case "AdamW, stopped":
             torch.optim.AdamW.step = stop_at_call(number, torch.optim.AdamW.step)
         case "let go":
-            full_weights.let_go = kill_at_call(number, full_weights.let_go)
+            ended.let_go = kill_at_call(number, ended.let_go)
         case "score, stopped":
             evaluate.Evaluator.__call__ = stop_at_call(number, evaluate.Evaluator.__call__)
         case "score":

@@ -139,14 +139,14 @@ def train(folder: Path, cache: Path, store: Path) -> States:
     """The states of a run with a store of its own, and their weights."""
     os.environ["COLA_CACHE"] = str(cache)
     from rich.console import Console
+    from runs import create_run
 
     from cola.recipe.read import read_recipe
     from cola.report.terminal import Terminal
     from cola.run.run import run
-    from cola.tree.run_holder import create_run
 
     recipe = read_recipe(folder / "recipe.yaml", [f"store={store}"])
-    made = create_run(recipe, None)
+    made = create_run(recipe)
     summary = run(recipe, made, Terminal(Console(file=io.StringIO())))
     for arm in summary.arms.values():
         assert not arm.errors, arm.errors

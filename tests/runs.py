@@ -12,10 +12,12 @@ from typer.testing import CliRunner, Result
 from cola.cli.app import app
 from cola.compare.records import Summary
 from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
-from cola.tree.run_holder import create_run
+from cola.tree.run_holder import take_run
 
 CHOICE = ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,green,yellow,red]", "data.label=label"]
 SHORT = ["training.steps=4", "training.batch_size=4"]
@@ -33,6 +35,20 @@ def go(recipe_file: Path, *overrides: str, folder: Path | None = None) -> tuple[
     recipe = read_recipe(recipe_file, list(overrides))
     run_folder = create_run(recipe, folder)
     return run_folder, run(recipe, run_folder, quiet())
+
+
+def create_run(recipe: Recipe, path: Path | None = None) -> RunFolder:
+    """A run's new folder, which nobody else knows of."""
+    named = Path(recipe.output) / recipe.name
+    with take_run(dump_recipe(recipe), path or named, dated=path is None) as (folder, fresh):
+        assert fresh
+    return folder
+
+
+def open_run(path: Path) -> tuple[RunFolder, Recipe]:
+    """A run that is there, and its recipe."""
+    folder = RunFolder.open(path)
+    return folder, read_recipe(folder.recipe_file)
 
 
 def result(folder: RunFolder, arm: str, seed: int = 0) -> dict:

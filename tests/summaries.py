@@ -345,6 +345,8 @@ def write_run(path: Path, summary: Summary) -> RunFolder:
     for arm, seeds in curves_of(summary).items():
         for seed, rows in enumerate(seeds):
             where = Path("arms") / arm / f"seed-{seed}"
-            folder.write_json(where / "result.json", {"status": "interrupted", "run_info": {"arm": arm, "seed": seed}})
+            folder.write_text(
+                where / "result.json", json.dumps({"status": "interrupted", "run_info": {"arm": arm, "seed": seed}})
+            )
             folder.write_jsonl(where / "metrics.jsonl", [row.content() for row in rows])
     return folder

@@ -14,7 +14,7 @@ import numpy as np
 import pandas
 import pytest
 import yaml
-from runs import assert_one_line, cola
+from runs import assert_one_line, cola, open_run
 from scipy.stats import pearsonr, permutation_test, sem
 from scipy.stats import t as student
 from statsmodels.formula.api import ols
@@ -23,7 +23,6 @@ from statsmodels.stats.anova import anova_lm
 from cola.compare.records import Interval
 from cola.compare.summary import summarize
 from cola.recipe.read import read_recipe
-from cola.tree.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +87,7 @@ def test_the_committed_numbers_come_from_the_scores_that_are_packed_beside_them(
         if (kept / file).exists():
             assert (kept / file).read_bytes() == (folder / file).read_bytes()
     for run in sorted(path.parent for path in folder.rglob("recipe.yaml")):
-        opened, recipe = RunFolder.open(run)
+        opened, recipe = open_run(run)
         made = json.loads(json.dumps(summarize(recipe, opened).content()))
         committed = json.loads((run / "summary.json").read_text())
         for key in ("arms", "contrasts", "spectra", "trials", "rows", "seeds"):

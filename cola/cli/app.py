@@ -1,6 +1,6 @@
 """cola run | ablate | data | report | compare | export | eval | inspect | store.
 
-Nothing heavy is imported before it is needed: `cola --help` loads neither torch nor wandb.
+What takes long to import is imported where it is needed: `cola --help` loads neither torch nor wandb.
 """
 
 import errno
@@ -9,36 +9,28 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from cola.cli import store
 from cola.cli.models import Split, evaluate, export, inspect
-from cola.cli.show import (
-    RESUMABLE,
-    exit_code,
-    print_ablation,
-    print_results,
-    report_ablation,
-    report_run,
-    report_tasks,
-    say_sync,
-    track_ablation,
-    track_run,
-)
 from cola.errors import ColaError, RunChanged, plain
+from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.recipe.write import dump_recipe
+from cola.report.terminal import Terminal
 from cola.run.interrupt import Interrupted, Signals
-
-if TYPE_CHECKING:
-    from cola.compare.ablation import Point
-    from cola.recipe.recipe import Recipe
-    from cola.report.terminal import Terminal
-    from cola.tree.run_folder import RunFolder
+from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import lock_run, take_run, unfinished_run
 
 # What the system says of a user's disk or path.
 USERS_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP}
 INTERRUPTED = 130
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is loaded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,26 +54,23 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     _: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit."),
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print cola's version and exit.")
     ] = False,
 ) -> None:
     """Chain of LoRA, compared honestly."""
 
 
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="dotted.key=value, for example arms.chain3.links=4", show_default=False)
-    ] = None,
+    recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
+    overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example arms.chain3.links=4")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan; load no weights, use no network.")
+        bool, Option("--dry-run", help="Check and show the plan; load no weights, use no network.")
     ] = False,
     run_folder: Annotated[
-        Path | None, typer.Option(help="The run's own folder. Default: a new one under the recipe's output.")
+        Path | None, Option(help="The run's own folder. Default: a new one under the recipe's output.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder: what it holds is not trained again.")
+        Path | None, Option(help="Go on with the run in this folder: what it holds is not trained again.")
     ] = None,
 ) -> None:
     """Train and compare every arm of a recipe, and report.
@@ -95,30 +84,31 @@ def run(
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        code = _resume(resume)
+        folder = RunFolder.open(resume)
+        resolved = read_recipe(folder.recipe_file)
+        with lock_run(resume):
+            code = _train(resolved, folder, fresh=False)
     elif recipe is None:
         raise ColaError("name a recipe, for example: cola run recipes/quickstart.yaml")
     elif dry_run:
-        code = _dry_run(recipe, overrides or [])
+        from cola.run.preview import preview
+
+        preview(read_recipe(recipe, overrides), Terminal())
+        code = 0
     else:
-        code = _run(recipe, overrides or [], run_folder)
+        code = _run(read_recipe(recipe, overrides), run_folder)
     raise typer.Exit(code)
 
 
 def ablate(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
+    recipe: Annotated[Path, Argument(help="Recipe (YAML).")],
     keys: Annotated[
         list[str],
-        typer.Argument(
-            help="dotted.key=value,value,... for what is ablated; several make a grid. One value is an override.",
-            show_default=False,
-        ),
+        Argument(help="dotted.key=value,value,... for what is ablated; several make a grid. One value is an override."),
     ],
-    paired: Annotated[
-        bool, typer.Option("--paired", help="The n-th values of all keys belong together: no grid.")
-    ] = False,
+    paired: Annotated[bool, Option("--paired", help="The n-th values of all keys belong together: no grid.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan of every point; train nothing.")
+        bool, Option("--dry-run", help="Check and show the plan of every point; train nothing.")
     ] = False,
 ) -> None:
     """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
@@ -126,8 +116,7 @@ def ablate(
     For example: cola ablate recipes/quickstart.yaml arms.chain3.links=1,2,3,4 training.protocol=grow
     What the points share is trained once, and so is what an earlier run has trained. Exit codes as of `cola run`.
     """
-    from cola.compare.ablation import points_of
-    from cola.report.terminal import Terminal
+    from cola.compare.ablation import points_of, take_ablation
 
     terminal = Terminal()
     points = points_of(recipe, keys, paired)
@@ -137,50 +126,54 @@ def ablate(
         for point in points:
             terminal.say(point.label)
             preview(point.recipe, terminal)
-        code = 0
-    else:
-        code = _ablate(points, terminal)
-    raise typer.Exit(code)
+        return
+    with take_ablation(points) as folder:
+        terminal.say(f"{len(points)} points → {folder}")
+        from cola.cli.show import print_ablation, track_ablation
+        from cola.run.ablate import ablate as run_all
+
+        with Signals().installed() as signals:
+            summary = run_all(points, folder, terminal, signals)
+        print_ablation(folder, summary, terminal)
+        if not summary.interrupted:
+            track_ablation(folder, summary, terminal, publish=False)
+    if summary.interrupted:
+        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
+        raise typer.Exit(RESUMABLE)
+    raise typer.Exit(1 if summary.failed else 0)
 
 
 def show_data(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="dotted.key=value, for example data.files=mine.jsonl", show_default=False)
-    ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to show, token by token.")] = 3,
-    split: Annotated[Split, typer.Option(help="Of which part.")] = Split.train,
+    recipe: Annotated[Path, Argument(help="Recipe (YAML).")],
+    overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example data.files=mine.jsonl")] = None,
+    rows: Annotated[int, Option(min=0, help="How many rows to show, token by token.")] = 3,
+    split: Annotated[Split, Option(help="Of which part.")] = Split.train,
 ) -> None:
     """Show what a recipe trains and scores on: rows of each file, what is left out and why, and some rows as tokens.
 
     No weights are loaded: the tokenizer is enough.
     """
-    from cola.recipe.read import read_recipe
-    from cola.report.terminal import Terminal
-
-    opened = read_recipe(recipe, overrides or [])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    opened = read_recipe(recipe, overrides)
     from cola.cli.data_view import show
 
     show(opened, Terminal(), split, rows)
 
 
 def report(
-    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
+    run_folders: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of runs, or of an ablation.")],
     to: Annotated[
-        Path | None,
-        typer.Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first."),
+        Path | None, Option(help="Of several runs: the report's new folder. Default: report-DATE beside the first.")
     ] = None,
     contrast: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="FIRST,SECOND",
             help="Two arms to compare too, though no recipe names them; may be repeated. Shown, never claimed.",
         ),
     ] = None,
     wandb: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--wandb", help="Send the comparison to W&B, and where W&B is online, create a W&B Report of the group."
         ),
     ] = False,
@@ -192,74 +185,48 @@ def report(
     """
     pairs = [_pair(words) for words in contrast or ()]
     if wandb:
-        from cola.report.group_report import need_reports
+        from cola.files import need_package
 
-        need_reports()
+        need_package("wandb_workspaces", "a W&B Report", "report")
+    from cola.cli.show import report_ablation, report_run, report_tasks
+
     if len(run_folders) > 1:
         if wandb:
             raise ColaError("--wandb is for one run or ablation: W&B has a group for each")
         report_tasks(run_folders, to, pairs)
-        return
-    if to is not None:
+    elif to is not None:
         raise ColaError("--to is for the report of several runs; that of one is in its folder")
-    run_folder = run_folders[0]
-    if (run_folder / "ablation.json").is_file():
-        if pairs:
-            raise ColaError("--contrast is for runs; name a point of the ablation, or several")
-        report_ablation(run_folder, wandb)
+    elif not (run_folders[0] / "ablation.json").is_file():
+        report_run(run_folders[0], pairs, wandb)
+    elif pairs:
+        raise ColaError("--contrast is for runs; name a point of the ablation, or several")
     else:
-        report_run(run_folder, pairs, wandb)
+        report_ablation(run_folders[0], wandb)
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
+    first: Annotated[Path, Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, Argument(metavar="B", help="Folder of another.")],
 ) -> None:
     """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
+    from cola.cli.show import print_all
     from cola.report.differences import compare_runs
-    from cola.report.terminal import Terminal
 
-    tables, notes = compare_runs(first, second)
-    terminal = Terminal()
-    for table in tables:
-        terminal.table(table)
-    for note in notes:
-        terminal.say(note)
+    print_all(*compare_runs(first, second), Terminal())
 
 
-def _run(recipe_path: Path, overrides: list[str], run_folder: Path | None) -> int:
-    from cola.recipe.read import read_recipe
-    from cola.tree.run_holder import take_run, unfinished_run
-
-    recipe = read_recipe(recipe_path, overrides)
+def _run(recipe: Recipe, run_folder: Path | None) -> int:
+    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code."""
+    text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
     if run_folder is None:
-        with unfinished_run(recipe) as before:
+        with unfinished_run(text, named) as before:
             if before is not None:
                 try:
                     return _train(recipe, before, fresh=False)
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
-    with take_run(recipe, run_folder) as (folder, fresh):
+    with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
         return _train(recipe, folder, fresh)
-
-
-def _ablate(points: "list[Point]", terminal: "Terminal") -> int:
-    from cola.compare.ablation import AblationFolder
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with AblationFolder.take(points) as folder:
-        terminal.say(f"{len(points)} points → {folder.path}")
-        from cola.run.ablate import ablate as run_all
-
-        with Signals().installed() as signals:
-            summary = run_all(points, folder, terminal, signals)
-        print_ablation(folder, summary, terminal)
-        if not summary.interrupted:
-            track_ablation(folder, summary, terminal, publish=False)
-    if summary.interrupted:
-        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
-        return RESUMABLE
-    return 1 if summary.failed else 0
 
 
 def _pair(words: str) -> tuple[str, str]:
@@ -269,25 +236,14 @@ def _pair(words: str) -> tuple[str, str]:
     return first, second
 
 
-def _resume(path: Path) -> int:
-    from cola.tree.run_folder import RunFolder
-    from cola.tree.run_holder import lock_run
-
-    folder, recipe = RunFolder.open(path)
-    with lock_run(path):
-        return _train(recipe, folder, fresh=False)
-
-
-def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
-    """Run a recipe in a folder that this process holds."""
-    from cola.report.terminal import Terminal
-
+def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
+    """Run a recipe in a folder that this process holds; returns the exit code."""
     terminal = Terminal()
     begun = "" if fresh else "going on with "
     terminal.say(
         f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
     )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from cola.cli.show import print_results, say_sync, track_run
     from cola.run.run import run as run_recipe
 
     with Signals().installed() as signals:
@@ -298,16 +254,14 @@ def _train(recipe: "Recipe", folder: "RunFolder", fresh: bool) -> int:
         track_run(recipe, folder, summary, terminal)
     else:
         say_sync(folder.path, terminal)
-    return exit_code(summary, f"cola run --resume {folder.path}", terminal)
-
-
-def _dry_run(recipe_path: Path, overrides: list[str]) -> int:
-    from cola.recipe.read import read_recipe
-    from cola.report.terminal import Terminal
-    from cola.run.preview import preview
-
-    preview(read_recipe(recipe_path, overrides), Terminal())
-    return 0
+    command = f"the same command, or: cola run --resume {folder.path}"
+    if summary.interrupted:
+        terminal.say(f"interrupted; all that was trained is kept. Go on with {command}")
+        return RESUMABLE
+    if any(arm.errors for arm in summary.arms.values()):
+        terminal.say(f"some arms failed; try them again with {command}")
+        return 1
+    return 1 if summary.same_outputs else 0  # said among the results
 
 
 def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable[..., None]:
@@ -342,16 +296,9 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     return run
 
 
-for name, command, unsaid in (
-    ("run", run, ""),
-    ("ablate", ablate, ""),
-    ("data", show_data, ""),
-    ("report", report, ""),
-    ("compare", compare, ""),
-    ("export", export, ""),
-    ("eval", evaluate, "model.name_or_path: "),
-    ("inspect", inspect, "model.name_or_path: "),
-):
-    app.command(name)(_one_line_errors(command, unsaid))
-for name, command in (("ls", store.ls), ("verify", store.verify), ("prune", store.prune)):
-    store_app.command(name)(_one_line_errors(command))
+for name, command in {"run": run, "ablate": ablate, "data": show_data, "report": report, "compare": compare}.items():
+    app.command(name)(_one_line_errors(command))
+for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
+    app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
+for command in (store.ls, store.verify, store.prune):
+    store_app.command(command.__name__)(_one_line_errors(command))

@@ -3,6 +3,7 @@
 Needs the tokenizer and no weights.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len
@@ -11,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cola.data.encode import Example
 from cola.data.sources import open_pools
-from cola.data.splits import Splits, load_splits
+from cola.data.splits import load_splits
 from cola.link.find import find_tokenizer
-from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
+from cola.recipe.schema import SPLITS
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 
@@ -27,17 +28,8 @@ LEGEND = (
 
 
 def show(recipe: Recipe, terminal: Terminal, split: str, n_rows: int) -> None:
-    """Print the counts, what is left out and why, and the first rows of a split.
-
-    Args:
-        recipe: Whose data it is.
-        terminal: Where to.
-        split: Of which rows are shown.
-        n_rows: How many.
-
-    Raises:
-        ColaError: the data or the tokenizer cannot be used.
-    """
+    """Print the counts, what is left out and why, and the first rows of a split. Raises ColaError if the data or the
+    tokenizer cannot be used."""
     tokenizer, ends = find_tokenizer(recipe.model)
     splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, ends)
     seed = recipe.seeds[0]
@@ -47,7 +39,8 @@ def show(recipe: Recipe, terminal: Terminal, split: str, n_rows: int) -> None:
     terminal.table(Table(f"{recipe.name}: rows{whose}", columns, _rows(recipe, drawn)))
     columns = ["split", "examples", "tokens", "targets", "longest"]
     terminal.table(Table(f"{recipe.name}: tokens{whose}", columns, [_tokens(name, drawn[name]) for name in SPLITS]))
-    _say_left_out(splits, terminal)
+    for note in splits.notes or ["no row is too long, or in two splits: none is left out or cut"]:
+        terminal.say(note)
     examples = drawn[split]
     if n_rows:
         terminal.say(LEGEND)
@@ -70,29 +63,18 @@ def _rows(recipe: Recipe, drawn: dict[str, list[Example]]) -> list[list[Shown]]:
     pools = open_pools(recipe.data)
     table: list[list[Shown]] = []
     for pool in dict.fromkeys(pools.values()):
-        # A text that was cut is one row and several examples.
-        used = {s: len({_row_of(e) for e in drawn[s]}) if pools[s] is pool else 0 for s in SPLITS}
+        # A text that was cut is one row and several examples, `test.txt:18.1` and `test.txt:18.2`.
+        rows = {split: {re.sub(r"\.\d+$", "", example.id) for example in drawn[split]} for split in SPLITS}
+        used = {split: len(rows[split]) if pools[split] is pool else 0 for split in SPLITS}
         size, left = ("no end", NONE) if pool.size is None else (str(pool.size), str(pool.size - sum(used.values())))
         table.append([pool.name, size, *(str(used[s]) if pools[s] is pool else NONE for s in SPLITS), left])
     return table
-
-
-def _row_of(example: Example) -> str:
-    name, colon, number = example.id.rpartition(":")
-    return f"{name}{colon}{number.partition('.')[0]}"
 
 
 def _tokens(split: str, examples: Sequence[Example]) -> list[Shown]:
     lengths = [example.n_tokens for example in examples]
     targets = sum(len(example.answers[example.gold]) for example in examples)
     return [split, *map(str, (len(examples), sum(lengths), targets, max(lengths)))]
-
-
-def _say_left_out(splits: Splits, terminal: Terminal) -> None:
-    for note in splits.notes:
-        terminal.say(note)
-    if not splits.notes:
-        terminal.say("no row is too long, or in two splits: none is left out or cut")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

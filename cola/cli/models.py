@@ -1,91 +1,61 @@
 """cola export | eval | inspect: what was trained, out of a run, scored and looked into."""
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from cola.cli.store import StoreOption, open_store
+from cola.cli import store as stores
 from cola.errors import ColaError
+from cola.recipe.read import read_recipe
+from cola.report.terminal import Terminal
 
-
-class Split(StrEnum):
-    """The parts of a recipe's data."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
-
-
-class Form(StrEnum):
-    """What an arm can be exported as."""
-
-    adapter = "adapter"
-    merged = "merged"
-    knots = "knots"
-
-
-class Dtype(StrEnum):
-    """Number formats."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Codes(StrEnum):
-    """Codes of bitsandbytes."""
-
-    nf4 = "nf4"
-    int8 = "int8"
+# What an option's word may be.
+Split = StrEnum("Split", ["train", "validation", "test"])
+Form = StrEnum("Form", ["adapter", "merged", "knots"])
+Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
+Codes = StrEnum("Codes", ["nf4", "int8"])
 
 
 def export(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    arm: Annotated[str, typer.Option(help="The arm to export.", show_default=False)],
-    seed: Annotated[int | None, typer.Option(help="The seed; may be left out where there is one.")] = None,
+    run_folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run.")],
+    arm: Annotated[str, Option(help="The arm to export.")],
+    seed: Annotated[int | None, Option(help="The seed; may be left out where there is one.")] = None,
     form: Annotated[
         Form,
-        typer.Option(
+        Option(
             "--as",
             help="adapter: one PEFT LoRA for the whole chain; merged: a Hugging Face checkpoint; knots: the links one "
             "by one.",
         ),
     ] = Form.adapter,
-    to: Annotated[
-        Path | None, typer.Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM.", show_default=False)
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of a merged checkpoint. Default: the arm's.")] = None,
+    to: Annotated[Path | None, Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM.")] = None,
+    dtype: Annotated[Dtype | None, Option(help="Of a merged checkpoint. Default: the arm's.")] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Compress the chain to this rank by SVD; says what that keeps and loses.")
+        int | None, Option(min=1, help="Compress the chain to this rank by SVD; says what that keeps and loses.")
     ] = None,
-    quantization: Annotated[
-        Codes | None, typer.Option(help="Of a merged checkpoint; says what that loses.", show_default=False)
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hugging Face hub.", show_default=False)
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push: a private repository.")] = False,
+    quantization: Annotated[Codes | None, Option(help="Of a merged checkpoint; says what that loses.")] = None,
+    push: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload to the Hugging Face hub.")] = None,
+    private: Annotated[bool, Option("--private", help="With --push: a private repository.")] = False,
 ) -> None:
     """Write what an arm has learned as files that other tools load.
 
     For example: cola export runs/quickstart-... --arm chain3 --as adapter
     """
-    from cola.export.outcome import outcomes
-
-    found = outcomes(run_folder, arm, seed)
-    if len(found) > 1:
-        seeds = ", ".join(str(outcome.job.seed) for outcome in found)
-        raise ColaError(f"{run_folder} has the seeds {seeds}; name one by --seed")
+    from cola.cli.show import need_new
     from cola.export.export import Request, push_to_hub
     from cola.export.export import export as write
-    from cola.report.terminal import Terminal
+    from cola.export.outcome import outcomes
 
     terminal = Terminal()
-    outcome = found[0]
+    outcome, *others = outcomes(run_folder, arm, seed)
+    if others:
+        seeds = ", ".join(str(other.job.seed) for other in (outcome, *others))
+        raise ColaError(f"{run_folder} has the seeds {seeds}; name one by --seed")
     to = to or run_folder / "exports" / f"{arm}-seed{outcome.job.seed}-{form}"
+    need_new(to, "--to")
     write(outcome, Request(form, dtype, rank, quantization), to, terminal, push)
     terminal.say(f"export   {to}")
     if form != Form.knots:
@@ -96,26 +66,19 @@ def export(
 
 def evaluate(
     target: Annotated[
-        str,
-        typer.Argument(metavar="MODEL_OR_RUN", help="Folder of a run, an adapter or a model; a hub id; a GGUF file."),
+        str, Argument(metavar="MODEL_OR_RUN", help="Folder of a run, an adapter or a model; a hub id; a GGUF file.")
     ],
-    data: Annotated[
-        Path, typer.Option(help="Recipe, or folder of a run, whose data and prompts are taken.", show_default=False)
-    ],
-    split: Annotated[list[Split] | None, typer.Option(help="May be given again. Default: all three.")] = None,
-    arm: Annotated[str | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
-    base: Annotated[
-        str | None, typer.Option(help="What an adapter is put on. Default: what it names.", show_default=False)
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the export's own, else the recipe's.")] = None,
-    quantization: Annotated[Codes | None, typer.Option(help="Of the frozen weights.", show_default=False)] = None,
+    data: Annotated[Path, Option(help="Recipe, or folder of a run, whose data and prompts are taken.")],
+    split: Annotated[list[Split] | None, Option(help="May be given again. Default: all three.")] = None,
+    arm: Annotated[str | None, Option(help="Of a run. Default: all.")] = None,
+    seed: Annotated[int | None, Option(help="Of a run. Default: all.")] = None,
+    base: Annotated[str | None, Option(help="What an adapter is put on. Default: what it names.")] = None,
+    dtype: Annotated[Dtype | None, Option(help="Default: the export's own, else the recipe's.")] = None,
+    quantization: Annotated[Codes | None, Option(help="Of the frozen weights.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+        bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="A new folder for eval.json and every example's score.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, Option(help="A new folder for eval.json and every example's score.")] = None,
 ) -> None:
     """Score a run, an adapter or any model on a recipe's data, by the evaluator that scores arms.
 
@@ -123,17 +86,14 @@ def evaluate(
 
     Exit code: 0 all is scored, 1 some arms of a run could not be, 2 nothing could be.
     """
-    from cola.compare.contrasts import METRICS
-    from cola.recipe.read import read_recipe
-    from cola.report.tables import scored_table
-    from cola.report.terminal import Terminal
-
     recipe = read_recipe(data / "recipe.yaml" if data.is_dir() else data)
     terminal = Terminal()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cola.export.score import Loading, check_new, score, targets_of, write_scores
+    from cola.cli.show import need_new
+    from cola.compare.contrasts import METRICS
+    from cola.export.score import Loading, score, targets_of, write_scores
+    from cola.report.tables import scored_table
 
-    check_new(out)
+    need_new(out, "--out")
     targets = targets_of(target, recipe, Loading(base, dtype, quantization, trust_remote_code), arm, seed)
     scored = score(targets, recipe, split or list(Split), terminal)
     table = scored_table([(one.label, one.evaluation, one.reported) for one in scored], METRICS[recipe.data.task])
@@ -146,14 +106,14 @@ def evaluate(
 
 def inspect(
     target: Annotated[
-        str, typer.Argument(metavar="RUN_OR_SEGMENT", help="Folder of a run; or name of a segment, or how it begins.")
+        str, Argument(metavar="RUN_OR_SEGMENT", help="Folder of a run; or name of a segment, or how it begins.")
     ],
-    arm: Annotated[str | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a run. Default: all.", show_default=False)] = None,
+    arm: Annotated[str | None, Option(help="Of a run. Default: all.")] = None,
+    seed: Annotated[int | None, Option(help="Of a run. Default: all.")] = None,
     intruders: Annotated[
-        bool, typer.Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
+        bool, Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
     ] = False,
-    store: StoreOption = None,
+    store: stores.StoreOption = None,
 ) -> None:
     """Of a run: what its links, chains and full fine-tuning learned, as spectra. Of a segment: where it came from.
 
@@ -161,8 +121,6 @@ def inspect(
     other and with full fine-tuning; what its folder lacks of them is computed and kept there. A segment is followed
     back to the base: every link, knot, learning rate and batch, names and checksums verified.
     """
-    from cola.report.terminal import Terminal
-
     if target and Path(target).is_dir():
         if store is not None:
             raise ColaError("--store is for a segment; a run is inspected from its own folder")
@@ -172,6 +130,4 @@ def inspect(
         return
     if arm is not None or seed is not None or intruders:
         raise ColaError(f"{target} is no run folder; --arm, --seed and --intruders belong to a run")
-    from cola.cli.store_view import inspect as show
-
-    show(open_store(store), target, Terminal())
+    stores.inspect(stores.open_store(store), target, Terminal())

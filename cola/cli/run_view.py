@@ -22,30 +22,21 @@ FEW = 60  # rows of a table of matrices that a terminal is given
 
 
 def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None, intruders: bool) -> None:
-    """Print the spectra of a run's arms and seeds; what its folder lacks of them is computed and kept there.
-
-    Args:
-        run: The run's folder.
-        terminal: To print to.
-        arm: Only this one.
-        seed: Only this one.
-        intruders: Whether to count intruder dimensions.
-
-    Raises:
-        RunFolderError: it is no run folder, or has no such arm or seed that came to its end.
-        ModelError: none of them changes the base's matrices, or their weights or the base are not there.
-    """
+    """Print the spectra of a run's arms and seeds, or of one arm, of one seed, intruder dimensions counted too or not;
+    what its folder lacks of them is computed and kept there. Raises RunFolderError if it is no run folder, or has no
+    such arm or seed that came to its end; ModelError if none of them changes the base's matrices, or their weights or
+    the base are not there."""
     quiet_libraries()
-    found = [outcome for outcome in outcomes(run, arm, seed) if outcome.merges]
-    if not found:
+    changed = [outcome for outcome in outcomes(run, arm, seed) if outcome.kind.merges]
+    if not changed:
         raise ModelError(f"{run}: {f'arm {arm} changes none of' if arm else 'no arm changes'} the base's matrices")
-    view = _View(found, terminal)
+    view = _View(changed, terminal)
     records: dict[str, list[Spectrum]] = {}
-    for number, outcome in enumerate(found, 1):
+    for number, outcome in enumerate(changed, 1):
         try:
             record = view.record(outcome, intruders)
         except ModelError as error:
-            if not records and number == len(found):
+            if not records and number == len(changed):
                 raise
             terminal.warn(f"{outcome.job.label}: {error}")
             continue
@@ -54,13 +45,13 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
         records.setdefault(outcome.job.arm, []).append(record)
     spectra = summarized(records)
     tables = [spectra_table(spectra), overlap_table(spectra)]
-    if len(found) == 1:
-        detail = matrices_table(records[found[0].job.arm][0])
+    if len(changed) == 1:
+        detail = matrices_table(records[changed[0].job.arm][0])
         tables += [detail] if len(detail.rows) <= FEW else []
     for table in tables:
         if table.rows:
             terminal.table(table)
-    where = found[0].path if len(found) == 1 else run / "arms" / "ARM" / "seed-S"
+    where = changed[0].path if len(changed) == 1 else run / "arms" / "ARM" / "seed-S"
     terminal.say(f"matrix by matrix: {where / SPECTRUM}")
 
 
@@ -68,13 +59,13 @@ def inspect_run(run: Path, terminal: Terminal, arm: str | None, seed: int | None
 class _View:
     """Reads or takes spectra of the outcomes of one run."""
 
-    found: Sequence[Outcome]
+    outcomes: Sequence[Outcome]
     terminal: Terminal
 
     @cached_property
     def learned(self) -> Learned:
         """Made where something has to be computed: it needs the base."""
-        source, recipe = self.found[0].source, self.found[0].recipe
+        source, recipe = self.outcomes[0].source, self.outcomes[0].recipe
         return Learned(source, source.skeleton(), recipe.pairs, make_accelerator("float32").device)
 
     def record(self, outcome: Outcome, intruders: bool) -> Spectrum:
@@ -83,7 +74,8 @@ class _View:
         if spectrum is None:
             self.terminal.say(f"{outcome.job.label}: taking the spectra")
             spectrum = spectrum_of(self._taken(outcome))
-        if intruders and not _counted(spectrum):
+        updates = [update for matrix in spectrum.matrices.values() for update in matrix.updates.values()]
+        if intruders and all(update.intruders is None for update in updates):
             if outcome.quantization is not None:
                 self.terminal.warn(
                     f"{outcome.job.label}: no intruders are counted: its base is the matrices that the "
@@ -91,7 +83,7 @@ class _View:
                 )
             elif spectrum.matrices:
                 self.terminal.say(f"{outcome.job.label}: counting intruders in {len(spectrum.matrices)} matrices")
-                weights = outcome.added() if outcome.is_pair else outcome.tuned.folder
+                weights = outcome.added() if outcome.kind.is_pair else outcome.tuned.folder
                 record = spectrum.content()
                 self.learned.count_intruders(record, outcome.dtype, weights)
                 spectrum, new = spectrum_of(record), True
@@ -104,7 +96,7 @@ class _View:
         return spectrum
 
     def _taken(self, outcome: Outcome) -> dict[str, Any]:
-        if outcome.is_whole:
+        if outcome.kind.is_whole:
             return self.learned.of_full(str(outcome.path), outcome.tuned.folder, outcome.dtype)
         return self.learned.of_links(outcome.added(), *self._full(outcome))
 
@@ -115,16 +107,8 @@ class _View:
         if job.arm not in outcome.recipe.arms or result is None:
             return None, None
         full = Outcome(outcome.folder, outcome.recipe, job, result)
-        if not full.is_whole:
+        if not full.kind.is_whole:
             return None, None
-
-        def folder() -> Path | None:
-            return full.tuned.folder if (full.path / "model" / "config.json").is_file() else None
-
-        update = self.learned.full(str(full.path), folder, full.dtype)
+        kept = (full.path / "model" / "config.json").is_file()
+        update = self.learned.full(str(full.path), lambda: full.tuned.folder if kept else None, full.dtype)
         return update, full.info.scored_state if update is not None else None
-
-
-def _counted(spectrum: Spectrum) -> bool:
-    """Whether it has the number of intruders already."""
-    return any(one.intruders is not None for matrix in spectrum.matrices.values() for one in matrix.updates.values())

@@ -22,12 +22,8 @@ Array = NDArray[np.float64]
 
 
 def choose(losses_CR: Array, scores_CR: Array | None) -> NDArray[np.int64]:
-    """The place of the best of C values, in each of R columns.
-
-    Args:
-        losses_CR: On validation. A value whose loss is not finite has diverged and is the worst, whatever it scores.
-        scores_CR: Where the score decides. Equal scores: the lower loss. None: the loss decides.
-    """
+    """The place of the best of C values, in each of R columns, by their losses on validation, or by scores: of equal
+    ones the lower loss. A value whose loss is not finite has diverged and is the worst, whatever it scores."""
     finite_CR = np.isfinite(losses_CR)
     losses_CR = np.where(finite_CR, losses_CR, np.inf)
     if scores_CR is not None:
@@ -39,27 +35,16 @@ def choose(losses_CR: Array, scores_CR: Array | None) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Trials:
-    """What each value scored on validation under each seed of the trials, example by example.
+    """What each value scored on validation under each seed of the trials, example by example."""
 
-    Attributes:
-        nats_CSN: Summed over an example's target tokens.
-        tokens_N: Their number.
-        scores_CSN: None for plain text.
-        groups: Of each of the N examples; those of one group are drawn together.
-    """
-
-    nats_CSN: Array
-    tokens_N: Array
-    scores_CSN: Array | None
-    groups: Sequence[str]
+    nats_CSN: Array  # summed over an example's target tokens
+    tokens_N: Array  # their number
+    scores_CSN: Array | None  # None for plain text
+    groups: Sequence[str]  # of each of the N examples; those of one group are drawn together
 
     def shares(self, select_by: str, of: str) -> list[float]:
-        """Of each value, the share of the resamples in which it is chosen.
-
-        Args:
-            select_by: `loss` or `score`, as the search says.
-            of: What is chosen for. The stream of random numbers depends on it and on the trials, and on nothing else.
-        """
+        """Of each value, the share of the resamples in which it is chosen by `loss` or `score`. The stream of random
+        numbers depends on what is chosen for (`of`) and on the trials, and on nothing else."""
         rng = np.random.default_rng(int.from_bytes(self._digest(of)[:16], "big"))
         n_values, n_seeds, _ = self.nats_CSN.shape
         names, place_N = np.unique(np.asarray(self.groups, dtype=str), return_inverse=True)

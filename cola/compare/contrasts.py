@@ -9,7 +9,7 @@ from cola.compare.records import Contrast, Difference, Interval, Role, TaskContr
 from cola.compare.statistics import FEWEST_RUNS, Estimate, Table, closed_share, estimate, holm, sign_flips
 from cola.errors import RunFolderError, listed, nearest, quoted
 from cola.recipe.recipe import Recipe
-from cola.tree.records import Ended, Result, ScoreRow
+from cola.tree.records import Result, ScoreRow
 from cola.tree.run_folder import RunFolder
 
 FEW = 4  # arms that a sentence names
@@ -17,43 +17,45 @@ METRICS = {"multiple_choice": "accuracy", "answer": "exact match", "text": "perp
 
 C = TypeVar("C", Contrast, TaskContrast)
 
-Results = dict[tuple[str, int], Result | Ended]  # by arm and seed
 Rows = dict[str, ScoreRow]  # scores of one arm, seed and split, by example
 
 
 class Comparer:
-    """Pairs a run's arms by seed and test example.
+    """A run's results, its arms paired by seed and test example.
 
     What keeps two arms from being compared as the recipe asks (no common seed, damaged scores, other examples) is told
     in `damaged` or `unpaired`, and costs that comparison and no other.
+
+    Attributes:
+        results: By arm and seed, of whatever status.
+        done: Those that came to their end.
+        ok: The seeds of each arm that are to be compared.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, results: Results, damaged: list[str]) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, damaged: list[str]) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.done = {key: result for key, result in results.items() if isinstance(result, Result)}
         self.damaged = damaged
         self.unpaired: list[str] = []
+        self.results = {(r.run_info.arm, r.run_info.seed): r for r in folder.results(damaged)}
+        self.done = {key: result for key, result in self.results.items() if isinstance(result, Result)}
         self.ok = {arm: [seed for seed in recipe.seeds if (arm, seed) in self.done] for arm in recipe.arms}
         self._scores: dict[tuple[str, int], Rows | None] = {}
 
     def against_full(self, name: str) -> dict[str, Interval | str]:
         """`ft_gap` and `closed` of an arm, where they can be had."""
         full, lora = self.recipe.full_arm, self.recipe.lora_arm
-        found: dict[str, Interval | str] = {}
+        numbers: dict[str, Interval | str] = {}
         if name == full or not self.ok.get(full):
-            return found
+            return numbers
         if (pair := self.table([full, name])) is not None:
-            found["ft_gap"] = interval_of(estimate((1, -1), [pair]))
-        if name == lora or not self.ok.get(lora):
-            return found
-        if (three := self.table([full, lora, name])) is not None:
-            lead = estimate((1, -1, 0), [three])
-            if not lead.excludes_zero:
-                found["closed"] = "undefined"
-            else:
-                found["closed"] = interval_of(closed_share(three)) if lead.value > 0 else "no gap"
-        return found
+            numbers["ft_gap"] = interval_of(estimate((1, -1), [pair]))
+        if name == lora or not self.ok.get(lora) or (three := self.table([full, lora, name])) is None:
+            return numbers
+        lead = estimate((1, -1, 0), [three])
+        if not lead.excludes_zero:
+            return numbers | {"closed": "undefined"}
+        return numbers | {"closed": interval_of(closed_share(three)) if lead.value > 0 else "no gap"}
 
     def gaps(self, name: str) -> dict[str, Interval]:
         """Intervals of `gap_loss` and `gap_acc` of an arm, over seeds and test examples.
@@ -61,62 +63,62 @@ class Comparer:
         What was trained on is what it is: each seed's own loss and score on it are subtracted from those of its test
         examples. How the gap would be with other training rows is not in it.
         """
-        done = [(s, rows) for s in self.ok[name] if (rows := self.rows(name, s)) is not None]
-        found: dict[str, Interval] = {}
-        for key, what, sign in (("gap_loss", "loss", -1), ("gap_acc", "score", 1)):
-            table = paired([[rows for _, rows in done]], by_loss=what == "loss") if done else None
-            train_S = [getattr(self.done[name, s].evaluation.train, what) for s, _ in done]
+        done = [(seed, rows) for seed in self.ok[name] if (rows := self.rows(name, seed)) is not None]
+        intervals: dict[str, Interval] = {}
+        for key, kind, sign in (("gap_loss", "loss", -1), ("gap_acc", "score", 1)):
+            table = paired([[rows for _, rows in done]], by_loss=kind == "loss") if done else None
+            train_S = [getattr(self.done[name, seed].evaluation.train, kind) for seed, _ in done]
             if table is None or None in train_S:
                 continue
             # A loss comes as minus itself, so that both gaps are train - test of something of which more is better.
             gap_1SN = sign * np.array(train_S)[None, :, None] - table.scores_ASN
             gap = Table(gap_1SN, table.groups, table.weights)
-            found[f"{key}_interval"] = interval_of(estimate((1,), [gap]))
-        return found
+            intervals[f"{key}_interval"] = interval_of(estimate((1,), [gap]))
+        return intervals
 
     def contrasts(self, later: Sequence[tuple[str, str]]) -> list[Contrast]:
         """The recipe's contrasts, the primary one first; then those that are asked for now, and each trained arm
         against full fine-tuning."""
-        comparison, full = self.recipe.comparison, self.recipe.full_arm
-        primary: list[tuple[Role, tuple[str, str]]] = [("primary", comparison.primary)] if comparison.primary else []
-        secondary: list[tuple[Role, tuple[str, str]]] = [("secondary", pair) for pair in comparison.secondary]
-        asked = [pair for pair in later if {*pair} not in [{*known} for _, known in (*primary, *secondary)]]
-        said = [{*pair} for pair in (*(known for _, known in (*primary, *secondary)), *asked)]
-        trained = [arm for arm in self.recipe.arms if self.recipe.arms[arm].n_links and arm != full]
-        to_full = [(arm, full) for arm in trained if full in self.recipe.arms and {arm, full} not in said]
-        unnamed: list[tuple[Role, tuple[str, str]]] = [("later", pair) for pair in (*asked, *to_full)]
-        named = (*primary, *secondary, *unnamed)
-        found = [one for role, pair in named if (one := self._contrast(role, *pair)) is not None]
-        return settle(found)
-
-    def _contrast(self, role: Role, first: str, second: str) -> Contrast | None:
-        by_loss = self.recipe.metric == "loss"
-        table = self.table([first, second], by_loss)
-        if table is None:
-            return None
-        difference = dict(difference_of([table]))
-        return Contrast(first=first, second=second, role=role, metric=self.recipe.metric, **difference, claim=False)
+        comparison, full, arms = self.recipe.comparison, self.recipe.full_arm, self.recipe.arms
+        to_full = [(arm, full) for arm in arms if arms[arm].n_links and arm != full and full in arms]
+        roles: dict[frozenset[str], tuple[Role, tuple[str, str]]] = {}
+        for pair in [comparison.primary] if comparison.primary else []:
+            roles[frozenset(pair)] = "primary", pair
+        for pair in comparison.secondary:
+            roles[frozenset(pair)] = "secondary", pair
+        for pair in (*later, *to_full):
+            roles.setdefault(frozenset(pair), ("later", pair))
+        contrasts = []
+        for role, (first, second) in roles.values():
+            if (table := self.table([first, second], by_loss=self.recipe.metric == "loss")) is not None:
+                about = {"first": first, "second": second, "role": role, "metric": self.recipe.metric}
+                contrasts.append(Contrast(**about, **dict(difference_of([table])), claim=False))
+        return settle(contrasts)
 
     def table(self, arms: Sequence[str], by_loss: bool = False) -> Table | None:
         """The arms' test scores over their common seeds, as `paired` has them; None where they have none."""
         if any(not self.ok[arm] for arm in arms):
             return None  # the table of arms says so
-        seeds = [s for s in self.ok[arms[0]] if all(s in self.ok[arm] for arm in arms)]
-        tables = {(arm, s): rows for s in seeds for arm in arms if (rows := self.rows(arm, s)) is not None}
-        seeds = [s for s in seeds if all((arm, s) in tables for arm in arms)]
-        if not seeds:
-            self._say_unpaired(f"{', '.join(arms)} have no seed in common, so they are not compared")
+        scored = self.scored(arms)
+        if not scored:
+            self.unpaired.append(f"{', '.join(arms)} have no seed in common, so they are not compared")
             return None
-        if dropped := sorted({s for arm in arms for s in self.ok[arm]} - set(seeds)):
+        if dropped := sorted({seed for arm in arms for seed in self.ok[arm]} - set(scored)):
             left = ", ".join(map(str, dropped))
-            self._say_unpaired(f"{', '.join(arms)} are compared over the seeds that all of them have, without {left}")
-        table = paired([[tables[arm, s] for s in seeds] for arm in arms], by_loss)
+            self.unpaired.append(f"{', '.join(arms)} are compared over the seeds that all of them have, without {left}")
+        table = paired(list(zip(*scored.values(), strict=True)), by_loss)
         if table is None:
-            self._say_unpaired(
+            self.unpaired.append(
                 f"{', '.join(arms)} were not all scored on the same test examples, so they are not compared; delete "
                 "the damaged seed folder and run `cola run --resume`"
             )
         return table
+
+    def scored(self, arms: Sequence[str]) -> dict[int, list[Rows]]:
+        """Test scores of some arms by example, under each seed that all of them have."""
+        common = [seed for seed in self.ok.get(arms[0], ()) if all(seed in self.ok.get(arm, ()) for arm in arms)]
+        scores = {s: [rows for arm in arms if (rows := self.rows(arm, s)) is not None] for s in common}
+        return {seed: of_arms for seed, of_arms in scores.items() if len(of_arms) == len(arms)}
 
     def rows(self, arm: str, seed: int) -> Rows | None:
         """Test scores by example; None where they are damaged."""
@@ -128,10 +130,6 @@ class Comparer:
                 rows = None
             self._scores[arm, seed] = rows
         return self._scores[arm, seed]
-
-    def _say_unpaired(self, text: str) -> None:
-        if text not in self.unpaired:
-            self.unpaired.append(text)
 
 
 def check_arms(pair: Sequence[str], known: Collection[str]) -> None:
@@ -176,14 +174,12 @@ def settle(contrasts: Sequence[C]) -> list[C]:
     tested = {n: one.p for n, one in enumerate(contrasts) if one.role == "secondary" and one.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     settled = []
-    for number, one in enumerate(contrasts):
-        p_holm = corrected.get(number)
-        p = p_holm if one.role == "secondary" else one.p
+    for n, one in enumerate(contrasts):
+        p = corrected.get(n) if one.role == "secondary" else one.p
         away = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
         # What was not named before the run is shown and not claimed.
-        named = one.role != "later" and one.n_seeds >= FEWEST_RUNS
-        claim = bool(named and away and p is not None and p < 0.05)
-        settled.append(one.model_copy(update={"p_holm": p_holm, "claim": claim}))
+        claim = away and p is not None and p < 0.05 and one.role != "later" and one.n_seeds >= FEWEST_RUNS
+        settled.append(one.model_copy(update={"p_holm": corrected.get(n), "claim": claim}))
     return settled
 
 
@@ -195,17 +191,17 @@ def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
     that an arm's mean is minus its loss in the table of results.
     """
     first = rows[0][0]
-    ids = list(first)
-    if not ids or any(one.keys() != first.keys() for of_arm in rows for one in of_arm):
+    if not first or any(one.keys() != first.keys() for of_arm in rows for one in of_arm):
         return None
-    scored = first[ids[0]].score is not None and not by_loss
+    examples = first.values()
+    scored = next(iter(examples)).score is not None and not by_loss
 
     def value(row: ScoreRow) -> float | None:
         return row.score if scored else -row.nats / row.tokens
 
-    scores = [[[value(one[i]) for i in ids] for one in of_arm] for of_arm in rows]
-    groups = [first[i].group or i for i in ids]
-    return Table(np.array(scores), groups, None if scored else [float(first[i].tokens) for i in ids])
+    scores = [[[value(one[i]) for i in first] for one in of_arm] for of_arm in rows]
+    groups = [row.group or row.id for row in examples]
+    return Table(np.array(scores), groups, None if scored else [float(row.tokens) for row in examples])
 
 
 def interval_of(found: Estimate) -> Interval:

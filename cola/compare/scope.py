@@ -1,5 +1,6 @@
 """What a run's intervals speak of: what they let vary, and what they take as it is."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from cola.compare.records import Scope, ScopeSearch
@@ -7,12 +8,7 @@ from cola.recipe.recipe import Recipe
 
 
 def scope_of(recipe: Recipe, n_train: int | None) -> Scope:
-    """The facts.
-
-    Args:
-        recipe: The resolved recipe.
-        n_train: Training rows of each seed; None where nothing has been run.
-    """
+    """The facts; `n_train`: training rows of each seed, None where nothing has been run."""
     rules, search = recipe.search_rules, None
     if rules:
         search = ScopeSearch(
@@ -31,27 +27,22 @@ def scope_of(recipe: Recipe, n_train: int | None) -> Scope:
 
 
 def scope_sentence(scope: Scope) -> str:
-    """What the intervals of a run speak of, in one sentence.
-
-    Args:
-        scope: From `scope_of`.
-    """
-    search, several = scope.search, scope.seeds > 1
-    redrawn = scope.redraw == "per_seed"
+    """The same in one sentence."""
+    search, several, redrawn = scope.search, scope.seeds > 1, scope.redraw == "per_seed"
+    keys = _listed([key.replace("_", " ") for key in search.keys]) if search else ""
     varied = ["other seeds"] if several else []
     if several and redrawn:
         rows = f" of {scope.train_rows} rows" if scope.train_rows else ""
         varied.append(f"other training sets{rows} from the same source")
     if several and search and search.per == "seed":
-        varied[0] += f", each with its own choice of {_keys_text(search.keys)},"
-    varied.append("other test examples")
+        varied[0] += f", each with its own choice of {keys},"
     rows = [] if several and redrawn else ["training"]
     rows += ["validation"] if scope.by_validation else []
     held = [] if several else ["the seed"]
     held += [f"the {' and '.join(rows)} rows"] if rows else []
     if search and (search.per == "arm" or not several):
-        held.append(f"the choice of {_keys_text(search.keys)}{_seeds_text(search)}")
-    text = f"Intervals speak of {_listed(varied)}"
+        held.append(f"the choice of {keys}{_seeds_text(search)}")
+    text = f"Intervals speak of {_listed([*varied, 'other test examples'])}"
     return f"{text}; held fixed: {_listed(held)}." if held else f"{text}."
 
 
@@ -65,21 +56,17 @@ def overlap_note(recipe: Recipe) -> str | None:
     )
 
 
-def _keys_text(keys: list[str]) -> str:
-    return _listed([key.replace("_", " ") for key in keys])
-
-
 def _seeds_text(search: ScopeSearch) -> str:
     if search.per == "seed":
         return ""
     seeds, scored = search.seeds, search.scored
-    named = f" on seed{'s' if len(seeds) > 1 else ''} {_listed([str(seed) for seed in seeds])}"
+    named = f" on seed{'s' if len(seeds) > 1 else ''} {_listed(seeds)}"
     if not scored:
         return named
     which = "which is" if len(seeds) == 1 else "which are" if scored == seeds else f"of which {_listed(scored)} are"
     return f"{named} ({which} scored too)"
 
 
-def _listed(parts: list[Any]) -> str:
-    parts = [str(part) for part in parts]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _listed(parts: Sequence[Any]) -> str:
+    *first, last = map(str, parts)
+    return f"{', '.join(first)} and {last}" if first else last

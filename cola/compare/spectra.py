@@ -5,6 +5,7 @@ number is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,34 +18,24 @@ from cola.tree.spectra import Matrix, Overlap, Sides, Spectrum, read_spectrum
 
 NUMBERS = ("rank", "relative_size", "effective_rank", "rank_90", "stable_rank")
 
-Records = Mapping[str, Sequence[Spectrum]]  # of each arm: its seeds'
+Matrices = list[Matrix]  # of one seed
 
 
 def spectra_of(folder: RunFolder, done: Mapping[str, Iterable[int]]) -> tuple[dict[str, ArmSpectra], list[str]]:
-    """The spectra of a run's arms for its summary.
-
-    Args:
-        folder: The run's.
-        done: The seeds of each arm that came to their end.
-
-    Returns:
-        As `summarized`; and what is wrong with a file that cannot be read, which spoils no other.
-    """
+    """The spectra of a run's arms and of the seeds that came to their end, as `summarized`; and what is wrong with a
+    file that cannot be read, which spoils no other."""
     records: dict[str, list[Spectrum]] = {}
     damaged = []
-    for arm, seeds in done.items():
-        for seed in seeds:
-            try:
-                record = read_spectrum(folder, Job(arm=arm, seed=seed))
-            except RunFolderError as error:
-                damaged.append(str(error))
-                continue
-            if record is not None:
-                records.setdefault(arm, []).append(record)
+    for job in (Job(arm=arm, seed=seed) for arm, seeds in done.items() for seed in seeds):
+        try:
+            if (record := read_spectrum(folder, job)) is not None:
+                records.setdefault(job.arm, []).append(record)
+        except RunFolderError as error:
+            damaged.append(str(error))
     return summarized(records), damaged
 
 
-def summarized(records: Records) -> dict[str, ArmSpectra]:
+def summarized(records: Mapping[str, Sequence[Spectrum]]) -> dict[str, ArmSpectra]:
     """Medians over matrices and means over seeds; an arm without any spectrum is left out."""
     found = {}
     for arm, all_of_arm in records.items():
@@ -62,9 +53,6 @@ def summarized(records: Records) -> dict[str, ArmSpectra]:
             with_full=_with_full(whats, seeds),
         )
     return found
-
-
-Matrices = list[Matrix]  # of one seed
 
 
 def _row(what: str, seeds: list[Matrices]) -> SpectrumRow:
@@ -86,30 +74,25 @@ def _values(what: str, seeds: list[Matrices]) -> list[float]:
         values = [one.updates[what].values for one in matrices if what in one.updates]
         values = [[value / row[0] for value in row] for row in values if row and row[0]]
         if values:
-            each.append(np.median(_filled(values), axis=0).tolist())
-    return [float(value) for value in np.mean(_filled(each), axis=0)] if each else []
+            each.append(np.median(_filled(values), axis=0))
+    return np.mean(_filled(each), axis=0).tolist() if each else []
 
 
-def _filled(rows: list[list[float]]) -> np.ndarray:
-    longest = max(map(len, rows))
-    return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
+def _filled(rows: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
+    return np.array(list(zip(*zip_longest(*rows, fillvalue=0.0), strict=True)))
 
 
 def _overlap(links: list[str], seeds: list[Matrices]) -> OverlapTable:
     """Of each two links: the mean of both sides; None where no matrix has learned something in both."""
-    places = {what: number for number, what in enumerate(links)}
-    matrix: list[list[float | None]] = [[1.0 if i == j else None for j in range(len(links))] for i in range(len(links))]
+    values: dict[tuple[str, ...], float | None] = {(what, what): 1.0 for what in links}
     expected = []
-    for one in links:
-        for other in links[places[one] + 1 :]:
-            pairs = [
-                [pair for matrix_ in matrices for pair in matrix_.overlap if pair.links == [one, other]]
-                for matrices in seeds
-            ]
-            value = _mean([_of(np.median, [_both(pair) for pair in mine]) for mine in pairs])
-            matrix[places[one]][places[other]] = matrix[places[other]][places[one]] = value
-            expected.append(_mean([_of(np.median, [pair.random for pair in mine]) for mine in pairs]))
-    return OverlapTable(labels=links, matrix=matrix, random=_mean(expected))
+    for two in combinations(links, 2):
+        pairs = [[pair for one in matrices for pair in one.overlap if pair.links == [*two]] for matrices in seeds]
+        values[two] = values[two[::-1]] = _mean([_of(np.median, map(_both, mine)) for mine in pairs])
+        expected.append(_mean([_of(np.median, [pair.random for pair in mine]) for mine in pairs]))
+    return OverlapTable(
+        labels=links, matrix=[[values[one, other] for other in links] for one in links], random=_mean(expected)
+    )
 
 
 def _with_full(whats: list[str], seeds: list[Matrices]) -> WithFullRow | None:
@@ -121,9 +104,8 @@ def _with_full(whats: list[str], seeds: list[Matrices]) -> WithFullRow | None:
     def over(what: str, number: Any) -> float | None:
         return _mean([_of(np.median, [number(one[what]) for one in mine if what in one]) for mine in each])
 
-    values = {what: over(what, _both) for what in whats}
     expected = [over(what, lambda sides: sides.random) for what in whats]
-    return WithFullRow(labels=list(values), values=list(values.values()), random=_mean(expected))
+    return WithFullRow(labels=whats, values=[over(what, _both) for what in whats], random=_mean(expected))
 
 
 def _both(sides: Sides | Overlap) -> float:

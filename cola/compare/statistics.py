@@ -24,13 +24,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import root_scalar
 from scipy.special import ndtr, ndtri, stdtrit
+from scipy.stats import trim_mean
 
 POWER = 0.8  # of the smallest difference that counts as detectable
+FEWEST_TASKS = 8  # that an interquartile mean is given for: of three tasks it is near the middle one's
 FEWEST_RUNS = 6  # that carry a claim: with fewer, and seeds that are skewed, the size of p is not what it says
 EXACT_RUNS = 20  # up to so many, all sign patterns are gone through; beyond, as many are drawn
 GRID, REACH = 2**14, 8.0  # points of a convolution, and standard errors that they reach to either side
@@ -43,12 +46,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval.
+    """A number with its 95 % interval; no ends where the data cannot give one (no two examples or seeds differ).
 
     Attributes:
-        value: Of the means.
-        low: Lower end; None where the data cannot give an interval (no two examples or seeds differ).
-        high: Upper end, likewise.
         se: Standard error, over seeds and examples.
         df: Its degrees of freedom.
         p: Two-sided, that the number is 0 over other seeds and examples: the level at which its interval ends at 0.
@@ -75,17 +75,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Table:
-    """Scores of some arms, paired by seed and example.
-
-    Attributes:
-        scores_ASN: One matrix for each arm.
-        groups: Group of each of the N examples; examples of one group are drawn together.
-        weights: Weight of each of the N examples in a mean (a text's tokens); None: all alike.
-    """
+    """Scores of some arms, paired by seed and example."""
 
     scores_ASN: Array
-    groups: Sequence[str | int]
-    weights: Sequence[float] | None = None
+    groups: Sequence[str | int]  # of each of the N examples; those of one group are drawn together
+    weights: Sequence[float] | None = None  # of each of the N examples in a mean (a text's tokens); None: all alike
 
     @property
     def weights_N(self) -> Array:
@@ -112,8 +106,7 @@ class Parts:
     """What the uncertainty of a mean is made of.
 
     Attributes:
-        seeds_S: What each seed moves the mean by (influence values: their mean is 0).
-        groups_G: What each group of examples moves it by.
+        seeds_S, groups_G: What each seed, and group of examples, moves the mean by (influence values: their mean is 0).
         of_seeds: Part of the variance that is due to seeds, beyond what the rest makes them differ.
         of_groups: Part due to examples, the rest included.
     """
@@ -176,23 +169,15 @@ def _variance(influence_K: Array) -> float:
 
 @dataclass(frozen=True)
 class Resampled:
-    """The bootstrap's distribution of a sum of independent draws with replacement, about its mean 0.
-
-    Attributes:
-        points_P: A grid of deviations, in ascending order.
-        below_P: Probability of less than each of them, and half of that of the point itself.
-    """
+    """The bootstrap's distribution of a sum of independent draws with replacement, about its mean 0: the probability of
+    less than each point of an ascending grid, and half of that of the point itself."""
 
     points_P: Array
     below_P: Array
 
     @classmethod
     def of(cls, deviations: Sequence[tuple[Array, int]]) -> "Resampled":
-        """By convolution of the single draws on a grid.
-
-        Args:
-            deviations: What one draw adds, each of K values being as likely, and how many such draws there are.
-        """
+        """By convolution on a grid of what one draw adds, each of K values being as likely, and so many such draws."""
         error = sum(n * float(np.mean(x_K**2)) for x_K, n in deviations) ** 0.5
         step = 2 * REACH * error / GRID
         spectrum = np.ones(GRID // 2 + 1, dtype=complex)
@@ -307,19 +292,12 @@ def closed_share(table: Table) -> Estimate:
 
 # ---------------------------------------------------------------------------------------------------------
 # These test rows, other seeds
-@dataclass(frozen=True)
-class SignFlips:
-    """A two-sided sign-flip test of paired differences.
+class SignFlips(NamedTuple):
+    """A two-sided sign-flip test of paired differences."""
 
-    Attributes:
-        p: The share of sign patterns whose statistic is as far from 0 as the one seen.
-        smallest: What so many runs can reach at best, all of one sign.
-        error: Standard error of p, where patterns were drawn; None: all of them were gone through.
-    """
-
-    p: float
-    smallest: float
-    error: float | None
+    p: float  # the share of sign patterns whose statistic is as far from 0 as the one seen
+    smallest: float  # what so many runs can reach at best, all of one sign
+    error: float | None  # standard error of p, where patterns were drawn; None: all of them were gone through
 
 
 def sign_flips(tables: Sequence[Table]) -> SignFlips:
@@ -340,13 +318,10 @@ def sign_flips(tables: Sequence[Table]) -> SignFlips:
             sums_P = np.concatenate([sums_P + share, sums_P - share])
         return SignFlips(float(np.mean(np.abs(sums_P) >= seen)), smallest, None)
     rng, n_drawn = stream_of(share_K), 2**EXACT_RUNS
-    hits = sum(int(np.sum(np.abs(_drawn_signs(rng, n_runs) @ share_K) >= seen)) for _ in range(n_drawn // CHUNK))
+    drawn = (rng.choice([-1.0, 1.0], size=(CHUNK, n_runs)) for _ in range(n_drawn // CHUNK))
+    hits = sum(int(np.sum(np.abs(signs_CK @ share_K) >= seen)) for signs_CK in drawn)
     p = (hits + 1) / (n_drawn + 1)
     return SignFlips(p, smallest, (p * (1 - p) / n_drawn) ** 0.5)
-
-
-def _drawn_signs(rng: np.random.Generator, n_runs: int) -> Array:
-    return rng.choice([-1.0, 1.0], size=(CHUNK, n_runs))
 
 
 def stream_of(values_K: Array) -> np.random.Generator:
@@ -369,3 +344,50 @@ def run_differences(table: Table) -> Array:
     """Of the first two arms, one for each seed."""
     means_AS = table.means_AS
     return means_AS[0] - means_AS[1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many tasks
+def iqm(values: Array) -> float:
+    """Interquartile mean: of the middle half of all values (Agarwal et al., NeurIPS 2021; rliable)."""
+    return float(trim_mean(values.ravel(), 0.25))
+
+
+def iqm_estimate(tables: Sequence[Table]) -> Estimate | None:
+    """The interquartile mean of the paired differences of two arms over all tasks and seeds, with its interval; None
+    with fewer than eight tasks, where it weighs the tasks by their order and is near the middle one's mean.
+
+    Stratified: seeds and examples are drawn within each task, and both arms get the same ones. Each task's mean is
+    spread as in `estimate`; the differences around it are those of the drawn seeds. It has no p: patterns of signs
+    change nothing of the runs that are trimmed.
+    """
+    if len(tables) < FEWEST_TASKS:
+        return None
+    differences = [run_differences(table) for table in tables]
+    value = iqm(np.concatenate(differences))
+    rng = stream_of(np.concatenate(differences))
+    all_parts = [parts_of((1, -1), table) for table in tables]
+    variance = sum(part.variance for part in all_parts)
+    if not variance:
+        return Estimate(value)
+    df = variance**2 / sum(part.squared_by_df for part in all_parts)
+    draws_RK = []
+    for part, differences_S in zip(all_parts, differences, strict=True):
+        (by_seed_S, n_seeds), of_groups = part.deviations
+        drawn_RS = rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
+        # The runs are those of the drawn seeds; their mean is moved to where it is when its spread is unbiased.
+        shift_R = by_seed_S[drawn_RS].sum(axis=1) - part.seeds_S[drawn_RS].mean(axis=1)
+        if part.of_groups:
+            groups = Resampled.of([of_groups])
+            shift_R += np.interp(rng.random(RESAMPLES), groups.below_P, groups.points_P)
+        draws_RK.append(differences_S[drawn_RS] + shift_R[:, None])
+    draws_R = trim_mean(np.concatenate(draws_RK, axis=1), 0.25, axis=1)
+    error = float(np.std(draws_R))
+    if error <= 1e-9 * max(1.0, abs(value)):
+        return Estimate(value)
+    acceleration = sum(part.third_moment for part in all_parts) / (6 * variance**1.5)
+    bias = float(ndtri((np.mean(draws_R < value) + np.mean(draws_R <= value)) / 2))
+    wider = float(stdtrit(df, 0.975) / ndtri(0.975))
+    levels = [bca_level(float(ndtri(level)), bias, acceleration) for level in (0.025, 0.975)]
+    low, high = (value + wider * (np.quantile(draws_R, level) - value) for level in levels)
+    return Estimate(value, float(low), float(high), error, df)

@@ -1,13 +1,6 @@
-"""From a run's results to every number that the terminal, the page and W&B show. No torch.
+"""From a run's results to every number that the terminal, the page and W&B show; docs/numbers.md says what each is.
 
-    gap_loss   test loss - train loss, nats per target token
-    gap_acc    train score - test score
-    ft_gap     score(full) - score(arm), on test
-    closed     (score(arm) - score(lora)) / (score(full) - score(lora)), on test; undefined where the interval of
-               the denominator contains 0, and no gap where full fine-tuning is the worse one
-
-What the numbers are worth is computed in `cola.compare`; nothing is drawn, so that a contrast has the same digits in
-every report that shows it.
+Nothing is drawn, so that a contrast has the same digits in every report that shows it. No torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,28 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from cola.compare import records
 from cola.compare.choice import Trials
-from cola.compare.contrasts import FEW, METRICS, Comparer, Results, Rows, check_arms
-from cola.compare.records import (
-    ArmSummary,
-    KnotLedger,
-    Matched,
-    OfSeed,
-    Search,
-    SeedNumbers,
-    Spread,
-    Summary,
-    SummaryChoice,
-    SummaryTrial,
-)
+from cola.compare.contrasts import FEW, METRICS, Comparer, Rows, check_arms
 from cola.compare.scope import scope_of
 from cola.compare.spectra import spectra_of
 from cola.errors import RunFolderError
-from cola.recipe.bounds import SPLITS
-from cola.recipe.plan import Job, trials_of
+from cola.recipe.plan import trials_of
 from cola.recipe.recipe import Recipe
+from cola.recipe.schema import SPLITS
 from cola.tree.made import Made
-from cola.tree.records import ArmState, Chosen, Result, TrainInfo
+from cola.tree.records import Chosen, Result, TrainInfo
 from cola.tree.run_folder import RunFolder, choice_file, damaged_file
 
 COSTS = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
@@ -46,13 +28,9 @@ WORST = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_m
 WORST |= {"drift_relative": max, "drift_of_learned": max, "drift_kl": max}
 
 
-def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]] = ()) -> Summary:
-    """Everything the table and the page show, from the results of a run folder.
-
-    Args:
-        recipe: The resolved recipe.
-        folder: The run's.
-        later: Contrasts that are asked for now and that the recipe does not name: shown, never claimed.
+def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]] = ()) -> records.Summary:
+    """Everything the table and the page show, from the results of a run folder. `later`: contrasts that are asked for
+    now and that the recipe does not name: shown, never claimed.
 
     Raises:
         RunFolderError: an arm that is asked for is not one of the recipe's.
@@ -60,30 +38,35 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
     for pair in later:
         check_arms(pair, recipe.arms)
     damaged: list[str] = []
-    results = {(r.run_info.arm, r.run_info.seed): r for r in folder.results(damaged)}
-    comparer = Comparer(recipe, folder, results, damaged)
-    arms = {name: _arm(recipe, name, results, comparer) for name in recipe.arms}
+    comparer = Comparer(recipe, folder, damaged)
+    arms = {name: _arm(comparer, name) for name in recipe.arms}
     meta = folder.provenance()
-    trials = _trials(recipe, folder, damaged)
+    trials = _trials(comparer)
     spectra, unread = spectra_of(folder, comparer.ok)
     states = {state for arm in arms.values() for state in arm.states.values()}
+    key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
+    used = [getattr(arm, key) for name, arm in arms.items() if arm.n_seeds and recipe.arms[name].n_links]
     rows = next((r.meta_info.rows for r in comparer.done.values()), None)
-    return Summary(
+    return records.Summary(
         meta=meta,
         interrupted=bool(states & {"interrupted", "missing"}),
         metric=METRICS[recipe.data.task],
         checkpoint=recipe.evaluation.checkpoint,
         select_by=recipe.evaluation.select_by,
         seeds=list(recipe.seeds),
-        matched=_matched(recipe, arms),
+        matched=records.Matched(
+            by=recipe.training.match,
+            per_link=recipe.training.protocol == "grow",
+            used=[min(used), max(used)] if used else None,
+        ),
         trials=trials,
         intervals=scope_of(recipe, rows["train"] if rows else None),
-        same_outputs=_same_outputs(recipe, folder, comparer.done, damaged),
+        same_outputs=_same_outputs(comparer),
         rows=rows,
         arms=arms,
         spectra=spectra,
         contrasts=comparer.contrasts(later),
-        unpaired=comparer.unpaired,
+        unpaired=list(dict.fromkeys(comparer.unpaired)),
         notes=[
             *(meta.data.notes if meta else []),
             *(meta.selfcheck.notes if meta and meta.selfcheck else []),
@@ -93,62 +76,60 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
     )
 
 
-def _arm(recipe: Recipe, name: str, results: Results, comparer: Comparer) -> ArmSummary:
-    mine = [results[name, seed] for seed in recipe.seeds if (name, seed) in results]
-    done = [r for r in mine if isinstance(r, Result)]
+def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
+    recipe, results = comparer.recipe, comparer.results
+    mine = {seed: results[name, seed] for seed in recipe.seeds if (name, seed) in results}
+    done = [result for result in mine.values() if isinstance(result, Result)]
     searched = done and "links" in recipe.searches_of(name)
-    state = ArmState(
-        links=len(done[0].train_info.links) if searched else recipe.arms[name].n_links,
-        states={s: results[name, s].status if (name, s) in results else "missing" for s in recipe.seeds},
-        errors={r.run_info.seed: r.run_info.error for r in mine if r.status == "failed" and r.run_info.error},
-        n_seeds=len(done),
-    )
+    state = {
+        "links": len(done[0].train_info.links) if searched else recipe.arms[name].n_links,
+        "states": {seed: mine[seed].status if seed in mine else "missing" for seed in recipe.seeds},
+        "errors": {seed: r.run_info.error for seed, r in mine.items() if r.status == "failed" and r.run_info.error},
+        "n_seeds": len(done),
+    }
     if not done:
-        return ArmSummary(**dict(state))
+        return records.ArmSummary(**state)
     infos = [r.train_info for r in done]
-    edges = [(key, r.run_info.seed) for r in done for key in r.train_info.at_grid_edge]
+    edges: dict[str, list[int]] = {}
+    for result in done:
+        for key in result.train_info.at_grid_edge:
+            edges.setdefault(key, []).append(result.run_info.seed)
+    peaks = [i.process_memory_max if i.accelerator_memory_max is None else i.accelerator_memory_max for i in infos]
     # A knot that lets a part of its pair go moves the outputs on purpose.
     whole = [i for i in infos if i.rules and (i.rules.merge_fraction == 1 or len(i.knots) == 1)]
     lost = [k.drift_of_learned for i in whole for k in i.knots]
     seeds = [_of_seed(r) for r in done]
-    numbers: dict[str, Any] = {
-        **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in list(SeedNumbers.model_fields)[1:]},
+    keys = [key for key in records.SeedNumbers.model_fields if key != "seed"]
+    compared: dict[str, Any] = {**comparer.against_full(name), **comparer.gaps(name)}
+    return records.ArmSummary(
+        **state,
+        **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in keys},
         **{key: float(np.mean([getattr(info, key) for info in infos])) for key in COSTS},
-        **comparer.against_full(name),
-        **comparer.gaps(name),
-    }
-    return ArmSummary(
-        **dict(state),
-        **numbers,
+        **compared,
         seeds=seeds,
         scored_step=[info.scored_step for info in infos],
         learning_rate=[info.learning_rate for info in infos],
-        peak_memory=max((peak for info in infos if (peak := _peak(info)) is not None), default=None),
+        peak_memory=max((peak for peak in peaks if peak is not None), default=None),
         base=infos[0].base,
         without_gradient=max(info.without_gradient for info in infos),
-        at_grid_edge={key: [seed for one, seed in edges if one == key] for key, _ in edges},
+        at_grid_edge=edges,
         knots=_ledger(infos),
         max_drift=max((knot.drift_relative for info in infos for knot in info.knots), default=None),
         max_lost=max((share for share in lost if share is not None), default=None),
     )
 
 
-def _of_seed(result: Result) -> SeedNumbers:
+def _of_seed(result: Result) -> records.SeedNumbers:
     """One seed's numbers: the dots of a figure."""
-    found = result.evaluation
-    numbers = {f"{split}_{key}": getattr(getattr(found, split), key) for split in SPLITS for key in ("loss", "score")}
-    forgetting = found.general and found.general.forgetting  # None where the recipe leaves the general text out
-    gaps = {"gap_loss": found.gap_loss, "gap_acc": found.gap_acc}
-    return SeedNumbers(seed=result.run_info.seed, **numbers, **gaps, forgetting=forgetting)
+    scores = result.evaluation
+    numbers = {f"{split}_{key}": getattr(getattr(scores, split), key) for split in SPLITS for key in ("loss", "score")}
+    forgetting = scores.general and scores.general.forgetting  # None where the recipe leaves the general text out
+    return records.SeedNumbers(
+        seed=result.run_info.seed, **numbers, gap_loss=scores.gap_loss, gap_acc=scores.gap_acc, forgetting=forgetting
+    )
 
 
-def _peak(info: TrainInfo) -> int | None:
-    """Memory that a training took: the GPU's where there is one, else the process's."""
-    on_gpu = info.accelerator_memory_max
-    return info.process_memory_max if on_gpu is None else on_gpu
-
-
-def _ledger(infos: list[TrainInfo]) -> list[KnotLedger]:
+def _ledger(infos: list[TrainInfo]) -> list[records.KnotLedger]:
     """One row for each knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
     rows = []
     for number in range(max(len(info.knots) for info in infos)):
@@ -156,15 +137,15 @@ def _ledger(infos: list[TrainInfo]) -> list[KnotLedger]:
         knots = [info.knots[number] for info in there if info.knots[number].merge is not None]
         if not knots:
             continue
-        part = there[0].rules and there[0].rules.merge_fraction
         known: dict[str, Any] = {
             key: [v for knot in knots if (v := getattr(knot, key)) is not None] for key in (*MEANS, *WORST)
         }
+        last = number + 1 == len(there[0].links)
         rows.append(
-            KnotLedger(
+            records.KnotLedger(
                 link=number + 1,
                 merge=knots[0].merge or "",
-                fraction=1.0 if number + 1 == len(there[0].links) else part,
+                fraction=1.0 if last else there[0].rules and there[0].rules.merge_fraction,
                 cleared=float(np.mean([info.links[number].cleared for info in there])),
                 **{key: float(np.mean(known[key])) for key in MEANS},
                 **{key: pick(known[key], default=None) for key, pick in WORST.items()},
@@ -174,31 +155,23 @@ def _ledger(infos: list[TrainInfo]) -> list[KnotLedger]:
     return rows
 
 
-def _matched(recipe: Recipe, arms: dict[str, ArmSummary]) -> Matched:
-    """What all trained arms were given the same of, and how much of it each used, smallest and largest."""
-    key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
-    used = [getattr(arm, key) for name, arm in arms.items() if arm.n_seeds and recipe.arms[name].n_links]
-    per_link = recipe.training.protocol == "grow"
-    return Matched(by=recipe.training.match, per_link=per_link, used=[min(used), max(used)] if used else None)
-
-
-def _trials(recipe: Recipe, folder: RunFolder, damaged: list[str]) -> dict[str, Search]:
-    """What each arm's search tried and chose; what is wrong with a file that cannot be read is added to `damaged`."""
-    found = {}
-    for name, search in recipe.search_rules.items():
+def _trials(comparer: Comparer) -> dict[str, records.Search]:
+    """What each arm's search tried and chose, where that can be read."""
+    trials = {}
+    for name, search in comparer.recipe.search_rules.items():
         choices = []
-        for seed in recipe.seeds if search.per == "seed" else [None]:
+        for seed in comparer.recipe.seeds if search.per == "seed" else [None]:
             try:
-                if (choice := folder.choice(name, seed)) is not None:
-                    choices.append(_choice(recipe, folder, name, seed, choice))
+                if (choice := comparer.folder.choice(name, seed)) is not None:
+                    choices.append(_choice(comparer.recipe, comparer.folder, name, seed, choice))
             except RunFolderError as error:
-                damaged.append(str(error))
+                comparer.damaged.append(str(error))
         if choices:
-            found[name] = Search(per=search.per, select_by=search.select_by, choices=choices)
-    return found
+            trials[name] = records.Search(per=search.per, select_by=search.select_by, choices=choices)
+    return trials
 
 
-def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: Chosen) -> SummaryChoice:
+def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choice: Chosen) -> records.SummaryChoice:
     """What a search tried, with the numbers of each seed of the trials, and the share of resampled trials that choose
     each value; None where their scores have gone."""
     jobs = trials_of(recipe, arm, recipe.seeds[0] if seed is None else seed)
@@ -210,20 +183,14 @@ def _choice(recipe: Recipe, folder: RunFolder, arm: str, seed: int | None, choic
     scores = [[{row.id: row for row in folder.trial_scores(job)} for job in by_value[n]] for n in whole]
     shares: dict[int, float] = {}
     if (trials := _trial_scores(scores)) is not None:
-        search = recipe.search_rules[arm]
-        of_each = trials.shares(search.select_by, arm if seed is None else f"{arm} seed {seed}")
+        of_each = trials.shares(recipe.search_rules[arm].select_by, arm if seed is None else f"{arm} seed {seed}")
         shares = dict(zip(whole, of_each, strict=True))
-    tried = [
-        SummaryTrial(**dict(row), each=_of_each(folder, of_value), share=shares.get(n))
-        for n, (row, of_value) in enumerate(zip(choice.trials, by_value, strict=True))
-    ]
-    return SummaryChoice(seed=seed, chosen=choice.chosen, seeds=choice.seeds, trials=tried)
-
-
-def _of_each(folder: RunFolder, trials: list[Job]) -> list[OfSeed]:
-    """Validation numbers of those trials that came to their end."""
-    found = {job.seed: trial.evaluation.validation for job in trials if (trial := folder.trial(job)) is not None}
-    return [OfSeed(seed=seed, loss=scored.loss, score=scored.score) for seed, scored in found.items()]
+    tried = []
+    for n, (row, jobs) in enumerate(zip(choice.trials, by_value, strict=True)):
+        scored = {job.seed: trial.evaluation.validation for job in jobs if (trial := folder.trial(job)) is not None}
+        each = [records.OfSeed(seed=of, loss=numbers.loss, score=numbers.score) for of, numbers in scored.items()]
+        tried.append(records.SummaryTrial(**dict(row), each=each, share=shares.get(n)))
+    return records.SummaryChoice(seed=seed, chosen=choice.chosen, seeds=choice.seeds, trials=tried)
 
 
 def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
@@ -231,75 +198,63 @@ def _trial_scores(scores: list[list[Rows]]) -> Trials | None:
     first = scores[0][0] if scores else {}
     if not first or any(one.keys() != first.keys() for of_value in scores for one in of_value):
         return None
-
-    def numbers(key: str) -> np.ndarray:
-        each = [[[getattr(rows[i], key) for i in first] for rows in of_value] for of_value in scores]
-        return np.array(each, dtype=float)
-
     rows = list(first.values())
-    scored = None if rows[0].score is None else numbers("score")
+    nats, scored = (
+        np.array([[[getattr(rows[i], key) for i in first] for rows in of_value] for of_value in scores], dtype=float)
+        for key in ("nats", "score")
+    )
     groups = [f"group {row.group}" if row.group else f"row {row.id}" for row in rows]
-    return Trials(numbers("nats"), np.array([float(row.tokens) for row in rows]), scored, groups)
+    tokens = np.array([float(row.tokens) for row in rows])
+    return Trials(nats, tokens, None if rows[0].score is None else scored, groups)
 
 
-def _same_outputs(
-    recipe: Recipe, folder: RunFolder, done: Mapping[tuple[str, int], Result], damaged: list[str]
-) -> list[tuple[str, str, int]]:
+def _same_outputs(comparer: Comparer) -> list[tuple[str, str, int]]:
     """Arms whose test losses are the same to the bit under a seed though their weights have other causes: what one of
     them does differently has done nothing."""
-    found = []
-    for seed in recipe.seeds:
+    same = []
+    for seed in comparer.recipe.seeds:
         seen: dict[tuple[float, ...], tuple[str, str]] = {}
-        for arm in recipe.arms:
-            if (arm, seed) not in done:
+        for arm in comparer.ok:
+            if (arm, seed) not in comparer.done or (rows := comparer.rows(arm, seed)) is None:
                 continue
-            state = done[arm, seed].train_info.scored_state
-            try:
-                nats = tuple(row.nats for row in folder.scores(arm, seed, "test"))
-            except RunFolderError as error:
-                damaged.append(str(error))
-                continue
-            other, its_state = seen.setdefault(nats, (arm, state))
+            state = comparer.done[arm, seed].train_info.scored_state
+            other, its_state = seen.setdefault(tuple(row.nats for row in rows.values()), (arm, state))
             if its_state != state:
-                found.append((other, arm, seed))
-    return found
+                same.append((other, arm, seed))
+    return same
 
 
 def made_differently(done: Mapping[tuple[str, int], Result]) -> list[str]:
-    """What arms and seeds that are set beside each other were not all made with, in words, one sentence for each.
-
-    Args:
-        done: By arm, or run and arm, and seed.
-    """
+    """What arms and seeds that are set beside each other were not all made with, in words, one sentence for each; by
+    arm, or run and arm, and seed."""
     users: dict[str, dict[str, list[tuple[str, int]]]] = {}  # of each kind of thing: its values, and who has them
     for key, result in done.items():
         info = result.train_info
         facts = {("dtype", info.base.dtype)}
         for made in (*info.segments_made, *info.measured_made):
-            facts |= set(_makers(made).items())
+            facts |= _makers(made)
         for what, value in facts:
             users.setdefault(what, {}).setdefault(value, []).append(key)
     told = []
-    for what in sorted(what for what, values in users.items() if len(values) > 1):
-        parts = [f"{value} ({_named(keys, list(done))})" for value, keys in sorted(users[what].items())]
-        told.append(
-            f"Not all was made with one {what}: {'; '.join(parts)}. A difference between these may be due to that."
-        )
+    for what, values in sorted(users.items()):
+        if len(values) > 1:
+            parts = "; ".join(f"{value} ({_named(keys, list(done))})" for value, keys in sorted(values.items()))
+            told.append(f"Not all was made with one {what}: {parts}. A difference between these may be due to that.")
     return told
 
 
-def _makers(made: Made) -> dict[str, str]:
+def _makers(made: Made) -> set[tuple[str, str]]:
     """What may move a number, of what a state or a measurement says of its making."""
     commit = made.commit
-    found = {
+    facts = {f"version of {name}": version for name, version in made.packages.items() if name != "wandb"}
+    facts |= {
         "version of cola": made.cola,
         "commit": commit.hash and commit.hash[:10] + (" with changes" if commit.dirty else ""),
         "version of Python": made.python,
         "CPU": made.machine.cpu,
         "device": made.device,
     }
-    found |= {f"version of {name}": version for name, version in made.packages.items() if name != "wandb"}
-    return {what: str(value) for what, value in found.items()}
+    return {(what, str(value)) for what, value in facts.items()}
 
 
 def _named(keys: Sequence[tuple[str, int]], of: Sequence[tuple[str, int]]) -> str:
@@ -312,9 +267,9 @@ def _named(keys: Sequence[tuple[str, int]], of: Sequence[tuple[str, int]]) -> st
     return ", ".join(parts) if len(parts) <= FEW else f"{len(keys)} results of {len(parts)} arms"
 
 
-def over_seeds(values: Sequence[float | None]) -> Spread | None:
+def over_seeds(values: Sequence[float | None]) -> records.Spread | None:
     """Mean and standard deviation over seeds (None with one seed); None where the task has no such number."""
     numbers = [v for v in values if v is not None]
     if not numbers:
         return None
-    return Spread(mean=float(np.mean(numbers)), sd=float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None)
+    return records.Spread(mean=float(np.mean(numbers)), sd=float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None)

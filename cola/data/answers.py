@@ -32,9 +32,8 @@ def is_cut_short(answer: str, stop: str, steps: Sequence[str]) -> bool:
         rest = stop[len(answer) - n :]
         return answer.startswith(stop, n) or (stop.startswith(answer[n:]) and rest[:1].isspace())
 
-    return any(
-        normalized(answer[:n], steps) != normalized(answer, steps) for n in filter(begins_at, range(len(answer)))
-    )
+    cuts = filter(begins_at, range(len(answer)))
+    return any(normalized(answer[:n], steps) != normalized(answer, steps) for n in cuts)
 
 
 def usual_stops(answers: Iterable[str], steps: Sequence[str]) -> list[str]:

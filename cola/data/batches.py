@@ -3,6 +3,7 @@
 Axes: B rows, T tokens, N target tokens.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,21 +23,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass, padded on the right (causal attention needs no mask for that).
-
-    Attributes:
-        input_ids_BT: Token ids.
-        predicts_BT: True where the next token is a target.
-        targets_N: Those next tokens, row by row.
-        ids: The rows' ids.
-        n_tokens: Tokens without padding.
-    """
+    """Rows of one forward pass, padded on the right (causal attention needs no mask for that)."""
 
     input_ids_BT: Tensor
-    predicts_BT: Tensor
-    targets_N: Tensor
-    ids: list[str]
-    n_tokens: int
+    predicts_BT: Tensor  # True where the next token is a target
+    targets_N: Tensor  # those next tokens, row by row
+    ids: list[str]  # the rows'
+    n_tokens: int  # without padding
 
     @property
     def n_targets(self) -> int:
@@ -50,26 +43,20 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on a device."""
-        return replace(
-            self,
-            input_ids_BT=self.input_ids_BT.to(device),
-            predicts_BT=self.predicts_BT.to(device),
-            targets_N=self.targets_N.to(device),
-        )
+        tensors = {"input_ids_BT": self.input_ids_BT, "predicts_BT": self.predicts_BT, "targets_N": self.targets_N}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def collate(rows: Sequence[tuple[str, list[int], list[int]]]) -> MicroBatch:
     """One micro-batch of (id, prompt, answer) rows; the answer's tokens are the targets."""
-    width = max(len(prompt) + len(answer) for _, prompt, answer in rows)
-    input_ids_BT = torch.zeros(len(rows), width, dtype=torch.long)  # any id pads: nothing attends to it
-    predicts_BT = torch.zeros(len(rows), width, dtype=torch.bool)
-    for b, (_, prompt, answer) in enumerate(rows):
-        length = len(prompt) + len(answer)
+    lengths = [len(prompt) + len(answer) for _, prompt, answer in rows]
+    input_ids_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)  # any id pads: nothing attends to it
+    predicts_BT = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
+    for b, (length, (_, prompt, answer)) in enumerate(zip(lengths, rows, strict=True)):
         input_ids_BT[b, :length] = torch.tensor(prompt + answer)
         predicts_BT[b, len(prompt) - 1 : length - 1] = True
     targets_N = torch.tensor([token for _, _, answer in rows for token in answer])
-    n_tokens = sum(len(prompt) + len(answer) for _, prompt, answer in rows)
-    return MicroBatch(input_ids_BT, predicts_BT, targets_N, [name for name, _, _ in rows], n_tokens)
+    return MicroBatch(input_ids_BT, predicts_BT, targets_N, [name for name, _, _ in rows], sum(lengths))
 
 
 def training_row(example: Example) -> tuple[str, list[int], list[int]]:
@@ -83,21 +70,18 @@ def batch_order(lengths: Sequence[int], batch_size: int, n_steps: int, seed: int
     Depends on the arguments alone, so all arms of a seed read the same rows in the same order.
     """
     steps: list[list[int]] = []
-    epoch = 0
-    while len(steps) < n_steps:
+    size = BUCKET * batch_size
+    for epoch in itertools.count():
+        if len(steps) >= n_steps:
+            break
         rng = random.Random(derived_seed("order", seed, epoch))
         rows = list(range(len(lengths)))
         rng.shuffle(rows)
-        size = BUCKET * batch_size
-        rows = [
-            i
-            for start in range(0, len(rows), size)
-            for i in sorted(rows[start : start + size], key=lambda i: lengths[i])
-        ]
+        for start in range(0, len(rows), size):
+            rows[start : start + size] = sorted(rows[start : start + size], key=lengths.__getitem__)
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         steps += batches
-        epoch += 1
     return steps[:n_steps]
 
 
@@ -132,8 +116,7 @@ def batch_digests(
     examples: Sequence[Example], order: Sequence[Sequence[int]], micro_batch_tokens: int
 ) -> Iterator[str]:
     """What identifies each step's micro-batches: the tokens of their rows, in order; not what the rows are called."""
-    tokens = [digest([example.prompt, example.answers[example.gold]]) for example in examples]
-    names = {id(example): name for example, name in zip(examples, tokens, strict=True)}
+    names = {id(example): digest([example.prompt, example.answers[example.gold]]) for example in examples}
     for rows in order:
         groups = micro_batches(examples, rows, micro_batch_tokens)
         yield digest([[names[id(example)] for example in group] for group in groups])

@@ -22,17 +22,8 @@ def asks_for_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def chat_prompt(prompt: str, data: Data, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
-    """The text of a conversation in which the user has said the prompt and the model is to answer.
-
-    Args:
-        prompt: The user's message.
-        data: Says the system message and the day.
-        tokenizer: Has the template.
-        place: Of the row, for messages.
-
-    Raises:
-        DataError: the template refuses the conversation, or fails.
-    """
+    """The text of a conversation in which the user has said the prompt of the row at `place`, and the model answers.
+    Raises DataError if the template refuses the conversation, or fails."""
     user = {"role": "user", "content": prompt}
     messages = [{"role": "system", "content": data.system}, user] if data.system else [user]
     try:
@@ -52,16 +43,15 @@ def after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after an assistant's message; nothing where it takes none."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": TURN}]
     try:
-        with _pinned(DAY, str(messages)):
-            said = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        said = _rendered(messages, DAY, tokenizer, asks=False)
     except Exception:  # a program of the model's, which may fail in any way
         return ""
     return said.rpartition(TURN)[2] if TURN in said else ""
 
 
-def _rendered(messages: list[dict[str, str]], day: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _rendered(messages: list[dict[str, str]], day: str, tokenizer: PreTrainedTokenizerBase, asks: bool = True) -> str:
     with _pinned(day, str(messages)):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
 
 @contextmanager

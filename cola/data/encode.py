@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -18,24 +19,14 @@ from cola.recipe.data_section import Data
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ready for the model.
+    """One row, ready for the model."""
 
-    Attributes:
-        id: File and line (where it has no lines: row) in the source, from 1, `test.jsonl:18`; of a text that was cut,
-            the piece too, `test.txt:18.2`.
-        prompt: Token ids before the answer, special tokens included.
-        answers: Token ids of each choice; one entry for tasks `answer` and `text`.
-        gold: Index of the right answer.
-        texts: The answers as text.
-        group: What the row shares with others, where the recipe names such a field.
-    """
-
-    id: str
-    prompt: list[int]
-    answers: list[list[int]]
-    gold: int
-    texts: list[str]
-    group: str | None
+    id: str  # `Pool.place`, `test.jsonl:18`; of a text that was cut, the piece too, `test.txt:18.2`
+    prompt: list[int]  # token ids before the answer, special tokens included
+    answers: list[list[int]]  # token ids of each choice; one entry for tasks `answer` and `text`
+    gold: int  # index of the right answer
+    texts: list[str]  # the answers
+    group: str | None  # what the row shares with others, where the recipe names such a field
 
     @property
     def n_tokens(self) -> int:
@@ -50,19 +41,9 @@ def all_ends(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[in
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], chat: bool) -> int:
-    """The token that a right answer ends with.
-
-    Where a chat template is used, it is the first of the ends that the template writes after an assistant's message;
-    else, and where it writes none of them, the tokenizer's own, or the first that the model names.
-
-    Args:
-        tokenizer: The model's.
-        ends: From `all_ends`.
-        chat: Whether prompts go through the chat template.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The token that a right answer ends with, of those of `all_ends`. Where prompts go through a chat template, it is
+    the first of the ends that the template writes after an assistant's message; else, and where it writes none of them,
+    the tokenizer's own, or the first that the model names. Raises DataError if there is none."""
     if not ends:
         raise DataError(
             "the model has no end-of-text token, which task answer needs to end an answer: neither its tokenizer nor "
@@ -102,8 +83,7 @@ def fingerprint_of(splits: dict[str, list[Example]]) -> str:
 
 def _n_shared(prompt: list[int], whole: list[int]) -> int:
     """How many tokens of a prompt a longer text begins with, so that it has one or more beside them."""
-    pairs = enumerate(zip(prompt, whole[:-1], strict=False))
-    return next((n for n, (ours, theirs) in pairs if ours != theirs), max(0, min(len(prompt), len(whole) - 1)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole[:-1], strict=False)))
 
 
 @dataclass(frozen=True)
@@ -116,17 +96,12 @@ class Encoded:
 
 
 class Encoder:
-    """Rows to tokens with one recipe's templates and one tokenizer.
-
-    Attributes:
-        labels: Of the multiple choices that were encoded, by example: which choice each means can be said once all are
-            known (`golds_of`). Until then it is the first.
-    """
+    """Rows to tokens with one recipe's templates and one tokenizer."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
-        self.data = data
-        self.tokenizer = tokenizer
-        self.ends = all_ends(tokenizer, ends)
+        self.data, self.tokenizer, self.ends = data, tokenizer, all_ends(tokenizer, ends)
+        # Of the multiple choices that were encoded, by example. Which choice each means can be said once all are known
+        # (`golds_of`); until then it is the first.
         self.labels: dict[str, Label] = {}
         plain = self._tokens(["a"])[0]
         special = self._tokens(["a"], special=True)[0]
@@ -146,9 +121,8 @@ class Encoder:
     def rows(self, pool: Pool, indices: list[int]) -> Iterator[Encoded]:
         """The examples of some rows of a pool, in their order."""
         places = [pool.place(i) for i in indices]
-        rendered = [
-            render(pool.row(i), place, self.data, self.tokenizer) for i, place in zip(indices, places, strict=True)
-        ]
+        pairs = zip(map(pool.row, indices), places, strict=True)
+        rendered = [render(row, place, self.data, self.tokenizer) for row, place in pairs]
         if self.data.task == "text":
             yield from self.texts(places, rendered)
             return

@@ -12,11 +12,8 @@ from cola.recipe.data_section import label_text
 
 
 def lookup(row: Row, field: str, place: str, key: str) -> Any:
-    """A field of a row; dots go into nested mappings and lists (`answers.text.0`).
-
-    Raises:
-        DataError: names the row, the recipe's key and the fields that there are.
-    """
+    """A field of a row; dots go into nested mappings and lists (`answers.text.0`). Raises DataError, with the row, the
+    recipe's key and the fields that there are."""
     value: Any = row
     for part in [field] if field in row else field.split("."):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):
@@ -42,18 +39,14 @@ def text_of(row: Row, field: str, place: str, key: str) -> str:
 
 def texts_of(values: Sequence[Any], field: str, place: str, key: str) -> list[str]:
     """The items of a field that is a list."""
-    names = [f"{field}.{number}" for number in range(len(values))]
-    labels = [f"{key}: {place}: field {name!r}" for name in names]
-    items = zip(values, names, labels, strict=True)
-    return [_as_text(_known(value, label), name, label) for value, name, label in items]
+    whole = {f"{field}.{number}": value for number, value in enumerate(values)}
+    labels = {name: f"{key}: {place}: field {name!r}" for name in whole}
+    return [_as_text(_known(value, labels[name]), name, labels[name]) for name, value in whole.items()]
 
 
 def _as_text(value: Any, field: str, label: str) -> str:
-    """A value as the text that it is trained on; `label`: the field, as messages call it.
-
-    Raises:
-        DataError: it has none.
-    """
+    """A value as the text that it is trained on; `label`: the field, as messages call it. Raises DataError if it has
+    none."""
     if isinstance(value, dict | list | tuple):
         kind, inside = ("mapping", list(value)) if isinstance(value, dict) else ("list", range(len(value)))
         entries = ", ".join(f"{{{field}.{part}}}" for part in inside) or "it has none"
@@ -76,17 +69,8 @@ def _as_text(value: Any, field: str, label: str) -> str:
 def fill(template: str, row: Row, place: str, key: str) -> str:
     """The template with `{field}` and `{nested.field}` filled in; `{{` and `}}` are braces.
 
-    Only fields are looked up: no format specification, index or attribute of Python's own str.format.
+    Only fields are looked up: no index or attribute of Python's own str.format. What a template cannot be is refused
+    as the recipe is read.
     """
-    parts = []
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(f"{key}: {template!r}: {error}; a brace of the text itself is written twice") from None
-    for literal, field, spec, conversion in pieces:
-        parts.append(literal)
-        if field is not None:
-            if spec or conversion or not field:
-                raise DataError(f"{key}: {template!r}: between braces stands a field's name, as in {{question}}")
-            parts.append(text_of(row, field, place, key))
-    return "".join(parts)
+    pieces = string.Formatter().parse(template)
+    return "".join(text + ("" if field is None else text_of(row, field, place, key)) for text, field, _, _ in pieces)

@@ -9,24 +9,17 @@ from cola.data.fields import fill
 from cola.data.render import Rendered
 from cola.data.sources import open_texts
 from cola.errors import DataError
-from cola.recipe.bounds import SAMPLE
 from cola.recipe.data_section import Data, Files
+from cola.recipe.schema import SAMPLE
 
 GENERAL = "evaluation.general_text"  # the recipe's key
 PASSAGE_TOKENS = 256  # of a general text, that are read at a time
 
 
 def load_passages(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Example]:
-    """A general text in passages, in its own order, none of it left out.
-
-    Args:
-        text: A file, or the name of the sample that comes with cola.
-        tokenizer: The model's.
-        longest: Tokens of a passage at most, its special ones included; what is longer is cut into several.
-
-    Raises:
-        DataError: the file is not there, cannot be read, or has no text in it.
-    """
+    """A general text (a file, or the sample that comes with cola) in passages of so many tokens at most, special ones
+    included, in its own order; none of it is left out. Raises DataError if the file is not there, cannot be read, or
+    has no text in it."""
     path = Path(__file__).with_name("general.jsonl") if text == SAMPLE else Path(text)
     pool = open_texts(path, GENERAL)
     places = [pool.place(n) for n in range(pool.size or 0)]

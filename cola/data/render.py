@@ -16,52 +16,28 @@ from cola.recipe.data_section import Data
 
 @dataclass(frozen=True)
 class Label:
-    """A row's label.
+    """A row's label."""
 
-    Attributes:
-        place: The row's.
-        text: As the row has it.
-        choices: The row's answers.
-        golds: The choice that it means, in each reading that fits the row.
-    """
-
-    place: str
-    text: str
-    choices: list[str]
-    golds: dict[str, int]
+    place: str  # the row's
+    text: str  # as the row has it
+    choices: list[str]  # the row's answers
+    golds: dict[str, int]  # the choice that it means, in each reading that fits the row
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text.
+    """A row as text."""
 
-    Attributes:
-        prompt: What is read; for task `text` all of it.
-        group: What the row shares with others.
-        answers: What follows the prompt, blanks and answer prefix included.
-        texts: The answers alone.
-        label: Of a multiple choice.
-    """
-
-    prompt: str
-    group: str | None = None
-    answers: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    label: Label | None = None
+    prompt: str  # what is read; for task `text` all of it
+    group: str | None = None  # what the row shares with others
+    answers: list[str] = field(default_factory=list)  # what follows the prompt, blanks and answer prefix included
+    texts: list[str] = field(default_factory=list)  # the answers alone
+    label: Label | None = None  # of a multiple choice
 
 
 def render(row: Row, place: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """A row as the text that the model reads.
-
-    Args:
-        row: Its fields.
-        place: What messages call it.
-        data: Has the templates.
-        tokenizer: Has the chat template.
-
-    Raises:
-        DataError: a field, the label or the answer does not fit.
-    """
+    """A row, which messages call by its place, as the text that the model reads. Raises DataError if a field, the label
+    or the answer does not fit."""
     group = text_of(row, data.group, place, "data.group") if data.group else None
     if data.task == "text":
         assert data.text is not None
@@ -131,11 +107,10 @@ def _names(row: Row, place: str, given: str | list[str] | None, n_choices: int) 
         return None
     if isinstance(given, list):
         names = given[:n_choices]  # one row may have fewer choices than another
-    else:
-        value = lookup(row, given, place, "data.choice_labels")
-        if not isinstance(value, list | tuple):
-            raise DataError(f"{place}: data.choice_labels: field {given!r} is no list of names")
+    elif isinstance(value := lookup(row, given, place, "data.choice_labels"), list | tuple):
         names = texts_of(value, given, place, "data.choice_labels")
+    else:
+        raise DataError(f"{place}: data.choice_labels: field {given!r} is no list of names")
     if len(names) != n_choices:
         raise DataError(f"{place}: data.choice_labels: {len(names)} names for {n_choices} choices")
     if len(set(names)) < n_choices:
@@ -168,11 +143,8 @@ def _folded(label: str) -> str:
 
 
 def golds_of(labels: dict[str, Label]) -> dict[str, int]:
-    """The right choice of each example, all labels read in one way.
-
-    Raises:
-        DataError: no reading fits all rows, or two of them mean different choices.
-    """
+    """The right choice of each example, all labels read in one way. Raises DataError if no reading fits all rows, or
+    two of them mean different choices."""
     fitting = dict.fromkeys(reading for label in labels.values() for reading in label.golds)
     for label in labels.values():
         if not any(reading in label.golds for reading in fitting):

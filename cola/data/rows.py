@@ -1,8 +1,6 @@
 """Local data files, row for row, with the line that each row stands on. No torch.
 
-A file is read as it is named: `rows.csv.gz` is a packed CSV file, and so is a link of that name, whatever it leads to.
-Text is UTF-8, or what its byte order mark says. A row is a line of .jsonl, .ndjson and .txt, a record of .csv and .tsv
-(a cell in quotes may hold line ends), an item of .json, a row of .parquet. Only a newline ends a line, lines that are
+What is a row of which kind of file is said in `recipe.data_section.Files`. Only a newline ends a line, lines that are
 blank are no rows, and there are no comments: a line that begins with # is one like any other.
 """
 
@@ -17,7 +15,6 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +34,9 @@ BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """What a file holds.
-
-    Attributes:
-        sha256: Of its bytes.
-        rows: In their order.
-        numbers: Of each row its line, or its number in a JSON list and a Parquet file; from 1.
-    """
-
-    sha256: str
-    rows: list[Row]
-    numbers: list[int]
-
-
-def read_file(path: Path, key: str, whole: bool = False) -> DataFile:
-    """The rows of a data file.
-
-    Args:
-        path: The file.
-        key: The recipe's key that names it.
-        whole: Whether a text file is one row, and not a row for each line.
-
-    Raises:
-        DataError: it is not there, cannot be read, or is ambiguous.
-    """
+def read_file(path: Path, key: str, whole: bool = False) -> tuple[str, list[Numbered]]:
+    """The SHA-256 of a data file, which the recipe's `key` names, and its rows; `whole`: a text file is one row. Raises
+    DataError if it is not there, cannot be read, or is ambiguous."""
     unpack = UNPACKERS.get(path.suffix.lower())
     kind = Path(path.stem if unpack else path.name).suffix.lower()
     if kind not in READERS and not path.is_dir():
@@ -84,8 +58,7 @@ def read_file(path: Path, key: str, whole: bool = False) -> DataFile:
         raise DataError(f"{key}: {error}") from None
     if not numbered:
         raise DataError(f"{key}: {path.name} holds no rows")
-    digest = sha256(raw)
-    return DataFile(digest, [row for _, row in numbered], [number for number, _ in numbered])
+    return sha256(raw), numbered
 
 
 def _unzstd(raw: bytes) -> bytes:
@@ -161,13 +134,7 @@ JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_at(text: str, at: int, place: Callable[[int], str]) -> tuple[Any, int]:
-    """The JSON value that begins at a place of a text, and where it ends.
-
-    Args:
-        text: Holds it.
-        at: Where it begins.
-        place: What a line of the text, from 1, is called.
-    """
+    """The JSON value that begins at a place of a text, and where it ends; `place`: what a line, from 1, is called."""
     try:
         return JSON.raw_decode(text, at)
     except json.JSONDecodeError as error:
@@ -191,22 +158,30 @@ def _skip(text: str, at: int) -> int:
     return space.end()
 
 
+def _check_end(text: str, at: int, place: Callable[[int], str]) -> None:
+    if (rest := _skip(text, at)) < len(text):
+        raise _not_json(json.JSONDecodeError("Extra data", text, rest), place)
+
+
 def _read_jsonl(raw: bytes, name: str) -> Iterator[Numbered]:
     for number, line in enumerate(_lines(raw, name), start=1):
         if (start := _skip(line, 0)) < len(line):
             place = f"{name}:{number}"
             value, end = _json_at(line, start, lambda _, place=place: place)
-            if (rest := _skip(line, end)) < len(line):
-                raise _not_json(json.JSONDecodeError("Extra data", line, rest), lambda _, place=place: place)
+            _check_end(line, end, lambda _, place=place: place)
             yield number, _mapping(value, place)
 
 
 def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
     """The items of a list; or, as many files called .json have them, objects one after the other, each on its line."""
+
+    def place(line: int) -> str:
+        return f"{name} line {line}"
+
     text = _text(raw, name)
     at = _skip(text, 0)
     if text[at : at + 1] == "[":
-        for number, value in enumerate(_items(text, at + 1, name), start=1):
+        for number, value in enumerate(_items(text, at + 1, place), start=1):
             yield number, _mapping(value, f"{name}:{number}")
         return
     rows: list[Numbered] = []
@@ -215,7 +190,7 @@ def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
         line, counted = line + text.count("\n", counted, at), at
         if rows and rows[-1][0] == line:
             raise DataError(f"{name}: two objects on line {line}; write a list of objects, or one object a line")
-        value, at = _json_at(text, at, lambda line: f"{name} line {line}")
+        value, at = _json_at(text, at, place)
         rows.append((line, _mapping(value, f"{name}:{line}")))
         at = _skip(text, at)
     if len(rows) == 1:
@@ -223,12 +198,8 @@ def _read_json(raw: bytes, name: str) -> Iterator[Numbered]:
     yield from rows
 
 
-def _items(text: str, at: int, name: str) -> Iterator[Any]:
+def _items(text: str, at: int, place: Callable[[int], str]) -> Iterator[Any]:
     """The items of a list, from what stands behind its bracket on."""
-
-    def place(line: int) -> str:
-        return f"{name} line {line}"
-
     at = _skip(text, at)
     closed = text[at : at + 1] == "]"
     while not closed:
@@ -240,8 +211,7 @@ def _items(text: str, at: int, name: str) -> Iterator[Any]:
             if text[at : at + 1] != ",":
                 raise _not_json(json.JSONDecodeError("Expecting ',' delimiter", text, at), place)
             at = _skip(text, at + 1)
-    if (rest := _skip(text, at + 1)) < len(text):
-        raise _not_json(json.JSONDecodeError("Extra data", text, rest), place)
+    _check_end(text, at + 1, place)
 
 
 def _mapping(row: Any, place: str) -> Row:
@@ -283,7 +253,9 @@ def _read_csv(raw: bytes, name: str) -> Iterator[Numbered]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{name}:{begins}: not valid CSV: {_in_csv_words(error)}") from None
+            alone = "new-line character" in str(error)
+            why = "a carriage return in a cell without quotes" if alone else error
+            raise DataError(f"{name}:{begins}: not valid CSV: {why}") from None
         if cells is None:
             return
         place, begins = begins, reader.line_num + 1
@@ -299,12 +271,6 @@ def _read_csv(raw: bytes, name: str) -> Iterator[Numbered]:
         else:
             # Spreadsheets and pandas write an index under no name, which no template could name.
             yield place, {column: cell for column, cell in zip(names, cells, strict=True) if column}
-
-
-def _in_csv_words(error: csv.Error) -> str:
-    if "new-line character" in str(error):
-        return "a carriage return in a cell without quotes"
-    return str(error)
 
 
 def _check_names(names: list[str], place: str) -> None:

@@ -22,8 +22,8 @@ from cola.data.render import golds_of
 from cola.data.sources import Pool, open_pools, shuffled
 from cola.errors import DataError
 from cola.files import cache_dir, sha256, write_text
-from cola.recipe.bounds import SPLITS
 from cola.recipe.data_section import Data
+from cola.recipe.schema import SPLITS
 
 CHUNK = 512  # rows tokenized in one call
 CACHE_VERSION = 4  # part of every cached file's name: raise it when the same recipe must give other tokens
@@ -31,24 +31,16 @@ CACHE_VERSION = 4  # part of every cached file's name: raise it when the same re
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits.
+    """The three splits; all but the training rows is the same for all seeds."""
 
-    Attributes:
-        train: The training rows of all seeds; empty where each draws its own.
-        validation: The same for all seeds.
-        test: Likewise.
-        notes: What there is to say about them.
-        fingerprint: Of their tokens. Where each seed draws its own rows: of validation, test and all that the draws
-            follow from, so that it is the same whichever seeds are drawn.
-        redrawn: The training rows of each seed, where it draws its own.
-    """
-
-    train: list[Example]
+    train: list[Example]  # empty where each seed draws its own
     validation: list[Example]
     test: list[Example]
-    notes: list[str]
+    notes: list[str]  # what there is to say about them
+    # Of their tokens. Where each seed draws its own rows: of validation, test and all that the draws follow from, so
+    # that it is the same whichever seeds are drawn.
     fingerprint: str
-    redrawn: dict[int, list[Example]]
+    redrawn: dict[int, list[Example]]  # by seed, where each draws its own
 
     def items(self) -> Iterator[tuple[str, list[Example]]]:
         """Everything that is drawn, by split: the training rows of all seeds in one."""
@@ -77,8 +69,6 @@ def load_splits(
     """Draw, render and tokenize the recipe's rows, or read them back from the cache.
 
     Args:
-        data: Where they come from.
-        tokenizer: The model's.
         seeds: For which training rows are wanted, where each draws its own.
         ends: The tokens that end an answer by the model, beside the tokenizer's own.
 
@@ -142,7 +132,7 @@ def _tokens_of(splits: Splits) -> str:
 # Drawing
 @dataclass
 class _Drawn:
-    """What was drawn for a split, and what was met on the way."""
+    """What was drawn for a split, and rows that were met on the way."""
 
     examples: list[Example] = field(default_factory=list)
     marks: set[tuple[str, str | None]] = field(default_factory=set)  # by which no other split may have them
@@ -163,7 +153,7 @@ class _Drawing:
 
     def splits(self, seeds: Sequence[int]) -> Splits:
         """All three; `seeds`: those that draw training rows of their own."""
-        orders = {id(pool): pool.order(self.data.seed) for pool in self.pools.values()}
+        orders = {pool: pool.order(self.data.seed) for pool in dict.fromkeys(self.pools.values())}
         drawn: dict[str, list[Example]] = {"train": []}
         redrawn: dict[int, list[Example]] = {}
         # Test first, so that neither more training rows nor a larger validation split change it.
@@ -175,9 +165,9 @@ class _Drawing:
                 why = "a generator has no end" if pool.size is None else f"{shared[0]} rows come from {pool.name} too"
                 raise DataError(f"data.rows.{split} must say how many rows to draw: {why}")
             if split == "train" and seeds:
-                redrawn = self._redrawn(pool, list(orders[id(pool)]), wanted, seeds)
+                redrawn = self._redrawn(pool, list(orders[pool]), wanted, seeds)
                 continue
-            part = self._draw(split, pool, orders[id(pool)], wanted)
+            part = self._draw(split, pool, orders[pool], wanted)
             drawn[split] = part.examples
             self.seen |= part.marks
             self.notes += part.notes
@@ -221,10 +211,7 @@ class _Drawing:
     def _draw(self, split: str, pool: Pool, order: Iterator[int], wanted: int | None) -> _Drawn:
         """As many rows as are wanted, or all that there are, without those that another split has."""
         part = _Drawn()
-        while wanted is None or part.rows < wanted:
-            chunk = list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - part.rows)))
-            if not chunk:
-                break
+        while chunk := list(islice(order, CHUNK if wanted is None else min(CHUNK, wanted - part.rows))):
             for encoded in self.encoder.rows(pool, chunk):
                 self._take(part, encoded)
             if pool.size is None and part.overlapping + part.too_long > 10_000 + 20 * part.rows:
@@ -260,11 +247,8 @@ class _Drawing:
                 f"data.overlap: {part.overlapping} {split} rows of {pool.name} have a {shares} that is in another split"
             )
         if part.too_long:
-            done = {"drop": "passed over", "truncate": "cut at the beginning", "split": "split"}[
-                data.too_long or "drop"
-            ]
-            if data.task == "text" and data.too_long == "truncate":
-                done = "cut at the end"
+            cut = f"cut at the {'end' if data.task == 'text' else 'beginning'}"
+            done = {"truncate": cut, "split": "split"}.get(data.too_long or "", "passed over")
             notes.append(f"{split}: {_rows(part.too_long)} longer than {data.max_length} tokens, {done}")
         if part.dropped and data.too_long == "truncate":
             alone = f"whose answer alone is longer than {data.max_length} tokens"

@@ -24,7 +24,7 @@ from cola.chain import Chain, retie
 from cola.data.encode import Example
 from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import load_splits
-from cola.errors import ModelError, RunFolderError, one_line
+from cola.errors import ModelError, one_line
 from cola.export.card import model_card
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
@@ -48,39 +48,20 @@ WORDS = "The quick brown fox jumps over the lazy dog, again and again, until the
 
 @dataclass(frozen=True)
 class Request:
-    """What to write.
+    """What to write."""
 
-    Attributes:
-        form: `adapter`, `merged` or `knots`.
-        dtype: Of a merged checkpoint. Default: the arm's.
-        rank: Compress the chain to one pair of at most this rank per module.
-        quantization: Of a merged checkpoint's linear layers: `nf4` or `int8`.
-    """
-
-    form: str
-    dtype: str | None = None
-    rank: int | None = None
-    quantization: str | None = None
+    form: str  # `adapter`, `merged` or `knots`
+    dtype: str | None  # of a merged checkpoint; default: the arm's
+    rank: int | None  # at most which the chain has, compressed to one pair for each module; default: all of it
+    quantization: str | None  # of a merged checkpoint's linear layers: `nf4` or `int8`
 
 
-def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None = None) -> None:
-    """Write an arm and seed into a new folder, which is there as a whole or not at all.
-
-    Args:
-        outcome: The arm and seed.
-        request: What to write.
-        to: The folder.
-        terminal: Told what is found.
-        name: What the card tells others to load. Default: the folder's.
-
-    Raises:
-        ModelError: the arm has no such form, or a part of it or a package is not there.
-        RunFolderError: the folder exists.
-    """
+def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None) -> None:
+    """Write an arm and seed into a new folder, which is there as a whole or not at all; its card tells others to load
+    it by this name, or the folder's. Raises ModelError if the arm has no such form, or a part of it or a package is not
+    there."""
     quiet_libraries()
     _check(outcome, request)
-    if to.exists():
-        raise RunFolderError(f"{to} exists and is kept as it is; name another folder by --to")
     to.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
     try:
@@ -111,19 +92,19 @@ def _check(outcome: Outcome, request: Request) -> None:
         for option, value in (("--dtype", request.dtype), ("--quantization", request.quantization)):
             if value is not None:
                 raise ModelError(f"{option} belongs to --as merged; an adapter and its knots stay in float32")
-    if isinstance(outcome.links[0], Adapter):
+    if outcome.kind is Adapter:
         where = outcome.path / "adapter"
         raise ModelError(
             f"arm {arm}: no other tool loads bottleneck adapters; cola eval scores the run, weights: {where}"
         )
-    if request.form == "merged" and not outcome.merges:
+    if request.form == "merged" and not outcome.kind.merges:
         raise ModelError(
             f"arm {arm}: {method} cannot be merged into the weights, nor quantized; export it --as adapter"
         )
     loads = request.form == "merged" or request.rank is not None
     if loads and (codes := request.quantization or outcome.quantization) is not None:
         need_package("bitsandbytes", f"quantization: {codes}", "quantized")
-    if request.form == "adapter" and outcome.is_whole:
+    if request.form == "adapter" and outcome.kind.is_whole:
         raise ModelError(f"arm {arm}: full fine-tuning is no adapter; export it --as merged")
     if request.form == "knots" or request.rank is not None:
         outcome.link_folders()  # says what is missing
@@ -138,19 +119,13 @@ def _check(outcome: Outcome, request: Request) -> None:
 
 
 class _Writing:
-    """Makes one export in a folder.
-
-    Attributes:
-        dtype: Of a merged checkpoint; else that of the base.
-        notes: What was found on the way, for the user and the card.
-        numbers: The same for cola.json.
-    """
+    """Makes one export in a folder."""
 
     def __init__(self, outcome: Outcome, request: Request, folder: Path, terminal: Terminal) -> None:
         self.outcome, self.request, self.folder, self.terminal = outcome, request, folder, terminal
-        self.dtype = request.dtype or outcome.dtype
-        self.notes: list[str] = []
-        self.numbers: dict[str, Any] = {}
+        self.dtype = request.dtype or outcome.dtype  # of a merged checkpoint; else that of the base
+        self.notes: list[str] = []  # what was found on the way, for the user and the card
+        self.numbers: dict[str, Any] = {}  # the same for cola.json
 
     def _say(self, text: str, **numbers: Any) -> None:
         self.terminal.say(text)
@@ -160,11 +135,10 @@ class _Writing:
     def weights(self) -> None:
         """Write the weights in the form that is asked for, and what is loaded with them."""
         outcome, folder = self.outcome, self.folder
-        if not outcome.merges:
-            shutil.copytree(outcome.path / "adapter", folder, dirs_exist_ok=True)
-            _name_base(folder, outcome.base_name)
+        if not outcome.kind.merges:
+            _copy(outcome.path / "adapter", folder, outcome.base_name)
             return
-        learned = outcome.residual() if outcome.is_pair else []
+        learned = outcome.residual() if outcome.kind.is_pair else []
         if self.request.rank is not None:
             learned = self._compressed(learned, self.request.rank)
         if self.request.form == "merged":
@@ -173,15 +147,12 @@ class _Writing:
             for number, (link, pair) in enumerate(zip(outcome.link_folders(), learned, strict=True), 1):
                 if pair:  # the chain holds nothing of a link whose pair went on into the next
                     self._link(link, [pair], folder / f"link-{number}")
-        elif outcome.has_dora:
-            self._link(outcome.link_folders()[-1], learned[-1:], folder)
         else:
-            adapters.save_pair(folder, stacked(learned), outcome.base_name, outcome.source.skeleton())
+            self._link(outcome.link_folders()[-1], learned[-1:] if outcome.has_dora else learned, folder)
 
     def _link(self, link: Path, learned: Residual, folder: Path) -> None:
         if any(pair.rows_O is not None for pair in learned[0].values()):
-            shutil.copytree(link, folder, dirs_exist_ok=True)
-            _name_base(folder, self.outcome.base_name)
+            _copy(link, folder, self.outcome.base_name)
         else:
             adapters.save_pair(folder, stacked(learned), self.outcome.base_name, self.outcome.source.skeleton())
 
@@ -244,14 +215,13 @@ class _Writing:
         scored = outcome.load(trial.accelerator.device)
         before, uncoded = trial.score(scored), trial.outputs(scored)
         drift = Drift.between(start, uncoded, coded)
-        moved = "as it was not moved by training"
-        if drift.of_learned is not None:
-            moved = f"{drift.of_learned:.1%} of what training did"
-        numbers = {"of_learned": drift.of_learned, "kl": drift.kl}
+        learned_by = drift.of_learned
+        moved = "as it was not moved by training" if learned_by is None else f"{learned_by:.1%} of what training did"
+        numbers = {"of_learned": learned_by, "kl": drift.kl, "validation_before": before, "validation_after": after}
         self._say(
             f"Quantized to {quantization}: this moved the outputs by {moved} (KL {drift.kl:.2g} nats per token); "
             f"validation {_change(before, after)}.",
-            quantized=numbers | {"validation_before": before, "validation_after": after},
+            quantized=numbers,
         )
 
     def _try(self, state: dict[str, str]) -> None:
@@ -276,8 +246,7 @@ class _Writing:
 
     def record(self) -> dict[str, Any]:
         """cola.json: what the files are, what they belong to, and what the run measured."""
-        outcome, provenance = self.outcome, self.outcome.folder.provenance()
-        assert provenance is not None  # a result was written after it
+        outcome, provenance = self.outcome, self.outcome.provenance
         quantization = None if self.request.form == "merged" else outcome.quantization
         return {
             "format": FORMAT,
@@ -301,10 +270,12 @@ class _Writing:
         }
 
 
-def _name_base(folder: Path, name: str) -> None:
+def _copy(adapter: Path, folder: Path, base_name: str) -> None:
+    """Copy what PEFT has written, with a name of the base that others find it by."""
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n", encoding="utf-8")
 
 
 class _Trial:
@@ -317,8 +288,8 @@ class _Trial:
         check_fit(source, source.skeleton(), splits)
         self.rows = splits.validation
         self.accelerator = make_accelerator(outcome.dtype)
-        batch_tokens = recipe.evaluation.batch_tokens
-        self.evaluator = Evaluator.of(recipe.data, batch_tokens, tokenizer, splits, self.accelerator, ends)
+        tokens = recipe.evaluation.batch_tokens
+        self.evaluator = Evaluator.of(recipe.data, tokens, tokenizer, splits, self.accelerator, ends)
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         return evaluation_of({"validation": self.evaluator(model, self.rows)})["validation"]
@@ -336,16 +307,14 @@ def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _state_digests(model: PreTrainedModel) -> dict[str, str]:
     """A digest of each tensor of the state dict, for two models of which only one is in memory at a time. Some loaders
     keep a few tensors in float32 whatever the model's format, so it is of the numbers and not of their format."""
-    return {
-        name: sha256(tensor.detach().double().contiguous().numpy().tobytes())
-        for name, tensor in model.state_dict().items()
-    }
+    state = model.state_dict()
+    return {name: sha256(tensor.detach().double().contiguous().numpy().tobytes()) for name, tensor in state.items()}
 
 
 def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str | None) -> PreTrainedModel:
     """The dense model in a number format; with a quantization, on the weights that its codes stand for."""
     device, source = torch.device("cpu"), outcome.source
-    if outcome.is_whole:
+    if outcome.kind.is_whole:
         return outcome.tuned.load(dtype, device)
     if quantization is None:
         model = source.load(dtype, device)
@@ -359,11 +328,7 @@ def _merged(outcome: Outcome, learned: Residual, dtype: str, quantization: str |
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
-    """Upload an export to the Hugging Face hub; returns its address.
-
-    Raises:
-        ModelError: the hub does not take it.
-    """
+    """Upload an export to the Hugging Face hub; returns its address. Raises ModelError if the hub does not take it."""
     try:
         hub = HfApi()
         url = hub.create_repo(repository, private=private, exist_ok=True)

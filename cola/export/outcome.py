@@ -18,28 +18,23 @@ from cola.link.base import Base
 from cola.link.find import find_model
 from cola.link.model import Source
 from cola.link.residual import Residual
-from cola.recipe.bounds import is_remote
 from cola.recipe.methods import Adapter, Lora, Settings, settings_of
 from cola.recipe.plan import Job
+from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
+from cola.recipe.schema import is_remote
+from cola.tree.made import Provenance
 from cola.tree.records import Result, TrainInfo
 from cola.tree.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm and seed of a run, at the checkpoint that was scored.
-
-    Attributes:
-        folder: The run's.
-        recipe: As it was resolved.
-        job: The arm and seed.
-        result: What result.json holds.
-    """
+    """One arm and seed of a run, at the checkpoint that was scored."""
 
     folder: RunFolder
-    recipe: Recipe
+    recipe: Recipe  # as it was resolved
     job: Job
     result: Result
 
@@ -64,23 +59,12 @@ class Outcome:
         return self.links[0].method if self.links else None
 
     @property
-    def is_pair(self) -> bool:
-        """Whether its links leave low-rank pairs."""
-        return any(link.is_pair for link in self.links)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it trained all weights."""
-        return any(link.is_whole for link in self.links)
-
-    @property
-    def merges(self) -> bool:
-        """Whether what it trained can be added to the weights."""
-        return any(link.merges for link in self.links)
+    def kind(self) -> type[Settings]:
+        """What may be done with what its links trained, which are all of a kind; nothing with the base's."""
+        return type(self.links[0]) if self.links else Settings
 
     @property
     def has_dora(self) -> bool:
-        """Whether a link trained the lengths of the weight's rows too."""
         return any(isinstance(link, Lora) and link.use_dora for link in self.links)
 
     @property
@@ -90,16 +74,19 @@ class Outcome:
 
     @property
     def quantization(self) -> str | None:
-        """Of the frozen weights."""
         return self.info.base.quantization
 
-    def link_folders(self) -> list[Path]:
-        """The pairs of the links up to the scored step, in order; the last one may be a link at its best step.
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What the run was made with."""
+        provenance = self.folder.provenance()
+        assert provenance is not None  # a result was written after it
+        return provenance
 
-        Raises:
-            ModelError: the arm has none, or they are not in the run's folder.
-        """
-        if not self.is_pair:
+    def link_folders(self) -> list[Path]:
+        """The pairs of the links up to the scored step, in order; the last one may be a link at its best step. Raises
+        ModelError if the arm has none, or they are not in the run's folder."""
+        if not self.kind.is_pair:
             why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
             raise ModelError(f"arm {self.job.arm} has no knots: {why}")
         ends = [link.last_step for link in self.info.links]
@@ -113,20 +100,13 @@ class Outcome:
         return folders
 
     def residual(self) -> Residual:
-        """What the chain had learned where it was scored, float32 on the CPU.
-
-        Raises:
-            ModelError: as `link_folders`, or one is damaged.
-        """
+        """What the chain had learned where it was scored, float32 on the CPU; raises as `link_folders` does, and where
+        one is damaged."""
         pairs, rules = self._pairs(), self.rules
         return [*residual.left_behind(pairs[:-1], rules.merge_fraction, rules.keeps_pair), pairs[-1]]
 
     def added(self) -> Residual:
-        """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link.
-
-        Raises:
-            ModelError: as `link_folders`, or one is damaged.
-        """
+        """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link."""
         return residual.added(self._pairs(), self.rules.merge_fraction, self.rules.keeps_pair)
 
     def _pairs(self) -> Residual:
@@ -146,15 +126,8 @@ class Outcome:
 
     @cached_property
     def source(self) -> Source:
-        """The base it was trained on.
-
-        Raises:
-            ModelError: it is not there, or is another one now.
-        """
-        source = find_model(self.recipe.model)
-        provenance = self.folder.provenance()
-        assert provenance is not None  # a result was written after it
-        trained_on = provenance.model.sha256
+        """The base it was trained on. Raises ModelError if it is not there, or is another one now."""
+        source, trained_on = find_model(self.recipe.model), self.provenance.model.sha256
         if source.fingerprint() != trained_on:
             raise ModelError(
                 f"{self.recipe.model.name_or_path} is not the base of {self.folder.path}: its fingerprint is "
@@ -170,11 +143,7 @@ class Outcome:
 
     @property
     def tuned(self) -> Source:
-        """All weights, of full fine-tuning.
-
-        Raises:
-            ModelError: they were not kept.
-        """
+        """All weights, of full fine-tuning. Raises ModelError if they were not kept."""
         if not (self.path / "model" / "config.json").is_file():
             raise ModelError(
                 f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
@@ -183,14 +152,10 @@ class Outcome:
         return Source(str(self.path / "model"), self.path / "model", self.recipe.model.trust_remote_code)
 
     def load(self, device: torch.device) -> PreTrainedModel:
-        """The model that was scored.
-
-        Raises:
-            ModelError: a part of it is not there.
-        """
-        if self.is_whole:
+        """The model that was scored; raises where a part of it is not there."""
+        if self.kind.is_whole:
             return self.tuned.load("float32", device)  # as they were trained, whatever the base's dtype
-        if self.is_pair:
+        if self.kind.is_pair:
             return self.chain(device).model
         model = self.source.load(self.dtype, device, self.quantization)
         if self.method is None:
@@ -206,11 +171,7 @@ class Outcome:
         return model
 
     def chain(self, device: torch.device) -> Chain:
-        """The base with the scored links tied.
-
-        Raises:
-            ModelError: as `link_folders`.
-        """
+        """The base with the scored links tied; raises as `residual` does."""
         learned = self.residual()
         model = self.source.load(self.dtype, device, self.quantization)
         chain = Chain(model, Base(model, self.source.files, self.quantization is not None), self.rules)
@@ -219,30 +180,19 @@ class Outcome:
 
 
 def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list[Outcome]:
-    """The arms and seeds of a run that came to their end.
-
-    Args:
-        run: The run's folder.
-        arm: Only this one.
-        seed: Only this one.
-
-    Raises:
-        RunFolderError: it is no run folder, has no such arm or seed, or nothing of it came to its end.
-    """
-    folder, recipe = RunFolder.open(run)
+    """The arms and seeds of a run that came to their end, or those of one arm, of one seed. Raises RunFolderError if it
+    is no run folder, has no such arm or seed, or nothing of it came to its end."""
+    folder = RunFolder.open(run)
+    recipe = read_recipe(folder.recipe_file)
     if arm is not None and arm not in recipe.arms:
         hint = did_you_mean(arm, recipe.arms)
         raise RunFolderError(f"{run} has no arm {quoted(arm)}{hint} It has {listed(recipe.arms)}")
     if seed is not None and seed not in recipe.seeds:
         raise RunFolderError(f"{run} has no seed {seed}; it has {', '.join(map(str, recipe.seeds))}")
-    done, missing = [], []
-    for name in [arm] if arm is not None else recipe.arms:
-        for number in [seed] if seed is not None else recipe.seeds:
-            job = Job(arm=name, seed=number)
-            if (result := folder.result(job)) is not None:
-                done.append(Outcome(folder, recipe, job, result))
-            else:
-                missing.append(f"{name} seed {number} ({folder.status(job) or 'not run'})")
+    arms, seeds = recipe.arms if arm is None else [arm], recipe.seeds if seed is None else [seed]
+    jobs = [Job(arm=name, seed=number) for name in arms for number in seeds]
+    done = [Outcome(folder, recipe, job, result) for job in jobs if (result := folder.result(job)) is not None]
     if not done:
-        raise RunFolderError(f"{run}: no result of {', '.join(missing)}; go on with it by `cola run --resume {run}`")
+        missing = ", ".join(f"{job.label} ({folder.status(job) or 'not run'})" for job in jobs)
+        raise RunFolderError(f"{run}: no result of {missing}; go on with it by `cola run --resume {run}`")
     return done

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cola import environment
 from cola.data.splits import load_splits
-from cola.errors import ModelError, RunFolderError
+from cola.errors import ModelError
 from cola.export.outcome import Outcome, outcomes
 from cola.link import adapters
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
@@ -20,9 +20,8 @@ from cola.link.model import Source, check_fit
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.scores import evaluation_of, score_rows
 from cola.measure.selfcheck import Subject, self_check
-from cola.recipe.bounds import SPLITS
 from cola.recipe.recipe import Recipe
-from cola.recipe.schema import Model
+from cola.recipe.schema import SPLITS, Model
 from cola.report.terminal import Terminal
 from cola.tree.records import EvaluationFile
 
@@ -31,71 +30,39 @@ NOTE = "cola.json"  # in what `cola export` writes: the base's fingerprint, how 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run came to a model.
+    """How a run came to a model."""
 
-    Attributes:
-        data: Digest of the data that it was scored on.
-        seed: Its training rows are that seed's, where each draws its own.
-        evaluation: What came out, by split.
-    """
-
-    data: str
-    seed: int
-    evaluation: dict[str, Any]
+    data: str  # digest of the data that it was scored on
+    seed: int  # whose training rows it has, where each draws its own
+    evaluation: dict[str, Any]  # what came out, by split
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that can be scored.
-
-    Attributes:
-        label: What it is called.
-        source: Its base, which has its tokenizer.
-        dtype: Number format of the computation.
-        load: Puts it on a device.
-        n_virtual: Virtual tokens that stand before each row.
-        trained: By which run; None: by none that is known.
-    """
+    """Something that can be scored."""
 
     label: str
-    source: Source
-    dtype: str
+    source: Source  # its base, which has its tokenizer
+    dtype: str  # number format of the computation
     load: Callable[[torch.device], PreTrainedModel]
-    n_virtual: int = 0
-    trained: Trained | None = None
+    n_virtual: int  # virtual tokens that stand before each row
+    trained: Trained | None  # by which run; None: by none that is known
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What came of scoring one target.
-
-    Attributes:
-        label: The target's.
-        evaluation: Loss, score and number of rows of each split, as in result.json.
-        rows: Of each split, for a file: every example's score and right answer.
-        reported: The same numbers as the run reported them, on the same data; None where it was other data.
-        selfcheck: What was found when the model was tried.
-    """
+    """What came of scoring one target."""
 
     label: str
-    evaluation: dict[str, Any]
-    rows: dict[str, list[dict[str, Any]]]
-    reported: dict[str, Any] | None
-    selfcheck: dict[str, Any]
+    evaluation: dict[str, Any]  # loss, score and number of rows of each split, as in result.json
+    rows: dict[str, list[dict[str, Any]]]  # of each split, for a file: every example's score and right answer
+    reported: dict[str, Any] | None  # the same numbers as the run reported them; None where it was other data
+    selfcheck: dict[str, Any]  # what was found when the model was tried
 
 
 def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], terminal: Terminal) -> list[Scored]:
-    """Score targets one after the other. Among several, one that does not load is told of and passed over.
-
-    Args:
-        targets: What to score.
-        data: The recipe whose data, prompts and evaluation are taken.
-        splits: Of `train`, `validation` and `test`.
-        terminal: Told what is going on.
-
-    Raises:
-        ColaError: no target loads, or the data does not fit them.
-    """
+    """Score targets one after the other on a recipe's data. Among several, one that does not load is told of and passed
+    over. Raises ColaError if no target loads, or the data does not fit them."""
     quiet_libraries()
     if said := environment.note():
         terminal.warn(said)
@@ -111,15 +78,14 @@ def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], termin
 
 
 def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Terminal) -> Scored:
-    tokenizer, trained = target.source.tokenizer(), target.trained
+    tokenizer, ends, trained = target.source.tokenizer(), target.source.ends(), target.trained
     seed = data.seeds[0] if trained is None else trained.seed
-    loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed], target.source.ends())
+    loaded = load_splits(data.data, tokenizer, [*data.drawn_seeds, seed], ends)
     check_fit(target.source, target.source.skeleton(), loaded, target.n_virtual)
     accelerator = make_accelerator(target.dtype)
     if warning := dtype_warning(target.dtype, accelerator.device):
         terminal.warn(warning)
-    batch_tokens, ends = data.evaluation.batch_tokens, target.source.ends()
-    evaluator = Evaluator.of(data.data, batch_tokens, tokenizer, loaded, accelerator, ends)
+    evaluator = Evaluator.of(data.data, data.evaluation.batch_tokens, tokenizer, loaded, accelerator, ends)
     model = target.load(accelerator.device)
     examples = [example for _, part in loaded.items() for example in part]
     checked = self_check(Subject(target.label, model, evaluator, examples, target.n_virtual))
@@ -139,18 +105,11 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model or an adapter is loaded, where that is not to be as it says itself.
+    """How a model or an adapter is loaded, where that is not to be as it says itself."""
 
-    Attributes:
-        base: What an adapter is put on. Default: what its cola.json or its config names.
-        dtype: Number format. Default: that of what `cola export` wrote, else that of the recipe.
-        quantization: Of the frozen weights, likewise.
-        trust_remote_code: Whether Python code that comes with a model may run.
-    """
-
-    base: str | None = None
-    dtype: str | None = None
-    quantization: str | None = None
+    base: str | None = None  # what an adapter is put on; default: what its cola.json or its config names
+    dtype: str | None = None  # default: that of what `cola export` wrote, else that of the recipe
+    quantization: str | None = None  # of the frozen weights, likewise
     trust_remote_code: bool = False
 
     def model(self, name: str, revision: str | None = None) -> Model:
@@ -158,21 +117,10 @@ class Loading:
         return Model(name_or_path=name, revision=revision, trust_remote_code=self.trust_remote_code)
 
 
-def targets_of(
-    name: str, data: Recipe, loading: Loading, arm: str | None = None, seed: int | None = None
-) -> list[Target]:
-    """What a command line names.
-
-    Args:
-        name: Folder of a run, of a PEFT adapter or of a model; a hub id; a GGUF file; `package://PACKAGE/FILE`.
-        data: The recipe it is to be scored on.
-        loading: For an adapter or a model; a run says all of it itself.
-        arm: Of a run; None: all.
-        seed: Of a run; None: all.
-
-    Raises:
-        ColaError: there is no such thing, or the options do not fit it.
-    """
+def targets_of(name: str, data: Recipe, loading: Loading, arm: str | None, seed: int | None) -> list[Target]:
+    """What a command line names, to be scored on a recipe's data: the folder of a run (of one arm, one seed or all), of
+    a PEFT adapter or of a model; a hub id; a GGUF file; `package://PACKAGE/FILE`. A run says itself how it is loaded.
+    Raises ColaError if there is no such thing, or the options do not fit it."""
     if (Path(name) / "recipe.yaml").is_file():
         if loading != Loading():
             raise ModelError(
@@ -193,12 +141,9 @@ def _label(name: str) -> str:
 
 
 def _of_run(outcome: Outcome) -> Target:
-    provenance = outcome.folder.provenance()
-    assert provenance is not None  # a result was written after it
     virtual = outcome.links[0].virtual_tokens if outcome.links else 0
-    trained = Trained(provenance.data.sha256, outcome.job.seed, outcome.result.evaluation.content())
-    label = f"{outcome.job.arm} seed {outcome.job.seed}"
-    return Target(label, outcome.source, outcome.dtype, outcome.load, virtual, trained)
+    trained = Trained(outcome.provenance.data.sha256, outcome.job.seed, outcome.result.evaluation.content())
+    return Target(outcome.job.label, outcome.source, outcome.dtype, outcome.load, virtual, trained)
 
 
 def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Target:
@@ -265,20 +210,15 @@ class Note:
 
 
 def read_note(folder: Path) -> Note | None:
-    """The note in a folder; None for what is not from cola.
-
-    Raises:
-        ModelError: it is damaged.
-    """
+    """The note in a folder; None for what is not from cola. Raises ModelError if it is damaged."""
     file = folder / NOTE
     if not file.is_file():
         return None
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
         run, base = note["run"], note["base"]
-        trained = Trained(
-            run["data"], int(run["seed"]), {split: _numbers(run["evaluation"][split]) for split in SPLITS}
-        )
+        evaluation = {split: _numbers(run["evaluation"][split]) for split in SPLITS}
+        trained = Trained(run["data"], int(run["seed"]), evaluation)
         named = base["name"], base["revision"], base["sha256"], base["quantization"]
         return Note(str(note["form"]), str(note["dtype"]), *named, trained)
     except (ValueError, KeyError, TypeError) as error:
@@ -290,23 +230,13 @@ def _numbers(numbers: dict[str, Any]) -> dict[str, Any]:
     return {"loss": float(numbers["loss"]), "score": None if score is None else float(score)}
 
 
-def check_new(out: Path | None) -> None:
-    """Check before anything is scored that what comes out can be kept.
-
-    Raises:
-        RunFolderError: the folder exists.
-    """
-    if out is not None and out.exists():
-        raise RunFolderError(f"{out} exists and is kept as it is; name another folder by --out")
-
-
 def write_scores(scored: Sequence[Scored], folder: Path) -> None:
     """eval.json, what the self-check found, and every example's score, into a new folder."""
     folder.mkdir(parents=True)
     evaluations = {target.label: target.evaluation for target in scored}
     EvaluationFile.model_validate(evaluations)  # written as they are: splits in the order in which they were asked for
     checks = {target.label: target.selfcheck for target in scored}
-    for name, values in (("eval.json", evaluations), ("selfcheck.json", checks)):
+    for name, values in {"eval.json": evaluations, "selfcheck.json": checks}.items():
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for target in scored:
         own = folder / "scores" / target.label.replace(" ", "-") if len(scored) > 1 else folder / "scores"

@@ -27,13 +27,11 @@ def dtype_warning(dtype: str, device: torch.device) -> str | None:
 
 
 def make_accelerator(dtype: str) -> Accelerator:
-    """accelerate with a base's precision, on the device it finds, and torch as it is by default.
+    """accelerate with a base's precision, on the device it finds, and torch as it is by default. Raises ModelError in
+    one of several processes of a launcher.
 
     accelerate fixes the precision once per process; here every arm may have one of its own. On a CPU it has no fp16
     autocast: the weights are fp16 there and a pair computes in float32.
-
-    Raises:
-        ModelError: this is one of several processes of a launcher.
     """
     environment.settle()
     environment.check_alone()

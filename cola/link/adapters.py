@@ -60,11 +60,9 @@ def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedM
         match settings:
             case Full():
                 model.float().requires_grad_(True)
-                for name in outside_text(model):
-                    model.get_submodule(name).requires_grad_(False)
-                for part in settings.freeze:
-                    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()
-                    assert isinstance(module, nn.Module)
+                parts = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+                outside = [model.get_submodule(name) for name in outside_text(model)]
+                for module in (*outside, *(parts[part] for part in settings.freeze)):
                     module.requires_grad_(False)
                 return model
             case Lora():
@@ -186,7 +184,7 @@ def save(folder: Path, model: PreTrainedModel, settings: Settings, base_name: st
     the link began; all weights are a Hugging Face folder; virtual tokens have PEFT's folder beside them."""
     if isinstance(settings, Lora):
         # With what was taken out of the weight beside it (PiSSA) the pair is a plain one of twice the rank.
-        save_pair(folder, read_pair(model), base_name, skeleton, settings.use_dora, settings.dropout)
+        save_pair(folder, read_pair(model), base_name, skeleton, settings.dropout)
         return
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(model, settings).items()}
@@ -222,20 +220,13 @@ def kept_buffers(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if name in state]
 
 
-def save_pair(
-    folder: Path,
-    pair: LinkWeights,
-    base_name: str,
-    skeleton: PreTrainedModel,
-    use_dora: bool = False,
-    dropout: float = 0.0,
-) -> None:
-    """Write a standard PEFT LoRA that adds these pairs, whatever rank and scale each of them has.
+def save_pair(folder: Path, pair: LinkWeights, base_name: str, skeleton: PreTrainedModel, dropout: float = 0.0) -> None:
+    """Write a standard PEFT LoRA that adds these pairs, whatever rank and scale each of them has. Beside DoRA's lengths
+    of rows, `rows.safetensors` holds the factors that they came to.
 
     Args:
         base_name: What the adapter's config calls the base.
         skeleton: Knows the modules.
-        use_dora: With the trained lengths of rows; `rows.safetensors` then holds the factors they came to.
         dropout: What the pair was trained with.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +250,7 @@ def save_pair(
         alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
         lora_dropout=dropout,
         target_modules=_target_modules(skeleton, list(pair)),
-        use_dora=use_dora,
+        use_dora=bool(rows),
         bias="none",
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -296,11 +287,8 @@ def load_pair(folder: Path) -> LinkWeights:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one.
-
-    Raises:
-        ModelError: the adapter has no safetensors weights, or does not fit the model.
-    """
+    """A model with any PEFT adapter on it, for scoring: one of cola's exports or a foreign one. Raises ModelError where
+    that has no safetensors weights, or does not fit the model."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(

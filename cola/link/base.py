@@ -34,11 +34,8 @@ class Base:
 
     def remember(self, names: Sequence[str]) -> None:
         """Make sure the pristine weights of these modules can be had from now on."""
-        for name in names:
-            if name in self._remembered:
-                continue
-            weight = weight_of(self._model, name)
-            stored = self.stored(name)
+        for name in set(names) - self._remembered:
+            weight, stored = weight_of(self._model, name), self.stored(name)
             # Codes are never written, so the files' own weights are all that can be asked for.
             if self.quantized:
                 assert stored is not None
@@ -67,6 +64,11 @@ class Base:
                 return output + (args[0].float() @ A_KI.T @ B_OK.T).to(output.dtype)
 
         self._beside[name] = module.register_forward_hook(add)
+
+    def matrix(self, name: str) -> Tensor | None:
+        """The weight as the files have it, seen as (O, I)."""
+        stored = self.stored(name)
+        return None if stored is None else as_stored(self._model.get_submodule(name), stored)
 
     def stored(self, name: str) -> Tensor | None:
         """The weight as the files have it; None where they have it in no single tensor."""

@@ -39,11 +39,8 @@ class Bottleneck(nn.Module):
 
 
 def attach(model: PreTrainedModel, settings: Adapter) -> None:
-    """Put an adapter after the sublayers, in place; a model that has them already is left as it is.
-
-    Raises:
-        ModelError: the model's layers have no `self_attn` and `mlp`, as Llama's and Qwen2's have.
-    """
+    """Put an adapter after the sublayers, in place; a model that has them already is left as it is. Raises ModelError
+    where its layers have no `self_attn` and `mlp`, as Llama's and Qwen2's have."""
     outside = outside_text(model)
     layers = [
         module

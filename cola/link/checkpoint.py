@@ -13,11 +13,7 @@ SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 
 def read_json(folder: Path, file: str) -> dict[str, Any]:
-    """A file of the folder; empty where there is none.
-
-    Raises:
-        ModelError: it is no JSON object.
-    """
+    """A file of the folder; empty where there is none. Raises ModelError where it is no JSON object."""
     if not (folder / file).is_file():
         return {}
     try:
@@ -31,19 +27,15 @@ def read_json(folder: Path, file: str) -> dict[str, Any]:
 
 def weight_names(folder: Path) -> list[str]:
     """Names of the safetensors files that transformers reads a folder's weights from, sorted: what config.json names,
-    else `model.safetensors`, else what the index names; maybe none.
-
-    Raises:
-        ModelError: the index does not say which files, or others than safetensors inside the folder.
-    """
+    else `model.safetensors`, else what the index names; maybe none. Raises ModelError where the index does not say
+    which files, or others than safetensors inside the folder."""
     first = str(read_json(folder, "config.json").get("transformers_weights") or "")
     if not first:
         first = SINGLE if (folder / SINGLE).is_file() else INDEX
-    if not first.endswith(".index.json"):
-        names = [first]
-    elif not (folder / first).is_file():
-        return []
-    else:
+    names = [first]
+    if first.endswith(".index.json"):
+        if not (folder / first).is_file():
+            return []
         shards = read_json(folder, first).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
             raise ModelError(

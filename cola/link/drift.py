@@ -53,11 +53,7 @@ class Drift:
         )
 
     def check(self, max_relative: float) -> None:
-        """Refuse a knot that is not what was trained.
-
-        Raises:
-            KnotDrift: a logit moved by more than `max_relative` of the largest logit, or is no number.
-        """
+        """Raise KnotDrift where a logit moved by more than `max_relative` of the largest logit, or is no number."""
         if not self.relative <= max_relative:
             raise KnotDrift(
                 f"a knot moved a logit by {self.relative:.2g} of the largest logit where {max_relative:.2g} is allowed "

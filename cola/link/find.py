@@ -2,10 +2,9 @@
 
 import contextlib
 import errno
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -15,8 +14,7 @@ from cola.files import cache_dir, package_file
 from cola.link import gguf_file
 from cola.link.checkpoint import content_digest, weight_names
 from cola.link.model import Source
-from cola.recipe.bounds import is_remote
-from cola.recipe.schema import Model
+from cola.recipe.schema import Model, is_remote
 
 HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
@@ -55,11 +53,7 @@ def _here(name: str) -> Path:
 
 def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """The base's tokenizer, and the tokens that end an answer by the model. No weights are fetched from the hub, and a
-    GGUF file is not dequantized.
-
-    Raises:
-        ModelError: it is not there, or cannot be reached.
-    """
+    GGUF file is not dequantized. Raises ModelError where it is not there, or cannot be reached."""
     name, path = settings.name_or_path, _here(settings.name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         dequantized = _gguf_folder(path, "models")
@@ -77,11 +71,8 @@ def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]
 
 
 def find_adapter(settings: Model) -> Path | None:
-    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter.
-
-    Raises:
-        ModelError: the hub cannot be reached.
-    """
+    """The folder of a PEFT adapter, here or on the hub; None for what is no adapter. Raises ModelError where the hub
+    cannot be reached."""
     name = settings.name_or_path
     hub = is_remote(name) and not name.startswith("package://")
     folder = _from_hub(settings) if hub else Path(name).expanduser()
@@ -155,11 +146,8 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
 
 
 def gguf_config(file: Path) -> Path:
-    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read.
-
-    Raises:
-        ModelError: it is no GGUF file that can be read.
-    """
+    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read. Raises
+    ModelError where it cannot be read."""
     dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, "configs")
     if (dequantized / "config.json").is_file():
         return dequantized
@@ -177,16 +165,13 @@ def _gguf_folder(file: Path, kind: str) -> Path:
 def _aside(folder: Path) -> Iterator[Path]:
     """Where to make a folder that holds a config.json, unless another process makes it first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
-    try:
-        yield aside
+    with TemporaryDirectory(dir=folder.parent, prefix="making-", ignore_cleanup_errors=True) as aside:
+        yield Path(aside)
         try:
-            aside.replace(folder)
+            Path(aside).replace(folder)
         except OSError:
             if not (folder / "config.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -8,15 +8,9 @@ the whole pass.
 Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-
-from cola.errors import ModelError
-from cola.link.adapters import unwrapped
+from transformers import Cache, PreTrainedModel
 
 
 def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
@@ -25,36 +19,13 @@ def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) ->
     The rows are padded on the right; causal attention needs no mask for that. While no gradient is taken the head
     itself computes in float32, whatever the model's dtype.
     """
-    return _logits(model, input_ids_BT, where_BT, use_cache=False)[0]
+    return logits_and_cache(model, input_ids_BT, where_BT, use_cache=False)[0]
 
 
-def logits_and_cache(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> tuple[Tensor, Cache]:
-    """The same, and the cache of keys and values (virtual tokens among them) from which `logits_after` goes on. Layers
-    that look back so far only keep all of them yet, whatever is padding of a row.
-
-    Raises:
-        ModelError: the model gives none.
-    """
-    inputs = {}
-    if unwrapped(model) is model:
-        cache = DynamicCache(config=model.config)
-        if any(layer.is_sliding for layer in cache.layers if isinstance(layer, DynamicLayer)):
-            cache.activate_past_recording()
-            inputs["past_key_values"] = cache
-    logits_NV, cache = _logits(model, input_ids_BT, where_BT, use_cache=True, **inputs)
-    if cache is None:
-        raise ModelError(f"{type(model).__name__} gives no cache of keys and values")
-    return logits_NV, cache
-
-
-def logits_after(
-    cache: Cache, model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: Tensor
-) -> Tensor:
-    """Logits of rows that continue what was read into the cache; `inputs`: mask and positions, for the model."""
-    return _logits(unwrapped(model), input_ids_BT, where_BT, use_cache=True, past_key_values=cache, **inputs)[0]
-
-
-def _logits(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object) -> tuple[Tensor, Any]:
+def logits_and_cache(
+    model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor, **inputs: object
+) -> tuple[Tensor, Cache | None]:
+    """The same, and the cache of keys and values from which rows can go on, virtual tokens among them."""
     head = model.get_output_embeddings()
     assert head is not None  # Source.load refuses a model without one
 

@@ -54,21 +54,16 @@ NOTHING = {
     "attention.shared_kv_layers": 0,
     "attention.sliding_window": 0,
     "nextn_predict_layers": 0,
-    "rope.scale_linear": 1,
 }
 # Sizes that the tensors' shapes have already confirmed, and notes about how the file was made.
-ABOUT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.max_alibi_bias"}
+ABOUT = {"vocab_size", "tensor_data_layout", "attention.max_alibi_bias"}
 FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 HEADS_OF = {"gemma2": 46, "gemma3_text": 62}  # layers of the one size that llama.cpp scales attention otherwise in
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the file's model and tokenizer as a Hugging Face folder.
-
-    Raises:
-        ModelError: something that the file says cannot be carried over.
-        Exception: transformers, gguf or tokenizers cannot read the file; they raise what they like.
-    """
+    """Write the file's model and tokenizer as a Hugging Face folder. Raises ModelError where something that the file
+    says cannot be carried over, and what transformers, gguf and tokenizers like where they cannot read it."""
     where, config = {"gguf_file": file.name}, read_config(file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -92,11 +87,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def read_config(file: Path) -> PreTrainedConfig:
-    """The config of the file's model, from its header; no weight is read.
-
-    Raises:
-        As `convert`.
-    """
+    """The config of the file's model, from its header; no weight is read. Raises as `convert`."""
     reader = GGUFReader(file)
     said, tensors = _header(reader), {tensor.name: tensor for tensor in reader.tensors}
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
@@ -116,11 +107,7 @@ def _header(reader: GGUFReader) -> dict[str, Any]:
 
 
 def end_tokens(file: Path) -> list[int]:
-    """The tokens that end an answer by the file's header.
-
-    Raises:
-        OSError, ValueError: it is no GGUF file.
-    """
+    """The tokens that end an answer by the file's header. Raises OSError or ValueError where it is no GGUF file."""
     said = _header(GGUFReader(file))
     kinds = ("eos", "eot", "eom")  # end of text, of a turn, of a message
     return list(dict.fromkeys(said[key] for kind in kinds if (key := f"tokenizer.ggml.{kind}_token_id") in said))
@@ -129,16 +116,9 @@ def end_tokens(file: Path) -> list[int]:
 def carry_over(
     config: PreTrainedConfig, said: dict[str, Any], tensors: Iterable[str], factors: dict[str, list[float]]
 ) -> None:
-    """Put into a config, made by transformers' conversion, what that has passed over of the header and of the tensors.
-
-    Args:
-        said: The header.
-        tensors: Names of the file's tensors.
-        factors: Those of them that divide rotary frequencies.
-
-    Raises:
-        ModelError: a key has no place in this kind of model.
-    """
+    """Put into a config, made by transformers' conversion, what that has passed over of the header, `said`, and of the
+    tensors; `factors`: those of them that divide rotary frequencies. Raises ModelError where a key has no place in this
+    kind of model."""
     architecture = said["general.architecture"]
     own = {key.removeprefix(f"{architecture}."): value for key, value in said.items() if key.startswith(architecture)}
     taken = _taken(architecture, said, tensors, str(config.model_type))

@@ -44,11 +44,8 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files of the weights, without another format's copy of them.
-
-        Raises:
-            ModelError: one of them is not there, or the folder does not say which they are.
-        """
+        """The safetensors files of the weights, without another format's copy of them. Raises ModelError where one is
+        not there, or the folder does not say which they are."""
         names = weight_names(self.folder)
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise ModelError(
@@ -77,11 +74,8 @@ class Source:
         return digest.hexdigest()
 
     def tokenizer(self, **where: str) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; `where`: `gguf_file`, where it is in a file of that kind and not yet in one of its own.
-
-        Raises:
-            ModelError: the folder has none.
-        """
+        """The base's tokenizer; raises ModelError where there is none. `where`: `gguf_file`, where it is in a file of
+        that kind and not yet in one of its own."""
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -91,10 +85,7 @@ class Source:
 
     def ends(self) -> list[int]:
         """The tokens that end an answer by generation_config.json and config.json; the tokenizer may name another one.
-
-        Raises:
-            ModelError: what they say is no token's number.
-        """
+        Raises ModelError where what they say is no token's number."""
         config, generation = (read_json(self.folder, file) for file in ("config.json", "generation_config.json"))
         parts = [config, *(part for name in TEXT_PARTS if isinstance(part := config.get(name), dict))]
         own = next((part for part in parts if part.get("eos_token_id") is not None), {})
@@ -112,40 +103,31 @@ class Source:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights (on the meta device): its modules can be looked at before anything is loaded.
-
-        Raises:
-            ModelError: it is no causal language model.
-        """
+        Raises ModelError where it is no causal language model."""
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        named = f"model.name_or_path: {self.name} ({config.model_type})"
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         # Each class of transformers makes of a config what it likes, and fails on a wrong one in its own way.
         except Exception as error:
             if "Unrecognized configuration class" in str(error):
-                raise ModelError(
-                    f"model.name_or_path: {self.name} ({config.model_type}) is no causal language model"
-                ) from error
+                raise ModelError(f"{named} is no causal language model") from error
             raise ModelError(
-                f"model.name_or_path: {self.name} ({config.model_type}): transformers cannot build the model that its "
-                f"config.json describes: {type(error).__name__}: {one_line(error)}"
+                f"{named}: transformers cannot build the model that its config.json describes: "
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
         if getattr(config, "is_decoder", None) is False and config.model_type in BIDIRECTIONAL:
-            raise ModelError(
-                f"model.name_or_path: {self.name} ({config.model_type}) reads in both directions, so it cannot predict "
-                "the next token"
-            )
+            raise ModelError(f"{named} reads in both directions, so it cannot predict the next token")
         return model
 
     def load(self, dtype: str, device: torch.device, quantization: str | None = None) -> PreTrainedModel:
-        """The model in eval mode, all weights frozen.
+        """The model in eval mode, all weights frozen. Raises ModelError where it is no causal language model, its
+        weights do not load, or bitsandbytes is not there.
 
         Args:
             dtype: Of the weights and the computation.
             quantization: `nf4` (with double quantization) or `int8` codes for the linear layers but the output head.
-
-        Raises:
-            ModelError: it is no causal language model, its weights do not load, or bitsandbytes is not there.
         """
         quantized: dict[str, Any] = {}
         codes = quantization or self.codes
@@ -203,12 +185,8 @@ def _in_training_mode(module: torch.nn.Module, _mode: bool = True) -> torch.nn.M
 
 
 def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtual: int = 0) -> None:
-    """Check that the tokens are ones that the model has, at positions that it has, `n_virtual` before each row.
-
-    Raises:
-        ModelError: a token is not the model's.
-        DataError: a row is too long.
-    """
+    """Raise ModelError where a token is not one that the model has; and DataError where a row, after `n_virtual`
+    virtual tokens, goes beyond its positions."""
     examples = [example for _, part in splits.items() for example in part]
     check_tokens(source, skeleton, examples)
     positions = getattr(text_config(skeleton), "max_position_embeddings", None)
@@ -222,11 +200,7 @@ def check_fit(source: Source, skeleton: PreTrainedModel, splits: Splits, n_virtu
 
 
 def check_tokens(source: Source, skeleton: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Check that the tokens are ones that the model has.
-
-    Raises:
-        ModelError: one is not.
-    """
+    """Raise ModelError where a token is not one that the model has."""
     n_tokens = len(skeleton.get_input_embeddings().get_parameter("weight"))
     largest = max(max(map(max, [e.prompt, *e.answers])) for e in examples)
     if largest >= n_tokens:

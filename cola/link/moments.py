@@ -48,11 +48,8 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
 
 def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
     """What the next link's optimizer begins with, after a link of the same weights that ended with `moments`; None: a
-    fresh one. `seed`: of the next link, for random pruning.
-
-    Raises:
-        MomentsNotKept: there is nothing that could be handed on.
-    """
+    fresh one. `seed`: of the next link, for random pruning. Raises MomentsNotKept where there is nothing to be handed
+    on."""
     if not rules.hands_on:
         return None
     if moments is None:
@@ -70,16 +67,9 @@ def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
             # An exact number of entries, ties included: a quantile can clear none of a tensor, or refuse a large one.
             order = size.flatten().argsort(stable=True)
             mask = torch.ones(first.numel(), dtype=torch.bool)
-            mask[order[: math.ceil(least_cleared(rules) * first.numel())]] = False
+            mask[order[: math.ceil(rules.optimizer.share * first.numel())]] = False
             kept[key], kept[f"{key}_sq"] = first * mask.view_as(first), second * mask.view_as(second)
     return kept
-
-
-def least_cleared(rules: Rules | None) -> float:
-    """The share of the moments that must be zero when a link begins."""
-    if rules is None or not rules.hands_on:
-        return 1.0
-    return rules.optimizer.share if isinstance(rules.optimizer, Prune) else 0.0
 
 
 def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimizer) -> float:
@@ -93,13 +83,12 @@ def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimize
 
 
 def check_cleared(cleared: float, rules: Rules | None) -> float:
-    """What a knot was to clear must be cleared; returns the share that is.
-
-    Raises:
-        MomentsNotCleared: it is not.
-    """
-    if cleared < least_cleared(rules):
+    """The share that is cleared; raises MomentsNotCleared where that is less than the knot was to clear."""
+    least = 1.0
+    if rules is not None and rules.hands_on:
+        least = rules.optimizer.share if isinstance(rules.optimizer, Prune) else 0.0
+    if cleared < least:
         raise MomentsNotCleared(
-            f"a knot was to clear {least_cleared(rules):.1%} of the optimizer's moments and {cleared:.1%} are zero"
+            f"a knot was to clear {least:.1%} of the optimizer's moments and {cleared:.1%} are zero"
         )
     return cleared

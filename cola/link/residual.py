@@ -49,10 +49,6 @@ class Pair:
         """The pair that takes this one away."""
         return Pair(self.A_RI, -self.B_OR, self.scale)
 
-    def times(self, share: float) -> "Pair":
-        """A share of the update."""
-        return replace(self, scale=self.scale * share)
-
 
 BLOCK = 1 << 20  # entries of a matrix that are worked on at a time: 4 MB in float32, a dozen of which are needed
 
@@ -61,12 +57,8 @@ Residual: TypeAlias = list[LinkWeights]
 
 
 def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the links have made of one matrix W: rows * W + B A, as B (O, K), A (K, I) and rows (O,), None where no link
-    scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k].
-
-    Raises:
-        KeyError: no link touched the module.
-    """
+    """What the links that touched one matrix W have made of it: rows * W + B A, as B (O, K), A (K, I) and rows (O,),
+    None where no link scaled any. All pairs stacked: [s_1 B_1 ... s_k B_k] [A_1; ...; A_k]."""
     pairs = [link[name] for link in residual if name in link]
     if not pairs:
         raise KeyError(name)
@@ -82,7 +74,7 @@ def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | Non
 
 def times(link: LinkWeights, share: float) -> LinkWeights:
     """A share of each of a link's updates."""
-    return {name: pair.times(share) for name, pair in link.items()}
+    return {name: replace(pair, scale=pair.scale * share) for name, pair in link.items()}
 
 
 def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:
@@ -106,12 +98,13 @@ def stacked(residual: Residual) -> LinkWeights:
     """The whole chain as one pair of each module, of rank Σ r_i. No link may have scaled rows."""
     whole = {}
     scales = {pair.scale for link in residual for pair in link.values()}
+    scale = scales.pop() if len(scales) == 1 else None
     for name in modules_of(residual):
         B_OK, A_KI, rows_O = factors(residual, name)
         assert rows_O is None
-        if len(scales) == 1:  # alpha / rank stays what it was, and not even the scaling rounds
+        if scale is not None:  # alpha / rank stays what it was, and not even the scaling rounds
             B_OK = torch.cat([link[name].B_OR for link in residual if name in link], dim=1)
-        whole[name] = Pair(A_KI, B_OK, scales.copy().pop() if len(scales) == 1 else 1.0)
+        whole[name] = Pair(A_KI, B_OK, 1.0 if scale is None else scale)
     return whole
 
 

@@ -62,25 +62,23 @@ def draw(
         return
     layers = adapters.pair_layers(model)
     init, rank = link.settings.init, link.settings.rank
-    generator = torch.Generator().manual_seed(link.seed)
+    generator, rows = torch.Generator().manual_seed(link.seed), {}
     if init == "gradient":
         with torch.enable_grad():
             full_gradients = gradients(model, link, list(layers))
-        for name, gradient_OI in full_gradients.items():
-            A_RI, _ = adapters.factors_of(layers[name])
-            A_RI.copy_(ROW_LENGTH * top_right_vectors(gradient_OI, rank, generator))
+        rows = {name: top_right_vectors(G_OI, rank, generator) for name, G_OI in full_gradients.items()}
     elif init == "orthogonal":
-        for name, layer in layers.items():
-            used = [links[name].A_RI for links in learned if name in links]
-            if used:
-                A_RI, _ = adapters.factors_of(layer)
-                A_RI.copy_(ROW_LENGTH * orthogonal_rows(torch.cat(used), rank, generator))
+        used = {name: [links[name].A_RI for links in learned if name in links] for name in layers}
+        rows = {name: orthogonal_rows(torch.cat(rows_of), rank, generator) for name, rows_of in used.items() if rows_of}
     elif init == "pissa":
         for layer in layers.values():
             layer.pissa_init(adapters.ADAPTER, "pissa")
             A_RI, B_OR = (factor.detach().to("cpu", copy=True) for factor in adapters.factors_of(layer))
             adapters.take_out(layer, residual.Pair(A_RI, B_OR, float(layer.scaling[adapters.ADAPTER])))
         hold_out(model, base, learned)
+    for name, rows_RI in rows.items():
+        A_RI, _ = adapters.factors_of(layers[name])
+        A_RI.copy_(ROW_LENGTH * rows_RI)
 
 
 def hold_out(model: PreTrainedModel, base: Base, learned: Residual) -> None:
@@ -120,11 +118,8 @@ def orthogonal_rows(used_KI: Tensor, rank: int, generator: torch.Generator) -> T
 
 
 def check_room(skeleton: PreTrainedModel, links: Sequence[Settings]) -> None:
-    """Whether the model's matrices have room for the directions that the starts of these links ask for.
-
-    Raises:
-        ModelError: names the module, its size and what would fit.
-    """
+    """Raise ModelError where a matrix of the model has no room for the directions that the starts of these links ask
+    for."""
     used: dict[str, int] = {}
     for number, pair in enumerate(links, 1):
         if not isinstance(pair, Lora):

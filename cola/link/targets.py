@@ -18,12 +18,9 @@ FUSED_LAYERS = {"out_proj", "conv1d"}
 
 
 def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
-    """Full names of the linear modules of the text part that target_modules means, in the model's order.
-
-    Raises:
-        ModelError: a name that matches no linear layer (the message lists what the model has), or a matrix that other
-            modules share, such as a tied head.
-    """
+    """Full names of the linear modules of the text part that target_modules means, in the model's order. Raises
+    ModelError for a name that matches none (the message lists what the model has), and for a matrix that other modules
+    share, such as a tied head."""
     head, tied, outside = model.get_output_embeddings(), model.get_input_embeddings(), outside_text(model)
     every = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     linear = {name: module for name, module in every.items() if in_text(name, outside)}

@@ -84,11 +84,12 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         loss, norm = _gradient(model.train(), micro_batches, accelerator, parameters, max_grad_norm)
-        silent = watch.look(step, loss, norm, micro_batches)
+        rows = [row for batch in micro_batches for row in batch.ids]
+        silent = watch.look(step, loss, norm, rows)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
-        rows, seconds = [row for batch in micro_batches for row in batch.ids], perf_counter() - started
+        seconds = perf_counter() - started
         on_step(Step(step, loss, norm, learning_rate, tokens, targets, seconds, silent, cleared, rows), optimizer)
         cleared = None
     model.eval()
@@ -155,7 +156,7 @@ class _Watch:
         self.silent = _where_zero(parameters, [state.get(p, {}).get("exp_avg") for p in parameters])  # no gradient yet
         self.may_skip, self.skipped = may_skip, 0
 
-    def look(self, step: int, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> int:
+    def look(self, step: int, loss: float, norm: float, rows: Sequence[str]) -> int:
         """Look at a step's gradient before it is taken; returns how many tensors have had none in this link yet.
 
         A tensor is looked at until it has had one, which nearly all have by the second step: later steps are spared a
@@ -169,9 +170,10 @@ class _Watch:
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         passable = math.isfinite(norm) or (self.may_skip and self.skipped < MAX_SKIPPED)
         if not math.isfinite(loss) or not passable:
-            rows = ", ".join(row for batch in micro_batches for row in batch.ids)
             trouble = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-            raise NonFiniteLoss(f"step {step}: {trouble}; rows of the batch: {rows}; try a lower learning_rate")
+            raise NonFiniteLoss(
+                f"step {step}: {trouble}; rows of the batch: {', '.join(rows)}; try a lower learning_rate"
+            )
         if norm == 0 and all(p.grad is None or not p.grad.any() for p in self.parameters):
             raise NoGradient(
                 f"step {step}: none of the {len(self.parameters)} trained tensors got a gradient: nothing would be "
@@ -204,26 +206,23 @@ def full_gradients(
     """Gradient of the mean loss per target token with respect to the whole weight of some modules, frozen or not.
 
     It is taken from what goes into a module and the gradient of what comes out of it, so it can be had of quantized
-    codes as well, and of the weight as it is with everything that is attached to it.
+    codes as well, and of the weight as it is with everything that is attached to it. The model is left in eval mode,
+    its parameters and their gradients as they were.
 
     float16 holds nothing below 6e-8: what passes through it is scaled by a power of two, which is lowered where
     something overflows, and divided out again in float32. Training has accelerate's GradScaler for that, on a GPU; this
     serves a CPU as well.
 
     Args:
-        model: In eval mode afterwards; its parameters and their gradients are left as they were.
         names: Modules that map features to features, the last axis.
         batches: One list of micro-batches per step.
 
     Returns:
-        float32 (O, I) for each name, on the CPU.
-
-    Raises:
-        NonFiniteLoss: the gradient is not finite at any scale.
+        float32 (O, I) for each name, on the CPU. NonFiniteLoss is raised where it is not finite at any scale.
     """
-    batches = list(batches)
+    micro_batches = [batch for step in batches for batch in step]
     scale = GRADIENT_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
-    while (gradients := _scaled_gradients(model, names, batches, accelerator, scale)) is None:
+    while (gradients := _scaled_gradients(model, names, micro_batches, accelerator, scale)) is None:
         scale /= 8
         if scale < 1:
             raise NonFiniteLoss("init: gradient: the full gradient of the link's first batches is not finite")
@@ -233,7 +232,7 @@ def full_gradients(
 def _scaled_gradients(
     model: PreTrainedModel,
     names: Sequence[str],
-    batches: list[list[MicroBatch]],
+    micro_batches: Sequence[MicroBatch],
     accelerator: Accelerator,
     scale: float,
 ) -> dict[str, Tensor] | None:
@@ -254,17 +253,15 @@ def _scaled_gradients(
 
     model.eval()
     handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
-    n_targets = 0
     try:
-        for micro_batches in batches:
-            for batch in micro_batches:
-                loss = _loss_sum(model, batch, accelerator)
-                n_targets += batch.n_targets
-                torch.autograd.backward(loss * scale, inputs=trainable(model))
-                if not finite:
-                    return None
+        for batch in micro_batches:
+            loss = _loss_sum(model, batch, accelerator)
+            torch.autograd.backward(loss * scale, inputs=trainable(model))
+            if not finite:
+                return None
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
+    n_targets = sum(batch.n_targets for batch in micro_batches)
     return {name: (total / (n_targets * scale)).cpu() for name, total in sums.items()}

@@ -16,7 +16,21 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cola.errors import ModelError
 from cola.link.adapters import unwrapped
-from cola.link.forward import logits_after
+from cola.link.forward import logits_and_cache
+
+
+def going_on(model: PreTrainedModel, wanted: bool) -> dict[str, object]:
+    """What a pass over rows is given so that they can go on from it, or not.
+
+    A layer that looks back so far only would keep so much of each row, its padding for a part; here it keeps all.
+    """
+    inputs: dict[str, object] = {"use_cache": wanted}
+    if wanted and unwrapped(model) is model:
+        cache = DynamicCache(config=model.config)
+        if any(layer.is_sliding for layer in cache.layers if isinstance(layer, DynamicLayer)):
+            cache.activate_past_recording()
+            inputs["past_key_values"] = cache
+    return inputs
 
 
 class Continued:
@@ -24,7 +38,7 @@ class Continued:
 
     Args:
         model: That has read them.
-        cache: From `logits_and_cache`; taken over, and changed.
+        cache: Of a pass with `going_on`, virtual tokens among it; taken over, and changed.
         width: Tokens of each row of that pass, padding included.
         rows: Which of its rows go on; one may go on in several ways.
         lengths: How many of its tokens each of these keeps.
@@ -34,17 +48,16 @@ class Continued:
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: Cache, width: int, rows: Sequence[int], lengths: Sequence[int]
+        self, model: PreTrainedModel, cache: Cache | None, width: int, rows: Sequence[int], lengths: Sequence[int]
     ) -> None:
-        _check_whole(model, cache)
-        self.model, self.cache = model, cache
-        virtual = cache.get_seq_length() - width
+        self.model, self.cache = model, _whole(model, cache)
+        virtual = self.cache.get_seq_length() - width
         lengths_B = torch.tensor(lengths, device=model.device) + virtual
         places_T = torch.arange(int(lengths_B.max()), device=model.device)
         from_BT = places_T - (len(places_T) - lengths_B)[:, None]
         self.mask_BT = (from_BT >= 0).long()
         source_B1T1, rows_B = from_BT.clamp(min=0)[:, None, :, None], torch.tensor(rows, device=model.device)
-        for layer in cache.layers:
+        for layer in self.cache.layers:
             if not layer.is_initialized:
                 continue  # it shares the keys and values of another one
             layer.keys = layer.keys[rows_B].take_along_dim(source_B1T1, dim=2)
@@ -64,16 +77,21 @@ class Continued:
         """Logits (N, V) of the selected ones of further tokens, padded on the right, which are read in passing."""
         first_B1 = self.mask_BT.sum(1, keepdim=True)
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(input_ids_BT)], dim=1)
-        inputs = {"attention_mask": self.mask_BT}
-        if "position_ids" in signature(unwrapped(self.model).forward).parameters:
+        inputs: dict[str, object] = {"use_cache": True, "past_key_values": self.cache, "attention_mask": self.mask_BT}
+        model = unwrapped(self.model)  # PEFT's wrapper would put the virtual tokens before these once more
+        if "position_ids" in signature(model.forward).parameters:
             inputs["position_ids"] = first_B1 + torch.arange(input_ids_BT.shape[1], device=first_B1.device)
-        return logits_after(self.cache, self.model, input_ids_BT, where_BT, **inputs)
+        return logits_and_cache(model, input_ids_BT, where_BT, **inputs)[0]
 
 
-def _check_whole(model: PreTrainedModel, cache: Cache) -> None:
+def _whole(model: PreTrainedModel, cache: Cache | None) -> DynamicCache:
     """Refuse a cache of states, and one of a window that has let go of what its shorter rows need."""
-    for layer in cache.layers if isinstance(cache, DynamicCache) else [None]:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or (
-            layer.is_initialized and layer.keys.shape[-2] != cache.get_seq_length()
-        ):
-            raise ModelError(f"{type(model).__name__} does not keep keys and values of every position")
+
+    def is_whole(layer: object) -> bool:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return False
+        return not layer.is_initialized or layer.keys.shape[-2] == cache.get_seq_length()
+
+    if not isinstance(cache, DynamicCache) or not all(map(is_whole, cache.layers)):
+        raise ModelError(f"{type(model).__name__} gives no cache of keys and values of every position")
+    return cache

@@ -91,13 +91,10 @@ class Meter:
     def _start(self, pair: Lora, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
         """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
         activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
-        head, at_row, at_target = self.skeleton.get_output_embeddings(), 0, 0
-        for name in target_names(self.skeleton, pair.target_modules):
-            product = 2 * math.prod(shape_of(self.skeleton, name))
-            if self.skeleton.get_submodule(name) is head:
-                at_target += product
-            else:
-                at_row += product
+        head, names = self.skeleton.get_output_embeddings(), target_names(self.skeleton, pair.target_modules)
+        products = {name: 2 * math.prod(shape_of(self.skeleton, name)) for name in names}
+        at_target = sum(products[name] for name in names if self.skeleton.get_submodule(name) is head)
+        at_row = sum(products.values()) - at_target
         tokens, targets = (sum(n) for n in zip(*(known[row] for rows in order for row in rows), strict=True))
         return sum(self._steps(pair, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
 

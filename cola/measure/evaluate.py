@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cola.data.answers import normalized, up_to, usual_stops
 from cola.data.batches import by_tokens, collate, training_row
@@ -30,7 +30,7 @@ from cola.data.splits import Splits
 from cola.link.adapters import unwrapped, virtual_tokens
 from cola.link.drift import Outputs
 from cola.link.forward import logits_and_cache, logits_at
-from cola.measure.continued import Continued
+from cola.measure.continued import Continued, going_on
 from cola.measure.likelihood import choice_nats, last_logits, left_padded, nats_of, plain_choice_nats
 from cola.measure.scores import ExampleScore
 from cola.recipe.data_section import Data
@@ -156,11 +156,9 @@ class Evaluator:
         missed: list[tuple[Example, ExampleScore]] = []
         texts: dict[str, str] = {}
         for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
-            batch, cache = collate([training_row(e) for e in group]).to(model.device), None
-            if cached:
-                logits_NV, cache = logits_and_cache(model, batch.input_ids_BT, batch.predicts_BT)
-            else:
-                logits_NV = logits_at(model, batch.input_ids_BT, batch.predicts_BT)
+            batch = collate([training_row(e) for e in group]).to(model.device)
+            inputs = going_on(model, cached)
+            logits_NV, cache = logits_and_cache(model, batch.input_ids_BT, batch.predicts_BT, **inputs)
             lengths = [len(e.answers[e.gold]) for e in group]
             nats = nats_of(logits_NV, batch.targets_N).split(lengths)
             greedy = [tokens.tolist() for tokens in logits_NV.argmax(-1).split(lengths)]
@@ -178,7 +176,7 @@ class Evaluator:
                     missed.append((example, result))
                     n_right = next(n for n, token in enumerate(greedy[row]) if token != right[n])
                     misses[row] = greedy[row][: n_right + 1]
-            if cache is not None and misses:
+            if cached and misses:
                 texts |= self._go_on(model, cache, batch.input_ids_BT.shape[1], group, misses)
         if not cached:
             texts = self._decode(model, [example for example, _ in missed])
@@ -188,7 +186,12 @@ class Evaluator:
             yield replace(result, score=float(right), prediction=text)
 
     def _go_on(
-        self, model: PreTrainedModel, cache: Cache, width: int, group: Sequence[Example], misses: dict[int, list[int]]
+        self,
+        model: PreTrainedModel,
+        cache: Cache | None,
+        width: int,
+        group: Sequence[Example],
+        misses: dict[int, list[int]],
     ) -> dict[str, str]:
         """Greedy answers from the cache of the pass that has read the right ones, along which decoding walks as well
         up to its first miss; the text of each by id.
@@ -250,6 +253,8 @@ class Evaluator:
 
         What stands before a right answer (the answer prefix) is taken off where the model says it too.
         """
+        if self.ways.decoding == "plain":
+            return {example.id: self._plainly(model, example) for example in examples}
         texts = {}
         ends = self.end_tokens  # load_splits refuses task answer without one
         # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
@@ -264,9 +269,6 @@ class Evaluator:
         ]
         for group, new_tokens in groups:
             before = [self._right(e)[0] for e in group]
-            if self.ways.decoding == "plain":
-                texts |= {e.id: self._plainly(model, e, b, new_tokens) for e, b in zip(group, before, strict=True)}
-                continue
             input_ids_BT, mask_BT = left_padded([e.prompt for e in group], ends[0])
             width = input_ids_BT.shape[1]
             output = model.generate(  # pyright: ignore[reportCallIssue]
@@ -276,11 +278,25 @@ class Evaluator:
                 do_sample=False,
                 pad_token_id=ends[0],
                 eos_token_id=ends,
-                stopping_criteria=StoppingCriteriaList([_Stopped(self, before, width)] if self.stop else []),
+                stopping_criteria=StoppingCriteriaList([self._stopping(before, width)] if self.stop else []),
             )
             rows = zip(group, output[:, width:].tolist(), before, strict=True)
             texts |= {example.id: self._said(tokens, its_before)[0] for example, tokens, its_before in rows}
         return texts
+
+    def _stopping(self, before: Sequence[str], width: int) -> Callable[..., Tensor]:
+        """Ends each row of a batch once a stop string has ended its answer.
+
+        transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
+        """
+
+        def ended(input_ids: Tensor, _scores: Tensor, **_: object) -> Tensor:
+            rows = zip(input_ids[:, width:].tolist(), before, strict=True)
+            return torch.tensor(
+                [self._said(tokens, its_before)[1] for tokens, its_before in rows], device=input_ids.device
+            )
+
+        return ended
 
     def _room(self, model: PreTrainedModel, example: Example) -> int:
         """New tokens that decoding may come to: the last one that follows from the model's last position at most."""
@@ -288,10 +304,11 @@ class Evaluator:
             return self.new_tokens
         return min(self.new_tokens, self.ways.positions - virtual_tokens(model) - len(example.prompt) + 1)
 
-    def _plainly(self, model: PreTrainedModel, example: Example, before: str, new_tokens: int) -> str:
+    def _plainly(self, model: PreTrainedModel, example: Example) -> str:
         """The greedy answer, each of its tokens by a plain pass over all before it."""
         tokens: list[int] = []
-        while len(tokens) < new_tokens and not self._said(tokens, before)[1]:
+        before, _ = self._right(example)
+        while len(tokens) < self._room(model, example) and not self._said(tokens, before)[1]:
             token = int(last_logits(model, example.prompt + tokens).argmax())
             if token in self.end_tokens:
                 break
@@ -320,18 +337,3 @@ def _chosen(example: Example, scores: Sequence[float]) -> ExampleScore:
     """The result of an example, from -log p of each of its choices."""
     best, right = min(range(len(scores)), key=scores.__getitem__), example.answers[example.gold]
     return ExampleScore(example.id, scores[example.gold], len(right), float(best == example.gold), best, example.group)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends each row of a batch once a stop string has ended its answer.
-
-    transformers' own `stop_strings` looks for them in the prompt too, where it ends, and in the answer prefix.
-    """
-
-    def __init__(self, evaluator: Evaluator, before: Sequence[str], width: int) -> None:
-        self.evaluator, self.before, self.width = evaluator, before, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
-        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
-        ended = [self.evaluator._said(tokens, before)[1] for tokens, before in rows]
-        return torch.tensor(ended, device=input_ids.device)

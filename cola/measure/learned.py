@@ -8,7 +8,7 @@ at that the run's low-rank arms train, on the GPU where there is one, and of a l
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cola.link.base import Base, as_stored, shape_of
+from cola.link.base import Base, shape_of
 from cola.link.model import Source
 from cola.link.residual import Residual, factors
 from cola.link.targets import target_names
@@ -31,28 +31,6 @@ DORA = "DoRA scales the rows of the base's matrices, so what it adds to them is 
 FULL_FLOPS = {"cpu": 2e12, "cuda": 1e14}
 
 
-class Matrices:
-    """The matrices in safetensors files, as (O, I) by the name of their module, one at a time; the skeleton knows the
-    modules."""
-
-    def __init__(self, skeleton: PreTrainedModel, files: Sequence[Path]) -> None:
-        self._skeleton = skeleton
-        self._base = Base(skeleton, files)
-        self._norms: dict[str, float | None] = {}
-
-    def of(self, name: str) -> Tensor | None:
-        """In the file's dtype; None where the files do not have it under its own name."""
-        stored = self._base.stored(name)
-        return None if stored is None else as_stored(self._skeleton.get_submodule(name), stored)
-
-    def norm_of(self, name: str) -> float | None:
-        """Frobenius norm."""
-        if name not in self._norms:
-            W_OI = self.of(name)
-            self._norms[name] = None if W_OI is None else torch.linalg.vector_norm(W_OI, dtype=torch.float64).item()
-        return self._norms[name]
-
-
 @dataclass
 class Learned:
     """Takes the spectra of a run's arms and seeds."""
@@ -62,45 +40,49 @@ class Learned:
     pairs: Sequence[Lora]  # all low-rank links that the run may train; they say which matrices matter
     device: torch.device  # where dense matrices are decomposed, if it is a GPU
     _full: tuple[str, dict[str, Svd]] | None = None  # of one state at a time: it is large
+    _norms: dict[str, float | None] = field(default_factory=dict)
 
     @cached_property
-    def base(self) -> Matrices:
-        """The base's own."""
-        return Matrices(self.skeleton, self.source.files)
+    def base(self) -> Base:
+        """The base's own matrices."""
+        return Base(self.skeleton, self.source.files)
+
+    def norm_of(self, name: str) -> float | None:
+        """Frobenius norm of a matrix of the base; None where its files do not have it under its own name."""
+        if name not in self._norms:
+            W_OI = self.base.matrix(name)
+            self._norms[name] = None if W_OI is None else torch.linalg.vector_norm(W_OI, dtype=torch.float64).item()
+        return self._norms[name]
 
     def of_links(
         self, links: Residual, full: Mapping[str, Svd] | None = None, state: str | None = None
     ) -> dict[str, Any]:
-        """The content of the spectrum.json of a chain, given what each link added.
-
-        Args:
-            full: Full fine-tuning's update.
-            state: The name of the state that it led to.
-        """
+        """The content of a chain's spectrum.json, from what each link added, and from full fine-tuning's update and the
+        name of the state that it led to."""
         started = perf_counter()
         if any(pair.rows_O is not None for link in links for pair in link.values()):
             return {"left_out": DORA, "full": state, "matrices": {}, "seconds": 0.0}
-        matrices = of_chain(links, self.base.norm_of, full)
-        seconds = perf_counter() - started
-        return {"left_out": None, "full": state, "matrices": matrices, "seconds": seconds}
+        matrices = of_chain(links, self.norm_of, full)
+        return {"left_out": None, "full": state, "matrices": matrices, "seconds": perf_counter() - started}
 
     def of_full(self, state: str, folder: Path, dtype: str) -> dict[str, Any]:
         """The content of full fine-tuning's spectrum.json; its directions are remembered until another state's are.
 
         Args:
-            state: What identifies the weights.
-            folder: Has them as safetensors.
+            state: What identifies the weights, which the folder has as safetensors.
             dtype: That the base had when it was trained.
         """
         started = perf_counter()
         self._full = None  # the last one's, before this one's are in memory
         tuned, svds, matrices = self._tuned(folder), {}, {}
+        # Directions that chains may be compared in; a pair of `init: pissa` has twice its rank.
+        widest = min(KEPT, max((2 * pair.rank for pair in self.pairs), default=0))
         for name in self.looked_at:
-            weight_OI, tuned_OI = self._began(name, dtype), tuned.of(name)
+            weight_OI, tuned_OI = self._began(name, dtype), tuned.matrix(name)
             if weight_OI is None or tuned_OI is None:
                 continue
             update_OI = tuned_OI.to(self._device, torch.float64) - weight_OI
-            svd = dense_svd(update_OI, self._widest)
+            svd = dense_svd(update_OI, widest)
             svds[name] = Svd(svd.left_OR.cpu(), svd.values_R.cpu(), svd.right_IR.cpu())
             numbers = numbers_of(svds[name].values_R, weight_OI.norm().item())
             shape = list(update_OI.shape)
@@ -130,8 +112,8 @@ class Learned:
             base_left_OM = base.left_vectors()
             intruders = None
             for update, numbers in matrix["updates"].items():
-                if isinstance(tuned, Matrices):
-                    tuned_OI = tuned.of(name)
+                if isinstance(tuned, Base):
+                    tuned_OI = tuned.matrix(name)
                     assert tuned_OI is not None  # it was there for the record
                     after = Tuned.of(tuned_OI.to(self._device))
                     intruders = count_intruders(base_left_OM, after.left_vectors(TOP))
@@ -158,17 +140,12 @@ class Learned:
     def _device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # others have no float64
 
-    @property
-    def _widest(self) -> int:
-        """Directions of full fine-tuning that chains may be compared in; a pair of `init: pissa` has twice its rank."""
-        return min(KEPT, max((2 * pair.rank for pair in self.pairs), default=0))
-
-    def _tuned(self, folder: Path) -> Matrices:
-        return Matrices(self.skeleton, sorted(folder.glob("model*.safetensors")))
+    def _tuned(self, folder: Path) -> Base:
+        return Base(self.skeleton, sorted(folder.glob("model*.safetensors")))
 
     def _began(self, name: str, dtype: str) -> Tensor | None:
         """W_0 as training began with it, float64 on the device."""
-        weight_OI = self.base.of(name)
+        weight_OI = self.base.matrix(name)
         return None if weight_OI is None else weight_OI.to(getattr(torch, dtype)).to(self._device, torch.float64)
 
 

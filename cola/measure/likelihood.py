@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cola.data.batches import by_tokens, collate
 from cola.data.encode import Example
 from cola.link.forward import logits_and_cache, logits_at
-from cola.measure.continued import Continued
+from cola.measure.continued import Continued, going_on
 
 
 def last_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
@@ -53,15 +53,11 @@ def choice_nats(model: PreTrainedModel, examples: Sequence[Example]) -> list[lis
     prompts = collate([(example.id, example.prompt, [0]) for example in examples]).to(device)
     prompts_BT, last_BT = prompts.input_ids_BT[:, :-1], prompts.predicts_BT[:, :-1]
     longest = max(len(answer) for _, answer in rows)
-    cache = None
-    if longest > 1:
-        logits_BV, cache = logits_and_cache(model, prompts_BT, last_BT)
-    else:
-        logits_BV = logits_at(model, prompts_BT, last_BT)
+    logits_BV, cache = logits_and_cache(model, prompts_BT, last_BT, **going_on(model, longest > 1))
     rows_Q = torch.tensor([row for row, _ in rows], device=device)
     first_Q = torch.tensor([answer[0] for _, answer in rows], device=device)
     nats_Q = -logits_BV.log_softmax(-1)[rows_Q, first_Q]
-    if cache is not None:
+    if longest > 1:
         lengths = [len(examples[row].prompt) for row, _ in rows]
         continued = Continued(model, cache, prompts_BT.shape[1], rows_Q.tolist(), lengths)
         rest = collate([("", answer[:1], [*answer[1:], *[0] * (longest - len(answer))]) for _, answer in rows])

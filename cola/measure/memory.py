@@ -28,11 +28,8 @@ def restart_peaks(device: torch.device) -> bool:
 
 
 def need_memory(n_trained: int, device: torch.device) -> None:
-    """Check that the parameters that a link trains have room, which is the least that its training takes.
-
-    Raises:
-        ModelError: it has not.
-    """
+    """Raise ModelError where the parameters that a link trains have no room, which is the least that its training
+    takes."""
     room, wanted = memory_of(device), TRAINED_BYTES * n_trained
     if wanted > room:
         raise ModelError(

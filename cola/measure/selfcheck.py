@@ -38,7 +38,7 @@ from cola.data.encode import Example
 from cola.errors import ModelError, one_line
 from cola.link.adapters import kept_buffers, unwrapped, virtual_tokens, whole_state
 from cola.link.forward import logits_and_cache, logits_at
-from cola.measure.continued import Continued
+from cola.measure.continued import Continued, going_on
 from cola.measure.evaluate import Decoding, Evaluator, Ways
 from cola.measure.likelihood import choice_nats, last_logits, left_padded, plain_choice_nats
 
@@ -72,13 +72,11 @@ class Subject:
 
 
 def self_check(subject: Subject) -> dict[str, Any]:
-    """Try a model; it is left in eval mode, as it was.
+    """Try a model, which is left in eval mode, as it was. Raises ModelError where it is not what cola relies on, and
+    there is no slower way that is right.
 
     Returns:
         The record: `ways` (of `Ways`), the differences that were found, `tolerance`, `notes` for the user, `seconds`.
-
-    Raises:
-        ModelError: it is not what cola relies on, and there is no slower way that is right.
     """
     started = perf_counter()
     model, evaluator = subject.model.eval(), subject.evaluator
@@ -297,7 +295,7 @@ class _Trial:
     def _continued(self) -> float:
         """How far decoding from the cache of a pass over rows, each from a place of its own, is from plain passes."""
         batch = collate([("", row[:-1], row[-1:]) for row in self.rows]).to(self.model.device)
-        _, cache = logits_and_cache(self.model, batch.input_ids_BT, batch.predicts_BT)
+        _, cache = logits_and_cache(self.model, batch.input_ids_BT, batch.predicts_BT, **going_on(self.model, True))
         said = [row[: len(row) - b % 3] for b, row in enumerate(self.rows)]
         read = [len(row) - 1 for row in said]
         continued = Continued(self.model, cache, batch.input_ids_BT.shape[1], range(len(said)), read)

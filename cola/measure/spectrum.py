@@ -25,7 +25,6 @@ from torch import Tensor
 from cola.link.residual import Residual, factors, modules_of
 
 KEPT = 64  # singular values of a matrix that are recorded, and directions that are compared with full fine-tuning's
-ENERGY = 0.9  # share of the squared singular values that `rank_90` speaks of
 GRAM_FLOOR = 1e-7  # of the largest singular value: what is below cannot be told from zero in a Gram matrix
 TOP = 10  # left singular vectors of the tuned weights among which intruders are looked for
 SIMILAR = 0.5  # |cosine| with a singular vector of the base from which on a direction is the base's own
@@ -73,18 +72,16 @@ def dense_svd(update_OI: Tensor, most: int = KEPT) -> Svd:
     return Svd(near_DR, values_R, far_IR) if wide else Svd(far_IR, values_R, near_DR)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers of one update
 def effective_rank(values_R: Tensor) -> float:
     """exp of the entropy of s / Σ s (Roy & Vetterli, EUSIPCO 2007): n for n equal values, 1 for a single one."""
     shares_R = values_R / values_R.sum()
     return math.exp(torch.special.entr(shares_R).sum().item())
 
 
-def rank_at(values_R: Tensor, share: float = ENERGY) -> int:
-    """Fewest directions that hold a share of the energy Σ s²."""
+def rank_90(values_R: Tensor) -> int:
+    """Fewest directions that hold 90 % of the energy Σ s²."""
     energy_R = values_R.square().cumsum(0)
-    return int((energy_R < share * energy_R[-1]).sum()) + 1
+    return int((energy_R < 0.9 * energy_R[-1]).sum()) + 1
 
 
 def stable_rank(values_R: Tensor) -> float:
@@ -105,15 +102,13 @@ def numbers_of(values_R: Tensor, base_norm: float | None) -> dict[str, Any]:
         "rank": len(values_R),
         "relative_size": size / base_norm if base_norm else None,
         "effective_rank": effective_rank(values_R) if some else None,
-        "rank_90": rank_at(values_R) if some else None,
+        "rank_90": rank_90(values_R) if some else None,
         "stable_rank": stable_rank(values_R) if some else None,
         "values": values_R[:KEPT].tolist(),
         "intruders": None,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Directions of two updates
 def overlap(one_DR: Tensor, other_DR: Tensor) -> float:
     """φ = ‖UᵀU'‖_F² / min(r, r') of two sets of orthonormal columns: 1 where the smaller span lies in the larger, 0
     where they are orthogonal (LoRA, arXiv 2106.09685, section 7.2)."""
@@ -138,8 +133,6 @@ def both_sides(one: Svd, other: Svd, most: int | None = None) -> dict[str, float
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Whole chains
 def of_chain(
     links: Residual, norm_of: Callable[[str], float | None], full: Mapping[str, Svd] | None = None
 ) -> dict[str, Any]:
@@ -165,7 +158,7 @@ def of_chain(
         matrices[name] = {
             "shape": [len(svds["chain"].left_OR), len(svds["chain"].right_IR)],
             "updates": {update: numbers_of(svd.values_R, norm) for update, svd in svds.items()},
-            "overlap": [{"links": list(two), **both_sides(*(learned[update] for update in two))} for two in pairs],
+            "overlap": [{"links": [a, b], **both_sides(learned[a], learned[b])} for a, b in pairs],
             "with_full": _with_full(learned, full[name]) if full and name in full and learned else None,
         }
     return matrices
@@ -184,8 +177,6 @@ def _with_full(learned: Mapping[str, Svd], full: Svd) -> dict[str, Any] | None:
     return {"rank": rank, "updates": {update: both_sides(svd, full, rank) for update, svd in learned.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Intruders
 @dataclass(frozen=True)
 class Tuned:
     """A matrix W + B A with the Gram matrix of its smaller side; the sum itself is never there."""

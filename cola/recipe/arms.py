@@ -3,28 +3,28 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cola.errors import quoted
-from cola.recipe.bounds import (
+from cola.recipe.methods import Activation, Init, Part, Placement
+from cola.recipe.schema import (
     MOST_LINKS,
     Dtype,
     Epochs,
+    Fraction,
     LinkCount,
+    OneOrMore,
     Positive,
     Quantization,
+    Rate,
+    Search,
     Section,
+    Share,
     Steps,
     WarmUp,
     Width,
+    optional,
 )
-from cola.recipe.methods import Activation, Init, Part, Placement
-from cola.recipe.schema import Rate, Search
 
 MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
 
@@ -32,66 +32,51 @@ MULTIPLE = r"[0-9]{1,6}(\.[0-9]{1,20})?r"  # of the rank, as an alpha
 class LinkSettings(Section):
     """What one link trains. Set under `link` for all arms, under an arm for it, or under `links` for one link."""
 
-    method: Literal["lora", "qlora", "full", "adapter", "prefix", "p_tuning", "prompt_tuning"] | None = Field(
-        default=None,
-        description="`lora`: a low-rank pair beside frozen weights; `qlora`: the same on an NF4 base; `full`: all "
-        "weights; `adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first "
-        "token; `p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`.",
+    method: Literal["lora", "qlora", "full", "adapter", "prefix", "p_tuning", "prompt_tuning"] | None = optional(
+        "`lora`: a low-rank pair beside frozen weights; `qlora`: the same on an NF4 base; `full`: all weights; "
+        "`adapter`: bottleneck modules after the sublayers; `prefix`: keys and values before the first token; "
+        "`p_tuning`: virtual tokens from an encoder; `prompt_tuning`: virtual tokens. Default: `lora`."
     )
-    rank: Width | None = Field(default=None, description="lora: rank of the pair. Default: 8.")
-    alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = Field(
-        default=None,
-        description="lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). "
-        "Default: `2r`.",
+    rank: Width | None = optional("lora: rank of the pair. Default: 8.")
+    alpha: Positive | Annotated[str, Field(pattern=f"^{MULTIPLE}$")] | None = optional(
+        "lora: the update is scaled by alpha / rank. A number, or a multiple of the rank (`0.5r`). Default: `2r`."
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="lora: dropout on the pair's input. Default: 0."
+    dropout: Fraction | None = optional("lora: dropout on the pair's input. Default: 0.")
+    target_modules: list[str] | str | None = optional(
+        "lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every linear layer "
+        "but the output head. Default: `all-linear`."
     )
-    target_modules: list[str] | str | None = Field(
-        default=None,
-        description="lora: names of the linear layers that get a pair (`[q_proj, v_proj]`), or `all-linear`: every "
-        "linear layer but the output head. Default: `all-linear`.",
+    init: Init | None = optional(
+        "lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with standard "
+        "deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; `orthogonal`: "
+        "rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right singular vectors "
+        "of the full gradient. None changes the function."
     )
-    init: Init | None = Field(
-        default=None,
-        description="lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with "
-        "standard deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; "
-        "`orthogonal`: rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right "
-        "singular vectors of the full gradient. None changes the function.",
+    init_batches: Steps | None = optional(
+        "lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
     )
-    init_batches: Steps | None = Field(
-        default=None, description="lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
+    use_rslora: bool | None = optional("lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`.")
+    use_dora: bool | None = optional("lora: train the length of each row of the weight too (DoRA). Default: `false`.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = optional(
+        "lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
     )
-    use_rslora: bool | None = Field(
-        default=None, description="lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`."
+    freeze: Annotated[list[Part], OneOrMore] | None = optional(
+        "full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. Default: "
+        "nothing."
     )
-    use_dora: bool | None = Field(
-        default=None, description="lora: train the length of each row of the weight too (DoRA). Default: `false`."
+    bottleneck: Width | None = optional("adapter: inner width. Default: 64.")
+    placement: Placement | None = optional(
+        "adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`."
     )
-    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
-        default=None, description="lora: learning rate of B as a multiple of A's (LoRA+). Default: 1."
+    activation: Activation | None = optional("adapter: the nonlinearity. Default: `relu`.")
+    num_virtual_tokens: Width | None = optional(
+        "prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
     )
-    freeze: list[Part] | None = Field(
-        default=None,
-        description="full: what stays as it is; a head that shares its matrix with the embeddings is frozen with them. "
-        "Default: nothing.",
+    prefix_projection: bool | None = optional("prefix: learn it through a two-layer network. Default: `false`.")
+    encoder_hidden_size: Width | None = optional(
+        "prefix with projection, p_tuning: width of the encoder. Default: the model's."
     )
-    bottleneck: Width | None = Field(default=None, description="adapter: inner width. Default: 64.")
-    placement: Placement | None = Field(
-        default=None,
-        description="adapter: `pfeiffer`: after each MLP; `houlsby`: after each attention too. Default: `pfeiffer`.",
-    )
-    activation: Activation | None = Field(default=None, description="adapter: the nonlinearity. Default: `relu`.")
-    num_virtual_tokens: Width | None = Field(
-        default=None, description="prefix, p_tuning, prompt_tuning: virtual tokens before each row. Default: 20."
-    )
-    prefix_projection: bool | None = Field(
-        default=None, description="prefix: learn it through a two-layer network. Default: `false`."
-    )
-    encoder_hidden_size: Width | None = Field(
-        default=None, description="prefix with projection, p_tuning: width of the encoder. Default: the model's."
-    )
-    learning_rate: Rate | None = Field(default=None, description="Peak learning rate. Default: training.learning_rate.")
+    learning_rate: Rate | None = optional("Peak learning rate. Default: training.learning_rate.")
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -103,23 +88,17 @@ class LinkSettings(Section):
     @field_validator("target_modules")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        if value == []:
+        names = [value] if isinstance(value, str) else value
+        if names == []:
             raise ValueError("name at least one module, or all-linear")
-        if value == ["all-linear"]:
-            return "all-linear"
-        return [value] if isinstance(value, str) and value != "all-linear" else value
-
-    @field_validator("freeze", mode="before")
-    @classmethod
-    def _one_part(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return "all-linear" if names == ["all-linear"] else names
 
 
 class OneLink(LinkSettings):
     """One link of a list of links."""
 
-    steps: Steps | None = Field(default=None, description="Optimizer steps of this link. Default: an even share.")
-    epochs: Epochs | None = Field(default=None, description="The same in epochs.")
+    steps: Steps | None = optional("Optimizer steps of this link. Default: an even share.")
+    epochs: Epochs | None = optional("The same in epochs.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -133,12 +112,10 @@ class OneLink(LinkSettings):
 class Prune(Section):
     """Part of AdamW's moments is cleared at a knot, the same entries of both; its step count goes on (ReLoRA)."""
 
-    prune_magnitude: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Share of each tensor's entries that is cleared, those of the smallest first moment."
+    prune_magnitude: Share | None = optional(
+        "Share of each tensor's entries that is cleared, those of the smallest first moment."
     )
-    prune_random: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Share of each tensor's entries that is cleared, drawn from the link's seed."
-    )
+    prune_random: Share | None = optional("Share of each tensor's entries that is cleared, drawn from the link's seed.")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -149,63 +126,47 @@ class Prune(Section):
     @property
     def share(self) -> float:
         """The share of the entries that is cleared."""
-        share = self.prune_random if self.prune_magnitude is None else self.prune_magnitude
-        assert share is not None  # `_one_rule`
-        return share
+        return self.prune_magnitude or self.prune_random or 0.0  # one of them is above 0, see `_one_rule`
 
 
 class KnotRules(Section):
     """The joint after each link. Set under `knot` for all arms, or under an arm for it."""
 
-    merge: Literal["exact", "naive", "no"] | None = Field(
-        default=None,
-        description="`exact`: added in float32 to the untouched base and rounded once; `naive`: added in place, in the "
-        "weights' own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. "
-        "A quantized base keeps every pair beside its codes. Default: `exact`.",
+    merge: Literal["exact", "naive", "no"] | None = optional(
+        "`exact`: added in float32 to the untouched base and rounded once; `naive`: added in place, in the weights' "
+        "own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. A "
+        "quantized base keeps every pair beside its codes. Default: `exact`."
     )
-    pair: Literal["fresh", "keep"] | None = Field(
-        default=None,
-        description="`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot "
-        "is a reset of the optimizer or the schedule and nothing else. Default: `fresh`.",
+    pair: Literal["fresh", "keep"] | None = optional(
+        "`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot is a reset "
+        "of the optimizer or the schedule and nothing else. Default: `fresh`."
     )
-    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None,
-        description="Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move "
-        "(PLoRA, LoRASC). The last link is kept whole. Default: 1.",
+    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = optional(
+        "Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move (PLoRA, "
+        "LoRASC). The last link is kept whole. Default: 1."
     )
-    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = Field(
-        default=None,
-        description="AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set "
-        "to zero, which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part "
-        "of the moments cleared. Default: `fresh`.",
+    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = optional(
+        "AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set to zero, "
+        "which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part of the "
+        "moments cleared. Default: `fresh`."
     )
-    schedule: Literal["run", "link"] | None = Field(
-        default=None,
-        description="`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at "
-        "every knot. Default: `run` with protocol `fixed`, `link` with `grow`.",
+    schedule: Literal["run", "link"] | None = optional(
+        "`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at every knot. "
+        "Default: `run` with protocol `fixed`, `link` with `grow`."
     )
-    warmup_steps: WarmUp | None = Field(
-        default=None,
-        description="Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the "
-        "schedule's rate is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`.",
+    warmup_steps: WarmUp | None = optional(
+        "Warm-up after each knot; below 1: a fraction of the link's steps. Under `schedule: run` the schedule's rate "
+        "is reached in a line from 0. Default: none under `run`, training.warmup_steps under `link`."
     )
-    max_drift: Positive | None = Field(
-        default=None,
-        description="Largest change of a logit across a knot, relative to the largest logit, before it is an error. "
-        "Default: 1e-4 in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`.",
+    max_drift: Positive | None = optional(
+        "Largest change of a logit across a knot, relative to the largest logit, before it is an error. Default: 1e-4 "
+        "in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`."
     )
 
     @field_validator("merge", mode="before")
     @classmethod
     def _yes_or_no(cls, value: Any) -> Any:
         return {True: "exact", False: "no"}[value] if isinstance(value, bool) else value
-
-    @field_validator("warmup_steps")
-    @classmethod
-    def _whole_or_fraction(cls, value: float | None) -> float | None:
-        if value is not None and value >= 1 and value != int(value):
-            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
-        return value
 
 
 class Arm(LinkSettings):
@@ -216,14 +177,13 @@ class Arm(LinkSettings):
         description="Number of equal links (0: the untrained base, 1: plain LoRA, 3: a chain), or a list of links.",
     )
     knot: KnotRules = Field(default_factory=KnotRules, description="This arm's own rules at its knots.")
-    dtype: Dtype | None = Field(default=None, description="Number format of this arm's base. Default: model.dtype.")
-    quantization: Quantization | Literal["none"] | None = Field(
-        default=None, description="Quantization of this arm's base. Default: model.quantization."
+    dtype: Dtype | None = optional("Number format of this arm's base. Default: model.dtype.")
+    quantization: Quantization | Literal["none"] | None = optional(
+        "Quantization of this arm's base. Default: model.quantization."
     )
-    search: dict[str, Search] | None = Field(
-        default=None,
-        description="Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are "
-        "tried. `rank: {search: [4, 8]}` says the same.",
+    search: dict[str, Search] | None = optional(
+        "Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are tried. `rank: "
+        "{search: [4, 8]}` says the same."
     )
 
     @model_validator(mode="before")
@@ -232,13 +192,11 @@ class Arm(LinkSettings):
         if not isinstance(value, dict):
             return value
         inline = {k: v for k, v in value.items() if k in SEARCHABLE and isinstance(v, dict) and "search" in v}
-        if not inline and not isinstance(value.get("search"), dict):
+        apart = value.get("search") or {}
+        if not isinstance(apart, dict) or not (inline or apart):
             return value
-        found = value.get("search") or {}
-        if not isinstance(found, dict):
-            return value
-        as_searches = {k: {"search": v} if isinstance(v, list) else v for k, v in found.items()}
-        return {k: v for k, v in value.items() if k not in inline} | {"search": as_searches | inline}
+        apart = {k: {"search": v} if isinstance(v, list) else v for k, v in apart.items()}
+        return {k: v for k, v in value.items() if k not in inline} | {"search": apart | inline}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -264,8 +222,13 @@ class Arm(LinkSettings):
         return self
 
     @property
+    def entries(self) -> list[OneLink]:
+        """What each link says itself: nothing, where the arm says how many there are."""
+        return self.links if isinstance(self.links, list) else [OneLink()] * self.links
+
+    @property
     def n_links(self) -> int:
-        return self.links if isinstance(self.links, int) else len(self.links)
+        return len(self.entries)
 
 
 SEARCHABLE = ("links", *(key for key in LinkSettings.model_fields if key != "method"))

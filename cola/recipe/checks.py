@@ -6,19 +6,14 @@ from collections.abc import Iterable
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.bounds import MOST_GENERATED, MOST_TRAININGS, MOST_TRIED, SPLITS
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
-from cola.recipe.schema import Search
+from cola.recipe.schema import MOST_GENERATED, MOST_TRAININGS, MOST_TRIED, SPLITS, Search
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """What its sections mean together, each being right by itself.
-
-    Raises:
-        ValueError: says what is wrong and what would be right; the first fault of them all.
-    """
+    """What its sections mean together, each being right by itself. Raises ValueError, of many faults with the first."""
     if len(set(recipe.seeds)) != len(recipe.seeds):
         raise ValueError("seeds: each seed once")
     _check_number(recipe)
@@ -60,22 +55,20 @@ def _check_comparison(recipe: Recipe) -> None:
     for key, name in named:
         if name not in recipe.arms:
             raise ValueError(f"comparison.{key} names the arm {quoted(name)}; the arms are {listed(recipe.arms)}")
-    pairs = [*([comparison.primary] if comparison.primary else []), *comparison.secondary]
-    for number, (first, second) in enumerate(pairs):
+    compared: list[set[str]] = []
+    for first, second in [*([comparison.primary] if comparison.primary else []), *comparison.secondary]:
         if first == second:
             raise ValueError(f"comparison: {first} is compared with itself")
-        if {first, second} in [{*pair} for pair in pairs[:number]]:
+        if {first, second} in compared:
             raise ValueError(f"comparison: {first} and {second} are compared twice")
+        compared.append({first, second})
 
 
 def _check_evaluation(recipe: Recipe) -> None:
     if recipe.data.task == "text":
-        by_score = [
-            ("comparison.metric", recipe.comparison.metric),
-            ("evaluation.select_by", recipe.evaluation.select_by),
-            *((f"arms.{arm}: select_by", search.select_by) for arm, search in recipe.search_rules.items()),
-        ]
-        if wrong := next((key for key, by in by_score if by == "score"), None):
+        rules = {"comparison.metric": recipe.comparison.metric, "evaluation.select_by": recipe.evaluation.select_by}
+        rules |= {f"arms.{arm}: select_by": search.select_by for arm, search in recipe.search_rules.items()}
+        if wrong := next((key for key, by in rules.items() if by == "score"), None):
             raise ValueError(f"{wrong}: a text has no score; say loss, or leave it out")
     if recipe.evaluation.checkpoint == "best" and recipe.evaluation.every == "never":
         raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
@@ -86,8 +79,7 @@ def _check_match(recipe: Recipe) -> None:
     reference = recipe.reference_arm
     if recipe.training.match == "steps" or reference is None:
         return
-    costly = set(recipe.searches_of(reference)) - {"learning_rate", "alpha", "dropout", "loraplus_lr_ratio"}
-    if costly:
+    if costly := set(recipe.searches_of(reference)) - {"learning_rate", "alpha", "dropout", "loraplus_lr_ratio"}:
         raise ValueError(
             f"training.match: {recipe.training.match}: the other arms are matched to {reference}, whose "
             f"{min(costly)} is searched, so what it costs is not known: name another arm with comparison.lora, "
@@ -99,14 +91,11 @@ def _check_same_trials(recipe: Recipe) -> None:
     """Every arm is searched by the same rules, as often."""
     if told := _unlike(recipe.search_rules.items()):
         raise ValueError(f"every arm's search must have the same per and select_by; there are {told}")
-    counts = {
-        name: len(recipe.choices_of(name)) * len(recipe.search_seeds(name))
-        for name, arm in recipe.arms.items()
-        if arm.n_links
-    }
-    if len(set(counts.values())) > 1:
-        groups = {n: [name for name in counts if counts[name] == n] for n in sorted(set(counts.values()))}
-        told = "; ".join(f"{n} for {', '.join(names)}" for n, names in groups.items())
+    counts: dict[int, list[str]] = {}
+    for name in recipe.trained_arms:
+        counts.setdefault(len(recipe.choices_of(name)) * len(recipe.search_seeds(name)), []).append(name)
+    if len(counts) > 1:
+        told = "; ".join(f"{n} for {', '.join(names)}" for n, names in sorted(counts.items()))
         raise ValueError(
             f"every arm must have the same number of trials, or the one with more is luckier; there are {told}: "
             "give each a search of as many values and seeds"
@@ -114,13 +103,13 @@ def _check_same_trials(recipe: Recipe) -> None:
 
 
 def _check_search(recipe: Recipe, name: str) -> None:
-    links, searches = recipe.arms[name].links, recipe.searches_of(name)
+    searches = recipe.searches_of(name)
     if told := _unlike(searches.items()):
         raise ValueError(f"arms.{name}: all its keys are searched with the same per and select_by; there are {told}")
     if "links" in searches and searches["links"].per == "seed":
         raise ValueError(f"arms.{name}.links: an arm has one number of links, so it is searched per: arm")
     for key in searches:
-        if isinstance(links, list) and any(getattr(link, key, None) is not None for link in links):
+        if any(getattr(entry, key, None) is not None for entry in recipe.arms[name].entries):
             raise ValueError(f"arms.{name}: a link's own {key} and a search exclude each other")
 
 
@@ -134,7 +123,9 @@ def _check_arm(recipe: Recipe, name: str) -> None:
     """What the settings of one arm rule out together, none of them being searched any more."""
     arm, resolved = recipe.arms[name], recipe.resolved(name)
     _check_methods(name, arm, resolved, recipe.training.gradient_checkpointing)
-    _check_qlora(name, arm, recipe)
+    said = arm.quantization or recipe.model.quantization
+    if said in ("int8", "none") and "qlora" in methods_of(arm, recipe.link):
+        raise ValueError(f"arms.{name}: qlora is LoRA on an nf4 base; for {said} write method: lora")
     _check_base(name, resolved)
     _check_merge_fraction(name, resolved)
     _check_handed_on(name, resolved)
@@ -143,10 +134,10 @@ def _check_arm(recipe: Recipe, name: str) -> None:
 def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpointing: bool) -> None:
     """Keys that a link's method does not take, or not beside the others."""
     links = resolved.links
-    for n, link in enumerate(links if isinstance(arm.links, list) else links[:1]):  # else all are the same
-        own = arm.links[n] if isinstance(arm.links, list) else arm
+    own = links if isinstance(arm.links, list) else links[:1]  # else all are the same
+    for entry, link in zip(arm.entries, own, strict=False):
         for key in LinkSettings.model_fields:
-            given = getattr(arm, key) is not None or getattr(own, key) is not None
+            given = getattr(arm, key) is not None or getattr(entry, key) is not None
             if given and key not in (*type(link).model_fields, "method", "learning_rate"):
                 raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
         if isinstance(link, Lora) and link.init_batches and link.init != "gradient":
@@ -164,12 +155,6 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
         raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
     if links and not links[0].is_pair and (idle := sorted(arm.knot.model_fields_set)):
         raise ValueError(f"arms.{name}.knot.{idle[0]}: method {links[0].method} has no knot to tie: remove it")
-
-
-def _check_qlora(name: str, arm: Arm, recipe: Recipe) -> None:
-    said = arm.quantization or recipe.model.quantization
-    if said in ("int8", "none") and "qlora" in methods_of(arm, recipe.link):
-        raise ValueError(f"arms.{name}: qlora is LoRA on an nf4 base; for {said} write method: lora")
 
 
 def _check_base(name: str, resolved: ResolvedArm) -> None:
@@ -205,13 +190,12 @@ def _check_base(name: str, resolved: ResolvedArm) -> None:
 
 
 def _check_merge_fraction(name: str, resolved: ResolvedArm) -> None:
-    if resolved.rules.merge_fraction == 1 or len(resolved.links) < 2:
-        return
-    if resolved.rules.keeps_pair:
+    lets_go = resolved.rules.merge_fraction != 1 and len(resolved.links) > 1
+    if lets_go and resolved.rules.keeps_pair:
         raise ValueError(
             f"arms.{name}.knot.merge_fraction: with pair: keep nothing is let go of between links: remove it"
         )
-    if any(isinstance(link, Lora) and link.use_dora for link in resolved.links):
+    if lets_go and any(isinstance(link, Lora) and link.use_dora for link in resolved.links):
         raise ValueError(f"arms.{name}.knot.merge_fraction: a part of DoRA's row lengths means nothing: remove")
 
 

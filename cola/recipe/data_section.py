@@ -1,26 +1,24 @@
 """The section `data` of a recipe: where rows come from and how they are read. No torch."""
 
 import string
+from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from cola.errors import quoted
-from cola.recipe.bounds import LocalPath, RowCount, Section, Seed, Tokens
+from cola.recipe.schema import LocalPath, OneOrMore, RowCount, Section, Seed, Tokens, optional
+
+SOURCES = {"hub": "name", "files": "train", "reasoning_gym": "name"}  # and the key that a text alone stands for
 
 
 class Hub(Section):
     """A data set on the Hugging Face hub."""
 
     name: str = Field(min_length=1, description="Data set id on the hub.")
-    config: str | None = Field(default=None, description="Configuration name, where the data set has several.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit.")
+    config: str | None = optional("Configuration name, where the data set has several.")
+    revision: str | None = optional("Branch, tag or commit.")
     train: str = Field(default="train", description="Hub split that training rows are drawn from.")
     validation: str = Field(
         default="validation", description="Hub split for validation; equal splits are drawn disjointly."
@@ -42,10 +40,8 @@ class Files(Section):
     """
 
     train: LocalPath = Field(min_length=1, description="File for training rows.")
-    validation: LocalPath | None = Field(
-        default=None, description="File for validation rows; default: the training file."
-    )
-    test: LocalPath | None = Field(default=None, description="File for test rows; default: the training file.")
+    validation: LocalPath | None = optional("File for validation rows; default: the training file.")
+    test: LocalPath | None = optional("File for test rows; default: the training file.")
 
 
 class ReasoningGym(Section):
@@ -59,28 +55,24 @@ class ReasoningGym(Section):
 class Rows(Section):
     """How many rows each split gets; none: all there are (only where the split has a source of its own)."""
 
-    train: RowCount | None = Field(default=None, description="Training rows.")
-    validation: RowCount | None = Field(default=None, description="Validation rows.")
-    test: RowCount | None = Field(default=None, description="Test rows.")
+    train: RowCount | None = optional("Training rows.")
+    validation: RowCount | None = optional("Validation rows.")
+    test: RowCount | None = optional("Test rows.")
 
 
 def _a_day(said: str) -> str:
-    try:
+    with suppress(ValueError):
         if date.fromisoformat(said).isoformat() == said:
             return said
-    except ValueError:
-        pass
     raise ValueError("a day is written as 2024-07-26")
 
 
 class Data(Section):
     """Where rows come from and how a row becomes a prompt and its answer."""
 
-    hub: Hub | None = Field(
-        default=None, description="A hub data set: its id, or a mapping. Exactly one source is given."
-    )
-    files: Files | None = Field(default=None, description="Local files: one path, or a mapping of splits to paths.")
-    reasoning_gym: ReasoningGym | None = Field(default=None, description="A generator's name, or a mapping.")
+    hub: Hub | None = optional("A hub data set: its id, or a mapping. Exactly one source is given.")
+    files: Files | None = optional("Local files: one path, or a mapping of splits to paths.")
+    reasoning_gym: ReasoningGym | None = optional("A generator's name, or a mapping.")
     rows: Rows = Field(default_factory=Rows, description="Rows per split, sampled reproducibly with `data.seed`.")
     seed: Seed = Field(default=0, description="Seed of the sampling; the same rows serve every arm.")
     redraw: Literal["none", "per_seed"] = Field(
@@ -92,65 +84,51 @@ class Data(Section):
         description="`multiple_choice`: the choice with the highest summed log-likelihood; `answer`: greedy decoding "
         "and exact match; `text`: perplexity of plain text."
     )
-    prompt: str | None = Field(
-        default=None, description="Template over the row's fields: `{question}`, nested `{meta.title}`."
+    prompt: str | None = optional("Template over the row's fields: `{question}`, nested `{meta.title}`.")
+    answer: str | None = optional("Template of the right answer (task `answer`).")
+    text: str | None = optional("Template of the text (task `text`).")
+    choices: dict[str, str] | list[str] | str | None = optional(
+        "Task `multiple_choice`: a mapping from label to answer text, a list of answer texts, or the name of a field "
+        "that holds each row's own list."
     )
-    answer: str | None = Field(default=None, description="Template of the right answer (task `answer`).")
-    text: str | None = Field(default=None, description="Template of the text (task `text`).")
-    choices: dict[str, str] | list[str] | str | None = Field(
-        default=None,
-        description="Task `multiple_choice`: a mapping from label to answer text, a list of answer texts, or the name "
-        "of a field that holds each row's own list.",
+    label: str | None = optional("Field with the right choice; `label_is` says what it holds.")
+    label_is: Literal["index", "text", "name"] | None = optional(
+        "What the label is: the `index` of a choice, from 0; the `text` of a choice; its `name`, a label of the "
+        "mapping or one of `choice_labels`. Default: the name where there are names; else whichever of index and text "
+        "fits every row, and an error at the first row where both fit and mean different choices."
     )
-    label: str | None = Field(default=None, description="Field with the right choice; `label_is` says what it holds.")
-    label_is: Literal["index", "text", "name"] | None = Field(
-        default=None,
-        description="What the label is: the `index` of a choice, from 0; the `text` of a choice; its `name`, a label "
-        "of the mapping or one of `choice_labels`. Default: the name where there are names; else whichever of index "
-        "and text fits every row, and an error at the first row where both fit and mean different choices.",
+    choice_labels: list[str] | str | None = optional(
+        "Names of a row's own choices: a list of them (`[A, B, C, D]`), or the field that holds them (`choices.label` "
+        "of ARC)."
     )
-    choice_labels: list[str] | str | None = Field(
-        default=None,
-        description="Names of a row's own choices: a list of them (`[A, B, C, D]`), or the field that holds them "
-        "(`choices.label` of ARC).",
-    )
-    group: str | None = Field(
-        default=None,
-        description="Field that says which rows belong together (a shared passage): they stay in one split, and "
-        "intervals draw them together.",
+    group: str | None = optional(
+        "Field that says which rows belong together (a shared passage): they stay in one split, and intervals draw "
+        "them together."
     )
     chat: bool = Field(
         default=False, description="Put the prompt through the tokenizer's chat template as a user's message."
     )
-    system: str | None = Field(default=None, description="System message, with `chat: true`.")
-    today: Annotated[str, AfterValidator(_a_day)] | None = Field(
-        default=None,
-        description="What a chat template that asks for the date is told, on whatever day it is asked. Default: "
-        "`2024-07-26`.",
+    system: str | None = optional("System message, with `chat: true`.")
+    today: Annotated[str, AfterValidator(_a_day)] | None = optional(
+        "What a chat template that asks for the date is told, on whatever day it is asked. Default: `2024-07-26`."
     )
-    answer_prefix: str | None = Field(
-        default=None,
-        description="Text between prompt and answer. Default: one space; nothing after a prompt that ends in white "
-        "space, and nothing with `chat: true`.",
+    answer_prefix: str | None = optional(
+        "Text between prompt and answer. Default: one space; nothing after a prompt that ends in white space, and "
+        "nothing with `chat: true`."
     )
-    normalize: list[Literal["whitespace", "lowercase", "punctuation"]] | None = Field(
-        default=None,
-        description="What exact match (task `answer`) ignores; default `[whitespace]`: `whitespace` at the ends and "
-        "its amount inside, `lowercase` the case, "
-        "`punctuation` every character of string.punctuation.",
+    normalize: list[Literal["whitespace", "lowercase", "punctuation"]] | None = optional(
+        "What exact match (task `answer`) ignores; default `[whitespace]`: `whitespace` at the ends and its amount "
+        "inside, `lowercase` the case, `punctuation` every character of string.punctuation."
     )
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        default=None,
-        description="Strings that end an answer (task `answer`): what is decoded counts up to the first of them. "
-        "Default: a newline; where that would cut a right answer of the data short, an empty line; where that would "
-        "too, nothing. `[]`: only an end token ends an answer.",
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], OneOrMore] | None = optional(
+        "Strings that end an answer (task `answer`): what is decoded counts up to the first of them. Default: a "
+        "newline; where that would cut a right answer of the data short, an empty line; where that would too, nothing. "
+        "`[]`: only an end token ends an answer."
     )
     max_length: Tokens = Field(default=512, description="Longest prompt and answer together, in tokens.")
-    too_long: Literal["drop", "truncate", "error", "split"] | None = Field(
-        default=None,
-        description="Rows over `max_length`: `drop` takes the next row instead, `truncate` cuts the beginning of the "
-        "prompt (the end of a text), `error` stops, `split` cuts a text into pieces. Default: `drop`; `split` for "
-        "task `text`.",
+    too_long: Literal["drop", "truncate", "error", "split"] | None = optional(
+        "Rows over `max_length`: `drop` takes the next row instead, `truncate` cuts the beginning of the prompt (the "
+        "end of a text), `error` stops, `split` cuts a text into pieces. Default: `drop`; `split` for task `text`."
     )
     overlap: Literal["drop", "error", "allow"] = Field(
         default="drop",
@@ -158,20 +136,10 @@ class Data(Section):
         "test, then validation; `error` stops; `allow` keeps them and says so.",
     )
 
-    @field_validator("hub", "reasoning_gym", mode="before")
+    @field_validator(*SOURCES, mode="before")
     @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _string_alone(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"train": value} if isinstance(value, str) else value
+    def _text_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        return {SOURCES[str(info.field_name)]: value} if isinstance(value, str) else value
 
     @field_validator("prompt", "answer", "text", mode="before")
     @classmethod
@@ -204,37 +172,33 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        sources = [name for name in ("hub", "files", "reasoning_gym") if getattr(self, name) is not None]
+        sources = [name for name in SOURCES if getattr(self, name) is not None]
         if len(sources) != 1:
             given = f"given are {' and '.join(sources)}" if sources else "none is given"
             raise ValueError(f"give exactly one source, hub, files or reasoning_gym; {given}")
         if self.redraw == "per_seed" and self.rows.train is None:
             raise ValueError("redraw: per_seed needs rows.train, the number of rows that each seed draws")
-        needed = {"multiple_choice": ("prompt", "choices", "label"), "answer": ("prompt", "answer"), "text": ("text",)}
-        for key in needed[self.task]:
-            if getattr(self, key) is None:
-                raise ValueError(f"task {self.task} needs the key {key!r}")
-        optional = {"multiple_choice": {"label_is", "choice_labels"}, "answer": set(), "text": set()}
+        needed = {"multiple_choice": ["prompt", "choices", "label"], "answer": ["prompt", "answer"], "text": ["text"]}
+        if lacking := next((key for key in needed[self.task] if getattr(self, key) is None), None):
+            raise ValueError(f"task {self.task} needs the key {lacking!r}")
+        taken = [*needed[self.task], *(("label_is", "choice_labels") if self.task == "multiple_choice" else ())]
         for key in ("prompt", "answer", "text", "choices", "label", "label_is", "choice_labels"):
-            if getattr(self, key) is not None and key not in {*needed[self.task], *optional[self.task]}:
+            if getattr(self, key) is not None and key not in taken:
                 raise ValueError(f"{key!r} has no effect with task {self.task}: remove it")
         if isinstance(self.choices, list | dict) and len(self.choices) < 2:
             raise ValueError("choices needs two answers or more")
         if self.choice_labels is not None and not isinstance(self.choices, str):
             raise ValueError("choice_labels goes with choices that name a field of the row")
-        named = isinstance(self.choices, dict) or self.choice_labels is not None
-        if self.label_is == "name" and not named:
+        if self.label_is == "name" and not isinstance(self.choices, dict) and self.choice_labels is None:
             raise ValueError("label_is: name needs names: choices as a mapping, or choice_labels")
         if self.label_is in ("index", "text") and self.choice_labels is not None:
             raise ValueError(f"choice_labels has no effect with label_is: {self.label_is}: remove it")
-        if self.normalize is not None and self.task != "answer":
-            raise ValueError(f"normalize has no effect with task {self.task}: remove it")
-        if self.stop is not None and self.task != "answer":
-            raise ValueError(f"stop has no effect with task {self.task}: remove it")
-        if self.system is not None and not self.chat:
-            raise ValueError("system has no effect without chat: true")
-        if self.today is not None and not self.chat:
-            raise ValueError("today has no effect without chat: true")
+        for key in ("normalize", "stop"):
+            if getattr(self, key) is not None and self.task != "answer":
+                raise ValueError(f"{key} has no effect with task {self.task}: remove it")
+        for key in ("system", "today"):
+            if getattr(self, key) is not None and not self.chat:
+                raise ValueError(f"{key} has no effect without chat: true")
         if self.task == "text" and self.chat:
             raise ValueError("chat has no effect with task text: remove it")
         if self.too_long == "split" and self.task != "text":

@@ -6,7 +6,7 @@ A new method is a class here and a line in METHODS, its keys in `arms.LinkSettin
 
 from typing import Any, ClassVar, Literal
 
-from cola.recipe.bounds import Section
+from cola.recipe.schema import Section
 
 Init = Literal["default", "gaussian", "pissa", "orthogonal", "gradient"]
 Targets = Literal["all-linear"] | tuple[str, ...]  # every linear layer but the head, or the names of some
@@ -18,21 +18,13 @@ INIT_BATCHES = 8  # whose gradient `init: gradient` takes, where a recipe does n
 
 
 class Settings(Section):
-    """What one link trains: a method, and a value of each setting that it has.
+    """What one link trains: a method, and a value of each setting that it has."""
 
-    Attributes:
-        method: Its name in recipes and records.
-        is_pair: It trains a low-rank pair beside frozen weights, which a knot ties, so that a chain may have several.
-        is_whole: It trains all weights, so what it leaves is a model of its own.
-        merges: What it trained can be added to the weights, so that a plain model holds it.
-        file: What its weights are saved as.
-    """
-
-    method: ClassVar[str]
-    is_pair: ClassVar[bool] = False
-    is_whole: ClassVar[bool] = False
-    merges: ClassVar[bool] = False
-    file: ClassVar[str]
+    method: ClassVar[str]  # as recipes and records call it
+    is_pair: ClassVar[bool] = False  # a low-rank pair beside frozen weights, so that a chain may have several
+    is_whole: ClassVar[bool] = False  # all weights, so what it leaves is a model of its own
+    merges: ClassVar[bool] = False  # what it trained can be added to the weights, so that a plain model holds it
+    file: ClassVar[str]  # what its weights are saved as
 
     @property
     def virtual_tokens(self) -> int:
@@ -99,7 +91,6 @@ class VirtualTokens(Settings):
 
     @property
     def virtual_tokens(self) -> int:
-        """Virtual tokens that it puts before each row."""
         return self.num_virtual_tokens
 
 
@@ -126,9 +117,8 @@ class PromptTuning(VirtualTokens):
     method = "prompt_tuning"
 
 
-METHODS: dict[str, type[Settings]] = {
-    kind.method: kind for kind in (Lora, Full, Adapter, Prefix, PTuning, PromptTuning)
-}
+KINDS = (Lora, Full, Adapter, Prefix, PTuning, PromptTuning)
+METHODS: dict[str, type[Settings]] = {kind.method: kind for kind in KINDS}
 METHODS["qlora"] = Lora  # on an NF4 base: `method: lora` and `quantization: nf4` in two words
 
 

@@ -4,34 +4,26 @@ Pure arithmetic: no torch, no files, no network. Steps are optimizer steps.
 """
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 from cola.errors import RecipeError
-from cola.recipe.bounds import MOST_STEPS
 from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
-from cola.recipe.schema import Choice, Search, Training
+from cola.recipe.schema import MOST_STEPS, Choice, Search, Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One link of an arm, ready to be trained.
-
-    Attributes:
-        settings: What is trained.
-        knot: The rules at the joint before it; None for the first link.
-        first_step: Steps of the run before this link.
-        learning_rates: The learning rate of each of the link's optimizer steps.
-        seed: Seed of its weights' first draw and of its dropout.
-    """
+    """One link of an arm, ready to be trained."""
 
     settings: Settings
-    knot: Rules | None
-    first_step: int
-    learning_rates: tuple[float, ...]
-    seed: int
+    knot: Rules | None  # at the joint before it; None for the first link
+    first_step: int  # steps of the run before it
+    learning_rates: tuple[float, ...]  # of each of its optimizer steps
+    seed: int  # of its weights' first draw and of its dropout
 
     @property
     def last_step(self) -> int:
@@ -52,10 +44,8 @@ def derived_seed(*causes: object) -> int:
 
 def budget_steps(training: Training, n_train: int) -> int:
     """Optimizer steps of the budget; an epoch's last batch may be smaller and is a step of its own."""
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None
-    return max(1, round(training.epochs * steps_per_epoch(training, n_train)))
+    # A recipe gives one of the two.
+    return training.steps or max(1, round((training.epochs or 0) * steps_per_epoch(training, n_train)))
 
 
 def steps_per_epoch(training: Training, n_train: int) -> int:
@@ -64,20 +54,11 @@ def steps_per_epoch(training: Training, n_train: int) -> int:
 
 
 def plan_arm(
-    recipe: Recipe,
-    arm: str,
-    seed: int,
-    n_train: int,
-    choice: Choice = (),
-    total: int | None = None,
+    recipe: Recipe, arm: str, seed: int, n_train: int, choice: Choice = (), total: int | None = None
 ) -> list[Link]:
-    """The links of one arm and seed.
+    """The links of one arm and seed, for so many training examples.
 
     Args:
-        recipe: The resolved recipe.
-        arm: Name of the arm.
-        seed: One of the recipe's seeds.
-        n_train: Training examples.
         choice: Values chosen by a search; without any, the first that it tries.
         total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
 
@@ -89,7 +70,9 @@ def plan_arm(
     resolved, training = recipe.resolved(arm), recipe.training
     if not resolved.links:
         return []
-    rules, own_rates = resolved.rules, _own_rates(recipe, arm)
+    rules, entries = resolved.rules, recipe.arms[arm].entries
+    rates = [entry.learning_rate or recipe.learning_rate_of(arm) for entry in entries]
+    peaks = [float(rate) for rate in rates if not isinstance(rate, Search)]  # all: a choice took its place
     lengths = _share(recipe, arm, n_train, total or budget_steps(training, n_train))
     if sum(lengths) > MOST_STEPS:  # before there is a number for each
         raise RecipeError(
@@ -97,19 +80,17 @@ def plan_arm(
             "training.steps, raise training.batch_size, or take fewer links"
         )
     _check_warmups(arm, lengths, training, rules)
-    links, first = [], 0
-    for number, factors in enumerate(_factors(lengths, training, rules)):
-        links.append(
-            Link(
-                settings=resolved.links[number],
-                knot=rules if number else None,
-                first_step=first,
-                learning_rates=tuple(own_rates[number] * factor for factor in factors),
-                # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
-                seed=derived_seed("link", seed, number),
-            )
+    links = [
+        Link(
+            settings=resolved.links[number],
+            knot=rules if number else None,
+            first_step=sum(lengths[:number]),
+            learning_rates=tuple(peaks[number] * factor for factor in factors),
+            # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
+            seed=derived_seed("link", seed, number),
         )
-        first += len(factors)
+        for number, factors in enumerate(_factors(lengths, training, rules))
+    ]
     for number, link in enumerate(links, 1):
         if not any(link.learning_rates):  # the first step of a warm-up has none
             raise RecipeError(
@@ -117,15 +98,6 @@ def plan_arm(
                 "it would learn nothing; give it more steps, or leave out the warm-up"
             )
     return links
-
-
-def _own_rates(recipe: Recipe, arm: str) -> list[float]:
-    """The peak learning rate of each link of an arm, none of which is searched any more."""
-    links, peak = recipe.arms[arm].links, recipe.learning_rate_of(arm)
-    rates = [peak] * links if isinstance(links, int) else [link.learning_rate or peak for link in links]
-    numbers = [float(rate) for rate in rates if not isinstance(rate, Search)]
-    assert len(numbers) == len(rates), "the search was replaced by one of its values"
-    return numbers
 
 
 def _check_warmups(arm: str, lengths: list[int], training: Training, rules: Rules) -> None:
@@ -144,14 +116,12 @@ def _factors(lengths: list[int], training: Training, rules: Rules) -> list[list[
     if rules.schedule == "link":
         warmups = [training.warmup_steps] + [rules.warmup_steps] * (len(lengths) - 1)
         return [schedule(training, length, warmup) for length, warmup in zip(lengths, warmups, strict=True)]
-    whole, found, first = schedule(training, sum(lengths), training.warmup_steps), [], 0
-    for length in lengths:
-        factors = whole[first : first + length]
-        if first and (rewarm := _warmup(rules.warmup_steps, length)):
-            factors = [factor * min(1.0, step / rewarm) for step, factor in enumerate(factors)]
-        found.append(factors)
-        first += length
-    return found
+    whole = iter(schedule(training, sum(lengths), training.warmup_steps))
+    shares = [list(itertools.islice(whole, length)) for length in lengths]
+    for share in shares[1:]:
+        if rewarm := _warmup(rules.warmup_steps, len(share)):
+            share[:] = [factor * min(1.0, step / rewarm) for step, factor in enumerate(share)]
+    return shares
 
 
 def _share(recipe: Recipe, arm: str, n_train: int, total: int) -> list[int]:
@@ -178,10 +148,8 @@ def _share(recipe: Recipe, arm: str, n_train: int, total: int) -> list[int]:
 
 def own_lengths(recipe: Recipe, arm: str, n_train: int) -> list[int | None]:
     """Optimizer steps of an arm's links, as far as they say them themselves."""
-    per_epoch, links = steps_per_epoch(recipe.training, n_train), recipe.arms[arm].links
-    if isinstance(links, int):
-        return [None] * links
-    return [link.steps or (max(1, round(link.epochs * per_epoch)) if link.epochs else None) for link in links]
+    entries, per_epoch = recipe.arms[arm].entries, steps_per_epoch(recipe.training, n_train)
+    return [entry.steps or (max(1, round(entry.epochs * per_epoch)) if entry.epochs else None) for entry in entries]
 
 
 def _warmup(warmup_steps: float, scope: int) -> int:
@@ -190,11 +158,8 @@ def _warmup(warmup_steps: float, scope: int) -> int:
 
 
 def schedule(training: Training, n_steps: int, warmup_steps: float) -> list[float]:
-    """Factors of the peak learning rate for the steps of a scope.
-
-    The formulas are those of transformers' `get_linear_schedule_with_warmup` and its siblings, so the first
-    step of a warm-up has learning rate 0.
-    """
+    """Factors of the peak learning rate for the steps of a scope, by the formulas of transformers'
+    `get_linear_schedule_with_warmup` and its siblings, so that the first step of a warm-up has learning rate 0."""
     warmup = _warmup(warmup_steps, n_steps)
     rising, rest = [step / warmup for step in range(min(warmup, n_steps))], n_steps - warmup
     match training.schedule:
@@ -256,10 +221,9 @@ def trials_of(recipe: Recipe, arm: str, seed: int) -> list[Job]:
 
 def candidates_of(recipe: Recipe) -> list[Job]:
     """Everything that may be trained: the trials, and each arm and seed at every choice of its search."""
-    jobs = []
-    for job in jobs_of(recipe):
-        jobs += [job] if job.trial else [replace(job, choice=choice) for choice in recipe.choices_of(job.arm)]
-    return jobs
+    choices = {arm: recipe.choices_of(arm) for arm in recipe.arms}
+    jobs = jobs_of(recipe)
+    return [replace(job, choice=c) for job in jobs for c in ([job.choice] if job.trial else choices[job.arm])]
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:

@@ -12,50 +12,16 @@ from pydantic import ValidationError
 from cola.errors import RecipeError, listed, plain, quoted
 from cola.recipe.arms import Arm
 from cola.recipe.checks import check_recipe
+from cola.recipe.data_section import SOURCES
 from cola.recipe.faults import explain, near_files
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import resolved_values
-from cola.recipe.yaml12 import (
-    DEEPEST,
-    MOST_BYTES,
-    Mark,
-    Marks,
-    RecipeDumper,
-    RecipeLoader,
-    is_dotted,
-    is_unicode,
-    parse_yaml,
-)
-
-# YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (`wandb: off`, `choices: {yes: .., no: ..}`),
-# 12:30 for a number in base 60, a date for a date, and 1e-4, as every learning rate is written, for text. These are
-# the scalars of YAML 1.2's core schema.
-for _class in (RecipeLoader, RecipeDumper):
-    for _tag, _pattern, _first in (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("merge", r"<<", ["<"]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?[0-9]{1,300}", list("-+0123456789")),  # longer ones are no numbers to Python's int either
-        (
-            "float",
-            r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-            list("-+0123456789."),
-        ),
-    ):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
+from cola.recipe.yaml12 import DEEPEST, MOST_BYTES, Mark, Marks, dotted_key, is_unicode, parse_yaml
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override, validate and resolve a recipe.
-
-    Args:
-        path: YAML file.
-        overrides: `dotted.key=value` strings, the value in YAML; `arms.NAME=null` removes an arm, and naming
-            a data source replaces the recipe's.
-
-    Raises:
-        RecipeError: names file, line and key, one line for each fault.
-    """
+    """Read a YAML file, with overrides (`dotted.key=value`, the value in YAML), and resolve the recipe. Raises
+    RecipeError with file, line and key of each fault, a line for each."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
@@ -91,22 +57,18 @@ def _refuse_idle_override(recipe: Recipe, dotted: str) -> None:
     section, _, key = dotted.partition(".")
     if section != "link" and dotted != "training.learning_rate":
         return
-    trained = {name: arm for name, arm in recipe.arms.items() if arm.n_links}
+    trained = recipe.trained_arms
     if key not in ("method", "learning_rate"):
-        takes = {name: type(recipe.resolved(name).links[0]).model_fields for name in trained}
-        trained = {name: arm for name, arm in trained.items() if key in takes[name]}
+        trained = [name for name in trained if key in type(recipe.resolved(name).links[0]).model_fields]
 
     def says(arm: Arm) -> bool:
-        own = arm.links if isinstance(arm.links, list) else []
-        if getattr(arm, key) is not None or key in (arm.search or {}):
-            return True
-        return bool(own) and all(getattr(link, key) is not None for link in own)
+        alone = getattr(arm, key) is not None or key in (arm.search or {})
+        return alone or all(getattr(entry, key) is not None for entry in arm.entries)
 
     nearer = section == "training" and recipe.link.learning_rate is not None
-    if trained and (nearer or all(says(arm) for arm in trained.values())):
-        name = next(iter(trained))
+    if trained and (nearer or all(says(recipe.arms[name]) for name in trained)):
         raise RecipeError(
-            f"override {quoted(dotted)} has no effect, since every arm says its own; write arms.{name}.{key}=..."
+            f"override {quoted(dotted)} has no effect, since every arm says its own; write arms.{trained[0]}.{key}=..."
         )
 
 
@@ -127,21 +89,17 @@ def _override(raw: dict, override: str, marks: Marks) -> None:
         raise RecipeError(f"{error}{hint if 'not valid YAML' in str(error) else ''}") from None
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
-        below = f"{shown}: {is_dotted(tuple(keys[: depth + 1]))} has no keys below it"
         if isinstance(node, list):
             node = node[_index(node, key, shown)]
-            if not isinstance(node, dict | list):
-                raise RecipeError(below)
-            continue
-        # A mapping's shorthand gives way to the mapping: files=a.jsonl, then files.test=b.jsonl.
-        shorthand = {"hub": "name", "reasoning_gym": "name", "files": "train"}.get(key)
-        if isinstance(node.get(key), str) and shorthand:
-            node[key] = {shorthand: node[key]}
-        if node.get(key) is None:
-            node[key] = {}
-        if not isinstance(node[key], dict | list):
-            raise RecipeError(below)
-        node = node[key]
+        else:
+            # A mapping's shorthand gives way to the mapping: files=a.jsonl, then files.test=b.jsonl.
+            if isinstance(node.get(key), str) and key in SOURCES:
+                node[key] = {SOURCES[key]: node[key]}
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"{shown}: {dotted_key(tuple(keys[: depth + 1]))} has no keys below it")
     last = keys[-1]
     if isinstance(node, list):
         node[_index(node, last, shown)] = value
@@ -151,11 +109,9 @@ def _override(raw: dict, override: str, marks: Marks) -> None:
         del node[last]
     else:
         node[last] = value
-    sources = ("hub", "files", "reasoning_gym")
-    if len(keys) > 1 and keys[0] == "data" and keys[1] in sources and value is not None:
-        for other in sources:
-            if other != keys[1]:
-                raw["data"].pop(other, None)
+    if len(keys) > 1 and keys[0] == "data" and keys[1] in SOURCES and value is not None:
+        for other in SOURCES.keys() - {keys[1]}:
+            raw["data"].pop(other, None)
     if last in ("steps", "epochs") and value is not None and isinstance(node, dict):
         node.pop("epochs" if last == "steps" else "steps", None)
     for path in [path for path in marks if path[: len(keys)] == tuple(keys)]:

@@ -4,16 +4,29 @@
 """
 
 import itertools
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from cola.recipe.arms import SEARCHABLE, Arm, KnotRules, LinkSettings
-from cola.recipe.bounds import MOST_ARMS, TRIAL_SEEDS, LocalPath, Section, Seed
 from cola.recipe.data_section import Data
 from cola.recipe.methods import Lora
 from cola.recipe.resolved import ResolvedArm, resolve
-from cola.recipe.schema import Choice, Comparison, Evaluation, Model, Search, Tracking, Training
+from cola.recipe.schema import (
+    MOST_ARMS,
+    TRIAL_SEEDS,
+    Choice,
+    Comparison,
+    Evaluation,
+    LocalPath,
+    Model,
+    Search,
+    Section,
+    Seed,
+    Tracking,
+    Training,
+    optional,
+)
 
 
 class Recipe(Section):
@@ -45,9 +58,8 @@ class Recipe(Section):
         "where something new is asked about them.",
     )
     output: LocalPath = Field(default="runs", description="Folder in which each run makes its own folder.")
-    store: LocalPath | None = Field(
-        default=None,
-        description="Folder of the segments that runs share. Default: `$COLA_STORE`, else `store` in the cache.",
+    store: LocalPath | None = optional(
+        "Folder of the segments that runs share. Default: `$COLA_STORE`, else `store` in the cache."
     )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=60.0,
@@ -57,9 +69,9 @@ class Recipe(Section):
 
     def learning_rate_of(self, arm: str) -> float | Search:
         """Peak learning rate of an arm, or the search that will choose it."""
-        settings = self.arms[arm]
-        searched = (settings.search or {}).get("learning_rate")
-        return searched or settings.learning_rate or self.link.learning_rate or self.training.learning_rate
+        own = self.arms[arm]
+        searched = (own.search or {}).get("learning_rate")
+        return searched or own.learning_rate or self.link.learning_rate or self.training.learning_rate
 
     def resolved(self, arm: str, choice: Choice = ()) -> ResolvedArm:
         """What an arm trains, at a choice of its search; without one, the defaults of what is searched."""
@@ -73,7 +85,7 @@ class Recipe(Section):
     @property
     def pairs(self) -> list[Lora]:
         """All low-rank links that some arm may train."""
-        variants = [variant for arm in self.arms for variant in self.variants(arm)]
+        variants = itertools.chain.from_iterable(map(self.variants, self.arms))
         return [link for variant in variants for link in variant.links if isinstance(link, Lora)]
 
     def searches_of(self, arm: str) -> dict[str, Search]:
@@ -87,8 +99,8 @@ class Recipe(Section):
     def choices_of(self, arm: str) -> list[Choice]:
         """Every combination that an arm's search tries; the empty one where nothing is searched."""
         searches = self.searches_of(arm)
-        grids = [[_fixed(value) for value in search.search] for search in searches.values()]
-        return [tuple(zip(searches, values, strict=True)) for values in itertools.product(*grids)]
+        fixed = [[tuple(v) if isinstance(v, list) else v for v in search.search] for search in searches.values()]
+        return [tuple(zip(searches, values, strict=True)) for values in itertools.product(*fixed)]
 
     def search_of(self, arm: str) -> Search | None:
         """A search of an arm, whose rules are those of all its searches; None where nothing is searched."""
@@ -123,17 +135,20 @@ class Recipe(Section):
         """The recipe with the searched keys of an arm set to values."""
         if not choice:
             return self
-        tried = {key: list(value) if isinstance(value, tuple) else value for key, value in dict(choice).items()}
         # As if the arm said it: `target_modules: q_proj` is a list of one.
-        values = {key: getattr(Arm.model_validate({key: value}), key) for key, value in tried.items()}
+        values = {key: getattr(Arm.model_validate({key: value}), key) for key, value in choice}
         settings = self.arms[arm].model_copy(update={**values, "search": None})
         return self.model_copy(update={"arms": self.arms | {arm: settings}})
 
     @property
+    def trained_arms(self) -> list[str]:
+        """The arms that have links."""
+        return [name for name, arm in self.arms.items() if arm.n_links]
+
+    @property
     def reference_arm(self) -> str | None:
         """The arm whose tokens or FLOPs the others match: the one that is plain LoRA, else the first trained."""
-        trained = [name for name, arm in self.arms.items() if arm.n_links]
-        return self.lora_arm if self.lora_arm in trained else next(iter(trained), None)
+        return self.lora_arm if self.lora_arm in self.trained_arms else next(iter(self.trained_arms), None)
 
     @property
     def metric(self) -> str:
@@ -149,8 +164,3 @@ class Recipe(Section):
     def lora_arm(self) -> str:
         """Name of the arm that is plain LoRA to the comparison."""
         return self.comparison.lora or "lora"
-
-
-def _fixed(value: Any) -> Any:
-    """A value that can be part of a key."""
-    return tuple(value) if isinstance(value, list) else value

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cola.recipe.arms import Arm, KnotRules, LinkSettings, OneLink, Prune
-from cola.recipe.bounds import Dtype, Quantization, Section
 from cola.recipe.methods import INIT_BATCHES, METHODS, Lora, Settings
-from cola.recipe.schema import Model, Training
+from cola.recipe.schema import Dtype, Model, Quantization, Section, Training
 
 
 class Rules(Section):
@@ -46,13 +45,7 @@ class BaseFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """What an arm trains, with nothing left to be worked out.
-
-    Attributes:
-        links: Of each link the method and its settings; none for the untrained base.
-        rules: What happens at its knots.
-        base: What it starts from.
-    """
+    """What an arm trains, with nothing left to be worked out; no links: the untrained base."""
 
     links: tuple[Settings, ...]
     rules: Rules
@@ -60,16 +53,12 @@ class ResolvedArm:
 
 
 def resolve(arm: Arm, link: LinkSettings, knot: KnotRules, model: Model, training: Training) -> ResolvedArm:
-    """An arm with the sections that hold for all arms.
-
-    What is searched has its default here; `Recipe.resolved` puts a choice in its place.
-    """
-    entries = arm.links if isinstance(arm.links, list) else [OneLink()] * arm.links
+    """An arm with what holds for all arms; what is searched has its default (`Recipe.resolved` puts a choice there)."""
     quantization = arm.quantization or model.quantization
     if "qlora" in methods_of(arm, link):
         quantization = "nf4"
     return ResolvedArm(
-        links=tuple(_link_settings(entry, arm, link) for entry in entries),
+        links=tuple(_link_settings(entry, arm, link) for entry in arm.entries),
         rules=_rules(arm.knot, knot, training),
         base=BaseFormat(arm.dtype or model.dtype, None if quantization == "none" else quantization),
     )
@@ -77,8 +66,7 @@ def resolve(arm: Arm, link: LinkSettings, knot: KnotRules, model: Model, trainin
 
 def methods_of(arm: Arm, link: LinkSettings) -> list[str]:
     """The methods of an arm's links as the recipe says them."""
-    entries = arm.links if isinstance(arm.links, list) else [OneLink()] * min(arm.links, 1)
-    return [_nearest("method", entry, arm, link) or "lora" for entry in entries]
+    return [_nearest("method", entry, arm, link) or "lora" for entry in arm.entries]
 
 
 def _nearest(key: str, *sections: Section) -> Any:

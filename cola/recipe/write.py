@@ -7,11 +7,10 @@ import yaml
 from pydantic import BaseModel
 
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.bounds import SAMPLE, is_remote
 from cola.recipe.data_section import Files
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import resolve
-from cola.recipe.schema import Search
+from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
 from cola.recipe.yaml12 import RecipeDumper
 
 
@@ -28,12 +27,8 @@ def resolved_values(recipe: Recipe, base: Path) -> Recipe:
     if data.too_long is None:
         update["too_long"] = "split" if data.task == "text" else "drop"
     if data.files is not None:
-        train = find_path(data.files.train, base)
-        update["files"] = Files(
-            train=train,
-            validation=find_path(data.files.validation, base) if data.files.validation else train,
-            test=find_path(data.files.test, base) if data.files.test else train,
-        )
+        named = {split: getattr(data.files, split) or data.files.train for split in SPLITS}
+        update["files"] = Files(**{split: find_path(file, base) for split, file in named.items()})
     evaluation, general = recipe.evaluation, recipe.evaluation.general_text
     if general not in (None, SAMPLE):
         evaluation = evaluation.model_copy(update={"general_text": find_path(general, base)})
@@ -97,30 +92,19 @@ def find_path(name: str, base: Path) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
     # A null that has no other default says nothing; one that overrides a default (max_grad_norm) must stay.
-    tree = _without_idle_nulls(recipe.model_dump(mode="json"), recipe)
+    tree = _said(recipe.model_dump(mode="json"), recipe)
     for arm in tree["arms"].values():
         arm |= arm.pop("search", {})  # each in the place of the value, where an override replaces it
     return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _without_idle_nulls(tree: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    kept = {}
-    for key, value in tree.items():
-        own = getattr(section, key, None)
-        field = type(section).model_fields.get(key)
-        if isinstance(own, BaseModel):
-            value = _without_idle_nulls(value, own)
-            if not value:
-                continue  # a section that holds defaults only, such as `link` once it is written out into the arms
-        elif isinstance(own, dict):
-            value = {
-                k: _without_idle_nulls(v, own[k]) if isinstance(own[k], BaseModel) else v for k, v in value.items()
-            }
-        elif isinstance(own, list):
-            value = [
-                _without_idle_nulls(v, o) if isinstance(o, BaseModel) else v for v, o in zip(value, own, strict=True)
-            ]
-        elif value is None and field is not None and field.default is None:
-            continue
-        kept[key] = value
-    return kept
+def _said(tree: Any, value: Any) -> Any:
+    """The JSON of a value without idle nulls, and without the sections that are then empty."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        kept = {key: inner for key, inner in value if inner is not None or fields[key].default is not None}
+        said = {key: _said(tree[key], inner) for key, inner in kept.items()}
+        return {key: inner for key, inner in said.items() if inner or not isinstance(kept[key], BaseModel)}
+    if isinstance(value, dict):
+        return {key: _said(tree[key], inner) for key, inner in zip(tree, value.values(), strict=True)}
+    return [_said(*pair) for pair in zip(tree, value, strict=True)] if isinstance(value, list | tuple) else tree

@@ -1,5 +1,6 @@
 """YAML as recipes are written in it: 1.2, safe, and every value with the line it stands on."""
 
+import re
 from typing import Any, NamedTuple
 
 import yaml
@@ -16,25 +17,33 @@ DEEPEST = 50  # mappings and lists inside each other
 
 
 class Mark(NamedTuple):
-    """Where a key or value of a recipe is.
+    """Where a key or value of a recipe is."""
 
-    Attributes:
-        line: From 1; 0: in an override.
-        text: How a value is written that is no text to YAML, such as `1e3`.
-    """
-
-    line: int
-    text: str | None = None
+    line: int  # from 1; 0: in an override
+    text: str | None = None  # how a value is written that is no text to YAML, such as `1e3`
 
 
 Marks = dict[tuple[str, ...], Mark]
+
+# YAML 1.1, which PyYAML speaks, takes yes, no, on and off for booleans (`wandb: off`, `choices: {yes: .., no: ..}`),
+# 12:30 for a number in base 60, a date for a date, and 1e-4, as every learning rate is written, for text. These are
+# the scalars of YAML 1.2's core schema.
+SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "merge": r"<<",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]{1,300}",  # longer ones are no numbers to Python's int either
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+RESOLVERS = {None: [(f"tag:yaml.org,2002:{tag}", re.compile(f"^({text})$")) for tag, text in SCALARS.items()]}
 
 
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML whose scalars are read as YAML 1.2 reads them, and whose aliases are copies: who changes one of them
     later changes no other."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = RESOLVERS
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -78,7 +87,7 @@ TEXT, MERGE, MAPPING, LIST = (f"tag:yaml.org,2002:{name}" for name in ("str", "m
 class RecipeDumper(yaml.SafeDumper):
     """Quotes exactly the texts that `RecipeLoader` would read as something else."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = RESOLVERS
 
 
 # Where numbers, true and false stand for their texts, as they do in data files.
@@ -97,8 +106,11 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
                 raise _wrong_tag(node)
             if not is_unicode(node.value):
                 raise ConstructorError(None, None, "half a character (a surrogate)", node.start_mark)
-            if not is_text and path[:-1] in LABELS and (fault := _not_as_written(node, loader)):
-                raise RecipeError(f"{where}:{node.start_mark.line + 1}: {is_dotted(path)}: {fault}")
+            if not is_text and path[:-1] in LABELS:  # whose text may not become another
+                value = loader.construct_object(node)
+                if not isinstance(value, bool) and label_text(value) != node.value:
+                    fault = _in_quotes(node.value, node.tag)
+                    raise RecipeError(f"{where}:{node.start_mark.line + 1}: {dotted_key(path)}: {fault}")
             line = marks[path].line if path in marks else node.start_mark.line + 1
             marks[path] = Mark(line, None if is_text else node.value)
             return
@@ -108,16 +120,16 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
         seen: set[str] = set()
         for index, one in enumerate(node.value):
             key, value = one if isinstance(node, yaml.MappingNode) else (None, one)
-            name = str(index) if key is None else str(key.value)
+            name = str(index if key is None else key.value)
             if key is not None:
                 place = f"{where}:{key.start_mark.line + 1}"
                 if not isinstance(key, yaml.ScalarNode):
                     raise RecipeError(f"{place}: a key is a text, not a list or a mapping")
                 if name in seen:
-                    raise RecipeError(f"{place}: {is_dotted((*path, name))} is given twice")
+                    raise RecipeError(f"{place}: {dotted_key((*path, name))} is given twice")
                 note(key, (*path, name))
                 if key.tag not in (TEXT, MERGE) and path not in LABELS:
-                    raise RecipeError(f"{place}: {is_dotted((*path, name))}: {_in_quotes(name, key.tag)}")
+                    raise RecipeError(f"{place}: {dotted_key((*path, name))}: {_in_quotes(name, key.tag)}")
                 seen.add(name)
                 marks[(*path, name)] = Mark(key.start_mark.line + 1)
             note(value, (*path, name))
@@ -137,30 +149,20 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise RecipeError(f"{where}{place}: not valid YAML: {plain(error.problem or error.context, 200)}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         loader.dispose()
 
 
-def _not_as_written(node: yaml.ScalarNode, loader: RecipeLoader) -> str | None:
-    """Why a label or an answer's text that YAML takes for something else cannot stay so: its text would be another."""
-    value = loader.construct_object(node)
-    if isinstance(value, bool) or label_text(value) == node.value:
-        return None
-    return _in_quotes(node.value, node.tag)
-
-
 def _wrong_tag(node: yaml.Node) -> yaml.MarkedYAMLError:
-    what = f"could not determine a constructor for the tag {quoted(node.tag)} of this value"
-    return ConstructorError(None, None, what, node.start_mark)
+    fault = f"could not determine a constructor for the tag {quoted(node.tag)} of this value"
+    return ConstructorError(None, None, fault, node.start_mark)
 
 
 def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def is_dotted(path: tuple[str, ...]) -> str:
+def dotted_key(path: tuple[str, ...]) -> str:
     return ".".join(map(plain, path))
 
 
@@ -171,11 +173,8 @@ def _in_quotes(text: str, tag: str) -> str:
 
 
 def values_of(override: str) -> tuple[str, list[str]]:
-    """The key of `dotted.key=value,value,...` and each value, as it is written; a list or mapping is one value.
-
-    Raises:
-        RecipeError: it is not of this form.
-    """
+    """The key of `dotted.key=value,value,...` and each value, as it is written; a list or mapping is one value. Raises
+    RecipeError if it is not of this form."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"{quoted(override)}: write dotted.key=value,value,..., such as arms.chain3.links=1,2,3")

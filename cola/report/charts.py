@@ -1,14 +1,16 @@
-"""The charts of a run: curves, gaps, train against test; None where there is nothing to draw."""
+"""The charts of a run: curves, gaps, train against test, cost; None where there is nothing to draw."""
 
 import itertools
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from cola.compare.records import ArmSummary, Summary
 from cola.report.drawing import (
@@ -35,11 +37,6 @@ from cola.report.drawing import (
 from cola.tree.records import MetricRow
 
 Curves = dict[str, list[list[MetricRow]]]  # the metric rows of each arm's seeds
-ROLES = {
-    "primary": "primary, named beforehand",
-    "secondary": "secondary",
-    "later": "not named before: no claim",
-}
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,7 @@ def _draw_curve(axes: Axes, curve: Curve, look: Look) -> None:
 
 def curves_figure(summary: Summary, curves: Curves) -> Figure | None:
     """Train and validation loss against the optimizer step: one chart of few arms, a panel each of many."""
-    drawn = {name: curve_of(seeds) for name, seeds in curves.items() if name in summary.arms}
-    drawn = {name: curve for name, curve in drawn.items() if curve.train or curve.validation}
+    drawn = {name: c for name, seeds in curves.items() if (c := curve_of(seeds)).train or c.validation}
     if not drawn:
         return None
     marks = [
@@ -108,14 +104,12 @@ def curves_figure(summary: Summary, curves: Curves) -> Figure | None:
 
 
 def _curves_together(curves: dict[str, Curve], look: dict[str, Look], marks: list[dict[str, Any]]) -> Figure:
-    """Every curve in one chart, its name at its end."""
     figure = new_figure(4.2)
     axes = figure.subplots()
     for name, curve in curves.items():
         _draw_curve(axes, curve, look[name])
     log_scale(axes)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
-    axes.grid(alpha=0.15)
     ends = {name: (curve.validation or _smooth(curve.train))[-1] for name, curve in curves.items()}
     last = max(step for step, _ in ends.values())
     shown = clipped(ends)
@@ -145,7 +139,6 @@ def _curves_apart(curves: dict[str, Curve], look: dict[str, Look], marks: list[d
                 axes.plot(*zip(*curves[other].validation, strict=True), color=GREY, linewidth=1.2, linestyle=dash)
         _draw_curve(axes, curve, Look(look[name].colour, "o", "-"))
         axes.set_title(shown[name], fontsize=8)
-        axes.grid(alpha=0.15)
     log_scale(panels[0])
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     for axes in panels[-4:]:
@@ -174,8 +167,8 @@ def gaps_figure(summary: Summary) -> Figure | None:
         for number, name in enumerate(mine):
             at[name] = length + (number - (len(mine) - 1) / 2) * min(0.16, 0.8 / most) * step
     figure = new_figure(3.4)
-    panels = figure.subplots(1, 2)
-    for axes, (key, label) in zip(panels, ((gap, formula), (f"test_{score}", f"test {metric}")), strict=True):
+    panels, labels = figure.subplots(1, 2), {gap: formula, f"test_{score}": f"test {metric}"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for name, arm in arms.items():
             draw_seeds(axes, [(at[name], value) for value in seed_values(arm, key)], look[name])
             axes.plot(at[name], getattr(arm, key).mean, look[name].marker, c=look[name].colour, ms=7, mec=INK, mew=0.6)
@@ -183,13 +176,12 @@ def gaps_figure(summary: Summary) -> Figure | None:
         axes.set_xticks(lengths)
         axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
         axes.margins(y=0.12)
-        axes.grid(alpha=0.15)
     panels[0].axhline(0, color=INK, linewidth=0.8, alpha=0.5)
     if len(arms) > MANY:
         arm_legend(figure, look)
         return settle(figure)
     settle(figure)
-    for axes, key in zip(panels, (gap, f"test_{score}"), strict=True):
+    for axes, key in zip(panels, labels, strict=True):
         dots = [(at[name], value) for name, arm in arms.items() for value in seed_values(arm, key)]
         label_points(axes, {name: (at[name], getattr(arm, key).mean) for name, arm in arms.items()}, dots)
     return figure
@@ -219,7 +211,6 @@ def train_test_figure(summary: Summary) -> Figure | None:
     limits = (min(values) - room, max(values) + room)
     axes.plot(limits, limits, color=INK, alpha=0.5, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     axes.set(xlabel=f"train {metric}", ylabel=f"test {metric}", xlim=limits, ylim=limits, aspect="equal")
-    axes.grid(alpha=0.15)
     settle(figure)
     corner = limits[0] + 0.95 * (limits[1] - limits[0])
     aslant: dict[str, Any] = {"rotation": 45, "rotation_mode": "anchor", "ha": "right"}
@@ -245,7 +236,6 @@ def _train_test_rows(arms: dict[str, ArmSummary], look: dict[str, Look], key: st
     axes.set_ylim(-0.7, len(ordered) - 0.3)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(metric)
-    axes.grid(alpha=0.15)
     kinds = [("o", "none", "train"), ("s", INK, "test"), ("", INK, "between them: the gap")]
     marks = [
         {"linestyle": "" if marker else "-", "marker": marker, "mec": INK, "mfc": face, "color": INK, "label": label}
@@ -253,3 +243,72 @@ def _train_test_rows(arms: dict[str, ArmSummary], look: dict[str, Look], key: st
     ]
     explain(figure, marks, 3)
     return settle(figure)
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points (cost and score) than which none is both better and no dearer, cheapest first."""
+    front: list[str] = []
+    for name in sorted(points, key=lambda n: (points[n][0], -points[n][1])):
+        if not front or points[name][1] > points[front[-1]][1]:
+            front.append(name)
+    return front
+
+
+def costs_of(summary: Summary) -> tuple[str, dict[str, tuple[float, float]]]:
+    """The name of the cost, and each arm's cost and test number, of which more is better: minus the loss of a text."""
+    arms = scored_arms(summary)
+    key, _ = metric_of(summary)
+    known = all(math.isfinite(arm.flops or math.nan) for arm in arms.values() if arm.links)
+    cost, label = ("flops", "training FLOPs") if known else ("total_seconds", "time of training and scoring, seconds")
+    sign = -1 if key == "loss" else 1
+    return label, {name: (getattr(arm, cost), sign * getattr(arm, f"test_{key}").mean) for name, arm in arms.items()}
+
+
+def cost_figure(summary: Summary) -> Figure | None:
+    """Cost against the test number; a line joins the arms than which none is both better and no dearer."""
+    label, found = costs_of(summary)
+    if len(found) < 2:
+        return None
+    key, metric = metric_of(summary)
+    sign = -1 if key == "loss" else 1
+    front = pareto(found)
+    look = looks(summary.arms)
+    paid = [cost for cost, _ in found.values() if cost > 0]
+    figure = new_figure(3.9)
+    axes = figure.subplots()
+    log = bool(paid) and max(paid) > 10 * min(paid)
+    if log:
+        axes.set_xscale("log")
+    left = min(paid) / 3 if log else 0.0  # where what costs nothing stands
+    at = {name: (cost if cost > 0 else left, sign * value) for name, (cost, value) in found.items()}
+    seeds = {name: seed_values(arm, f"test_{key}") for name, arm in scored_arms(summary).items()}
+    dots = [(at[name][0], value) for name, values in seeds.items() for value in values]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], ".", color=GREY, ms=4, alpha=0.5, mew=0)
+    corners = [at[front[0]]]
+    for name in front[1:]:
+        corners += [(at[name][0], corners[-1][1]), at[name]]
+    axes.plot(*zip(*corners, strict=True), color=INK, linewidth=1, alpha=0.6)
+    for name, (x, y) in at.items():
+        face = look[name].colour if name in front else "none"
+        axes.plot(x, y, look[name].marker, ms=8, mec=look[name].colour, mfc=face, mew=1.4, zorder=3)
+    axes.set(xlabel=label, ylabel=f"test {metric}")
+    axes.margins(x=0.14, y=0.12)
+    if not log:
+        axes.set_xlim(left=-0.06 * max(paid or [1]))
+    axes.xaxis.set_major_formatter(EngFormatter() if label.endswith("FLOPs") else "{x:g}")
+    if key == "loss":
+        axes.invert_yaxis()  # better is higher, as with a score
+    handles = [
+        axes.plot([], [], "o-", color=INK, ms=7, label="on the Pareto front (of means)")[0],
+        axes.plot([], [], "o", color=INK, ms=7, mfc="none", label="not on it")[0],
+        *(axes.plot([], [], ".", color=GREY, label="a seed") if dots else []),
+    ]
+    if len(at) > MANY:
+        arm_legend(figure, {name: look[name] for name in at})
+        axes.legend(handles=handles, loc="lower right")
+        return settle(figure)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    settle(figure)
+    steps = [np.linspace(first, second, 25) for first, second in itertools.pairwise(corners)]
+    label_points(axes, at, [*dots, *[tuple(place) for step in steps for place in step]])
+    return figure

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from cola.compare.contrasts import METRICS, Rows, paired
+from cola.compare.contrasts import Comparer, paired
 from cola.compare.statistics import Table as Scores
 from cola.compare.statistics import estimate
-from cola.compare.summary import made_differently, summarize
-from cola.compare.tasks import Run, open_runs
+from cola.compare.summary import summarize
+from cola.compare.tasks import causes_of, made_apart, open_runs
 from cola.recipe.recipe import Recipe
 from cola.report.numbers import interval, spread
 from cola.report.table import NONE, Shown, Table
-from cola.tree.run_folder import MADE_WITH, RunFolder
+from cola.tree.run_folder import MADE_WITH
 
 
 def compare_runs(first: Path, second: Path) -> tuple[list[Table], list[str]]:
@@ -24,28 +24,35 @@ def compare_runs(first: Path, second: Path) -> tuple[list[Table], list[str]]:
     """
     runs, notes = open_runs([first, second])
     a, b = runs
-    titles = _titles(a.folder, b.folder)
+    paths = [run.folder.path for run in runs]
+    titles = [path.resolve().name for path in paths]
+    titles = list(map(str, paths)) if titles[0] == titles[1] else titles
     common = a.recipe.arms.keys() & b.recipe.arms.keys()
     tables = [
-        Table("Recipes: what differs", ["key", *titles], _rows(*(_asked(one.recipe, common) for one in runs))),
-        Table("How they were made: what differs", ["", *titles], _rows(*(_made(one) for one in runs))),
+        Table("Recipes: what differs", ["key", *titles], _rows(*(_asked(run.recipe, common) for run in runs))),
+        Table("How they were made: what differs", ["", *titles], _rows(*map(_made, runs))),
     ]
-    for table in tables:
-        if not table.rows:
-            notes.append(f"{table.title.split(':')[0]}: nothing differs")
-    if a.causes[0] != b.causes[0]:
+    notes += [f"{table.title.split(':')[0]}: nothing differs" for table in tables if not table.rows]
+    (data, _, metric), (other_data, _, other_metric) = map(causes_of, runs)
+    if data != other_data:
         notes.append("the data is not the same, so the two are set beside each other and not paired")
-    if a.causes[2] != b.causes[2]:
-        notes.append(f"the metrics are not the same ({a.causes[2]} and {b.causes[2]}), so no scores are compared")
-    results = {(f"{title}: {arm}", s): r for run, title in zip(runs, titles, strict=True) for arm, s, r in run.results}
-    notes += made_differently(results)
-    tables.append(_numbers(a, b, titles, notes))
-    return [table for table in tables if table.rows], list(dict.fromkeys(notes))
-
-
-def _titles(a: RunFolder, b: RunFolder) -> tuple[str, str]:
-    names = a.path.resolve().name, b.path.resolve().name
-    return names if names[0] != names[1] else (str(a.path), str(b.path))
+    if metric != other_metric:
+        notes.append(f"the metrics are not the same ({metric} and {other_metric}), so no scores are compared")
+    notes += made_apart(zip(titles, runs, strict=True))
+    # Test loss and score of the arms by name, and the paired difference of those that both runs have.
+    summaries = [summarize(run.recipe, run.folder).arms for run in runs]
+    same = data == other_data and metric == other_metric
+    by_loss = metric == "perplexity" or metric != other_metric
+    key, name = ("test_loss", "test loss") if by_loss else ("test_score", metric)
+    columns = ["arm", *(f"{of}, {title}" for of in (name, "gap_loss") for title in titles), "second − first [95 %]"]
+    numbers = Table(f"Arms: test, {metric if same else 'not paired'}", columns, [])
+    for arm in dict.fromkeys([*summaries[0], *summaries[1]]):
+        of_arm = [summary.get(arm) for summary in summaries]
+        cells: list[Shown] = [spread(getattr(about, key, None)) for about in of_arm]
+        cells += [spread(about and about.gap_loss, signed=True) for about in of_arm]
+        scores = _pair(a, b, arm, notes) if same else None
+        numbers.rows.append([arm, *cells, interval(scores and estimate((1, -1), [scores]))])
+    return [table for table in (*tables, numbers) if table.rows], list(dict.fromkeys(notes))
 
 
 def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def _asked(recipe: Recipe, common: Set[str]) -> dict[str, Any]:
     return said | {"arms": arms}
 
 
-def _made(run: Run) -> dict[str, Any]:
+def _made(run: Comparer) -> dict[str, Any]:
     provenance = run.folder.provenance()
     assert provenance is not None  # open_runs refuses a run without one
     made = provenance.model_dump(include=set(MADE_WITH))
@@ -91,36 +98,14 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, value if isinstance(value, str) else json.dumps(value)
 
 
-def _numbers(a: Run, b: Run, titles: tuple[str, str], notes: list[str]) -> Table:
-    """Test loss and score of the arms by name, and the paired difference of those that both runs have."""
-    summaries = [summarize(run.recipe, run.folder).arms for run in (a, b)]
-    same = a.causes[0] == b.causes[0] and a.causes[2] == b.causes[2]
-    by_loss = METRICS[a.recipe.data.task] == "perplexity"
-    key, what = ("test_loss", "test loss") if by_loss or a.causes[2] != b.causes[2] else ("test_score", a.causes[2])
-    columns = ["arm", *(f"{name}, {title}" for name in (what, "gap_loss") for title in titles), "second − first [95 %]"]
-    table = Table(f"Arms: test, {a.causes[2] if same else 'not paired'}", columns, [])
-    for arm in dict.fromkeys([*summaries[0], *summaries[1]]):
-        of_arm = [summary.get(arm) for summary in summaries]
-        cells: list[Shown] = [spread(getattr(numbers, key, None)) for numbers in of_arm]
-        cells += [spread(numbers and numbers.gap_loss, signed=True) for numbers in of_arm]
-        scores = _pair(a, b, arm, notes) if same else None
-        table.rows.append([arm, *cells, interval(scores and estimate((1, -1), [scores]))])
-    return table
-
-
-def _pair(a: Run, b: Run, arm: str, notes: list[str]) -> Scores | None:
+def _pair(a: Comparer, b: Comparer, arm: str, notes: list[str]) -> Scores | None:
     """The arm's scores in the second run and in the first, under the seeds that both have."""
-    if arm not in a.taken or arm not in b.taken:
+    if arm not in a.ok or arm not in b.ok:
         notes.append(f"{arm} is in one of the two alone")
         return None
-    seeds = [seed for seed in a.taken[arm] if seed in b.taken[arm]]
+    seeds = [seed for seed in a.ok[arm] if seed in b.ok[arm]]
     if not seeds:
         notes.append(f"{arm}: no seed in common")
-        return None
-    columns: list[list[Rows]] = [[], []]
-    for seed in seeds:
-        of_seed = [run.comparer.rows(arm, seed) for run in (b, a)]
-        if of_seed[0] is not None and of_seed[1] is not None:
-            columns[0].append(of_seed[0])
-            columns[1].append(of_seed[1])
-    return paired(columns, by_loss=False) if columns[0] else None
+    rows = [[rows for run in (b, a) if (rows := run.rows(arm, seed)) is not None] for seed in seeds]
+    of_both = [of_seed for of_seed in rows if len(of_seed) == 2]
+    return paired(list(zip(*of_both, strict=True)), by_loss=False) if of_both else None

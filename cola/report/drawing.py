@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from fontTools import subset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontMan
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from scipy.optimize import isotonic_regression
 
 from cola.compare.records import Ablation, ArmSummary, Summary
 from cola.files import file_digest, write_bytes
@@ -49,7 +51,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": False,
+    "axes.grid": True,
     "grid.alpha": 0.15,
     "legend.frameon": False,
 }
@@ -74,29 +76,23 @@ def svg(figure: Figure, prefix: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure for a paper: .svg, .pdf (fonts inside) or .png, dark on a transparent ground, the same bytes each
-    time."""
+    """Write a figure for a paper, .svg or .pdf (fonts inside): dark on no ground, the same bytes each time."""
     if path.suffix == ".svg":
         write_bytes(path, _svg(figure).replace(INK, "#000000").encode())
         return
-    buffer = io.BytesIO()
-    style, metadata = STYLE, {}
-    if path.suffix == ".pdf":
-        if LETTERS.issuperset(ord(letter) for text in figure.findobj(Text) for letter in text.get_text()):
-            style = {**STYLE, "font.sans-serif": [*_lean_fonts(), *mpl.rcParams["font.sans-serif"]]}
-        metadata = {"CreationDate": None, "Producer": None, "Creator": None}
+    buffer, style = io.BytesIO(), STYLE
+    if LETTERS.issuperset(ord(letter) for text in figure.findobj(Text) for letter in text.get_text()):
+        style = {**STYLE, "font.sans-serif": [*_lean_fonts(), *mpl.rcParams["font.sans-serif"]]}
+    metadata = {"CreationDate": None, "Producer": None, "Creator": None}
     with mpl.rc_context(style):
-        figure.savefig(buffer, format=path.suffix[1:], transparent=True, metadata=metadata, dpi=200)
+        figure.savefig(buffer, format="pdf", transparent=True, metadata=metadata, dpi=200)
     write_bytes(path, buffer.getvalue())
 
 
 @lru_cache(maxsize=1)
 def _lean_fonts() -> list[str]:
-    """The family, if any, of the fonts in use with no more than the letters above and without tables of typesetting;
-    they are made once, and kept in matplotlib's cache.
-
-    For each PDF matplotlib reads whole fonts and cuts them down to the letters in use, which was half of the time of a
-    page.
+    """The family, if any, of the fonts in use with no more than the letters above and without tables of typesetting,
+    made once and kept in matplotlib's cache: it reads whole fonts for each PDF, which was half of the time of a page.
     """
     for weight in ("normal", "bold"):
         whole = Path(findfont(FontProperties(family="sans-serif", weight=weight)))
@@ -210,7 +206,7 @@ def draw_seeds(
     axes: Axes, places: Sequence[tuple[float, float]], look: Look, marker: str | None = None, alpha: float = 0.45
 ) -> None:
     """A small faint mark for each seed, in its arm's look."""
-    x, y = zip(*places, strict=True) if places else ((), ())
+    x, y = [x for x, _ in places], [y for _, y in places]
     axes.plot(x, y, marker or look.marker, color=look.colour, ms=3, alpha=alpha, mew=0)
 
 
@@ -228,13 +224,8 @@ def turn_ticks(axes: Axes, degrees: float) -> None:
 
 
 def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Sequence[tuple[float, float]]) -> None:
-    """Write each name beside its point, over no other name or point; a thin line leads to one that had to move away.
-
-    Args:
-        axes: Of a figure whose layout is fixed.
-        points: Where each name belongs, in data coordinates.
-        dots: Other places to be left free.
-    """
+    """Write each name beside its point, over no other name, point or dot; a thin line leads to one that had to move
+    away. The figure's layout is fixed."""
     scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
     inside = axes.bbox
     where = {name: axes.transData.transform(point) for name, point in points.items()}
@@ -245,22 +236,21 @@ def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Se
     for name, (x, y) in where.items():
         text = axes.annotate(shown[name], points[name], (0, 0), textcoords="offset points", fontsize=8.5, zorder=6)
         size = text.get_window_extent()
-        best, least = (7.0, 0), math.inf
+        best, distance, least = size, 0, math.inf
         for radius, angle in itertools.product((7, 13, 22, 34, 48, 64, 84), angles):
             box = _beside(x, y, size.width, size.height, radius * scale, angle)
             out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
             # Far is bad, covering is worse, and out of the axes a name may be cut off.
             cost = 1e6 * out + sum(_covered(box, other) for other in taken) + radius / 1000
             if cost < least:
-                best, least = (radius, angle), cost
+                best, distance, least = box, radius, cost
             if cost < 1:
                 break
-        box = _beside(x, y, size.width, size.height, best[0] * scale, best[1])
-        taken.append(box)
+        taken.append(best)
         # The box of a text begins below its own place by the depth of its font.
-        text.set_position(((box.x0 - x) / scale, (box.y0 - y - (size.y0 - y)) / scale))
-        if best[0] > 13:
-            to = axes.transData.inverted().transform((min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)))
+        text.set_position(((best.x0 - x) / scale, (best.y0 - y - (size.y0 - y)) / scale))
+        if distance > 13:
+            to = axes.transData.inverted().transform((min(max(x, best.x0), best.x1), min(max(y, best.y0), best.y1)))
             axes.plot([points[name][0], to[0]], [points[name][1], to[1]], color=GREY, linewidth=0.6, zorder=1)
 
 
@@ -273,26 +263,16 @@ def _beside(x: float, y: float, width: float, height: float, radius: float, angl
 
 def _covered(one: Bbox, other: Bbox) -> float:
     """Area that two boxes share."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return width * height if width > 0 and height > 0 else 0.0
+    shared = Bbox.intersection(one, other)
+    return shared.width * shared.height if shared else 0.0
 
 
 def spread_out(wanted: Sequence[float], distance: float) -> list[float]:
     """Places as near to the wanted ones as they can be when no two are nearer to each other than the distance."""
-    groups: list[list[int]] = []  # of neighbours that touch, lowest first
-    centres: list[float] = []
-    for index in sorted(range(len(wanted)), key=wanted.__getitem__):
-        groups.append([index])
-        centres.append(wanted[index])
-        while len(groups) > 1 and centres[-1] - centres[-2] < distance * (len(groups[-1]) + len(groups[-2])) / 2:
-            groups[-2:] = [groups[-2] + groups[-1]]
-            centres[-2:] = [sum(wanted[i] for i in groups[-1]) / len(groups[-1])]
-    places = [0.0] * len(wanted)
-    for group, centre in zip(groups, centres, strict=True):
-        for number, index in enumerate(group):
-            places[index] = centre + (number - (len(group) - 1) / 2) * distance
-    return places
+    order, steps = np.argsort(wanted, kind="stable"), distance * np.arange(len(wanted))
+    places = np.empty(len(wanted))
+    places[order] = isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
+    return places.tolist()
 
 
 def arm_legend(figure: Figure, shown: Mapping[str, Look]) -> None:

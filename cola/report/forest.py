@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
-from cola.report.charts import ROLES
 from cola.report.drawing import COLOURS, INK, clipped, new_figure, settle
+
+ROLES = {"primary": "primary, named beforehand", "secondary": "secondary", "later": "not named before: no claim"}
 
 
 def contrasts_forest(summary: Summary | TasksSummary) -> Figure | None:
@@ -16,21 +17,17 @@ def contrasts_forest(summary: Summary | TasksSummary) -> Figure | None:
     contrasts = [contrast for contrast in summary.contrasts if contrast.value is not None]
     if not contrasts:
         return None
-    metrics = list(dict.fromkeys(contrast.metric for contrast in contrasts))
-    lines = len(contrasts) + 2 * len({(c.metric, c.role) for c in contrasts})
-    figure = new_figure(0.24 * lines + 1.2 * len(metrics))
-    heights = [sum(c.metric == metric for c in contrasts) + 2 for metric in metrics]
-    panels = figure.subplots(len(metrics), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, metric in zip(panels, metrics, strict=True):
-        _forest(axes, [contrast for contrast in contrasts if contrast.metric == metric])
-        name = summary.metric if metric == "score" else "−loss, nats per token"
-        axes.set_xlabel(f"difference in test {name}; right of the line the first is the better one")
+    figure = new_figure(0.24 * (len(contrasts) + 2 * len({c.role for c in contrasts})) + 1.2)
+    axes = figure.subplots()
+    _forest(axes, contrasts)
+    name = summary.metric if contrasts[0].metric == "score" else "−loss, nats per token"
+    axes.set_xlabel(f"difference in test {name}; right of the line the first is the better one")
     handles = [
-        panels[0].plot([], [], "o-", color=INK, ms=6, label="claim")[0],
-        panels[0].plot([], [], "o-", color=INK, ms=6, mfc="none", label="no claim")[0],
+        axes.plot([], [], "o-", color=INK, ms=6, label="claim")[0],
+        axes.plot([], [], "o-", color=INK, ms=6, mfc="none", label="no claim")[0],
     ]
     if any(contrast.minimum_detectable is not None for contrast in contrasts):
-        band = panels[0].fill_between([], [], [], color=INK, alpha=0.09, linewidth=0, label="too small to be found")
+        band = axes.fill_between([], [], [], color=INK, alpha=0.09, linewidth=0, label="too small to be found")
         handles.append(band)  # type: ignore[arg-type]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return settle(figure)
@@ -57,7 +54,7 @@ def _forest(axes: Axes, contrasts: list[Contrast | TaskContrast]) -> None:
     axes.set_ylim(place + 0.8, 0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", alpha=0.15)
+    axes.grid(visible=False, axis="y")
     for text in axes.get_yticklabels():
         if text.get_text() in ROLES.values():
             text.set_fontweight("bold")

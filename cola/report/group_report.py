@@ -2,11 +2,11 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola.files import need_package
 from cola.report.table import Table
 
 if TYPE_CHECKING:
@@ -21,33 +21,15 @@ KNOT_PANELS = ("relative_size_median", "unchanged_median", "error_max", "cosine_
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is sent when a group is done.
+    """What is sent when a group is done: tables and figures (as SVG) by name."""
 
-    Attributes:
-        numbers: The summary, under fixed names.
-        lines: What the numbers allow to be said.
-        tables: By name.
-        figures: By name: SVG as text, or the path of an image.
-        files: The artifact's files by their names in it: text, or the path of a file or a folder.
-        lines_by: The run's key by which a Report's curves are grouped, their mean over the others drawn; none for one
-            line for each W&B run.
-    """
-
-    numbers: dict[str, float | str]
-    lines: list[str]
+    numbers: dict[str, float | str]  # the summary, under fixed names
+    lines: list[str]  # what the numbers allow to be said
     tables: dict[str, Table]
-    figures: Mapping[str, str | Path]
-    files: Mapping[str, str | Path]
+    figures: Mapping[str, str]
+    files: Mapping[str, str | Path]  # the artifact's by their names in it: text, or the path of a file or a folder
+    # The run's key by which a Report's curves are grouped, their mean over the others drawn; None: a line for each run.
     lines_by: str | None = "config.arm"
-
-
-def need_reports() -> None:
-    """Check that W&B Reports can be made.
-
-    Raises:
-        ModelError: the package for it is not installed; says how to get it.
-    """
-    need_package("wandb_workspaces", "a W&B Report", "report")
 
 
 def group_report(comparison: Comparison, group: str, title: str, project: str, entity: str) -> "Report":
@@ -104,20 +86,15 @@ def within(seconds: float, action: Callable[[], str]) -> str:
     Raises:
         TimeoutError: it does not; it is left to itself and ends with the process at the latest.
     """
-    results: list[str] = []
-    errors: list[Exception] = []
+    future: Future[str] = Future()
 
     def act() -> None:
         try:
-            results.append(action())
+            future.set_result(action())
         except Exception as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
+    threading.Thread(target=act, daemon=True).start()
+    if not wait([future], seconds).done:
         raise TimeoutError(f"no answer in {seconds:.0f} s")
-    return results[0]
+    return future.result()

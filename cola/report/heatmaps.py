@@ -18,22 +18,14 @@ Cells = list[list[float | None]]  # by row and column; None is left empty
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map whose cells have their numbers in them.
-
-    Attributes:
-        title: Of the panel.
-        columns, rows: Names.
-        cells: The numbers.
-        written: A number as it stands in its cell.
-        shade: How dark its cell is, 0 to 1.
-    """
+    """A heat map whose cells have their numbers in them."""
 
     title: str
     columns: list[str]
     rows: list[str]
     cells: Cells
-    written: Callable[[float], str]
-    shade: Callable[[float], float] = float
+    written: Callable[[float], str]  # a number as it stands in its cell
+    shade: Callable[[float], float] = float  # how dark its cell is, 0 to 1
 
 
 def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
@@ -49,6 +41,7 @@ def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
     axes.set_xticks(range(len(heat.columns)), heat.columns)
     axes.set_yticks(range(len(heat.rows)), heat.rows)
     axes.tick_params(length=0)
+    axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_title(heat.title)
 
@@ -68,11 +61,12 @@ def knots_figure(summary: Summary) -> Figure | None:
 
     sizes = cells(lambda knot: knot.relative_size_median)
     errors = cells(lambda knot: knot.error_max)
+    cosines = cells(lambda knot: None if knot.cosine_min is None else max(0.0, 1 - knot.cosine_min))
     largest = max((size for row in sizes for size in row if size is not None), default=0.0) or 1.0
     heats = [
         Heat("size ‖ΔW‖/‖W‖", columns, names, sizes, _percent, lambda size: size / largest),
         Heat("error of what is applied", columns, names, errors, _scientific, _logarithmic),
-        Heat("1 − cosine", columns, names, cells(_lost_cosine), _scientific, _logarithmic),
+        Heat("1 − cosine", columns, names, cosines, _scientific, _logarithmic),
     ]
     beside = n_links <= 8  # else one below the other: the numbers need room
     height = 0.22 * len(arms) + 0.75
@@ -83,10 +77,6 @@ def knots_figure(summary: Summary) -> Figure | None:
         _draw_heat(axes, heat)
         axes.set_xlabel("link")
     return settle(figure)
-
-
-def _lost_cosine(knot: KnotLedger) -> float | None:
-    return None if knot.cosine_min is None else max(0.0, 1 - knot.cosine_min)
 
 
 def _percent(number: float) -> str:
@@ -129,17 +119,14 @@ def spectra_figure(summary: Summary) -> Figure | None:
                 line.set(marker=".", markersize=4)
             shown.setdefault({"all weights": "full fine-tuning"}.get(label, label), line)
         axes.set_title(names[name], fontsize=8)
-        axes.grid(alpha=0.15)
     log_scale(panels[0])
     panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-6))
     panels[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in panels[-4:]:
         axes.set_xlabel("singular value, by size")
     figure.supylabel("share of the largest", fontsize=9)
-    width = figure.get_figwidth()
-    figure.legend(
-        handles=list(shown.values()), labels=list(shown), loc="outside lower center", ncols=max(1, int(width / 1.3))
-    )
+    columns = max(1, int(figure.get_figwidth() / 1.3))
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=columns)
     return settle(figure)
 
 
@@ -152,11 +139,9 @@ def overlap_figure(summary: Summary) -> Figure | None:
     maps = [_overlap_map(names[name], about) for name, about in found.items()]
     if len(maps) > MANY:
         return _overlap_rows(names, found)
-    columns = max(len(heat.columns) for heat in maps)
-    width = max(2.2, 0.34 * columns + 0.5)
-    figure, panels = panels_of(
-        len(maps), (width, 0.24 * max(len(heat.rows) for heat in maps) + 0.75), int(WIDE / width) or 1
-    )
+    width = max(2.2, 0.34 * max(len(heat.columns) for heat in maps) + 0.5)
+    height = 0.24 * max(len(heat.rows) for heat in maps) + 0.75
+    figure, panels = panels_of(len(maps), (width, height), int(WIDE / width) or 1)
     for axes, heat in zip(panels, maps, strict=True):
         _draw_heat(axes, heat, COLOURS[2])
         axes.title.set_fontsize(8)
@@ -171,20 +156,18 @@ def _share(number: float) -> str:
 def _overlap_map(name: str, about: ArmSpectra) -> Heat:
     """One arm's links against each other, and each against full fine-tuning in the last column."""
     links, full = about.overlap, about.with_full
-    rows: list[str] = list(dict.fromkeys([*(links.labels if links else []), *(full.labels if full else [])]))
-    columns: list[str] = [*(links.labels if links else []), *(["full"] if full else [])]
-    cells: Cells = [[None] * len(columns) for _ in rows]
-    if links:
-        for i, line in enumerate(links.matrix):
-            cells[i][: len(line)] = line
-    if full:
-        for label, value in zip(full.labels, full.values, strict=True):
-            cells[rows.index(label)][-1] = value
-    known = [(what, part.random) for what, part in (("links", links), ("full", full)) if part]
-    chance = [f"{what} {_share(random)}" for what, random in known if random is not None] or ["nothing learned"]
-    heads = [label.removeprefix("link ") for label in columns]
-    sides = [label.removeprefix("link ") for label in rows]
-    return Heat(f"{name}\nby chance: {', '.join(chance)}", heads, sides, cells, _share)
+    own = links.labels if links else []
+    shared = dict(zip(full.labels, full.values, strict=True)) if full else {}
+    rows: list[str] = list(dict.fromkeys([*own, *shared]))
+    cells: Cells = []
+    for label in rows:
+        line = links.matrix[own.index(label)] if links and label in own else [None] * len(own)
+        cells.append([*line, *([shared.get(label)] if full else [])])
+    parts = {"links": links, "full": full}.items()
+    chance = [f"{kind} {_share(part.random)}" for kind, part in parts if part and part.random is not None]
+    heads, sides = ([label.removeprefix("link ") for label in labels] for labels in (own, rows))
+    title = f"{name}\nby chance: {', '.join(chance or ['nothing learned'])}"
+    return Heat(title, [*heads, *(["full"] if full else [])], sides, cells, _share)
 
 
 def _overlap_rows(names: dict[str, str], found: dict[str, ArmSpectra]) -> Figure:
@@ -202,16 +185,14 @@ def _overlap_rows(names: dict[str, str], found: dict[str, ArmSpectra]) -> Figure
         of = dict(zip(full[name].labels, full[name].values, strict=True)) if name in full else {}
         shares.append([of.get(label) for label in labels])
     maps: list[Heat] = []
-    pairs, heads = [f"{k}·{k + 1}" for k in range(1, most)], [label.removeprefix("link ") for label in labels]
     for title, parts, columns, cells in (
-        ("a link and the next", before, pairs, steps),
-        ("in full fine-tuning's", full, heads, shares),
+        ("a link and the next", before, [f"{k}·{k + 1}" for k in range(1, most)], steps),
+        ("in full fine-tuning's", full, [label.removeprefix("link ") for label in labels], shares),
     ):
-        if not columns:
-            continue
-        chance = sorted({_share(part.random) for part in parts.values() if part.random is not None})
-        by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
-        maps.append(Heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share))
+        if columns:
+            chance = sorted({_share(part.random) for part in parts.values() if part.random is not None})
+            by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
+            maps.append(Heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share))
     n_columns = sum(len(heat.columns) for heat in maps)
     figure = new_figure(0.22 * len(found) + 0.9, 1.8 + 0.37 * n_columns)
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=[len(heat.columns) for heat in maps])

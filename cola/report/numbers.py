@@ -1,6 +1,7 @@
 """How numbers are written: one form for each kind, as cells that keep the number beside its text."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -86,23 +87,19 @@ def gap(estimate: "Interval | None", values: "Spread | None") -> Cell:
 
 def size(n_bytes: float | None) -> Cell:
     """Bytes in three digits: 412 MB, 2.31 GB."""
-    if n_bytes is None:
-        return Cell(NONE)
-    return _three_digits(n_bytes, BYTES) or shown(f"{n_bytes:.0f}", " B")
+    return Cell(NONE) if n_bytes is None else _three_digits(n_bytes, BYTES, " B")
 
 
 def count(value: float) -> Cell:
     """In three digits: 2.44 M."""
-    if not math.isfinite(value):
-        return Cell(NONE)
-    return _three_digits(value, COUNTS) or shown(f"{value:.0f}")
+    return _three_digits(value, COUNTS) if math.isfinite(value) else Cell(NONE)
 
 
-def _three_digits(value: float, units: Mapping[str, float]) -> Cell | None:
-    """In the largest unit that the number, once it is rounded, has one of; None below all."""
+def _three_digits(value: float, units: Mapping[str, float], below: str = "") -> Cell:
+    """In the largest unit that the number, once it is rounded, has one of; what stands behind one below all of them."""
     unit = next((unit for unit, least in units.items() if float(f"{value:.3g}") >= least), None)
     if unit is None:
-        return None
+        return shown(f"{value:.0f}", below)
     return shown(f"{value / units[unit]:#.3g}".rstrip("."), f" {unit}", units[unit])
 
 
@@ -128,9 +125,8 @@ def choice_share(search: "Search") -> float | None:
 
 def states_text(arm: "ArmSummary") -> str:
     """How an arm's seeds ended: ok, or how many did not."""
-    states = list(arm.states.values())
-    counts = {state: states.count(state) for state in sorted(set(states), key=lambda s: (s != "ok", s))}
-    return ", ".join(f"{n} {state}" for state, n in counts.items()) if len(counts) > 1 else states[0]
+    counts = Counter(sorted(arm.states.values(), key=lambda state: (state != "ok", state)))
+    return ", ".join(f"{n} {state}" for state, n in counts.items()) if len(counts) > 1 else next(iter(counts))
 
 
 def matched_text(matched: "Matched") -> str:

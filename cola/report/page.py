@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 from collections import defaultdict
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cola.compare.ablation import AblationFolder
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.errors import RunFolderError
 from cola.files import write_text
-from cola.report.captions import CAPTIONS, alternative
-from cola.report.charts import Curves, curve_of
+from cola.report.charts import Curves
 from cola.report.drawing import Figure, save, svg
-from cola.report.figures import FIGURES, ablation_figure, contrasts_figure, figures_of
+from cola.report.figures import FIGURES, KINDS, drawn, figures_of
 from cola.report.group_report import Comparison
-from cola.report.numbers import number, states_text
-from cola.report.table import NONE, Table
-from cola.report.tables import (
-    ablation_notes,
-    ablation_table,
-    arms_table,
-    contrasts_table,
-    knots_table,
-    named_tables,
-    overlap_table,
-    seeds_table,
-    spectra_table,
-    task_tables,
-)
+from cola.report.numbers import states_text
+from cola.report.table import Table
+from cola.report.tables import ablation_notes, ablation_table, page_tables, task_tables
 from cola.report.tracking import comparison_numbers
 from cola.report.verdict import OF_P, contrast_sentence, verdict
 from cola.tree.records import MetricRow
@@ -54,30 +40,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}';
 UNNAMED = "No contrast that was named before the run can be judged by these results: they describe, and claim nothing."
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as a page shows it.
-
-    Attributes:
-        title: Its heading.
-        caption: What there is to see in any such figure.
-        alternative: What this one says, for who does not see it.
-        svg: The drawing.
-    """
-
-    title: str
-    caption: str
-    alternative: str
-    svg: Markup
-
-
 def write_report(folder: RunFolder) -> Path:
     """Write report.html, and its figures and tables as files, from summary.json, the recipe and the arms' metrics;
     returns the page's path."""
     summary = Summary.model_validate_json((folder.path / "summary.json").read_text(encoding="utf-8"))
     damaged: list[str] = []
-    found = read_curves(folder, damaged)
-    curves = {arm: found[arm] for arm in summary.arms if arm in found}  # in the recipe's order
+    curves = read_curves(folder, damaged)
+    curves = {arm: curves[arm] for arm in summary.arms if arm in curves}  # in the recipe's order
     meta = summary.meta.model_dump(exclude_unset=True, exclude={"all_packages"}) if summary.meta else {}
     lines = verdict(summary)
     if all(contrast.role == "later" for contrast in summary.contrasts):
@@ -98,79 +67,35 @@ def write_report(folder: RunFolder) -> Path:
     )
 
 
-def write_ablation(folder: AblationFolder, summary: Ablation) -> Path:
+def write_ablation(folder: Path, summary: Ablation) -> Path:
     """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
-    figures = {"ablation": ablation_figure(summary)} if any(row.n_seeds for row in summary.rows) else {}
-    tables, notes = {"ablation": ablation_table(summary)}, ablation_notes(summary)
-    return _write_page(folder.path / "ablation.html", "ablation.html.j2", summary, tables, figures, notes=notes)
+    tables, figures = {"ablation": ablation_table(summary)}, drawn(["ablation"], summary)
+    path, notes = folder / "ablation.html", ablation_notes(summary)
+    return _write_page(path, "ablation.html.j2", summary, tables, figures, notes=notes)
 
 
 def write_tasks(path: Path, summary: TasksSummary) -> Path:
     """Write summary.json, report.html and the files of its figure and tables for several runs; returns the page."""
-    averaged = summary.averaged and bool(summary.contrasts)
-    names = [*(["contrasts"] if averaged else []), "arms", *(["tasks"] if summary.contrasts else [])]
-    tables = dict(zip(names, task_tables(summary), strict=True))
-    figures = {"contrasts": figure} if averaged and (figure := contrasts_figure(summary)) else {}
+    averaged = summary.averaged and summary.contrasts
+    figures = drawn(["contrasts"] if averaged else [], summary)
     write_text(path / "summary.json", json.dumps(summary.content(), indent=1) + "\n")
     said = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts] if averaged else [UNNAMED]
+    tables = task_tables(summary)
     return _write_page(path / "report.html", "tasks.html.j2", summary, tables, figures, name=path.name, said=said)
-
-
-def page_tables(summary: Summary, curves: Curves) -> dict[str, Table]:
-    """Every table of a run's page that has rows, by the name of its files."""
-    named = named_tables(summary)
-    judged = "score" if "score" in named else "loss"  # is in the first table, with the arms' states
-    tables = {
-        "arms": arms_table(summary),
-        **{name: table for name, table in named.items() if name != judged},
-        "contrasts": contrasts_table(summary),
-        "seeds": seeds_table(summary),
-        "curves": curves_table(curves),
-        "knots": knots_table(summary),
-        "spectra": spectra_table(summary.spectra),
-        "overlap": overlap_table(summary.spectra),
-    }
-    return {name: table for name, table in tables.items() if table.rows}
-
-
-def curves_table(curves: Curves) -> Table:
-    """The validation losses of the learning curves, means over seeds."""
-    columns = ["arm", "step", "validation loss", "seeds"]
-    table = Table("Validation loss at each evaluation point, nats per target token", columns, [])
-    for name, seeds in curves.items():
-        curve = curve_of(seeds)
-        for step, loss in curve.validation:
-            n = sum(step in dict(points) for points in curve.seeds)
-            table.rows.append([name, number(step, "d"), number(loss, ".4f"), number(n, "d")])
-    return table
 
 
 def page_states(summary: Summary) -> list[str]:
     """What keeps a run from being whole, each in a few words; empty where nothing does."""
     states = ["interrupted: not everything was run"] if summary.interrupted else []
-    states += [
-        f"{name}: {states_text(arm)}, no numbers" if not arm.n_seeds else f"{name}: seeds {states_text(arm)}"
-        for name, arm in summary.arms.items()
-        if arm.n_seeds < len(summary.seeds)
-    ]
+    for name, arm in summary.arms.items():
+        if not arm.n_seeds:
+            states.append(f"{name}: {states_text(arm)}, no numbers")
+        elif arm.n_seeds < len(summary.seeds):
+            states.append(f"{name}: seeds {states_text(arm)}")
     if len(summary.seeds) == 1:
         states.append("one seed: nothing is said about another")
-    pairs = dict.fromkeys((first, second) for first, second, _ in summary.same_outputs)
-    return [*states, *[f"same outputs: {first} and {second}" for first, second in pairs]]
-
-
-def render(template: str, **values: Any) -> str:
-    """A page from its template, with its script and the policy that lets nothing else run."""
-    script = files("cola.report").joinpath("templates/page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cola.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.globals |= {"NONE": NONE, "of_p": OF_P}
-    return environment.get_template(template).render(script=Markup(script), policy=POLICY.format(digest), **values)
+    states += [f"same outputs: {one} and {other}" for one, other, _ in summary.same_outputs]
+    return list(dict.fromkeys(states))
 
 
 def _write_page(
@@ -181,26 +106,31 @@ def _write_page(
     figures: dict[str, Figure],
     **more: Any,
 ) -> Path:
-    """Write a page, and its figures and tables as files beside it; returns its path."""
-    _write_files(path.parent, tables, figures)
-    drawn = {
-        name: Drawn(*CAPTIONS[name], alternative(name, summary), Markup(svg(figure, name)))
-        for name, figure in figures.items()
-    }
-    write_text(path, render(template, summary=summary, tables=tables, figures=drawn, **more))
-    return path
-
-
-def _write_files(folder: Path, tables: dict[str, Table], figures: dict[str, Figure]) -> None:
+    """Write a page from its template, and its figures and tables as files beside it; returns its path."""
     for name, table in tables.items():
-        write_text(folder / "tables" / f"{name}.csv", table.csv())
-        write_text(folder / "tables" / f"{name}.tex", table.latex(name))
+        write_text(path.parent / "tables" / f"{name}.csv", table.csv())
+        write_text(path.parent / "tables" / f"{name}.tex", table.latex(name))
+    shown = {}
     for name, figure in figures.items():
-        save(figure, folder / "figures" / f"{name}.svg")
-        save(figure, folder / "figures" / f"{name}.pdf")
+        for suffix in ("svg", "pdf"):
+            save(figure, path.parent / "figures" / f"{name}.{suffix}")
+        kind, drawing = KINDS[name], Markup(svg(figure, name))
+        shown[name] = {"title": kind.title, "caption": kind.caption, "says": kind.says(summary), "svg": drawing}
     for name in set(FIGURES) - set(figures):  # what earlier results had data for
         for suffix in ("svg", "pdf"):
-            (folder / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
+            (path.parent / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
+    script = files("cola.report").joinpath("templates/page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cola.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.globals |= {"script": Markup(script), "policy": POLICY.format(digest), "of_p": OF_P}
+    page = environment.get_template(template).render(summary=summary, tables=tables, figures=shown, **more)
+    write_text(path, page)
+    return path
 
 
 def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
@@ -217,9 +147,6 @@ def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
     return dict(curves)
 
 
-FILES = ("report.html", "recipe.yaml", "figures", "tables")  # of a page, where they are there
-
-
 def comparison_of(folder: RunFolder, summary: Summary) -> Comparison:
     """What W&B is sent of a run whose page is written."""
     # Where the store and the run lie on this machine says who works on it.
@@ -229,7 +156,7 @@ def comparison_of(folder: RunFolder, summary: Summary) -> Comparison:
         lines=verdict(summary),
         tables=page_tables(summary, read_curves(folder, [])),
         figures=_written_figures(folder.path),
-        files={**_files(folder.path, FILES), "summary.json": json.dumps(told, indent=1) + "\n"},
+        files={**_files(folder.path, "report.html", "recipe.yaml"), "summary.json": json.dumps(told, indent=1) + "\n"},
     )
 
 
@@ -238,18 +165,19 @@ def _written_figures(folder: Path) -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("figures/*.svg"))}
 
 
-def comparison_of_ablation(folder: AblationFolder, summary: Ablation) -> Comparison:
+def comparison_of_ablation(folder: Path, summary: Ablation) -> Comparison:
     """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
     them says anything."""
     return Comparison(
         numbers={"verdict": "\n".join(ablation_notes(summary))},
         lines=ablation_notes(summary),
         tables={"ablation": ablation_table(summary)},
-        figures=_written_figures(folder.path),
-        files=_files(folder.path, ("ablation.html", "ablation.json", "figures", "tables")),
+        figures=_written_figures(folder),
+        files=_files(folder, "ablation.html", "ablation.json"),
         lines_by=None,
     )
 
 
-def _files(folder: Path, names: tuple[str, ...]) -> dict[str, str | Path]:
-    return {name: folder / name for name in names if (folder / name).exists()}
+def _files(folder: Path, *names: str) -> dict[str, str | Path]:
+    """Of a page's files, those that are there."""
+    return {name: folder / name for name in (*names, "figures", "tables") if (folder / name).exists()}

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,24 +12,19 @@ NONE = "–"  # where there is nothing to say
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table.
-
-    Attributes:
-        text: What is read.
-        value: The number that the text begins with, in units of one and rounded as it is there, by which its column is
-            sorted; None where it begins with none.
-        alone: Whether the text is that number and no more: no unit, no spread, no interval.
-    """
+    """What stands in a table."""
 
     text: str
+    # What the text begins with, in units of one and rounded as it is there, by which its column is sorted.
     value: float | None = None
-    alone: bool = False
+    alone: bool = False  # whether the text is that number and no more: no unit, no spread, no interval
 
     def __str__(self) -> str:
         return self.text
 
 
 Shown = Cell | str  # a str is a cell of words
+Columns = dict[str, Callable[..., Shown]]  # each says what it shows of an arm, or of whatever a row is about
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,10 @@ class Table:
     rows: list[list[Shown]]
 
     @classmethod
-    def of(cls, title: str, columns: Mapping[str, Callable[..., Shown]], rows: Iterable[tuple[Any, ...]]) -> "Table":
-        """A table by its columns: each says what it shows of a row's values."""
-        return cls(title, list(columns), [[shown(*row) for shown in columns.values()] for row in rows])
+    def of(cls, title: str, heads: list[str], columns: Columns, rows: Iterable[tuple[Any, ...]]) -> "Table":
+        """A table by its columns: the cells of its heads come first in a row, and last what the columns show."""
+        cells = [[*head, *(shown(about) for shown in columns.values())] for *head, about in rows]
+        return cls(title, [*heads, *columns], cells)
 
     @property
     def cells(self) -> list[list[Cell]]:
@@ -68,25 +64,19 @@ class Table:
 
     def latex(self, label: str) -> str:
         """The table for a paper that loads booktabs; the title is its caption."""
-        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.texts)]
-        return "\n".join(
-            [
-                r"% needs \usepackage{booktabs}",
-                r"\begin{table}",
-                r"\centering",
-                rf"\caption{{{_latex(self.title)}}}",
-                rf"\label{{tab:{label}}}",
-                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
-                r"\toprule",
-                lines[0],
-                r"\midrule",
-                *lines[1:],
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
+        head, *rows = (" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.texts))
+        lines = [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(self.title)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+            *(r"\toprule", head, r"\midrule", *rows, r"\bottomrule"),
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
 
 
 LATEX = {

@@ -10,16 +10,7 @@ seed:
     final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
     general/loss  general/forgetting                                             likewise
 
-Of the comparison, in its summary; what a run does not have is not there:
-
-    arm/ARM/{test_score,test_loss,gap_loss,gap_acc,forgetting}    means over seeds
-    arm/ARM/{gap_loss,gap_acc}_{low,high}                         their 95 % intervals
-    arm/ARM/{ft_gap,closed} and each with _low, _high             `closed` may be text: undefined, no gap
-    contrast/FIRST-SECOND/{value,low,high,p,p_holm,p_rows,minimum_detectable,n_seeds,claim}
-    verdict                                                       the sentences that the terminal says
-    table/NAME  figure/NAME                                       what the page shows
-
-Its artifact, of type `report`, holds the page and what it was made from.
+docs/wandb.md has those of the comparison, and what its artifact holds.
 """
 
 import contextlib
@@ -30,9 +21,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cola.compare.records import Summary
@@ -49,18 +40,19 @@ INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
 COPIES = "WANDB_DATA_DIR"
 
+T = TypeVar("T")
+
 
 def comparison_numbers(summary: Summary) -> dict[str, float | str]:
     """A run's summary.json under W&B's fixed names; what is not known has no name."""
     found: dict[str, Any] = {}
     for name, arm in summary.arms.items():
         found |= {f"arm/{name}/{key}": spread.mean for key in ARM_MEANS if (spread := getattr(arm, key)) is not None}
-        for key in ("gap_loss", "gap_acc"):
-            estimate = getattr(arm, f"{key}_interval")
-            found |= {f"arm/{name}/{key}_{end}": getattr(estimate, end, None) for end in ("low", "high")}
-        for key, estimate in (("ft_gap", arm.ft_gap), ("closed", arm.closed)):
-            found[f"arm/{name}/{key}"] = getattr(estimate, "value", estimate)  # or why there is none
-            found |= {f"arm/{name}/{key}_{end}": getattr(estimate, end, None) for end in ("low", "high")}
+        for key in ("gap_loss_interval", "gap_acc_interval", "ft_gap", "closed"):
+            estimate, label = getattr(arm, key), f"arm/{name}/{key.removesuffix('_interval')}"
+            if label.endswith(key):
+                found[label] = getattr(estimate, "value", estimate)  # or why there is none
+            found |= {f"{label}_{end}": getattr(estimate, end, None) for end in ("low", "high")}
     for name, search in summary.trials.items():
         found[f"arm/{name}/choice_share"] = choice_share(search)
     for one in summary.contrasts:
@@ -114,40 +106,22 @@ class NoTracker:
 
     mode = "off"
 
-    def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
-        """As Tracker's."""
+    def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None: ...
 
-    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """As Tracker's."""
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
-    def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
-        """As Tracker's."""
+    def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None: ...
 
 
 @dataclass
 class _Note:
     """What a folder keeps of its W&B run between sessions."""
 
-    path: Path
     id: str
     session: str = ""  # its folder's name
     began: int = 0  # the last step that was sent before this session
     logged: int = 0  # the last step that was sent
     clean: bool = True  # whether the session came to its end
-
-    @classmethod
-    def read(cls, folder: Path) -> "_Note":
-        """The folder's, or a new one."""
-        path = folder / WANDB_NOTE
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, **{key: known[key] for key in ("id", "session", "began", "logged", "clean")})
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls(path, secrets.token_hex(4))
-
-    def write(self, clean: bool) -> None:
-        known = {"id": self.id, "session": self.session, "began": self.began, "logged": self.logged}
-        write_text(self.path, json.dumps({**known, "clean": clean}))
 
 
 class Tracker:
@@ -162,7 +136,7 @@ class Tracker:
         self.mode = mode_of(settings)
         self.run: Any = None
         self.entity: str | None = None  # to whom the last online run belongs
-        self.note = _Note(folder / WANDB_NOTE, "")
+        self.note, self.note_path = _Note(""), folder / WANDB_NOTE
         self.waiting: dict[int, dict[str, float]] = {}
 
     def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
@@ -209,14 +183,11 @@ class Tracker:
             self.note.logged = self.run.step - 1  # the server knows what has arrived
         self.entity = self.run.entity
         self.note.began, self.note.session = self.note.logged, Path(self.run.settings.sync_dir).name
-        self.note.write(clean=False)
+        self._write_note(clean=False)
 
     def compare(self, comparison: Comparison, config: dict[str, Any]) -> bool:
         """Send what a whole group found, as a W&B run of its own; sent again, it takes the place of what was there.
-
-        Returns:
-            Whether it was sent, or kept for `wandb sync`.
-        """
+        Returns whether it was sent, or kept for `wandb sync`."""
         if self.mode == "off":
             return False
 
@@ -231,9 +202,7 @@ class Tracker:
                 for name, table in comparison.tables.items()
             }
             figures = {
-                f"figure/{name}": wandb.Image(str(figure))
-                if isinstance(figure, Path)
-                else wandb.Html(figure, inject=False, data_is_not_path=True)
+                f"figure/{name}": wandb.Html(figure, inject=False, data_is_not_path=True)
                 for name, figure in comparison.figures.items()
             }
             self.run.summary.update(comparison.numbers)
@@ -241,7 +210,7 @@ class Tracker:
                 self.run.log({**tables, **figures}, step=self.note.logged)
                 self.run.log_artifact(self._artifact(comparison.files))
             self.run.finish()
-            self._close_note()
+            self._write_note(clean=True)
             self.run = None
 
         self._guard(send)
@@ -267,27 +236,23 @@ class Tracker:
     def _copies_here(self) -> Iterator[None]:
         """W&B copies what an artifact holds, and syncs the copies: they belong beside the W&B run in the run folder and
         not in the user's home. It asks its environment where, and knows no other way to be told."""
-        before = os.environ.get(COPIES)
+        before = {COPIES: os.environ[COPIES]} if COPIES in os.environ else {}
         os.environ[COPIES] = str(Path(self.run.settings.sync_dir).absolute() / "copies")
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[COPIES]
-            else:
-                os.environ[COPIES] = before
+            del os.environ[COPIES]
+            os.environ.update(before)
 
     def publish(self, comparison: Comparison) -> str | None:
         """Create a W&B Report of the group that `compare` has sent; returns its address, None where that failed."""
-        found: list[str] = []
 
-        def create() -> None:
+        def create() -> str:
             title = f"{self.prefix}{self.group}"
             report = group_report(comparison, self.group, title, self.settings.project, self.entity or "")
-            found.append(within(FINISH_SECONDS, lambda: report.save().url))
+            return within(FINISH_SECONDS, lambda: report.save().url)
 
-        self._guard(create)
-        return found[0] if found else None
+        return self._guard(create)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
@@ -311,7 +276,11 @@ class Tracker:
         thrown away, unless it was uploaded, and its steps are sent again. `anew`: and so is any other's, since this
         session sends everything.
         """
-        self.note = _Note.read(folder)
+        self.note_path = folder / WANDB_NOTE
+        try:
+            self.note = _Note(**json.loads(self.note_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self.note = _Note(secrets.token_hex(4))
         self._sweep()
         if (anew or not self.note.clean) and self.mode == "offline":
             part = self.folder / "wandb" / self.note.session
@@ -322,9 +291,11 @@ class Tracker:
                 shutil.rmtree(part, ignore_errors=True)
                 self.note.logged = self.note.began
 
-    def _close_note(self) -> None:
-        self.note.write(clean=True)
-        self._sweep()
+    def _write_note(self, clean: bool) -> None:
+        self.note.clean = clean
+        write_text(self.note_path, json.dumps(asdict(self.note)))
+        if clean:
+            self._sweep()
 
     def _sweep(self) -> None:
         """Remove what a session left that was killed before W&B had begun its file: `wandb sync` cannot read it."""
@@ -333,10 +304,8 @@ class Tracker:
                 shutil.rmtree(part, ignore_errors=True)
 
     def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
-        """End the W&B run, with its final numbers in the summary; `status` is the result's: ok, failed or interrupted.
-
-        The last step of an interrupted run may have more to come (its validation): it is sent when the run goes on.
-        """
+        """End the W&B run, with its final numbers in the summary; `status` is the result's. The last step of an
+        interrupted run may have more to come (its validation): it is sent when the run goes on."""
         if self.run is None:
             return
         if status != "interrupted":
@@ -345,17 +314,19 @@ class Tracker:
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})
             self.run.finish(exit_code=0 if status == "ok" else 1)
-            self._close_note()
+            self._write_note(clean=True)
 
         self._guard(end)
         self.run = None
 
-    def _guard(self, action: Callable[[], None]) -> None:
+    def _guard(self, action: Callable[[], T]) -> T | None:
+        """What an action returns; None where it fails, and W&B is off from then on."""
         try:
-            action()
+            return action()
         # wandb, its service process and the network fail in many ways, and none of them may stop training.
         except Exception as error:
             reason = one_line(error, 200)
             self.warn(f"W&B failed and is off for the rest of this run ({reason}); results are in {self.folder}")
             self.run = None
             self.mode = "off"
+            return None

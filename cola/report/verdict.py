@@ -1,7 +1,7 @@
 """What a comparison found, in a sentence."""
 
 from cola.compare.choice import SURE
-from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
+from cola.compare.records import Contrast, Summary, TaskContrast
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
 from cola.report.numbers import p_value, values_text
@@ -13,11 +13,10 @@ OF_P = (
     "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
     "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
 )
-
-
-def of_contrasts(summary: Summary | TasksSummary) -> str:
-    by_loss = any(one.metric == "loss" for one in summary.contrasts)
-    return "−loss, nats per target token" if by_loss else summary.metric
+ONE_SEED = (
+    "One seed: intervals are over test examples only and say nothing about another seed; "
+    "give more seeds for a claim about a method."
+)
 
 
 def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
@@ -36,9 +35,8 @@ def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
     better = first if one.value > 0 else second
     if one.role == "later":
         return f"{line}: {better} does better here; the contrast was not named before the run, so nothing is claimed."
-    corrected = one.p_holm is not None
-    p = one.p_holm if corrected else one.p
-    said = f"{'Holm-corrected ' if corrected else ''}p = {p_value(p)}".replace("= <", "<")
+    said = f"p = {p_value(one.p)}" if one.p_holm is None else f"Holm-corrected p = {p_value(one.p_holm)}"
+    said = said.replace("= <", "<")
     if one.claim:
         return f"{line}, {said}: {better} is the better one."
     why = f"{said}; no claim is made of fewer than {FEWEST_RUNS}" if one.n_seeds < FEWEST_RUNS else said
@@ -47,25 +45,14 @@ def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
 
 def verdict(summary: Summary) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    named = [one for one in summary.contrasts if one.role != "later"]
-    lines = [contrast_sentence(one, summary.metric) for one in sorted(named, key=lambda one: one.role)]
+    lines = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role != "later"]
     lines += summary.unpaired
     n_seeds = len(summary.seeds)
-    if n_seeds == 1:
-        lines.append(
-            "One seed: intervals are over test examples only and say nothing about another seed; "
-            "give more seeds for a claim about a method."
-        )
-    else:
-        lines.append(f"± is the standard deviation over {n_seeds} seeds.")
+    lines.append(ONE_SEED if n_seeds == 1 else f"± is the standard deviation over {n_seeds} seeds.")
     lines.append(scope_sentence(summary.intervals))
-    if summary.contrasts:
-        lines.append(OF_P)
-    rule = (
-        "the last step"
-        if summary.checkpoint == "last"
-        else f"the step that was best on validation ({summary.select_by})"
-    )
+    lines += [OF_P] if summary.contrasts else []
+    best = f"the step that was best on validation ({summary.select_by})"
+    rule = "the last step" if summary.checkpoint == "last" else best
     lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
     if summary.rows:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in summary.rows.items()) + ".")
@@ -87,17 +74,14 @@ def verdict(summary: Summary) -> list[str]:
                 f"{name}: rounding at a knot moved the outputs by {arm.max_lost:.0%} of what its link had learned; "
                 "model.dtype: float32 keeps knots exact."
             )
-        if arm.without_gradient:
-            lines.append(
-                f"{name}: at every step {arm.without_gradient} of its trained tensors got no gradient or more."
-            )
+        if lacking := arm.without_gradient:
+            lines.append(f"{name}: at every step {lacking} of its trained tensors got no gradient or more.")
         for key, seeds in arm.at_grid_edge.items():
-            what = key.replace("_", " ")
+            chosen = key.replace("_", " ")
             if len(seeds) < arm.n_seeds:
-                what += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-            lines.append(f"{name}: the chosen {what} is at the edge of its grid; a better one may lie outside.")
-        for seed, error in arm.errors.items():
-            lines.append(f"{name} seed {seed} failed: {error}")
+                chosen += f" of seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            lines.append(f"{name}: the chosen {chosen} is at the edge of its grid; a better one may lie outside.")
+        lines += [f"{name} seed {seed} failed: {error}" for seed, error in arm.errors.items()]
         if 0 < arm.n_seeds < n_seeds:
             lines.append(f"{name}: {arm.n_seeds} of {n_seeds} seeds are there; its means are over those.")
     return lines

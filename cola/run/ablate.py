@@ -1,32 +1,41 @@
 """`cola ablate`: the runs of an ablation's points, one after the other; what they share is trained once."""
 
-from cola.compare.ablation import AblationFolder, Point, summarize_ablation
+from pathlib import Path
+
+from cola.compare.ablation import Point, summarize_ablation
 from cola.compare.records import Ablation
 from cola.errors import ColaError
-from cola.recipe.recipe import Recipe
+from cola.recipe.write import dump_recipe
 from cola.report.page import write_report
 from cola.report.terminal import Terminal
-from cola.run.bench import tracked_state
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
 from cola.tree.records import Result
+from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import take_run
 
 
-def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, signals: Signals | None = None) -> Ablation:
+def ablate(points: list[Point], folder: Path, terminal: Terminal, signals: Signals | None = None) -> Ablation:
     """Run every point that is not finished; returns the summary, which is also written to ablation.json. The caller
-    holds the folder.
-
-    A point that cannot be run (a model that is not there, target_modules that match nothing) does not keep the
-    others from it.
-    """
-    tracked: set[str] = set()
-    recipes = [point.recipe for point in points]
+    holds the folder. A point that cannot be run (a model that is not there, target_modules that match nothing) does not
+    keep the others from it."""
+    tracked: set[tuple[str, int, str]] = set()
     errors: dict[str, str] = {}
     interrupted = False
     for number, point in enumerate(points, 1):
         place = f"point {number} of {len(points)}: {point.label}"
         try:
-            interrupted = _run_point(point, folder, place, terminal, signals, tracked, recipes)
+            with take_run(dump_recipe(point.recipe), folder / "points" / point.folder) as (run_folder, _):
+                if run_folder.finished:
+                    terminal.say(f"{place}: finished before")
+                    done = [result for result in run_folder.results() if isinstance(result, Result)]
+                    tracked |= {(r.run_info.arm, r.run_info.seed, r.train_info.final_state) for r in done}
+                    continue
+                terminal.say(f"{place} → {run_folder.path}")
+                siblings = [other.recipe for other in points]
+                summary = run(point.recipe, run_folder, terminal, signals, folder.name, tracked, siblings)
+                write_report(run_folder)
+                interrupted = summary.interrupted
         except Interrupted:  # while data or model were being loaded
             interrupted = True
         except ColaError as error:
@@ -34,28 +43,6 @@ def ablate(points: list[Point], folder: AblationFolder, terminal: Terminal, sign
             terminal.warn(f"{point.label} cannot be run, the others go on: {error}")
         if interrupted:
             break
-    summary = summarize_ablation(folder, points, errors, interrupted)
-    folder.write(summary)
-    return summary
-
-
-def _run_point(
-    point: Point,
-    folder: AblationFolder,
-    place: str,
-    terminal: Terminal,
-    signals: Signals | None,
-    tracked: set[str],
-    recipes: list[Recipe],
-) -> bool:
-    """Run a point unless it is finished; returns whether the user stopped it."""
-    with folder.run_folder(point) as (run_folder, _):
-        if run_folder.finished:
-            terminal.say(f"{place}: finished before")
-            done = [result for result in run_folder.results() if isinstance(result, Result)]
-            tracked |= {tracked_state(r.run_info.arm, r.run_info.seed, r.train_info.final_state) for r in done}
-            return False
-        terminal.say(f"{place} → {run_folder.path}")
-        summary = run(point.recipe, run_folder, terminal, signals, folder.path.name, tracked, siblings=recipes)
-        write_report(run_folder)
-    return summary.interrupted
+    ablation = summarize_ablation(folder, points, errors, interrupted)
+    RunFolder(folder).write("ablation.json", ablation)
+    return ablation

@@ -6,7 +6,7 @@ from cola.recipe.arms import Prune
 from cola.recipe.plan import Job, evaluation_steps
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.run.bench import Bench
+from cola.run.assignment import Bench
 from cola.tree.segments import Tree, merge_of
 
 
@@ -46,9 +46,9 @@ def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) 
             terminal.warn(f"{job.arm} is the same training as {twin}: what the recipe says differently has no effect")
 
 
-def say_plan(bench: Bench, known: list[Job], jobs: list[Job], terminal: Terminal) -> None:
+def say_plan(bench: Bench, known: list[Job], jobs: list[Job]) -> None:
     """How many segments are needed, found and to be trained; `known`: those jobs whose searched values are known."""
-    needed = bench.tree.segments(known)
+    needed, terminal = bench.tree.segments(known), bench.progress.terminal
     missing: dict[str, int] = {}
     begun: dict[str, int] = {}
     for job in known:

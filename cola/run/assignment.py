@@ -1,141 +1,140 @@
-"""What one job is given: made before it begins, and the same until it ends."""
+"""What all jobs of a run share, and what one of them is given: made before it begins, the same until it ends."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from cola.data.encode import Example
+from cola.files import digest
 from cola.link.accelerator import make_accelerator
-from cola.measure.evaluate import Evaluator
+from cola.measure.cost import Meter
+from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
 from cola.measure.memory import peaks, restart_peaks
-from cola.recipe.bounds import SPLITS
-from cola.recipe.plan import Job, Link, evaluation_steps
+from cola.recipe.plan import Job, evaluation_steps
 from cola.recipe.recipe import Recipe
-from cola.recipe.resolved import ResolvedArm
+from cola.recipe.resolved import BaseFormat
+from cola.recipe.schema import SPLITS
+from cola.report.terminal import RunProgress
 from cola.report.tracking import NoTracker, Tracker
-from cola.run.bench import Bench
-from cola.tree.measured import Measurements
-from cola.tree.segments import Lineage
-from cola.tree.states import States
+from cola.run.interrupt import Signals
+from cola.run.materials import Materials
+from cola.run.plan_tree import Planner
+from cola.tree.made import Provenance
+from cola.tree.records import References
+from cola.tree.run_folder import MADE_WITH, RunFolder
+from cola.tree.segments import Tree, merge_of
+from cola.tree.states import Measurements, States, rows_digest
+from cola.tree.store import Store
 
 
 @dataclass(frozen=True)
+class Bench:
+    """What all jobs of a run share."""
+
+    materials: Materials
+    folder: RunFolder
+    store: Store
+    planner: Planner
+    meter: Meter
+    tree: Tree
+    meta: Provenance  # what a result says of how it was made
+    used: dict[str, set[str]]  # names of the segments and measurements that the run's results rest on
+    ready: dict[BaseFormat, PreTrainedModel]  # a base that was loaded to be tried, for the first job that needs it
+    tracker: Tracker | NoTracker
+    tracked: set[tuple[str, int, str]]  # arms, seeds and final states that it has been sent
+    signals: Signals
+    progress: RunProgress
+    _rows: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.materials.recipe
+
+    @property
+    def probe_rows(self) -> list[Example]:
+        """The rows whose logits tell what a knot changed."""
+        return self.materials.splits.validation[:PROBE_ROWS]
+
+    def measurements(self, job: Job) -> Measurements:
+        """What was and will be measured of a job's states."""
+        probe = digest([rows_digest(self.probe_rows), PROBE_TARGETS])
+        arm = self.recipe.resolved(job.arm, job.choice)
+        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
+        lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
+        # What a score depends on besides the state and the rows.
+        scoring = {**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()}
+        return Measurements(self.store, lineage, rows, scoring, probe, tie, self.made, self.used["measured"])
+
+    def rows_of(self, seed: int) -> dict[str, str]:
+        """Digest of each split's examples under a seed, and of the general text."""
+        if seed not in self._rows:
+            parts = self.materials.splits.of(seed) | {"general": self.materials.general}
+            self._rows[seed] = {name: rows_digest(examples) for name, examples in parts.items()}
+        return self._rows[seed]
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """With what this session makes states and measurements."""
+        return self.meta.model_dump(include=set(MADE_WITH))
+
+    def refer(self, segments: Iterable[str]) -> None:
+        """Note in the run folder which states its results rest on."""
+        self.used["segments"].update(segments)
+        self.write_references()
+
+    def write_references(self) -> None:
+        """Note in the run folder what the store must not prune."""
+        self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))
+
+
 class Assignment:
     """One arm and seed, with all that its training and scoring go by.
 
     A step is counted from 1 and stands for the state after it.
-
-    Attributes:
-        bench: What the run's jobs share.
-        job: Its searched values chosen.
-        arm: What the recipe makes of it, its rules at knots and the format of its base among it.
-        path: The job's folder.
-        rows: The examples of each split.
-        lineage: Names of all states.
-        cuts: Steps whose states are kept.
-        points: Steps at which validation is looked at.
-        accelerator: The job's own: an arm that fails must not leave its optimizer or gradient scale to the next.
-        evaluator: Scores in the base's precision.
-        states: The store's, of this job.
-        measured: What is known of them.
-        tracker: Silent for a trial, and for what another point of an ablation has sent.
-        n_trained: Parameters of the largest link.
     """
 
-    bench: Bench
-    job: Job
-    arm: ResolvedArm
-    path: Path
-    rows: dict[str, list[Example]]
-    lineage: Lineage
-    cuts: list[int]
-    points: frozenset[int]
-    accelerator: Accelerator
-    evaluator: Evaluator
-    states: States
-    measured: Measurements
-    tracker: Tracker | NoTracker
-    n_trained: int
-
-    @classmethod
-    def of(cls, bench: Bench, job: Job) -> "Assignment":
+    def __init__(self, bench: Bench, job: Job) -> None:
         """Clear the job's folder, and count memory from now on."""
-        recipe, arm = bench.recipe, bench.recipe.resolved(job.arm, job.choice)
-        path = bench.folder.start_job(job)
-        lineage, rows = bench.tree.lineage(job), bench.materials.splits.of(job.seed)
-        accelerator = make_accelerator(arm.base.dtype)
-        n_trained = max((bench.materials.count_parameters(link.settings) for link in lineage.links), default=0)
-        process = restart_peaks(accelerator.device)
-        states = States(
+        recipe, materials = bench.recipe, bench.materials
+        self.bench, self.recipe, self.job = bench, recipe, job  # its searched values chosen
+        self.arm = recipe.resolved(job.arm, job.choice)
+        self.path = bench.folder.start_job(job)
+        general = [] if job.trial else materials.general
+        self.rows = materials.splits.of(job.seed) | {"general": general}  # the examples of each split
+        self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
+        self.lineage = bench.tree.lineage(job)
+        self.links, self.n_steps = self.lineage.links, self.lineage.n_steps
+        self.ends = [link.last_step for link in self.links]
+        self.order = bench.planner.order(recipe.training.batch_size, job.seed, self.n_steps)  # the rows of each step
+        self.cuts = bench.tree.cuts(job)  # steps whose states are kept
+        looks = evaluation_steps(recipe, self.links, len(self.rows["train"])) if self.links else ()
+        self.points = frozenset(looks)  # steps at which validation is looked at
+        # The job's own: an arm that fails must not leave its optimizer or gradient scale to the next.
+        self.accelerator = make_accelerator(self.arm.base.dtype)
+        self.evaluator = replace(materials.evaluator, autocast=self.accelerator.autocast)
+        self.n_trained = max((materials.counts[link.settings] for link in self.links), default=0)  # by the largest link
+        process = restart_peaks(self.accelerator.device)
+        self.states = States(
             bench.store,
-            lineage,
-            bench.materials.skeleton,
-            bench.materials.source.name,
+            self.lineage,
+            materials.skeleton,
+            materials.source.name,
             recipe.checkpoint_seconds,
             {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
-            n_trained,
-            partial(peaks, accelerator.device, process),
+            self.n_trained,
+            partial(peaks, self.accelerator.device, process),
         )
-        return cls(
-            bench=bench,
-            job=job,
-            arm=arm,
-            path=path,
-            rows=rows,
-            lineage=lineage,
-            cuts=bench.tree.cuts(job),
-            points=frozenset(evaluation_steps(recipe, lineage.links, len(rows["train"])) if lineage.links else ()),
-            accelerator=accelerator,
-            evaluator=replace(bench.materials.evaluator, autocast=accelerator.autocast),
-            states=states,
-            measured=bench.measurements(job),
-            tracker=bench.tracker_for(job),
-            n_trained=n_trained,
-        )
-
-    @property
-    def recipe(self) -> Recipe:
-        """The run's."""
-        return self.bench.recipe
-
-    @property
-    def links(self) -> list[Link]:
-        """What is trained."""
-        return self.lineage.links
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.lineage.n_steps
-
-    @property
-    def ends(self) -> list[int]:
-        """The last step of each link."""
-        return [link.last_step for link in self.links]
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """What is scored at the end."""
-        return ("validation",) if self.job.trial else SPLITS
-
-    @property
-    def general(self) -> list[Example]:
-        """The passages of the general text that are scored before and after."""
-        return [] if self.job.trial else self.bench.materials.general
-
-    @property
-    def order(self) -> list[list[int]]:
-        """Indices of the rows of each step."""
-        return self.bench.order(self.job.seed, self.n_steps)
+        self.measured = bench.measurements(job)
+        # Of an arm, a seed and a final state W&B is told once, and of a trial nothing.
+        state = job.arm, job.seed, self.lineage.names[-1]
+        self.tracker = NoTracker() if job.trial or state in bench.tracked else bench.tracker
+        bench.tracked.add(state)
 
     def file(self, name: str) -> Path:
         """A file of the job's, as the run folder calls it."""
         return (self.path / name).relative_to(self.bench.folder.path)
-
-    def has_weights(self, step: int) -> bool:
-        """Whether a state is in the store with its weights."""
-        segment = self.states.get(step)
-        return segment is not None and segment.has_weights

@@ -28,43 +28,22 @@ class Best:
 
 @dataclass
 class Course:
-    """What is known of a job so far; all that is noted here is written down and shown.
-
-    Attributes:
-        given: The job's assignment.
-        metrics: metrics.jsonl, open.
-        at: Steps that were found or made.
-        reused: Those that were found.
-        steps: The record of each.
-        looks: Loss and score on validation, by step.
-        knots: The record of each, without its matrices.
-        best: The best look; None where the last step is scored whatever the looks say.
-    """
+    """What is known of a job so far; all that is noted here is written down and shown."""
 
     given: Assignment
-    metrics: TextIO
-    at: int = 0
-    reused: int = 0
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    looks: dict[int, dict[str, Any]] = field(default_factory=dict)
-    knots: list[dict[str, Any]] = field(default_factory=list)
-    best: Best | None = None
+    metrics: TextIO  # metrics.jsonl, open
+    at: int = 0  # steps that were found or made
+    reused: int = 0  # those that were found
+    steps: list[dict[str, Any]] = field(default_factory=list)  # the record of each
+    looks: dict[int, dict[str, Any]] = field(default_factory=dict)  # loss and score on validation, by step
+    knots: list[dict[str, Any]] = field(default_factory=list)  # the record of each, without its matrices
+    best: Best | None = None  # look; None where the last step is scored whatever the looks say
     _ledger: list[dict[str, Any]] = field(default_factory=list)  # of each knot's matrices
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last knot is tied."""
-        return len(self.knots) == len(self.given.links)
 
     @property
     def scored_step(self) -> int:
         """The step that is scored at the end."""
         return self.best.step if self.best else self.given.n_steps
-
-    @property
-    def link_steps(self) -> list[dict[str, Any]]:
-        """The records of the current link's steps."""
-        return self.steps[self.given.links[self.given.lineage.link_of(self.at)].first_step :]
 
     def note_step(self, record: dict[str, Any]) -> None:
         """One more step is there."""
@@ -135,11 +114,7 @@ def knot_record(given: Assignment, number: int, knot: Knot, seconds: float) -> d
 
 
 def check_drift(given: Assignment, record: dict[str, Any]) -> None:
-    """What a knot moved must be within what rounding can explain, unless its rules move the outputs themselves.
-
-    Raises:
-        KnotDrift: it moved more.
-    """
+    """Raise KnotDrift where a knot moved more than rounding explains, unless its rules move the outputs themselves."""
     (rules, base), followed = (given.arm.rules, given.arm.base), record["link"] < len(given.links)
     moves = rules.merge == "naive" or (rules.merge_fraction < 1 and followed)
     # On a GPU int8 products round the activations too, so that rounding moves codes.

@@ -37,20 +37,16 @@ def _is_known(given: Assignment, course: Course, step: int) -> bool:
             looked = False
     if step == given.n_steps and looked and measured.known_knot(step) is not None:
         scored = best.step if best else step
-        wanted = not given.job.trial and given.recipe.keep_full_weights and not given.has_weights(scored)
-        asked = (*given.splits, "general") if given.general else given.splits
+        wanted = not given.job.trial and given.recipe.keep_full_weights and not given.states.has_weights(scored)
+        asked = (*given.splits, "general") if given.rows["general"] else given.splits
         if not wanted and all(measured.known_scores(name, scored, "tied") is not None for name in asked):
             return True  # nothing is left to be done, so no weights are needed
-    return given.has_weights(step) and (best is None or best.step == step or given.has_weights(best.step))
+    return given.states.has_weights(step) and (best is None or best.step == step or given.states.has_weights(best.step))
 
 
 def recall(given: Assignment, course: Course, step: int, with_knot: bool) -> None:
     """Take the steps up to one that `deepest` has found from the store, as if they had been made now; `with_knot`: and
-    a knot at its end, which is else for training to tie.
-
-    Raises:
-        KnotDrift: a knot moved more than this recipe allows.
-    """
+    a knot at its end, which is else for training to tie. KnotDrift where one moved more than this recipe allows."""
     for link in given.links:
         if link.last_step <= course.at or link.first_step >= step:
             continue

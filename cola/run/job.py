@@ -1,7 +1,7 @@
 """One arm and seed, from the base weights through its links to a scored, recorded result:
 
     find      what the store has of it is taken from there             find.py
-    train     the rest is made, link by link                           training.py, keep.py, loaded.py
+    train     the rest is made, link by link                           training.py, loaded.py
     select    the last step, or the best look at validation            course.py
     score     every split and the general text, by the tied model      scoring.py
     record    the weights that are kept, result.json, W&B              result.py
@@ -13,28 +13,19 @@ from functools import partial
 from time import perf_counter
 
 from cola.recipe.plan import Job
-from cola.run.assignment import Assignment
-from cola.run.bench import Bench
+from cola.run.assignment import Assignment, Bench
 from cola.run.course import Course
 from cola.run.find import deepest, recall
 from cola.run.loaded import Loaded
-from cola.run.result import hand_out, refer, result_record, tracked_config, tracked_numbers
+from cola.run.result import hand_out, result_record, tracked_config, tracked_numbers
 from cola.run.scoring import evaluate, score_untouched
 from cola.run.training import train
 
 
 def do_job(bench: Bench, job: Job) -> None:
-    """Find or train, select, score, record.
-
-    Args:
-        bench: What the run's jobs share.
-        job: Its searched values chosen.
-
-    Raises:
-        Interrupted: the user stopped it.
-        ColaError: the arm has diverged, a knot moved what it should not, or the base is not what it was.
-    """
-    given, started = Assignment.of(bench, job), perf_counter()
+    """Find or train, select, score, record a job whose searched values are chosen. Interrupted where the user stopped
+    it; a ColaError where the arm has diverged, a knot moved what it should not, or the base is not what it was."""
+    given, started = Assignment(bench, job), perf_counter()
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
     loaded = Loaded(given, partial(score_untouched, given))
     try:
@@ -46,7 +37,7 @@ def do_job(bench: Bench, job: Job) -> None:
         bench.progress.stage("all of it found in the store")
     if not job.trial:
         hand_out(given, course.scored_step)
-    refer(given, course.scored_step)
+    bench.refer(given.lineage.names[step] for step in (*given.cuts, course.scored_step) if step)
     result = result_record(given, course, evaluation, perf_counter() - started)
     bench.folder.write(given.file("result.json"), result)
     given.tracker.finish(tracked_numbers(given, evaluation))
@@ -58,6 +49,6 @@ def _find_or_train(given: Assignment, loaded: Loaded) -> Course:
         course = Course(given, metrics)
         if step := deepest(given, course, given.cuts):
             recall(given, course, step, with_knot=True)
-        if not course.ended:
+        if len(course.knots) < len(given.links):
             train(given, course, loaded)
     return course

@@ -18,12 +18,8 @@ from cola.run.assignment import Assignment
 
 
 class Loaded:
-    """A model in memory, with the links that are trained and tied in it; nothing until it is needed.
-
-    Args:
-        given: The job's assignment.
-        untouched: Called with the model before anything is attached to it or merged.
-    """
+    """A model in memory, with the links that are trained and tied in it; nothing until it is needed. `untouched` is
+    called with the model before anything is attached to it or merged."""
 
     def __init__(self, given: Assignment, untouched: Callable[[PreTrainedModel], None]) -> None:
         self.needed = False  # whether anything was loaded
@@ -32,11 +28,7 @@ class Loaded:
         self._placed: int | None = None  # the step whose tied weights the model has
 
     def load(self) -> PreTrainedModel:
-        """The untouched base.
-
-        Raises:
-            ModelError: it is not the one that this run began with.
-        """
+        """The untouched base; a ModelError where it is not the one that this run began with."""
         given, bench, source = self._given, self._given.bench, self._given.bench.materials.source
         bench.progress.stage("loading the model")
         self.needed = True
@@ -65,42 +57,28 @@ class Loaded:
     def run(
         self, n_tied: int, tune: Callable[[Chain, Link], None], probe: Probe, gradients: Gradients
     ) -> Iterator[Knot]:
-        """Train the links that are not tied yet.
-
-        Args:
-            n_tied: Links that the store has tied.
-            tune: As in `run_chain`, and so are the others.
-            probe: Asks the model.
-            gradients: Full gradients of matrices.
-        """
+        """Train the links that are not tied yet, all but `n_tied`; the rest as in `run_chain`."""
         given = self._given
         retie(self.chain, self._tied(given.ends[:n_tied], gone_on=False))
         yield from run_chain(self.chain, given.links, tune, probe, gradients)
         self._placed = given.n_steps
 
     def put_back(self, step: int) -> Moments | None:
-        """Give the attached link the weights of a state that is there; returns the optimizer's state, if kept.
-
-        Raises:
-            FileNotFoundError: it has gone from the store.
-        """
+        """Give the attached link the weights of a state that is there; returns the optimizer's state, if kept. A
+        FileNotFoundError where it has gone from the store."""
         moments = self._given.states.put_back(self.chain.model, step)
         hold_out(self.chain.model, self.chain.base, self.chain.learned)
         return moments
 
     def model_after(self, step: int) -> PreTrainedModel:
-        """The model with the links up to a step tied.
-
-        Raises:
-            FileNotFoundError: a state that it takes has gone from the store.
-        """
+        """The model with the links up to a step tied; a FileNotFoundError where a state that it takes has gone."""
         given, chain = self._given, self.chain
         if step in (0, self._placed):
             return chain.model
         number = given.lineage.link_of(step)
         ends, link = given.ends[:number], given.links[number]
         for needed in (*ends, step):
-            if not given.has_weights(needed):
+            if not given.states.has_weights(needed):
                 raise FileNotFoundError(f"{given.job.label}: the state after step {needed} has gone from the store")
         if link.settings.is_pair:
             retie(chain, [*self._tied(ends, gone_on=True), given.states.pair(step)])
@@ -112,12 +90,8 @@ class Loaded:
         return chain.model
 
     def _tied(self, ends: Sequence[int], gone_on: bool) -> Residual:
-        """What links that others follow have left in the chain, from the store.
-
-        Args:
-            ends: Their last steps.
-            gone_on: Whether the link after them has begun; a pair that is kept is in that link's then.
-        """
+        """What the links with these last steps, which others follow, have left in the chain, from the store. `gone_on`:
+        whether the link after them has begun; a pair that is kept is in that link's then."""
         pairs, rules = [self._given.states.pair(end) for end in ends], self._given.arm.rules
         if rules.keeps_pair and pairs and not gone_on:
             return [*left_behind(pairs[:-1], rules.merge_fraction, True), pairs[-1]]

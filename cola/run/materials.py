@@ -1,77 +1,58 @@
-"""What a recipe is run with: the base, the data and how it is scored, found and checked before anything is trained."""
+"""What a recipe is run with: base, data, scoring, the run's folder; found and tried before anything is trained."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cola import environment
-from cola.data.encode import Example
+from cola.data.encode import Example, fingerprint_of
 from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.data.splits import Splits, load_splits
-from cola.errors import ModelError
-from cola.files import need_package
-from cola.link import adapters, starts
+from cola.errors import ModelError, RunChanged
+from cola.files import digest, file_digest, need_package, need_room
+from cola.link import adapters, starts, targets
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_model
 from cola.link.model import Source, check_fit, check_tokens
 from cola.link.text_part import text_config
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.memory import need_memory
+from cola.measure.selfcheck import VERSION, Subject, self_check, slowest
 from cola.recipe.methods import Settings
-from cola.recipe.plan import plan_arm
+from cola.recipe.plan import jobs_of, plan_arm, trials_of
 from cola.recipe.recipe import Recipe
+from cola.recipe.resolved import BaseFormat
 from cola.report.terminal import Terminal
+from cola.tree.made import Data, GeneralText, Model, Provenance, RecipeDigest, SelfCheck, provenance
+from cola.tree.run_folder import FORMAT, RunFolder
+from cola.tree.segments import root_causes
+from cola.tree.store import Store
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What a recipe is run with.
-
-    Attributes:
-        recipe: The resolved recipe.
-        source: The base.
-        skeleton: The base without weights.
-        splits: The examples.
-        general: Passages of the general text; empty where none is scored.
-        evaluator: Scores both.
-        device: That computes.
-    """
+    """What a recipe is run with."""
 
     recipe: Recipe
-    source: Source
-    skeleton: PreTrainedModel
+    source: Source  # the base
+    skeleton: PreTrainedModel  # the base without weights
     splits: Splits
-    general: list[Example]
+    general: list[Example]  # passages of the general text; empty where none is scored
     evaluator: Evaluator
     device: torch.device
-    _counts: dict[Settings, int] = field(default_factory=dict)
-
-    @property
-    def virtual_tokens(self) -> int:
-        """The most that an arm puts before a row."""
-        return virtual_tokens(self.recipe)
-
-    def count_parameters(self, settings: Settings) -> int:
-        """Parameters that a link trains, counted once."""
-        if settings not in self._counts:
-            self._counts[settings] = adapters.count_parameters(self.skeleton, settings)
-        return self._counts[settings]
-
-    def asking(self, ways: Ways) -> "Materials":
-        """The same for a model that is asked in these ways."""
-        return replace(self, recipe=heeding(ways, self.recipe), evaluator=self.evaluator.asking(ways))
+    counts: dict[Settings, int]  # parameters that each link of an arm trains
 
 
 def gather(recipe: Recipe, terminal: Terminal) -> Materials:
-    """Find and check all of it.
-
-    Raises:
-        ColaError: model or data cannot serve the recipe.
-    """
+    """Find and check all of it; a ColaError where model or data cannot serve the recipe."""
     quiet_libraries()
-    accelerator = _accelerator(recipe, terminal)
+    accelerator = make_accelerator(recipe.model.dtype)
+    dtypes = sorted({recipe.resolved(arm).base.dtype for arm in recipe.arms})
+    for note in (environment.note(), *(dtype_warning(dtype, accelerator.device) for dtype in dtypes)):
+        if note:
+            terminal.warn(note)
     source = find_model(recipe.model, terminal.say)
     tokenizer = source.tokenizer()
     splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, source.ends())
@@ -90,17 +71,6 @@ def heeding(ways: Ways, recipe: Recipe) -> Recipe:
     """The recipe for a model that is asked in these ways, whose rows must perhaps not share a pass."""
     alone = recipe.training.model_copy(update={"micro_batch_tokens": 1})
     return recipe.model_copy(update={"training": alone}) if ways.rows == "alone" else recipe
-
-
-def _accelerator(recipe: Recipe, terminal: Terminal) -> Accelerator:
-    """What computes; the user is told what of the environment it does not heed, and of a dtype that is slow on it."""
-    accelerator = make_accelerator(recipe.model.dtype)
-    if said := environment.note():
-        terminal.warn(said)
-    for dtype in sorted({recipe.resolved(arm).base.dtype for arm in recipe.arms}):
-        if warning := dtype_warning(dtype, accelerator.device):
-            terminal.warn(warning)
-    return accelerator
 
 
 def _check_arms(
@@ -135,11 +105,7 @@ def virtual_tokens(recipe: Recipe) -> int:
 
 
 def _general_text(
-    recipe: Recipe,
-    source: Source,
-    skeleton: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    terminal: Terminal,
+    recipe: Recipe, source: Source, skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, terminal: Terminal
 ) -> list[Example]:
     """The passages of the general text, the same for all arms; none where the recipe leaves it out."""
     if recipe.evaluation.general_text is None:
@@ -152,3 +118,102 @@ def _general_text(
     n_tokens = sum(passage.n_tokens for passage in passages)
     terminal.say(f"general text: {n_tokens} tokens in {len(passages)} passages of {room}{why}")
     return passages
+
+
+def check_bases(
+    materials: Materials, store: Store, used: dict[str, set[str]], terminal: Terminal
+) -> tuple[SelfCheck, dict[BaseFormat, PreTrainedModel]]:
+    """Try every base that an arm has, unless it was tried before on these rows, with these versions. Returns the record
+    and, for who needs it next, the first arm's base if it was loaded; a ModelError where one cannot be relied on."""
+    recipe, source, skeleton = materials.recipe, materials.source, materials.skeleton
+    bases: dict[BaseFormat, list[str]] = {}
+    for job in jobs_of(recipe):
+        bases.setdefault(recipe.resolved(job.arm).base, []).append(job.arm)
+    examples = [example for _, part in materials.splits.items() for example in part] + materials.general
+    records, ready = [], {}
+    for base in reversed(bases):  # the first one last: it is what the first job needs
+        dtype, quantization = base
+        links = [link for arm in bases[base] for link in recipe.resolved(arm).links]
+        accelerator = make_accelerator(dtype)
+        asked = (virtual_tokens(recipe), bool(links), any(link.is_whole for link in links))
+        causes = {
+            "measured": "selfcheck",
+            "version": VERSION,
+            "state": digest(root_causes(source.fingerprint(), dtype, accelerator.device.type, quantization)),
+            "rows": digest([materials.splits.fingerprint, fingerprint_of({"general": materials.general})]),
+            "scoring": materials.evaluator.causes(),
+            "asked": list(asked),
+            "packages": {name: version(name) for name in ("torch", "transformers")},
+        }
+        used["measured"].add(digest(causes))
+        if (record := store.recall(causes)) is None:
+            terminal.say(f"self-check: trying what training and scoring rely on, on {source.name}")
+            ready.clear()
+            ready[base] = model = source.load(dtype, accelerator.device, quantization)
+            mine = replace(materials.evaluator, autocast=accelerator.autocast)
+            tried = self_check(Subject(source.name, model, mine, examples, *asked))
+            record = {"dtype": dtype, "quantization": quantization, **tried}
+            store.remember(causes, record)
+        records.insert(0, record)
+    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
+    notes += targets.all_linear_notes(skeleton, {arm: recipe.resolved(arm).links for arm in recipe.arms})
+    for note in notes:
+        terminal.warn(note)
+    ways, shared = slowest([Ways(**record["ways"]) for record in records]), targets.shared_matrices(skeleton)
+    return SelfCheck.model_validate({"bases": records, "ways": asdict(ways), "shared": shared, "notes": notes}), ready
+
+
+def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal: Terminal) -> Provenance:
+    """What provenance.json will hold; RunChanged where a resumed run has not the recipe, the data and the base that it
+    began with, a RunFolderError where another version wrote it, or the store's disk has no room for a new run."""
+    recipe, source, splits, general = materials.recipe, materials.source, materials.splits, materials.general
+    device = f"cpu, threads: {torch.get_num_threads()}"  # whose number moves the last bits
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    meta = Provenance(
+        format=FORMAT,
+        **provenance(),
+        device=device,
+        recipe=RecipeDigest(sha256=file_digest(folder.recipe_file)),
+        model=Model(name=source.name, revision=source.revision, sha256=source.fingerprint()),
+        data=Data(sha256=splits.fingerprint, notes=splits.notes),
+        rows=splits.sizes,
+        general_text=GeneralText(
+            name=recipe.evaluation.general_text,
+            sha256=fingerprint_of({"general": general}),
+            passages=len(general),
+            longest=max((passage.n_tokens for passage in general), default=0),
+        ),
+    )
+    if (before := folder.provenance()) is not None:
+        for key in ("recipe", "model", "data", "general_text"):
+            if getattr(before, key).sha256 != getattr(meta, key).sha256:
+                raise RunChanged(
+                    f"{folder.path}: the {key.replace('_', ' ')} is not the one this run began with; start a new run "
+                    "instead of resuming"
+                )
+        for key in ("cola", "commit", "packages", "machine", "device"):
+            if getattr(before, key) != getattr(meta, key):
+                terminal.warn(f"{key} changed since this run began; each result says what it was made with")
+        return meta
+    need_room(store.path, _room(materials), "this run")
+    return meta
+
+
+def _room(materials: Materials) -> int:
+    """Bytes that a new run may come to keep at once."""
+    recipe = materials.recipe
+    weights = 4 * materials.skeleton.num_parameters()  # kept in float32
+    full = tuned_as_a_whole(recipe)
+    # Of all weights: a checkpoint with its two moments, and the end or the best so far.
+    room = 50_000_000 + (4 * weights if full else 0)
+    kept = len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
+    # Of every value that is tried, until the best is known: before any is kept, or beside those of earlier seeds.
+    tried = sum(len(trials_of(recipe, arm, recipe.seeds[0])) for arm in full)
+    each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
+    return room + weights * (kept + tried if each_seed else max(kept, tried))
+
+
+def tuned_as_a_whole(recipe: Recipe) -> list[str]:
+    """The arms that train all weights."""
+    return [arm for arm in recipe.arms if any(link.is_whole for link in recipe.resolved(arm).links)]

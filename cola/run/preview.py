@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from cola.compare.scope import overlap_note
+from cola.data.fields import fill, lookup
 from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.files import need_package, package_file
 from cola.recipe.arms import Prune
-from cola.recipe.bounds import SAMPLE, SPLITS, is_remote
 from cola.recipe.data_section import Data
 from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
 from cola.recipe.plan import jobs_of, plan_arm
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
-from cola.recipe.schema import Search
+from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
 from cola.report.numbers import count
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
@@ -27,14 +27,9 @@ FIRST_ROWS = 100  # of a file, that are looked at
 
 
 def preview(recipe: Recipe, terminal: Terminal) -> None:
-    """Print the plan.
-
-    Raises:
-        ColaError: a local path is missing, a local file cannot be read or lacks a field or rows, an arm's links do not
-            fit the budget, or target_modules match nothing in a model whose config is on this disk.
-    """
-    unchecked = []
-    matched = recipe.training.match
+    """Print the plan; a ColaError where a local path is missing, a local file cannot be read or lacks a field or rows,
+    an arm's links do not fit the budget, or target_modules match nothing in a model whose config is on this disk."""
+    unchecked, matched = [], recipe.training.match
     known = (recipe.data.rows.train is not None or recipe.training.steps is not None) and matched == "steps"
     if matched != "steps":
         unchecked.append(f"the optimizer steps of each arm, which are matched by {matched}")
@@ -42,7 +37,7 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
         unchecked.append("the number of training rows, and with it the steps")
     # Which rows there are does not change what a link trains, so one row stands for an unknown number.
     links = {arm: plan_arm(recipe, arm, recipe.seeds[0], recipe.data.rows.train or 1) for arm in recipe.arms if known}
-    steps = {arm: [len(link.learning_rates) for link in links[arm]] if known else None for arm in recipe.arms}
+    steps = {arm: [len(link.learning_rates) for link in links[arm]] for arm in links} if known else None
     unchecked += _check_data(recipe)
     for arm in recipe.arms:
         if (quantization := recipe.resolved(arm).base.quantization) is not None:
@@ -50,7 +45,11 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     parameters, notes = _parameters(recipe)
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
-    free = _free_bytes(Path(recipe.output).expanduser())
+    output = Path(recipe.output).expanduser().absolute()
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not existing.is_dir():
+        raise RunFolderError(f"output: {existing} is a file, not a folder")
+    free = f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
     terminal.table(plan_table(recipe, steps, parameters))
     jobs = jobs_of(recipe)
     trials = sum(job.trial for job in jobs)
@@ -62,8 +61,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     )
     for note in [*notes, *filter(None, [overlap_note(recipe)])]:
         terminal.say(note)
-    if all(lengths is not None for lengths in steps.values()):
-        total = sum(sum(steps[job.arm] or []) for job in jobs)
+    if steps is not None:
+        total = sum(sum(steps[job.arm]) for job in jobs)
         terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")
     score = recipe.evaluation
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
@@ -75,12 +74,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
 def _check_data(recipe: Recipe) -> list[str]:
     data, general = recipe.data, recipe.evaluation.general_text
     if general not in (None, SAMPLE):
-        _check_file("evaluation.general_text", general)
         _check_rows(open_texts(Path(general), "evaluation.general_text"), {"evaluation.general_text": "{text}"}, {})
     if data.files is not None:
-        for split in SPLITS:
-            if path := getattr(data.files, split):
-                _check_file(f"data.files.{split}", path)
         _check_files(data)
         return [f"the rows of the data files but the first {FIRST_ROWS}, and how many tokens they have"]
     if data.reasoning_gym is not None:
@@ -107,20 +102,12 @@ def _check_files(data: Data) -> None:
 
 
 def _check_rows(pool: Pool, templates: dict[str, str], fields: dict[str, str]) -> None:
-    from cola.data.fields import fill, lookup
-
     for number in range(min(pool.size or 0, FIRST_ROWS)):
         row, place = pool.row(number), f"{pool.name} row {number + 1}"
         for key, template in templates.items():
             fill(template, row, place, key)
         for key, field in fields.items():
             lookup(row, field, place, key)
-
-
-def _check_file(key: str, path: str) -> None:
-    if not Path(path).is_file():
-        why = "is a folder; name a file" if Path(path).is_dir() else "does not exist"
-        raise DataError(f"{key}: {path} {why}")
 
 
 def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
@@ -159,21 +146,9 @@ def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
     return counts, targets.all_linear_notes(skeleton, {arm: resolved.links for arm, resolved in arms.items()})
 
 
-def _free_bytes(output: Path) -> str:
-    existing = next(p for p in [output.absolute(), *output.absolute().parents] if p.exists())
-    if not existing.is_dir():
-        raise RunFolderError(f"output: {existing} is a file, not a folder")
-    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
-
-
-def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: dict[str, int] | None) -> Table:
-    """What a run will do, before it does it.
-
-    Args:
-        recipe: The resolved recipe.
-        steps: Optimizer steps of each arm's links; None where the number of rows is not known yet.
-        parameters: Trainable parameters of each arm's largest link; None where the model is not on this disk.
-    """
+def plan_table(recipe: Recipe, steps: dict[str, list[int]] | None, parameters: dict[str, int] | None) -> Table:
+    """What a run will do: the steps of each arm's links, None where the number of rows is not known yet, and the
+    parameters that its largest link trains, None where the model is not on this disk."""
     rows: list[list[Shown]] = []
     for name in recipe.arms:
         arm = recipe.resolved(name)
@@ -184,13 +159,12 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int] | None], parameters: d
         rates += " for each seed" if any(search.per == "seed" for search in searches.values()) else ""
         base = [said for said in (arm.base.quantization, arm.base.dtype) if said not in (None, "float32")]
         knots = f"; {_knots(arm.rules)}" if len(links) > 1 else ""
-        lengths = steps[name]
         rows.append(
             [
                 name,
                 str(len(links)),
                 ", ".join([*base, _trains(links)]) + knots,
-                ("+".join(map(str, lengths)) or "0") if lengths is not None else "by epochs",
+                ("+".join(map(str, steps[name])) or "0") if steps is not None else "by epochs",
                 rates if links else NONE,
                 count(parameters[name]) if parameters else "?",
             ]

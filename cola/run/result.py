@@ -7,11 +7,11 @@ from typing import Any
 
 from cola.files import each_once
 from cola.link import adapters
-from cola.measure.cost import Cost
 from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
 from cola.run.assignment import Assignment
 from cola.run.course import Course
+from cola.run.plan_tree import cost_of
 from cola.tree.records import Result, TrialResult
 from cola.tree.run_folder import FORMAT, MADE_WITH
 from cola.tree.store import hand_out as copy_out
@@ -25,7 +25,7 @@ def hand_out(given: Assignment, scored_step: int) -> None:
         kept.append((f"knots/best-link-{number + 1}", scored_step, given.links[number]))
     for name, step, link in kept:
         full = link.settings.is_whole
-        if (not link.settings.is_pair and step != scored_step) or not given.has_weights(step):
+        if (not link.settings.is_pair and step != scored_step) or not given.states.has_weights(step):
             continue
         if full and not given.recipe.keep_full_weights:
             continue
@@ -41,23 +41,10 @@ def hand_out(given: Assignment, scored_step: int) -> None:
                 shutil.copy(own, folder)
 
 
-def refer(given: Assignment, scored_step: int) -> None:
-    """Note in the run folder which states the result rests on."""
-    given.bench.used["segments"] |= {given.lineage.names[step] for step in (*given.cuts, scored_step) if step}
-    given.bench.write_references()
-
-
 def result_record(
     given: Assignment, course: Course, evaluation: dict[str, Any], seconds: float
 ) -> Result | TrialResult:
-    """The content of result.json.
-
-    Args:
-        given: The job's assignment.
-        course: At its end.
-        evaluation: The scores.
-        seconds: That all of it took in this session.
-    """
+    """The content of result.json; `seconds`: what all of it took in this session."""
     created = datetime.now().astimezone().isoformat(timespec="seconds")
     record = {
         "format": FORMAT,
@@ -71,7 +58,8 @@ def result_record(
 
 
 def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
-    names, steps, scored, cost = given.lineage.names, course.steps, course.scored_step, _cost(given)
+    names, steps, scored = given.lineage.names, course.steps, course.scored_step
+    cost = cost_of(given.bench.meter, given.links, given.order, given.job.seed)  # whenever they were trained
     # With what, and in how much memory, the segments were made, in this session or an earlier one.
     segments = [segment.record for step in given.cuts if (segment := given.states.get(step)) is not None]
     train_seconds = sum(step["seconds"] for step in steps)
@@ -96,7 +84,7 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "positions": cost.positions,
         "without_gradient": min((step["without_gradient"] for step in steps), default=0),
         "num_trainable_params": given.n_trained,
-        "num_total_params": sum(p.numel() for p in given.bench.materials.skeleton.parameters()),
+        "num_total_params": given.bench.materials.skeleton.num_parameters(),
         "train_seconds": train_seconds,
         # What the result costs, whichever session made its parts.
         "total_seconds": train_seconds + given.measured.seconds + sum(knot["seconds"] for knot in course.knots),
@@ -106,13 +94,6 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "knots": course.knots,
         "evaluations": [course.looks[step] for step in sorted(course.looks)],
     }
-
-
-def _cost(given: Assignment) -> Cost:
-    """FLOPs and positions of all the links' steps, whenever they were made."""
-    meter, order, seed = given.bench.meter, given.order, given.job.seed
-    costs = [meter.steps(link, order[link.first_step : link.last_step], seed) for link in given.links]
-    return sum((cost for steps in costs for cost in steps), Cost(0.0, 0))
 
 
 def _peak(segments: list[dict[str, Any]], memory: str) -> int | None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter, sleep
 from typing import Literal
 
@@ -16,20 +16,16 @@ from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.report.tracking import Tracker, sync_command
+from cola.report.tracking import NoTracker, Tracker, mode_of, sync_command
 from cola.run.announce import say_cautions, say_plan
-from cola.run.base_check import check_bases
-from cola.run.bench import Bench
-from cola.run.folder_check import check_folder
-from cola.run.full_weights import let_full_weights_go, wanted_weights
+from cola.run.assignment import Bench
+from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
-from cola.run.materials import gather, heeding
+from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.plan_tree import Planner
 from cola.run.search import chosen_jobs, known_jobs, with_choice
-from cola.run.spectrum_files import SpectrumFiles
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
-from cola.tree.made import SelfCheck
 from cola.tree.prune import register, size_of
 from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
@@ -42,10 +38,11 @@ def run(
     terminal: Terminal,
     signals: Signals | None = None,
     group: str | None = None,
-    tracked: set[str] | None = None,
+    tracked: set[tuple[str, int, str]] | None = None,
     siblings: Sequence[Recipe] = (),
 ) -> Summary:
-    """Train and score everything the recipe asks for that neither the folder nor the store holds yet.
+    """Train and score everything the recipe asks for that neither the folder nor the store holds yet; returns what
+    summary.json holds, `interrupted` where the user stopped it.
 
     Args:
         recipe: The resolved recipe.
@@ -56,37 +53,34 @@ def run(
         tracked: Arms, seeds and final states that W&B has been sent, by other points of the ablation; added to.
         siblings: The recipes of the ablation's other points: states are kept where those part from this one.
 
-    Returns:
-        The summary, as in summary.json; `interrupted` is true where the user stopped it.
-
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     materials = gather(recipe, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
     meta, used = check_folder(materials, folder, store, terminal), folder.references()
-    checked, ready = check_bases(materials, store, used, terminal)
-    selfcheck = {"selfcheck": SelfCheck.model_validate(checked)}
-    folder.write("provenance.json", (folder.provenance() or meta).model_copy(update=selfcheck))
-    meta = meta.model_copy(update=selfcheck)
-    materials = materials.asking(ways := Ways(**checked["ways"]))
-    recipe, siblings = materials.recipe, [heeding(ways, sibling) for sibling in siblings]
+    selfcheck, ready = check_bases(materials, store, used, terminal)
+    began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
+    folder.write("provenance.json", began)
+    ways = Ways(**dict(selfcheck.ways))
+    recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
+    materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
     planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
     say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
-    tracker = Tracker(recipe.tracking, group, folder.path, terminal.warn)
-    steps = {job: tree.lineage(job).n_steps for job in jobs}
+    off = mode_of(recipe.tracking) == "off"
+    tracker = NoTracker() if off else Tracker(recipe.tracking, group, folder.path, terminal.warn)
+    sent = set() if tracked is None else tracked
     with (
         in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
-        terminal.progress(sum(steps.values())) as progress,
+        terminal.progress(sum(tree.lineage(job).n_steps for job in jobs)) as progress,
     ):
-        sent = set() if tracked is None else tracked
         bench = Bench(
             materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress
         )
-        interrupted = _stopped(bench, steps, terminal)
+        interrupted = _stopped(bench, jobs)
     summary = summarize(recipe, folder).model_copy(
         update={
             "interrupted": interrupted,
@@ -98,12 +92,12 @@ def run(
     return summary
 
 
-def _stopped(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> bool:
+def _stopped(bench: Bench, jobs: list[Job]) -> bool:
     """Do every job; returns whether the user stopped it."""
     register(bench.store, bench.folder.path)
-    stopped = False
     try:
-        _do_all(bench, steps, terminal)
+        _do_all(bench, jobs)
+        stopped = False
     except (KeyboardInterrupt, Interrupted):
         stopped = True
     bench.progress.close()
@@ -111,17 +105,11 @@ def _stopped(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> bool:
     return stopped
 
 
-def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
-    """Every job, in order; what another process is at comes later, so that one command given twice shares the work.
-
-    Args:
-        bench: What they share.
-        steps: Optimizer steps of each job.
-        terminal: Told of the plan and of failures.
-    """
-    left, known, files = list(steps), known_jobs(bench, steps), SpectrumFiles(bench)
-    bench.want_weights(wanted_weights(bench, known, files))
-    say_plan(bench, known, left, terminal)
+def _do_all(bench: Bench, jobs: list[Job]) -> None:
+    """Every job, in order; what another process is at comes later, so that one command given twice shares the work."""
+    left, known, files = list(jobs), known_jobs(bench, jobs), SpectrumFiles(bench)
+    want_weights(bench, jobs, files)
+    say_plan(bench, known, left)
     searching, waits = len(known) < len(left), False
     while left:
         open_trials = {job for job in left if job.trial}
@@ -132,23 +120,23 @@ def _do_all(bench: Bench, steps: dict[Job, int], terminal: Terminal) -> None:
                 if not mine:
                     continue
                 if searching and not job.trial:
-                    known = known_jobs(bench, steps)
+                    known = known_jobs(bench, jobs)
                     if not open_trials:
-                        say_plan(bench, known, known, terminal)
+                        say_plan(bench, known, known)
                         searching = False
-                bench.want_weights(wanted_weights(bench, steps, files))
-                _do(bench, job, steps[job], terminal)
+                want_weights(bench, jobs, files)
+                _do(bench, job)
                 files.update(
-                    chosen_jobs(bench, [other for other in steps if other.seed == job.seed and not other.trial])
+                    chosen_jobs(bench, [other for other in jobs if other.seed == job.seed and not other.trial])
                 )
-                bench.want_weights(wanted_weights(bench, steps, files))
+                want_weights(bench, jobs, files)
                 let_full_weights_go(bench, job.seed)
             left.remove(job)
             waits = False
             break
         else:
             if not waits:
-                bench.progress.job(left[0].label, steps[left[0]])
+                bench.progress.job(left[0].label, bench.tree.lineage(left[0]).n_steps)
                 bench.progress.stage("another process is at it, and at all that is left; waiting")
             waits = True
             sleep(WAIT_SECONDS)
@@ -161,12 +149,12 @@ def _claim(bench: Bench, job: Job) -> str:
     return digest({"job": bench.tree.lineage(job).names[-1], "trial": job.trial})
 
 
-def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
+def _do(bench: Bench, job: Job) -> None:
     """Train and record one job, unless its result is there."""
+    n_steps, started = bench.tree.lineage(job).n_steps, perf_counter()
     if bench.folder.status(job) == "ok":
         bench.progress.skip(n_steps)
         return
-    started = perf_counter()
     try:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
@@ -186,7 +174,7 @@ def _do(bench: Bench, job: Job, n_steps: int, terminal: Terminal) -> None:
         _record_end(bench, job, "failed", started, reason)
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, "".join(traceback.format_exception(error)))
-        terminal.warn(f"{job.label} failed, the others go on: {reason}")
+        bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
 
 
 def _record_end(

@@ -10,23 +10,16 @@ import numpy as np
 from cola.compare.choice import choose
 from cola.errors import ColaError
 from cola.recipe.plan import Job, trials_of
-from cola.run.bench import Bench
+from cola.run.assignment import Bench
 from cola.tree.records import Chosen, Trial
 from cola.tree.run_folder import choice_file
-
-
-class SearchOpen(ColaError):
-    """A searched value is still to be chosen."""
 
 
 def with_choice(bench: Bench, job: Job) -> Job:
     """The job with the values that were best on validation over its trials' seeds, where any are searched.
 
     The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
-
-    Raises:
-        SearchOpen: not all trials have ended.
-        ColaError: none of them came to its end.
+    A ColaError where not all trials have ended, or none of them came to its end.
     """
     search = None if job.trial else bench.recipe.search_of(job.arm)
     if search is None:
@@ -39,7 +32,7 @@ def with_choice(bench: Bench, job: Job) -> Job:
     for choice in choices:
         mine = [trial for trial in trials if trial.choice == choice]
         if any(bench.folder.status(trial) in (None, "interrupted") for trial in mine):
-            raise SearchOpen(f"{job.arm}: its search is not at its end")
+            raise ColaError(f"{job.arm}: its search is not at its end")
         looks = [result.evaluation.validation for trial in mine if (result := bench.folder.trial(trial)) is not None]
         # A choice at which some seed failed is no candidate: its mean would be over other seeds than the rest.
         failed = len(looks) < len(mine)
@@ -72,6 +65,5 @@ def chosen_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
 def known_jobs(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
     """The same; what they rest on is noted for the store."""
     known = chosen_jobs(bench, jobs)
-    bench.used["segments"] |= set(bench.tree.segments(known))
-    bench.write_references()
+    bench.refer(bench.tree.segments(known))
     return known

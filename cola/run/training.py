@@ -1,7 +1,7 @@
 """What a job trains: from what was found in the store to the last knot, while other processes may do the same."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
 
@@ -20,7 +20,6 @@ from cola.run.assignment import Assignment
 from cola.run.course import Course, check_drift, knot_record
 from cola.run.find import deepest, recall
 from cola.run.interrupt import Interrupted
-from cola.run.keep import Keeper
 from cola.run.loaded import Loaded
 from cola.run.scoring import score_attached
 from cola.tree.locks import lock
@@ -31,12 +30,8 @@ class NothingLeft(Exception):
 
 
 def train(given: Assignment, course: Course, loaded: Loaded) -> None:
-    """Make what the course lacks: the rest of the link at hand, and all links after it.
-
-    Raises:
-        Interrupted: the user stopped it; a checkpoint is kept.
-        ColaError: the arm has diverged, or a knot moved what it should not.
-    """
+    """Make what the course lacks: the rest of the link at hand, and all links after it. Interrupted where the user
+    stopped it, and a checkpoint is kept; a ColaError where the arm has diverged, or a knot moved what it should not."""
     trainer, tuned = Trainer(given, course, loaded, Keeper(given, course)), perf_counter()
 
     def tune_link(_chain: Chain, link: Link) -> None:
@@ -58,19 +53,12 @@ def train(given: Assignment, course: Course, loaded: Loaded) -> None:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Brings a link's weights to its last step.
-
-    Attributes:
-        given: The job's assignment.
-        course: Gets the steps and looks.
-        loaded: Has the link attached.
-        keeper: Keeps the states.
-    """
+    """Brings a link's weights to its last step."""
 
     given: Assignment
     course: Course
     loaded: Loaded
-    keeper: Keeper
+    keeper: "Keeper"
 
     def probe(self, model: PreTrainedModel) -> Outputs:
         """What a model says on the rows that tell what a knot changed."""
@@ -86,11 +74,8 @@ class Trainer:
         return full_gradients(model, names, batches, given.accelerator)
 
     def tune(self, link: Link) -> None:
-        """Take the steps from the store as far as it has them, and make the others.
-
-        Raises:
-            NothingLeft: another process has come to the job's end.
-        """
+        """Take the steps from the store as far as it has them, and make the others; NothingLeft where another process
+        has come to the job's end."""
         given, course = self.given, self.course
         heads = [link.first_step, *given.cuts]  # where segments begin, those of other runs too that are come across
         moments = self._first_moments(link)
@@ -102,7 +87,7 @@ class Trainer:
             with lock(given.bench.store.path, given.lineage.names[start + 1], say):
                 # Another process may have trained all or a part of it, by now or before it was killed.
                 if found := deepest(given, course, range(course.at + 1, stop + 1)):
-                    if not given.has_weights(found):
+                    if not given.states.has_weights(found):
                         raise NothingLeft
                     try:
                         moments = self.loaded.put_back(found)
@@ -175,3 +160,59 @@ class Trainer:
         self.given.bench.write_references()
         if course.best is not before:
             self.keeper.keep_best(model, before.step if before else None)
+
+
+@dataclass
+class Keeper:
+    """Keeps ends of segments for good, a checkpoint until a later state, the best look until it is outdone."""
+
+    given: Assignment
+    course: Course
+    _checkpoint: int | None = None
+    _outdone: list[int] = field(default_factory=list)  # former bests: needed until a later state can be gone on from
+
+    def go_on_from(self, step: int, kind: str) -> None:
+        """Training goes on from a state that was found, of that kind."""
+        self._checkpoint = step if kind == "checkpoint" else None
+
+    def keep_end(self, model: PreTrainedModel, optimizer: AcceleratedOptimizer) -> None:
+        """The end of a segment."""
+        goes_on = self._link.settings.is_pair or self.given.bench.tree.goes_on(self.given.lineage.names[self.course.at])
+        self._keep("segment", model, optimizer if goes_on else None, None)
+        self._leave()
+
+    def keep_checkpoint(self, model: PreTrainedModel, optimizer: AcceleratedOptimizer, stop: int) -> None:
+        """A state on the way to `stop`, from which training can go on."""
+        if self._checkpoint != self.course.at:
+            self._keep("checkpoint", model, optimizer, self.given.lineage.names[stop])
+            self._leave()
+            self._checkpoint = self.course.at
+
+    def keep_best(self, model: PreTrainedModel, before: int | None) -> None:
+        """The best look so far; `before`: the one that it outdoes."""
+        if self.given.states.has_weights(self.course.at):
+            self.given.states.keep_as_point(self.course.at)
+        else:
+            self._keep("point", model, None, self.given.lineage.names[-1])
+        if before is not None:
+            self._outdone.append(before)
+
+    @property
+    def _link(self) -> Link:
+        return self.given.links[self.given.lineage.link_of(self.course.at)]
+
+    def _keep(
+        self, kind: str, model: PreTrainedModel, optimizer: AcceleratedOptimizer | None, towards: str | None
+    ) -> None:
+        moments = read_moments(model, optimizer, self.given.accelerator) if optimizer is not None else None
+        rows = self.course.steps[self._link.first_step :]
+        self.given.states.keep(self.course.at, kind, model, moments, rows, towards)
+
+    def _leave(self) -> None:
+        """A later state is kept: the checkpoint before it has served, and the bests that were outdone."""
+        if self._checkpoint is not None:
+            self.given.states.drop(self._checkpoint, "checkpoint")
+        self._checkpoint = None
+        for step in self._outdone:
+            self.given.states.drop(step, "point")
+        self._outdone = []

@@ -8,7 +8,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from cola.errors import StoreError
@@ -21,11 +21,8 @@ CHANGES = "changes"  # the lock on putting, changing and removing segments, for 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Hold a lock file, made where it is missing, unless another process does; whether it is held now.
-
-    Raises:
-        FileNotFoundError: its folder is not there, or not any more.
-    """
+    """Hold a lock file, made where it is missing, unless another process does; whether it is held now. A
+    FileNotFoundError where its folder has gone."""
     while True:
         with path.open("a") as file:
             try:
@@ -46,36 +43,29 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-@contextmanager
-def claim(store: Path, key: str) -> Iterator[bool]:
+def claim(store: Path, key: str) -> AbstractContextManager[bool]:
     """Hold a store's key for this process unless another one does; whether it is held now."""
-    with claimed(store / "locks" / key) as mine:
-        yield mine
+    return claimed(store / "locks" / key)
 
 
 @contextmanager
-def lock(store: Path, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+def lock(store: Path, key: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a store's key for this process; `on_wait` is called once if another one holds it."""
-    waited = False
     while True:
         with claim(store, key) as mine:
             if mine:
                 yield
                 return
-        if not waited:
+        if on_wait is not None:
             on_wait()
-        waited = True
+            on_wait = None
         time.sleep(WAIT_SECONDS)
 
 
 @contextmanager
 def in_use(store: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Held by every run, so that pruning waits for it; the first one clears what dead ones left.
-
-    Args:
-        store: The store's folder.
-        warn: Told if pruning has to be waited for.
-    """
+    """Held by every run, so that pruning waits for it; the first one clears what dead ones left. `warn` is told if
+    pruning has to be waited for."""
     with (store / "locks" / IN_USE).open("a") as file:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,11 +80,7 @@ def in_use(store: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def alone(store: Path) -> Iterator[None]:
-    """No run uses the store.
-
-    Raises:
-        StoreError: one does.
-    """
+    """No run uses the store; a StoreError where one does."""
     with (store / "locks" / IN_USE).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,25 @@
-"""With what something was made, as the files of a run say it. No torch."""
+"""Where and with what something was made, as the files of a run say it. No torch."""
 
-from typing import Literal
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cola.tree.shapes import Bytes, Count, Flag, Record, Rows, Seconds, Spread, Tensors, Text, Time, Tokens
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy", "wandb")
+Packages = Annotated[
+    dict[str, Text | None],
+    Field(description="versions of those that matter most; null: not installed", json_schema_extra={"key": "PACKAGE"}),
+]
+Device = Annotated[Text, Field(description="`cpu, threads: 2` and the like, or the GPU's name and CUDA's version")]
 
 
 class Commit(Record):
@@ -26,11 +41,9 @@ class Made(Record):
     cola: Text | None = Field(description="version")
     commit: Commit
     python: Text = Field(description="version")
-    packages: dict[str, Text | None] = Field(
-        description="versions of those that matter most; null: not installed", json_schema_extra={"key": "PACKAGE"}
-    )
+    packages: Packages
     machine: Machine
-    device: Text = Field(description="`cpu, threads: 2` and the like, or the GPU's name and CUDA's version")
+    device: Device
 
 
 class RecipeDigest(Record):
@@ -106,12 +119,10 @@ class Provenance(Record):
     cola: Text | None = Field(description="version")
     commit: Commit
     python: Text = Field(description="version")
-    packages: dict[str, Text | None] = Field(
-        description="versions of those that matter most; null: not installed", json_schema_extra={"key": "PACKAGE"}
-    )
+    packages: Packages
     all_packages: list[Text] = Field(default=[], description="all that are installed, as pip writes them")
     machine: Machine
-    device: Text = Field(description="`cpu, threads: 2` and the like, or the GPU's name and CUDA's version")
+    device: Device
     recipe: RecipeDigest
     model: Model
     data: Data
@@ -120,3 +131,56 @@ class Provenance(Record):
     )
     general_text: GeneralText
     selfcheck: SelfCheck | None = Field(default=None, description="null: of an earlier version")
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a run was made; nothing of the environment, which may hold secrets."""
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cola": _version("chain-of-lora"),
+        "commit": _commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+        "all_packages": _installed(),
+        "machine": machine(),
+    }
+
+
+@cache  # a second to read, and an ablation asks for every point
+def _installed() -> list[str]:
+    return sorted(f"{package.name}=={package.version}" for package in distributions())
+
+
+def machine() -> dict[str, Any]:
+    """The computer, without its name."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {"system": platform.platform(), "cpu": cpu, "cores": cores, "memory_bytes": memory}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the code that runs and which of its files were changed since."""
+    where = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
+        return {"hash": None, "dirty": None, "changed": None}
+    changed = (git("diff", "HEAD", "--name-only") or "").splitlines()
+    return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changed), "changed": changed}

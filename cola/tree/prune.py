@@ -18,11 +18,8 @@ def register(store: Store, run: Path) -> None:
 
 
 def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) -> dict[Path, set[str]]:
-    """What each registered run folder refers to; an empty set for one that is gone.
-
-    Raises:
-        StoreError: a note of a run, or its segments.json, is damaged: then nothing can be said to be loose.
-    """
+    """What each registered run folder refers to; an empty set for one that is gone. A StoreError where a note of a run,
+    or its segments.json, is damaged: then nothing can be said to be loose."""
     names = {}
     for note in sorted((store.path / "runs").iterdir()):
         file = note
@@ -39,17 +36,8 @@ def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) ->
 
 
 def let_go(store: Store, names: Set[str], run: Path) -> None:
-    """Remove the weights of those of these segments that no other run wants, and keep the record of how they were made
-    and what their steps measured.
-
-    Args:
-        store: Has them.
-        names: The segments'.
-        run: The folder of the run that has no more use for them.
-
-    Raises:
-        StoreError: what the other runs want cannot be told, so nothing goes.
-    """
+    """Strip those of these segments that no other run than this, which has no more use for them, wants the weights of.
+    A StoreError where what the others want cannot be told: then nothing goes."""
     with locks.lock(store.path, locks.CHANGES):
         others = references(store, ("weights",))
         wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
@@ -97,8 +85,7 @@ def prune(store: Store, paths: Iterable[Path]) -> None:
 
 def verify(store: Store) -> tuple[int, int]:
     """Check everything; returns how much was looked at and how much of it was damaged, which is set aside."""
-    checked = [store.set_aside_if_damaged(folder) for folder in store.segments()]
-    checked += [store.set_aside_damaged_measurement(path) for path in store.measurements()]
+    checked = [store.set_aside_if_damaged(path) for path in (*store.segments(), *store.measurements())]
     return len(checked), sum(checked)
 
 

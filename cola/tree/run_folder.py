@@ -17,28 +17,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cola.errors import RunFolderError, plain
-from cola.files import file_digest, write_text
+from cola.files import load_json, write_text
 from cola.recipe.plan import Job, choice_text
-from cola.recipe.read import read_recipe
-from cola.recipe.recipe import Recipe
 from cola.tree import records
-from cola.tree.made import Provenance
-from cola.tree.shapes import Record, adapter, fault_of
+from cola.tree.made import Made, Provenance
+from cola.tree.shapes import Record, fault_of
 
 RESULTS = "arms/*/seed-*/result.json"
 WANDB_NOTE = "wandb.json"
 FORMAT = 4  # of result.json and summary.json, see docs/results.md
-MADE_WITH = (
-    "cola",
-    "commit",
-    "python",
-    "packages",
-    "machine",
-    "device",
-)  # what a state or a measurement says of its making
+MADE_WITH = tuple(Made.model_fields)  # what a state or a measurement says of its making
 
 R = TypeVar("R", bound=Record)
 
@@ -50,36 +41,30 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
-        """An existing run and its recipe.
-
-        Raises:
-            RunFolderError: it is no run folder, or another version's.
-        """
-        if not (path / "recipe.yaml").is_file():
-            raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run; a RunFolderError where it is none, or another version's."""
         folder = cls(path)
+        if not folder.recipe_file.is_file():
+            raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
         folder.check_readable()
-        return folder, read_recipe(path / "recipe.yaml")
+        return folder
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe, by which a command knows its run."""
+        return self.path / "recipe.yaml"
 
     def check_readable(self) -> None:
-        """Refuse results that this version does not read.
-
-        Raises:
-            RunFolderError: another version wrote them.
-        """
+        """Raise a RunFolderError where another version wrote the results."""
         if not self.readable:
             raise RunFolderError(
                 f"{self.path} was written by another version of cola, whose results this one does not read; run its "
-                f"recipe anew: cola run {self.path / 'recipe.yaml'}"
+                f"recipe anew: cola run {self.recipe_file}"
             )
 
     def check_results(self) -> None:
-        """Refuse a folder from which a report would be made of nothing, in place of one that there may be.
-
-        Raises:
-            RunFolderError: nothing was run here yet, or what was run has gone.
-        """
+        """Raise a RunFolderError where nothing was run yet, or what was run has gone: a report would be made of
+        nothing, in place of one that there may be."""
         if self.provenance() is None:
             raise RunFolderError(f"{self.path} holds no results; go on with it by `cola run --resume {self.path}`")
         if any(self.path.glob(RESULTS)):
@@ -122,20 +107,12 @@ class RunFolder:
 
     def _result(self, path: Path, done: type[R]) -> R | records.Ended | None:
         """A result of whatever status."""
-        found = read_json(path, records.AnyStatus)
-        if found is None:
-            return None
-        return read_json(path, done if found.status == "ok" else records.Ended)
+        ended = read_json(path, records.AnyStatus)
+        return ended and read_json(path, done if ended.status == "ok" else records.Ended)
 
     def results(self, damaged: list[str] | None = None) -> Iterator[records.Result | records.Ended]:
-        """The results of all arms and seeds (not of trials), as they were run.
-
-        Args:
-            damaged: What is wrong with a result that cannot be read is added here.
-
-        Raises:
-            RunFolderError: a result is damaged, and there is no such list.
-        """
+        """The results of all arms and seeds (not of trials), as they were run. What is wrong with one that cannot be
+        read is added to `damaged`; without such a list it is raised."""
         for path in sorted(self.path.glob(RESULTS)):
             try:
                 result = self._result(path, records.Result)
@@ -145,26 +122,22 @@ class RunFolder:
                 if damaged is None:
                     raise
                 damaged.append(str(error))
-                continue
-            if result is not None:
-                yield result
+            else:
+                if result is not None:
+                    yield result
 
     def provenance(self) -> Provenance | None:
-        """What provenance.json holds; None before the first session has written it.
-
-        Raises:
-            RunFolderError: it is damaged, or another version's.
-        """
+        """What provenance.json holds; None before the first session has written it."""
         self.check_readable()
         return read_json(self.path / "provenance.json", Provenance)
 
     def scores(self, arm: str, seed: int, split: str) -> list[records.ScoreRow]:
-        """Per-example results of one arm, seed and split.
+        """Results of one arm and seed, example by example; empty where there are none."""
+        return read_rows(self.job(Job(arm=arm, seed=seed)) / "scores" / f"{split}.jsonl", records.ScoreRow)
 
-        Raises:
-            RunFolderError: the file is damaged.
-        """
-        return read_rows(self.path / "arms" / arm / f"seed-{seed}" / "scores" / f"{split}.jsonl", records.ScoreRow)
+    def trial_scores(self, trial: Job) -> list[records.ScoreRow]:
+        """The same of a trial, on validation."""
+        return read_rows(self.job(trial) / "scores" / "validation.jsonl", records.ScoreRow)
 
     def start_job(self, job: Job) -> Path:
         """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""
@@ -181,15 +154,11 @@ class RunFolder:
         """Names of the segments and measurements in the store that this run rests on so far; `weights`: of the fully
         fine-tuned states whose weights it keeps."""
         kept = read_json(self.path / "segments.json", records.References) or records.References()
-        return {"segments": set(kept.segments), "measured": set(kept.measured), "weights": set(kept.weights)}
+        return {kind: set(getattr(kept, kind)) for kind in records.References.model_fields}
 
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
-        self.write_json(name, record.content())
-
-    def write_json(self, name: str | Path, value: Any) -> None:
-        """Write a JSON file of the run folder."""
-        self.write_text(name, json.dumps(value, indent=1, allow_nan=True) + "\n")
+        self.write_text(name, json.dumps(record.content(), indent=1) + "\n")
 
     def write_jsonl(self, name: str | Path, rows: Iterable[Any]) -> None:
         """Write a file of one JSON value per line."""
@@ -203,21 +172,9 @@ class RunFolder:
         """What an arm's search tried and chose, for all seeds (None) or for one; None where there was none."""
         return read_json(self.path / choice_file(arm, seed), records.Chosen)
 
-    def trial_scores(self, trial: Job) -> list[records.ScoreRow]:
-        """Per-example results of a trial on validation; empty where there are none.
-
-        Raises:
-            RunFolderError: the file is damaged.
-        """
-        return read_rows(self.job(trial) / "scores" / "validation.jsonl", records.ScoreRow)
-
     def state(self) -> records.RunState | None:
         """What summary.json says of each arm's seeds; None where there is none yet."""
         return read_json(self.path / "summary.json", records.RunState)
-
-    def recipe_digest(self) -> str:
-        """SHA-256 of the resolved recipe: a resumed run must go on with the one it began with."""
-        return file_digest(self.path / "recipe.yaml")
 
     @property
     def finished(self) -> bool:
@@ -232,22 +189,15 @@ class RunFolder:
 
 
 def read_json(path: Path, shape: type[R]) -> R | None:
-    """A file of one record; None where there is no such file.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
+    """A file of one record; None where there is no such file, and a RunFolderError where it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return shape.model_validate(value)
+        return shape.model_validate(load_json(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise damaged_file(path, error.strerror or "it cannot be read") from None
-    except ValidationError as error:
+    except ValueError as error:
         raise damaged_file(path, fault_of(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise damaged_file(path, str(error)) from None
 
 
 def place_of(result: records.Result | records.Ended) -> Path:
@@ -266,23 +216,16 @@ def choice_file(arm: str, seed: int | None) -> Path:
 
 
 def read_rows(path: Path, shape: type[R]) -> list[R]:
-    """The rows of a JSONL file, as `read_jsonl`, each of them a record.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
+    """The rows of a JSONL file, as `read_jsonl`, each of them a record."""
     try:
-        return adapter(list[shape]).validate_python(read_jsonl(path))
+        return TypeAdapter(list[shape]).validate_python(read_jsonl(path))  # pyright: ignore[reportInvalidTypeForm]
     except ValidationError as error:
         raise damaged_file(path, f"row {fault_of(error)}") from None
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a JSONL file; empty where there is none. A last line that was cut off is left out.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
+    """The rows of a JSONL file; empty where there is none, and a RunFolderError where it is damaged. A last line that
+    was cut off is left out."""
     if not path.is_file():
         return []
     try:

@@ -14,20 +14,14 @@ from time import sleep
 
 from cola.errors import FolderGone, RunFolderError
 from cola.files import make_new
-from cola.recipe.recipe import Recipe
-from cola.recipe.write import dump_recipe
 from cola.tree.locks import claimed
 from cola.tree.run_folder import RunFolder
 
 
 @contextmanager
 def lock_run(path: Path) -> Iterator[None]:
-    """Hold a run folder for one process; the lock ends with the process, however it ends.
-
-    Raises:
-        FolderGone: it is not there any more.
-        RunFolderError: another process is at work in it.
-    """
+    """Hold a run folder for one process, however that ends; a RunFolderError where another one is at work in it, and
+    FolderGone where it is not there any more."""
     with ExitStack() as held:
         try:
             mine = held.enter_context(claimed(path / ".lock"))
@@ -39,63 +33,50 @@ def lock_run(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def take_run(recipe: Recipe, path: Path | None = None) -> Iterator[tuple[RunFolder, bool]]:
+def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[RunFolder, bool]]:
     """Hold a folder for a run of exactly this recipe, and say whether the run is new.
 
     Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
     Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
-    before a job has begun, so that a mistake in a recipe leaves nothing behind.
+    before a job has begun, so that a mistake in a recipe leaves nothing behind. A RunFolderError where another process
+    holds it, it is something else, or it cannot be made.
 
     Args:
-        recipe: Written into a new folder.
-        path: The folder: this run's, or new or empty. Default: a new one under the recipe's output.
-
-    Raises:
-        RunFolderError: another process holds it, it is something else, or it cannot be made.
+        recipe: The text of the resolved recipe, written into a new folder.
+        path: The folder: this run's, or new or empty.
+        dated: Whether to make one that has this name and the time.
     """
     with ExitStack() as held:
         while True:
             try:
-                folder, made = _make_and_hold(recipe, path, held)
+                folder, made = _make_and_hold(recipe, path, dated, held)
                 break
             except FolderGone:  # its maker is at it, or failed and has removed it again
                 continue
-        fresh = not (folder / "recipe.yaml").is_file()
-        _check_free(folder, recipe)
         run = RunFolder(folder)
+        fresh = not run.recipe_file.is_file()
+        _check_free(run, recipe)
         try:
             if fresh:
-                run.write_text("recipe.yaml", dump_recipe(recipe))
+                run.write_text("recipe.yaml", recipe)
             yield run, fresh
         except BaseException:
             if fresh and not _begun(folder):
-                _remove(folder, made)
+                _remove(run, made)
             raise
 
 
-def create_run(recipe: Recipe, path: Path | None = None) -> RunFolder:
-    """A new folder with the resolved recipe in it, for who needs no lock since nobody else knows of it.
-
-    Raises:
-        RunFolderError: the folder exists or cannot be made.
-    """
-    with take_run(recipe, path) as (folder, fresh):
-        if not fresh:
-            raise RunFolderError(f"{path} exists; it is kept as it is: name another folder")
-    return folder
-
-
 @contextmanager
-def unfinished_run(recipe: Recipe) -> Iterator[RunFolder | None]:
-    """Hold the last run of exactly this recipe that no other process is at, if it did not come to its end."""
-    wanted = dump_recipe(recipe).encode()
+def unfinished_run(recipe: str, path: Path) -> Iterator[RunFolder | None]:
+    """Hold the last run of exactly this recipe that no other process is at, if it did not come to its end: of the
+    folders that `take_run` has given this name and a time."""
     same = []
-    for path in Path(recipe.output).expanduser().glob(f"{recipe.name}-*/recipe.yaml"):
+    for file in path.parent.glob(f"{path.name}-*/recipe.yaml"):
         with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
-            if path.read_bytes() == wanted and RunFolder(path.parent).readable:
-                same.append(path.parent)
-    with last_unfinished(same, lambda path: RunFolder(path).finished) as path:
-        yield None if path is None else RunFolder(path)
+            if file.read_bytes() == recipe.encode() and RunFolder(file.parent).readable:
+                same.append(file.parent)
+    with last_unfinished(same, lambda folder: RunFolder(folder).finished) as folder:
+        yield folder and RunFolder(folder)
 
 
 @contextmanager
@@ -123,36 +104,29 @@ def _changed_at(path: Path) -> float:
         return 0.0
 
 
-def _make_and_hold(recipe: Recipe, path: Path | None, held: ExitStack) -> tuple[Path, bool]:
+def _make_and_hold(recipe: str, path: Path, dated: bool, held: ExitStack) -> tuple[Path, bool]:
     """The folder, there now and locked, and whether it was not there before."""
     try:
-        if path is None:
-            made, path = (
-                True,
-                make_new(Path(recipe.output).expanduser(), f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"),
-            )
+        if dated:
+            path = make_new(path.parent, f"{path.name}-{datetime.now():%Y%m%d-%H%M%S}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.path.lexists(path) and _make_held(path, held):
                 return path, True
-            made = False
-            _check_free(path, recipe)  # before a lock file is put into what is no run folder
+            _check_free(RunFolder(path), recipe)  # before a lock file is put into what is no run folder
     except RunFolderError:
         raise
     except OSError as error:
-        raise RunFolderError(f"{path or recipe.output}: the run folder cannot be made: {error.strerror}") from None
+        place = path.parent if dated else path
+        raise RunFolderError(f"{place}: the run folder cannot be made: {error.strerror}") from None
     held.enter_context(lock_run(path))
-    return path, made
+    return path, dated
 
 
 def _make_held(path: Path, held: ExitStack) -> bool:
     """Make a folder that is locked from its first moment on, so that its maker and its holder are one process; False
-    where another process was first. It is made aside, always under one name, so that a kill leaves nothing that the
-    next one would not take; and rename takes no folder's place but an empty one's.
-
-    Raises:
-        FolderGone: another process is making it now.
-    """
+    where another process was first, FolderGone where one is at it. It is made aside, always under one name, so that a
+    kill leaves nothing that the next one would not take; and rename takes no folder's place but an empty one's."""
     aside = path.with_name(f".{path.name}.new")
     aside.mkdir(exist_ok=True)
     with ExitStack() as own:
@@ -172,19 +146,15 @@ def _make_held(path: Path, held: ExitStack) -> bool:
     return True
 
 
-def _check_free(path: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds anything but a run of exactly this recipe, or what a kill left of making it.
-
-    Raises:
-        FolderGone: it is not there any more.
-        RunFolderError: it holds something else.
-    """
-    note = path / "recipe.yaml"
+def _check_free(run: RunFolder, recipe: str) -> None:
+    """Raise a RunFolderError where a folder holds anything but a run of exactly this recipe, or what a kill left of
+    making it; FolderGone where it is not there any more."""
+    path = run.path
     try:
-        if note.is_file():
-            free = note.read_text(encoding="utf-8") == dump_recipe(recipe)
+        if run.recipe_file.is_file():
+            free = run.recipe_file.read_text(encoding="utf-8") == recipe
         else:
-            free = all(_is_left_over(file) for file in path.iterdir())
+            free = all(file.name == ".lock" or file.name.startswith(".recipe.yaml.") for file in path.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         if not os.path.lexists(path):
             raise FolderGone(f"{path} is not there any more") from None
@@ -195,29 +165,24 @@ def _check_free(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _is_left_over(path: Path) -> bool:
-    """Whether it is what a kill leaves between the making of a run folder and its recipe."""
-    return path.name == ".lock" or path.name.startswith(".recipe.yaml.")
-
-
 def _begun(path: Path) -> bool:
     """Whether something was trained or scored in a run folder."""
     begun = [file for name in ("metrics.jsonl", "result.json") for file in path.glob(f"**/seed-*/{name}")]
     return any(file.stat().st_size for file in begun)
 
 
-def _remove(path: Path, made: bool) -> None:
+def _remove(run: RunFolder, made: bool) -> None:
     """Empty a folder that is held, and remove it if it was made here.
 
     The lock goes last, so that nobody else has the folder before all is gone; and rmdir takes none that somebody
     has come to have since. Before it goes the recipe, by which a command that was killed here knows the folder.
     """
-    last = [path / "recipe.yaml", path / ".lock"]
-    for file in [*(file for file in path.iterdir() if file not in last), *last]:
+    last = [run.recipe_file, run.path / ".lock"]
+    for file in [*(file for file in run.path.iterdir() if file not in last), *last]:
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
         else:
             file.unlink(missing_ok=True)
     if made:
         with suppress(OSError):
-            path.rmdir()
+            run.path.rmdir()

@@ -22,7 +22,7 @@ from typing import Any
 
 from cola.files import canonical, digest
 from cola.recipe.arms import Prune
-from cola.recipe.methods import Lora, Settings
+from cola.recipe.methods import Lora
 from cola.recipe.plan import Job, Link
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import Training
@@ -30,28 +30,21 @@ from cola.recipe.schema import Training
 # Part of every name: raise it when the same causes would train other weights (tests/golden holds a loss curve).
 TRAINING_VERSION = 4
 
+# Settings of a link that its name has in other words: the modules by their full names, the start, the rates.
+ELSEWHERE = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
+
 Causes = dict[str, Any]
 
 
 def root_causes(base_sha256: str, dtype: str, device: str, quantization: str | None = None) -> Causes:
-    """What a state without any training depends on.
-
-    Args:
-        base_sha256: Fingerprint of the base's config and weights.
-        dtype: Number format of the frozen weights and the computation.
-        device: Kind of device, `cpu` or `cuda`.
-        quantization: Of the frozen weights: `nf4`, `int8` or None.
-    """
+    """What a state without any training depends on: the fingerprint of the base's config and weights, their number
+    format, the kind of device (`cpu` or `cuda`), and the codes of frozen weights if they are any."""
     causes = {"base": base_sha256, "dtype": dtype, "device": device, "training_version": TRAINING_VERSION}
     return causes | ({"quantization": quantization} if quantization else {})
 
 
 def state_name(causes: Causes) -> str:
-    """The name of the state that a segment's causes lead to.
-
-    Args:
-        causes: `link` (a mapping) and `steps` (a list of [learning rate, digest of the micro-batches]).
-    """
+    """The name of the state that a segment's causes (`Lineage.causes`) lead to."""
     return _names(causes["link"], causes["steps"])[-1]
 
 
@@ -67,21 +60,13 @@ def _names(link: Causes, steps: Iterable[Sequence[Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The states of one arm and seed, from the base to its last step.
+    """The states of one arm and seed, from the base to its last step."""
 
-    Attributes:
-        root: Causes of the base's name.
-        links: What is trained.
-        headers: Each link's own causes, its parent's name among them.
-        steps: Learning rate and digest of the micro-batches, for each optimizer step.
-        names: Names after 0, 1, .., n steps.
-    """
-
-    root: Causes
+    root: Causes  # of the base's name
     links: list[Link]
-    headers: list[Causes]
-    steps: list[tuple[float, str]]
-    names: list[str]
+    headers: list[Causes]  # of each link, its parent's name among them
+    steps: list[tuple[float, str]]  # of each, the learning rate and the digest of the micro-batches
+    names: list[str]  # after 0, 1, .., n steps
 
     @property
     def n_steps(self) -> int:
@@ -93,7 +78,7 @@ class Lineage:
         return next(i for i, link in enumerate(self.links) if step <= link.last_step)
 
     def causes(self, step: int) -> Causes:
-        """What the segment that ends after `step` came from, in clear; `state_name` gives its name."""
+        """What the segment that ends after `step` came from, in clear; `state_name` hashes it to its name."""
         number = self.link_of(step)
         first = self.links[number].first_step
         return {"link": self.headers[number], "steps": [list(cause) for cause in self.steps[first:step]]}
@@ -107,11 +92,9 @@ def lineage(
     digests: Sequence[str],
     buffers: Sequence[str] = (),
 ) -> Lineage:
-    """Name every state of a path.
+    """Name every state of a path from `root_causes` on.
 
     Args:
-        root: From `root_causes`.
-        links: From `plan_arm`.
         training: Gives the optimizer's constants.
         modules_of: Full names of the modules that a link adapts, however the recipe spells them; None for all weights.
         digests: Of the micro-batches of each step.
@@ -123,7 +106,7 @@ def lineage(
         header = {
             "parent": names[-1],
             "method": link.settings.method,
-            "settings": _settings(link.settings),
+            "settings": {key: value for key, value in link.settings.record().items() if key not in ELSEWHERE},
             "modules": modules_of(link),
             "start": _start(link, number, batches, root["dtype"]),
             "seed": link.seed,
@@ -146,12 +129,6 @@ def lineage(
     return Lineage(root, links, headers, steps, names)
 
 
-def _settings(settings: Settings) -> Causes:
-    """What a link trains, without what is said elsewhere: the modules by their full names, the start, the rates."""
-    elsewhere = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
-    return {key: value for key, value in settings.record().items() if key not in elsewhere}
-
-
 def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:
     """How the link's weights are drawn; orthogonal to nothing is the default draw."""
     if link.keeps_pair:
@@ -167,10 +144,8 @@ def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Cause
 
 
 def knot_causes(rules: Rules, quantized: bool) -> Causes:
-    """What a knot does to the weights and to the optimizer, each effect in one spelling.
-
-    Moments and step count set to zero are a fresh optimizer.
-    """
+    """What a knot does to the weights and to the optimizer, each effect in one spelling: moments and step count set to
+    zero are a fresh optimizer."""
     optimizer: Any = rules.optimizer if rules.hands_on else "fresh"
     if isinstance(optimizer, Prune):
         optimizer = optimizer.model_dump(exclude_none=True)
@@ -187,42 +162,15 @@ def merge_of(rules: Rules, quantized: bool) -> str:
 
 @dataclass
 class Tree:
-    """The lineages of a recipe's jobs, and where they are cut into segments.
+    """The lineages of a recipe's jobs, and where they are cut into segments."""
 
-    Attributes:
-        training: As in `lineage`.
-        links_of: What a job trains, from `plan_arm`.
-        root_of: The causes of an arm's base, from `root_causes`.
-        modules_of: As in `lineage`.
-        digests_of: Digests of the first n steps' micro-batches under a seed.
-        buffers: As in `lineage`.
-    """
-
-    training: Training
-    links_of: Callable[[Job], list[Link]]
-    root_of: Callable[[str], Causes]
-    modules_of: Callable[[Link], Sequence[str] | None]
-    digests_of: Callable[[int, int], Sequence[str]]
-    buffers: Sequence[str] = ()
-    _lineages: dict[Job, Lineage] = field(default_factory=dict)
+    lineage: Callable[[Job], Lineage]  # the states of a job whose searched values are known
     _cuts: set[str] = field(default_factory=set)
     _inner: set[str] = field(default_factory=set)
 
-    def lineage(self, job: Job) -> Lineage:
-        """The states of a job whose searched values are known."""
-        if job not in self._lineages:
-            links = self.links_of(job)
-            digests = self.digests_of(job.seed, links[-1].last_step if links else 0)
-            root = self.root_of(job.arm)
-            self._lineages[job] = lineage(root, links, self.training, self.modules_of, digests, self.buffers)
-        return self._lineages[job]
-
     def plan(self, lineages: Iterable[Lineage]) -> None:
-        """Cut lineages into segments: at the ends of links and where two of them part.
-
-        Args:
-            lineages: Of all jobs that there may be, those of an ablation's other points among them.
-        """
+        """Cut the lineages of all jobs that there may be into segments: at the ends of links and where two of them
+        part."""
         after: dict[str, set[str]] = defaultdict(set)
         for path in lineages:
             self._cuts |= {path.names[link.last_step] for link in path.links}

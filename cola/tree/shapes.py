@@ -3,10 +3,9 @@ name before any of its numbers is used. No torch.
 """
 
 import math
-from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from cola.errors import plain
 
@@ -65,14 +64,10 @@ Relative = Annotated[Number, _unit("relative")]
 Spread = Annotated[Number, _unit("of the logits' spread")]
 
 
-@cache
-def adapter(shape: Any) -> TypeAdapter[Any]:
-    """Checks values of a type, by the type."""
-    return TypeAdapter(shape)
-
-
-def fault_of(error: ValidationError) -> str:
+def fault_of(error: ValueError) -> str:
     """What is wrong with a file's content, in a few words."""
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors()[0]
     place = ".".join(plain(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")

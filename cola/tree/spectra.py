@@ -69,11 +69,7 @@ class SpectrumVersion(Record):
 
 
 def read_spectrum(folder: RunFolder, job: Job) -> Spectrum | None:
-    """The spectra of one arm and seed; None where there are none of this version.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
+    """The spectra of one arm and seed; None where there are none of this version."""
     path = folder.job(job) / SPECTRUM
     found = read_json(path, SpectrumVersion)
     return read_json(path, Spectrum) if found is not None and found.version == VERSION else None

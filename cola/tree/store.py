@@ -32,15 +32,10 @@ KINDS = ("record", "checkpoint", "point", "segment")  # from the shortest-lived 
 
 @dataclass(frozen=True)
 class Segment:
-    """A kept state, verified when it was read.
-
-    Attributes:
-        folder: Where its files are.
-        record: The content of segment.json.
-    """
+    """A kept state, verified when it was read."""
 
     folder: Path
-    record: dict[str, Any]
+    record: dict[str, Any]  # the content of segment.json
 
     @property
     def name(self) -> str:
@@ -71,15 +66,8 @@ class Segment:
 
 
 class Store:
-    """A folder of segments and measurements.
-
-    Args:
-        path: The folder; made where it is missing.
-        warn: Told of what was found damaged.
-
-    Raises:
-        StoreError: the folder cannot be made, or is of another format.
-    """
+    """A folder of segments and measurements, made where it is missing; `warn` is told of what was found damaged. A
+    StoreError where it cannot be made, or is of another format."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path = path
@@ -96,9 +84,6 @@ class Store:
         if found != FORMAT:
             raise StoreError(f"store: {path} is of format {found}, this version reads {FORMAT}; set store to another")
 
-    # -----------------------------------------------------------------------------------------------------
-    # Segments
-
     def has(self, name: str) -> bool:
         """Whether a segment of this name lies there; `get` tells whether it is whole."""
         return (self.folder(name) / "segment.json").is_file()
@@ -111,38 +96,34 @@ class Store:
         record = self.record(folder)
         return Segment(folder, record) if record else None  # another process may have dropped it by now
 
-    def set_aside_if_damaged(self, folder: Path) -> bool:
-        """Verify all of a segment's checksums; whether it was damaged, and is set aside."""
-        if fault_of(folder) is None:
+    def set_aside_if_damaged(self, path: Path) -> bool:
+        """Verify all checksums of a segment or a measurement; whether it was damaged, and is set aside."""
+        if fault_of(path) is None:
             return False
         # Another process may have changed it between two of these reads: what counts is what it is at rest.
         with lock(self.path, CHANGES):
-            fault = fault_of(folder)
-            return fault is not None and self._set_aside(folder, fault)
+            fault = fault_of(path)
+            if fault is None or not path.exists():
+                return False
+            aside = self.path / "damaged" / f"{path.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            path.rename(aside)
+        self.warn(f"store: {path.name} is damaged ({fault}); it is set aside in {aside} and made anew")
+        return True
 
     def put(
-        self,
-        name: str,
-        kind: str,
-        causes: Causes,
-        root: Causes,
-        notes: dict[str, Any],
-        write: Callable[[Path], None],
+        self, kind: str, causes: Causes, root: Causes, notes: dict[str, Any], write: Callable[[Path], None]
     ) -> tuple[Segment, bool]:
-        """Keep a state. Where it is there already, the longer-lived kind holds, and an optimizer once kept stays.
+        """Keep a state, and say whether there was none of its name before. Where there was, the longer-lived kind
+        holds, and an optimizer once kept stays.
 
         Args:
-            name: The state's.
             kind: See `Segment.kind`.
-            causes: From `Lineage.causes`; they hash to the name.
+            causes: From `Lineage.causes`; they hash to the state's name.
             root: Causes of the base's name.
             notes: What is worth knowing and is no cause: rows, seconds, versions, `towards`.
             write: Writes the files into the folder it is given.
-
-        Returns:
-            The segment, and whether there was none of that name before.
         """
-        assert state_name(causes) == name
+        name = state_name(causes)
         aside = Path(tempfile.mkdtemp(dir=self.path / "writing"))
         try:
             write(aside)
@@ -205,7 +186,7 @@ class Store:
                 self._remove(self.folder(name))
 
     def _write_record(self, folder: Path, record: dict[str, Any]) -> Segment:
-        self._write(folder / "segment.json", json.dumps(record | {"sha256": digest(record)}, indent=1))
+        self._seal(folder / "segment.json", record, indent=1)
         return Segment(folder, record)
 
     def _remove(self, folder: Path) -> None:
@@ -226,11 +207,7 @@ class Store:
             return {}
 
     def find(self, beginning: str) -> Segment:
-        """The one segment whose name begins so.
-
-        Raises:
-            StoreError: none does, or several do.
-        """
+        """The one segment whose name begins so; a StoreError where none does, or several do."""
         names = [folder.name for folder in self.segments() if folder.name.startswith(beginning)]
         if len(names) != 1 or not beginning:
             number = f"{len(names)} segments begin" if names else "no segment begins"
@@ -244,34 +221,13 @@ class Store:
         """Where the segment of a name lies, or would."""
         return self.path / "segments" / name[:2] / name
 
-    def _set_aside(self, path: Path, fault: str) -> bool:
-        """Put what is damaged out of the way; whether it was still there."""
-        aside = self.path / "damaged" / f"{path.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        try:
-            path.rename(aside)
-        except FileNotFoundError:
-            return False  # another process was first
-        self.warn(f"store: {path.name} is damaged ({fault}); it is set aside in {aside} and made anew")
-        return True
-
-    # -----------------------------------------------------------------------------------------------------
-    # Measurements
-
     def recall(self, circumstances: dict[str, Any]) -> Any:
-        """What was measured under exactly these circumstances; None where nothing was.
-
-        Args:
-            circumstances: The name of the state among them.
-        """
+        """What was measured under exactly these circumstances, the name of the state among them; None where nothing
+        was."""
         path = self._measurement(circumstances)
-        if not path.is_file() or self.set_aside_damaged_measurement(path):
+        if not path.is_file() or self.set_aside_if_damaged(path):
             return None
         return load_json(path)["value"]
-
-    def set_aside_damaged_measurement(self, path: Path) -> bool:
-        """Verify a measurement's checksum; whether it was damaged, and is set aside."""
-        fault = measurement_fault(path)
-        return fault is not None and self._set_aside(path, fault)
 
     def knows(self, circumstances: dict[str, Any]) -> bool:
         """Whether a measurement lies there; `recall` tells whether it is whole."""
@@ -279,8 +235,7 @@ class Store:
 
     def remember(self, circumstances: dict[str, Any], value: Any) -> None:
         """Keep a measurement."""
-        record = {"format": FORMAT, "what": circumstances, "value": value}
-        self._write(self._measurement(circumstances), json.dumps(record | {"sha256": digest(record)}))
+        self._seal(self._measurement(circumstances), {"format": FORMAT, "what": circumstances, "value": value})
 
     def measurements(self) -> Iterator[Path]:
         """The files of all measurements, unverified."""
@@ -290,9 +245,10 @@ class Store:
         key = digest(circumstances)
         return self.path / "measured" / key[:2] / f"{key}.json"
 
-    def _write(self, path: Path, text: str) -> None:
-        # Aside where a killed process's left-overs are looked for, and no part of a segment.
-        write_text(path, text, self.path / "writing")
+    def _seal(self, path: Path, record: dict[str, Any], indent: int | None = None) -> None:
+        """Write a record with its checksum: aside where a killed process's left-overs are looked for, and no part of a
+        segment."""
+        write_text(path, json.dumps(record | {"sha256": digest(record)}, indent=indent), self.path / "writing")
 
 
 def _unsealed(path: Path) -> dict[str, Any] | None:
@@ -302,49 +258,35 @@ def _unsealed(path: Path) -> dict[str, Any] | None:
     return record if digest(record) == checksum else None
 
 
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a segment's folder; None where every checksum and the name agree."""
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a segment's folder or a measurement's file; None where every checksum and the name agree."""
+    measured = path.suffix == ".json"
+    file, called = (path, "it") if measured else (path / "segment.json", "segment.json")
     try:
-        record = _unsealed(folder / "segment.json")
+        record = _unsealed(file)
         if record is None:
-            return "segment.json does not match its checksum"
-        if not record["name"] == folder.name == state_name(record["causes"]):
+            return f"{called} does not match its checksum"
+        if measured:
+            return None if digest(record["what"]) == path.stem else "its circumstances do not hash to its name"
+        if not record["name"] == path.name == state_name(record["causes"]):
             return "its causes do not hash to its name"
-        for name, file in record["files"].items():
-            if not (folder / name).is_file():
+        for name, entry in record["files"].items():
+            if not (path / name).is_file():
                 return f"{name} is missing"
-            if (folder / name).stat().st_size != file["bytes"] or file_digest(folder / name) != file["sha256"]:
+            if (path / name).stat().st_size != entry["bytes"] or file_digest(path / name) != entry["sha256"]:
                 return f"{name} does not match its checksum"
     # Any other failure to read (no permission, too many open files) says nothing about what is there.
     except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        return f"segment.json cannot be read: {type(error).__name__}"
-    return None
-
-
-def measurement_fault(path: Path) -> str | None:
-    """What is wrong with a measurement's file; None where its checksum and its name agree."""
-    try:
-        record = _unsealed(path)
-        if record is None:
-            return "it does not match its checksum"
-        if digest(record["what"]) != path.stem:
-            return "its circumstances do not hash to its name"
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read: {type(error).__name__}"
+        return f"{called} cannot be read: {type(error).__name__}"
     return None
 
 
 def hand_out(file: Path, place: Path, large: bool) -> None:
     """Give a segment's file to a run folder, so that nothing that is done there changes the segment unseen.
 
-    A copy, which is the user's to edit. Of a large file it is the file itself, since a copy would double a model's
-    disk: read-only, and who writes into it all the same (root, or after chmod) changes the segment's too, which no
-    longer matches its checksum then and is made anew.
-
-    Args:
-        file: The segment's.
-        place: Where it is wanted; nothing is there.
-        large: Whether a copy would cost too much. Made nevertheless on another disk.
+    A copy, which is the user's to edit. Of a large file it is the file itself where that is on the same disk, since a
+    copy would double a model's: read-only, and who writes into it all the same (root, or after chmod) changes the
+    segment's too, which no longer matches its checksum then and is made anew.
     """
     if large:
         with contextlib.suppress(OSError):

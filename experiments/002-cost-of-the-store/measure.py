@@ -22,14 +22,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from rich.console import Console
 
-from cola.compare.ablation import AblationFolder, points_of
+from cola.compare.ablation import points_of, take_ablation
 from cola.measure.evaluate import Evaluator
 from cola.recipe.read import read_recipe
+from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.ablate import ablate
 from cola.run.run import run
-from cola.tree.provenance import machine
-from cola.tree.run_holder import create_run
+from cola.tree.made import machine
+from cola.tree.run_holder import take_run
 from cola.tree.states import States
 from cola.tree.store import Store
 
@@ -88,8 +89,8 @@ def measured(do: Callable[[], list[Path]]) -> dict[str, float]:
 def one(settings: list[str], terminal: Terminal) -> list[Path]:
     """A run of its own."""
     recipe = read_recipe(RECIPE, settings)
-    run_folder = create_run(recipe)
-    summary = run(recipe, run_folder, terminal)
+    with take_run(dump_recipe(recipe), Path(recipe.output) / recipe.name, dated=True) as (run_folder, _):
+        summary = run(recipe, run_folder, terminal)
     assert not summary["interrupted"]
     return [run_folder.path]
 
@@ -97,9 +98,9 @@ def one(settings: list[str], terminal: Terminal) -> list[Path]:
 def several(settings: list[str], terminal: Terminal) -> list[Path]:
     """An ablation."""
     points = points_of(RECIPE, settings, paired=False)
-    with AblationFolder.take(points) as folder:
+    with take_ablation(points) as folder:
         assert ablate(points, folder, terminal)["finished"]
-    return sorted(folder.path.glob("points/*"))
+    return sorted(folder.glob("points/*"))
 
 
 def main(steps: int, rounds: int) -> None:

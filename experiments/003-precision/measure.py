@@ -47,10 +47,11 @@ from cola.link.model import Source
 from cola.recipe.plan import plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.schema import Model
+from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.run import run
-from cola.tree.provenance import provenance
-from cola.tree.run_holder import create_run
+from cola.tree.made import provenance
+from cola.tree.run_holder import take_run
 
 HERE = Path(__file__).parent
 LINKS, SHORT = HERE / "links.yaml", HERE.parent.parent / "recipes/quickstart.yaml"
@@ -381,8 +382,8 @@ def peak(recipe_file: Path, settings: list[str]) -> None:
 
     cola.run.training.tune = tune
     recipe = read_recipe(recipe_file, settings)
-    run_folder = create_run(recipe)
-    summary = run(recipe, run_folder, Terminal(Console(file=sys.stderr)))
+    with take_run(dump_recipe(recipe), Path(recipe.output) / recipe.name, dated=True) as (run_folder, _):
+        summary = run(recipe, run_folder, Terminal(Console(file=sys.stderr)))
     assert not summary["interrupted"]
     assert not any(arm["errors"] for arm in summary["arms"].values())
     training = high_water()

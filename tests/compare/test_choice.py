@@ -325,8 +325,8 @@ def test_a_search_on_scored_seeds_is_told_of_before_it_is_run(recipe_file: Path)
 def test_the_figure_of_the_choice_needs_no_more_than_the_summary() -> None:
     from summaries import many
 
-    from cola.report.captions import alternative
     from cola.report.choices import choices_figure
+    from cola.report.figures import KINDS
 
     summary = many()
     figure = choices_figure(summary)
@@ -340,7 +340,7 @@ def test_the_figure_of_the_choice_needs_no_more_than_the_summary() -> None:
     chosen = choice.trials[choice.chosen]
     ring = next(line for line in axes.lines if line.get_markersize() == 10)
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (chosen.values["learning_rate"], chosen.loss)
-    assert "lora learning_rate=" in alternative("choices", summary)
+    assert "lora learning_rate=" in KINDS["choices"].says(summary)
     assert choices_figure(summary.model_copy(update={"trials": {}})) is None
 
 

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from runs import assert_one_line, go, quiet, result
+from runs import assert_one_line, go, open_run, quiet, result
 from runs import wide_cola as cola
 from safetensors.numpy import load_file
 from test_architectures import make
 
 from cola.compare.spectra import summarized
 from cola.compare.summary import summarize
-from cola.measure.learned import Learned, Matrices, sampled
+from cola.link.model import Source
+from cola.measure.learned import Learned, sampled
 from cola.recipe.read import read_recipe
 from cola.report.tables import overlap_table, spectra_table
 from cola.report.terminal import Terminal
@@ -261,7 +262,7 @@ def test_a_finished_run_does_nothing_anew(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, *SHORT)
     path = folder.path / "arms/chain3/seed-0/spectrum.json"
     before = path.stat().st_mtime_ns
-    opened, recipe = RunFolder.open(folder.path)
+    opened, recipe = open_run(folder.path)
     run(recipe, opened, quiet())
     assert path.stat().st_mtime_ns == before
 
@@ -293,13 +294,13 @@ def test_a_large_model_has_an_even_share_of_each_kind_looked_at() -> None:
 def test_matrices_that_are_stored_the_other_way_round_are_turned(tmp_path: Path) -> None:
     model = make("gpt2 conv1d")
     model.save_pretrained(tmp_path)
-    matrices = Matrices(model, [tmp_path / "model.safetensors"])
+    learned = Learned(Source("gpt2", tmp_path, False), model, [], torch.device("cpu"))
     weight = model.get_submodule("transformer.h.0.mlp.c_fc").weight
     assert isinstance(weight, torch.Tensor)
-    found = matrices.of("transformer.h.0.mlp.c_fc")
+    found = learned.base.matrix("transformer.h.0.mlp.c_fc")
     assert found is not None
     assert torch.equal(found, weight.T)
-    assert matrices.norm_of("transformer.h.0.mlp.c_fc") == pytest.approx(weight.norm().item(), rel=1e-6)
+    assert learned.norm_of("transformer.h.0.mlp.c_fc") == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------

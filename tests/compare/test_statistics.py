@@ -14,7 +14,6 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
 from cola.compare import statistics
-from cola.compare.iqm import iqm, iqm_estimate
 from cola.compare.statistics import (
     Estimate,
     Parts,
@@ -24,6 +23,8 @@ from cola.compare.statistics import (
     closed_share,
     estimate,
     holm,
+    iqm,
+    iqm_estimate,
     sign_flips,
 )
 

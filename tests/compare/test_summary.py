@@ -1,5 +1,6 @@
 """The table's numbers counted by hand, and what the verdict dares to say. Run: pytest tests/compare/test_summary.py"""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from cola.compare.summary import summarize
 from cola.recipe.arms import Arm
 from cola.recipe.plan import Job
 from cola.recipe.recipe import Recipe
-from cola.report.tables import contrasts_table, result_tables
+from cola.report.tables import contrasts_table, named_tables
 from cola.report.verdict import verdict
 from cola.tree.run_folder import RunFolder
 
@@ -88,13 +89,13 @@ class ByHand:
             "gap_acc": None if test is None else train_score - test_score,
         }
         where = self.folder.job(Job(arm=arm, seed=seed)).relative_to(self.folder.path)
-        self.folder.write_json(where / "result.json", result(arm, seed, evaluation, **info))
+        self.folder.write_text(where / "result.json", json.dumps(result(arm, seed, evaluation, **info)))
         self.folder.write_jsonl(where / "scores" / "test.jsonl", rows)
 
     def failed(self, arm: str, seed: int, error: str, status: str = "failed") -> None:
         where = self.folder.job(Job(arm=arm, seed=seed)).relative_to(self.folder.path)
         info = {"arm": arm, "seed": seed, "choice": [], "trial": False, "seconds": 1.0, "error": error}
-        self.folder.write_json(where / "result.json", {"format": 1, "status": status, "run_info": info})
+        self.folder.write_text(where / "result.json", json.dumps({"format": 1, "status": status, "run_info": info}))
 
     def summary(self, plan: Recipe) -> Summary:
         return summarize(plan, self.folder)
@@ -158,7 +159,7 @@ def test_the_interval_of_a_gap_is_that_of_the_test_examples_less_what_was_traine
         found = getattr(arm, f"{key}_interval")
         assert found.value == pytest.approx(getattr(arm, key).mean) == pytest.approx(values.mean())
         assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - low))
-    assert result_tables(run.summary(recipe()))[0].texts[1][4].startswith(f"{arm.gap_loss.mean:+.3f} [")
+    assert named_tables(run.summary(recipe()))["loss"].texts[1][4].startswith(f"{arm.gap_loss.mean:+.3f} [")
 
 
 def test_seeds_whose_gaps_differ_widen_its_interval(run: ByHand) -> None:
@@ -277,7 +278,7 @@ def test_an_arm_that_did_not_finish_has_no_numbers_and_takes_no_other_along(run:
     assert summary.arms["full"].test_score is None
     assert summary.arms["lora"].test_score.mean == 0.5
     assert summary.arms["lora"].ft_gap is None
-    tables = result_tables(summary)
+    tables = list(named_tables(summary).values())
     assert all(len(row) == len(table.columns) for table in tables for row in table.texts)
     assert ["full", status] in [row[:2] for row in tables[0].texts]
 
@@ -289,7 +290,7 @@ def test_an_empty_run_folder_has_no_numbers_at_all(run: ByHand) -> None:
     }
     assert summary.contrasts == []
     assert summary.rows is None
-    assert all(row[1] == "missing" for table in result_tables(summary) for row in table.texts)
+    assert all(row[1] == "missing" for table in named_tables(summary).values() for row in table.texts)
 
 
 def test_results_of_arms_and_seeds_that_the_recipe_does_not_name_are_left_out(run: ByHand) -> None:
@@ -313,7 +314,7 @@ def test_a_text_is_compared_by_the_loss_per_token_more_being_better(run: ByHand)
     assert summary.arms["chain3"].closed.value == pytest.approx(0.5, abs=0.05)
     assert summary.arms["chain3"].gap_acc is None
     assert "chain3 does better here, but 1 seed cannot carry a claim" in verdict(summary)[0]
-    table = result_tables(summary)[0]
+    table = named_tables(summary)["loss"]
     assert table.columns[-3:] == ["test perplexity", "ft_gap", "closed"]
     assert {row[0]: row[-3] for row in table.texts}["lora"] == f"{math.exp(losses.sum() / 200):.2f}"
 
@@ -536,7 +537,7 @@ def test_every_table_says_what_the_arms_were_given_the_same_of(
     run.ok("base", 0, first_right(10), steps=0, positions=0, flops=0.0)  # trains nothing, so nothing is matched
     run.ok("lora", 0, first_right(10), positions=1000, flops=2e9)
     run.ok("chain3", 0, first_right(10), positions=1200, flops=2e9)
-    tables = result_tables(run.summary(recipe(training=training)))
+    tables = named_tables(run.summary(recipe(training=training))).values()
     assert [table.title.rpartition("; ")[2] for table in tables] == [text] * 3
 
 
@@ -558,10 +559,10 @@ def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: B
         {"values": {"rank": 8, "init": "default"}, "loss": None, "score": None, "failed": True},
         {"values": {"rank": 8, "init": "pissa"}, "loss": 0.75, "score": 0.125, "failed": False},
     ]
-    run.folder.write_json(Path("trials/lora/chosen.json"), {"chosen": 1, "seeds": [1000], "trials": trials})
+    run.folder.write_text(Path("trials/lora/chosen.json"), json.dumps({"chosen": 1, "seeds": [1000], "trials": trials}))
     arm = Arm.model_validate({"search": {"rank": [4, 8], "init": ["default", "pissa"]}})
     searched = recipe(comparison={}).model_copy(update={"arms": {"lora": arm}})
-    table = result_tables(run.summary(searched))[-1]
+    table = named_tables(run.summary(searched))["trials"]
     assert table.title.startswith("Trials of the search, on validation, by loss; matched: optimizer steps")
     assert table.texts == [
         ["lora", "rank=4, init=default", "0.500", "0.250", "", "–"],
@@ -574,9 +575,9 @@ def test_every_trial_of_a_search_has_its_row_and_the_chosen_one_is_marked(run: B
 def test_a_base_has_a_column_only_where_the_arms_bases_differ(run: ByHand) -> None:
     run.ok("lora", 0, first_right(10))
     run.ok("chain3", 0, first_right(10))
-    assert "base" not in result_tables(run.summary(recipe()))[-1].columns
+    assert "base" not in named_tables(run.summary(recipe()))["cost"].columns
     run.ok("chain3", 0, first_right(10), base={"dtype": "bfloat16", "quantization": "nf4"})
-    cost = result_tables(run.summary(recipe()))[-1]
+    cost = named_tables(run.summary(recipe()))["cost"]
     place = cost.columns.index("base")
     assert {row[0]: row[place] for row in cost.texts if row[0] in ("lora", "chain3")} == {
         "lora": "float32",

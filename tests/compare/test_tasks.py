@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import cola
+from runs import cola, open_run
 from scipy import stats
 from test_statistics import rng
 from test_summary import ByHand, first_right, recipe
@@ -18,7 +18,7 @@ from cola.recipe.write import dump_recipe
 from cola.report.differences import compare_runs
 from cola.report.tables import contrasts_table, task_tables
 from cola.report.verdict import contrast_sentence
-from cola.tree.run_folder import FORMAT, RunFolder
+from cola.tree.run_folder import FORMAT
 
 
 def task(
@@ -41,7 +41,7 @@ def task(
     made |= {"format": FORMAT, "data": {"sha256": data or name, "notes": []}, "packages": {"torch": "2.13.0"}}
     made |= {"started": "2026-11-28", "cola": "0.1.0", "python": "3.11", "device": "cpu", "machine": {"cpu": "any"}}
     made |= {"commit": {"hash": None, "dirty": None}, "general_text": {"name": None, "sha256": "g"}}
-    run.folder.write_json("provenance.json", made)
+    run.folder.write_text("provenance.json", json.dumps(made))
     for arm, numbers in right.items():
         for seed, hits in zip(seeds, numbers, strict=False):
             scores = rng(seed).permutation(first_right(hits, n)).tolist()
@@ -80,10 +80,10 @@ def test_over_tasks_a_contrast_is_the_mean_of_the_tasks_means_of_paired_differen
         dict(zip(("one", "two", "three"), means, strict=True))
     )
     tables = task_tables(summary)
-    assert all(len(row) == len(table.columns) for table in tables for row in table.texts)
-    assert tables[0].texts[0][2].startswith(f"{np.mean(means):+.3f} [+0.")
+    assert all(len(row) == len(table.columns) for table in tables.values() for row in table.texts)
+    assert tables["contrasts"].texts[0][2].startswith(f"{np.mean(means):+.3f} [+0.")
     # Scores of tasks of different difficulty are never averaged: an arm has one column for each task.
-    assert tables[1].columns == ["arm", "one", "two", "three"]
+    assert tables["arms"].columns == ["arm", "one", "two", "three"]
 
 
 def test_a_task_where_one_arm_is_far_better_counts_as_much_as_two_where_it_is_worse(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_from_eight_tasks_on_the_interquartile_mean_stands_beside_the_mean(tmp_p
     assert one.value == pytest.approx(np.mean(differences))
     assert one.iqm.value == pytest.approx(stats.trim_mean(differences, 0.25))
     assert one.iqm.low < one.iqm.value < one.iqm.high
-    assert task_tables(summary)[0].columns[-1] == "interquartile mean [95 %]"
-    assert task_tables(summary)[0].texts[0][-1].startswith(f"{one.iqm.value:+.3f} [")
+    assert task_tables(summary)["contrasts"].columns[-1] == "interquartile mean [95 %]"
+    assert task_tables(summary)["contrasts"].texts[0][-1].startswith(f"{one.iqm.value:+.3f} [")
 
 
 def digits(one: Difference) -> list[str]:
@@ -129,7 +129,7 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
     others = three_tasks(tmp_path)
 
     def of_run(folder: Path) -> Contrast:
-        opened, plan = RunFolder.open(folder)
+        opened, plan = open_run(folder)
         contrasts = summarize(plan, opened).contrasts
         return next(one for one in contrasts if [one.first, one.second] == pair)
 
@@ -148,7 +148,7 @@ def test_one_contrast_has_the_same_digits_wherever_it_is_shown(tmp_path: Path) -
     table = contrasts_table(summarize_tasks(others).model_copy(update={"contrasts": [of_run(alone)]}))
     assert table.texts[0][2] == shown
     for folders in ([alone, others[0]], [others[0], alone]):
-        assert task_tables(summarize_tasks(folders))[2].texts[0][2 + folders.index(alone)] == shown
+        assert task_tables(summarize_tasks(folders))["tasks"].texts[0][2 + folders.index(alone)] == shown
 
 
 def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_contrast_that_is_asked_for_later_is_shown_and_never_claimed(tmp_path:
     done = cola("report", *runs, "--contrast", "base,lora")
     assert done.exit_code == 0, done.output
     assert "not named before" in done.output
-    opened, plan = RunFolder.open(runs[0])
+    opened, plan = open_run(runs[0])
     [*_, alone] = summarize(plan, opened, [("base", "lora")]).contrasts
     assert (alone.first, alone.role, digits(alone)) == ("base", "later", digits(later.tasks["one"]))
 
@@ -208,7 +208,10 @@ def test_metrics_that_are_not_the_same_are_not_averaged_and_it_is_said(tmp_path:
     scope, note = summary.notes
     assert scope.startswith("Intervals speak of other seeds and other test examples; held fixed: the training")
     assert note.startswith("the runs are not about the same metric (a: exact match, score, b: perplexity, loss)")
-    assert [table.title for table in task_tables(summary)] == ["Arms: test score", "Contrasts, task by task [95 %]"]
+    assert [table.title for table in task_tables(summary).values()] == [
+        "Arms: test score",
+        "Contrasts, task by task [95 %]",
+    ]
 
 
 def test_the_command_prints_the_tables_and_writes_a_page_beside_the_first_run(tmp_path: Path) -> None:

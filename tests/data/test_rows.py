@@ -21,9 +21,9 @@ from cola.data.batches import batch_digests, training_batches
 from cola.data.fields import fill
 from cola.data.sources import open_pools
 from cola.data.splits import load_splits
-from cola.recipe.bounds import SPLITS
+from cola.recipe.schema import SPLITS
 from cola.recipe.write import find_path
-from cola.tree.measured import rows_digest
+from cola.tree.states import rows_digest
 
 ROWS = [{"q": f"Ünï {i}", "a": "yes"} for i in range(3)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -29,7 +29,8 @@ from cola.recipe.data_section import Data
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.report.differences import compare_runs
-from cola.report.page import page_tables, read_curves
+from cola.report.page import read_curves
+from cola.report.tables import page_tables
 from cola.report.verdict import verdict
 from cola.tree import prune
 from cola.tree.run_folder import RunFolder

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 from peft import PeftModel
-from runs import cola, go, outcome, quiet, result
+from runs import cola, go, open_run, outcome, quiet, result
 from test_methods import ADAMW, WIDE, batches, close, gradients, link, logits, outputs, what
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
@@ -493,7 +493,7 @@ def test_every_method_and_knot_that_is_stopped_ends_with_the_bits_of_an_undistur
     sessions = 1
     while summary.interrupted:
         sessions += 1
-        folder, recipe = RunFolder.open(stopped.path)
+        folder, recipe = open_run(stopped.path)
         summary = run(recipe, folder, quiet())
     assert sessions == 1 + len(ARMS)
     for name in ARMS:

@@ -22,10 +22,8 @@ from cola.link.base import Base
 from cola.link.targets import target_names
 from cola.link.text_part import in_text, outside_text
 from cola.measure import cost
-from cola.measure.learned import Matrices
 from cola.recipe.methods import settings_of
-from cola.report.captions import alternative
-from cola.report.figures import figures_of
+from cola.report.figures import KINDS, figures_of
 
 TOWER = ["model.vision_tower", "model.multi_modal_projector"]
 PAIR = {"method": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0}
@@ -91,10 +89,10 @@ def test_matrices_are_found_under_the_names_of_the_file(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     files = [tmp_path / "model.safetensors"]
     names = target_names(model, "all-linear")
-    found, base = Matrices(make().to("meta"), files), Base(model, files)
+    found, base = Base(make().to("meta"), files), Base(model, files)
     base.remember(names)
     assert len(names) == 14
-    assert all(torch.equal(found.of(name), model.get_submodule(name).weight) for name in names)
+    assert all(torch.equal(found.matrix(name), model.get_submodule(name).weight) for name in names)
     assert not base._copies  # what the file has is not kept in memory a second time
 
 
@@ -119,7 +117,7 @@ def test_an_update_of_nothing_spoils_no_page() -> None:
     drawn = figures_of(summary, {})
     for name in ("spectra", "overlap"):
         assert drawn[name] is not None
-        assert "nothing learned" in alternative(name, summary)
+        assert "nothing learned" in KINDS[name].says(summary)
 
 
 def test_the_model_learns_as_its_text_model_alone_would() -> None:

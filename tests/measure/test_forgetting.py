@@ -19,10 +19,10 @@ from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.errors import DataError, RecipeError, RunChanged
 from cola.link.model import Source
 from cola.measure import memory
-from cola.recipe.bounds import SAMPLE
 from cola.recipe.read import read_recipe
+from cola.recipe.schema import SAMPLE
 from cola.recipe.write import dump_recipe
-from cola.report.tables import result_tables
+from cola.report.tables import named_tables
 from cola.run.preview import preview
 from cola.tree.run_folder import RunFolder
 
@@ -252,7 +252,8 @@ def test_the_table_and_the_summary_say_what_was_forgotten(many: Path) -> None:
     arm = summary.arms["chain3"].forgetting
     assert arm.mean == pytest.approx(sum(one) / 2)
     assert arm.sd == pytest.approx(abs(one[0] - one[1]) / 2**0.5)
-    loss, _, cost = result_tables(summary)
+    tables = named_tables(summary)
+    loss, cost = tables["loss"], tables["cost"]
     place = loss.columns.index("forgetting")
     cells = {row[0]: row[place] for row in loss.texts}
     assert cells["base"] == "+0.000 ± 0.000"
@@ -370,7 +371,7 @@ def test_a_recipe_that_leaves_it_out_measures_none_and_shows_no_column(recipe_fi
     assert general(folder.path, "lora") is None
     assert summary.arms["lora"].forgetting is None
     assert not (folder.path / "arms/lora/seed-0/scores/general.jsonl").exists()
-    assert "forgetting" not in result_tables(summary)[0].columns
+    assert "forgetting" not in named_tables(summary)["loss"].columns
 
 
 @pytest.mark.slow
@@ -427,7 +428,7 @@ def test_a_run_all_from_the_store_tells_the_memory_that_training_took(recipe_fil
         assert result(second, arm)["train_info"]["process_memory_max"] == one["process_memory_max"]
         assert again.arms[arm].peak_memory == summary.arms[arm].peak_memory is not None
     assert summary.arms["base"].peak_memory is None
-    cost = result_tables(summary)[-1]
+    cost = named_tables(summary)["cost"]
     cells = {row[0]: row[cost.columns.index("memory")] for row in cost.texts}
     assert cells["base"] == "–"
     assert re.fullmatch(r"\d+ MB|\d+\.\d\d GB", cells["full"])

@@ -680,7 +680,7 @@ def test_a_run_of_another_version_is_refused_in_one_line(recipe_file: Path, form
     provenance = folder.provenance()
     assert provenance is not None
     assert provenance.format == FORMAT == result(folder, "lora")["format"]
-    folder.write_json("provenance.json", {**provenance.content(), "format": format})
+    folder.write_text("provenance.json", json.dumps({**provenance.content(), "format": format}))
     before = contents(folder.path)
     same = ["run", recipe_file, *FEW, "--run-folder", folder.path]
     for words in (["report", folder.path], ["run", "--resume", folder.path], same):
@@ -705,7 +705,7 @@ def test_an_unfinished_run_of_another_version_is_left_and_a_new_one_begun(recipe
     folder = RunFolder(old)
     provenance = folder.provenance()
     assert provenance is not None
-    folder.write_json("provenance.json", {**provenance.content(), "format": 1})
+    folder.write_text("provenance.json", json.dumps({**provenance.content(), "format": 1}))
     assert cola("run", recipe_file, *FEW).exit_code == 0
     assert len(list(runs.iterdir())) == 2
     assert not (old / "report.html").exists()

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import Tensor, nn
 
-from cola.link.residual import Pair, Residual, factors
+from cola.link.residual import Pair, Residual, factors, times
 from cola.measure.spectrum import (
     TOP,
     Svd,
@@ -30,7 +30,7 @@ from cola.measure.spectrum import (
     of_chain,
     overlap,
     random_overlap,
-    rank_at,
+    rank_90,
     stable_rank,
 )
 
@@ -128,10 +128,10 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy() -> None:
 
 
 def test_the_rank_at_90_percent_is_the_fewest_directions_with_that_energy() -> None:
-    assert rank_at(torch.tensor([3.0, 1.0])) == 1  # 9 of 10
-    assert rank_at(torch.tensor([2.9, 1.0])) == 2
-    assert rank_at(torch.ones(20)) == 18
-    assert rank_at(torch.tensor([4.0])) == 1
+    assert rank_90(torch.tensor([3.0, 1.0])) == 1  # 9 of 10
+    assert rank_90(torch.tensor([2.9, 1.0])) == 2
+    assert rank_90(torch.ones(20)) == 18
+    assert rank_90(torch.tensor([4.0])) == 1
 
 
 def test_the_stable_rank_is_the_squared_frobenius_by_the_squared_spectral_norm() -> None:
@@ -203,7 +203,7 @@ def test_links_that_learned_the_same_overlap_1_and_orthogonal_ones_0() -> None:
     svd = low_rank_svd(B_OK, A_KI)
     free_O, free_I = torch.linalg.svd(svd.left_OR).U[:, 4:8], torch.linalg.svd(svd.right_IR).U[:, 4:8]
     apart = Pair(free_I.T, free_O, 1.0)
-    same = of_chain([{"m": first}, {"m": first.times(0.1)}], lambda name: None)["m"]["overlap"][0]
+    same = of_chain([{"m": first}, times({"m": first}, 0.1)], lambda name: None)["m"]["overlap"][0]
     none = of_chain([{"m": first}, {"m": apart}], lambda name: None)["m"]["overlap"][0]
     assert (same["left"], same["right"]) == pytest.approx((1, 1))
     assert (none["left"], none["right"]) == pytest.approx((0, 0), abs=1e-12)

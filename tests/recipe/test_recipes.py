@@ -14,7 +14,7 @@ from conftest import SKY, tiny_model
 from runs import go, quiet
 from transformers import PreTrainedTokenizerFast
 
-from cola.compare.ablation import AblationFolder, points_of
+from cola.compare.ablation import points_of, take_ablation
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.yaml12 import values_of
@@ -123,7 +123,7 @@ def test_the_ablations_of_the_headers_run(
     fixed = [key for key in tiny(name, tiny64, colours, tmp_path) if key.partition("=")[0] not in ablated]
     points = points_of(RECIPES / f"{name}.yaml", [*ends, *fixed, "training.steps=5"], paired=False)
     assert len(points) == n_points
-    with AblationFolder.take(points) as folder:
+    with take_ablation(points) as folder:
         assert ablate(points, folder, quiet()).finished
 
 

@@ -24,14 +24,15 @@ from matplotlib.transforms import Bbox
 from summaries import EVIL, contrast, curves_of, many, quickstart, write_run
 
 from cola.compare.records import Ablation, Interval, Spread, Summary
-from cola.report.costs import costs_of, pareto
+from cola.report.charts import costs_of, pareto
 from cola.report.drawing import Look, clipped, looks, save, svg
 from cola.report.figures import FIGURES, figures_of
 from cola.report.forest import p_text
 from cola.report.heatmaps import _percent
 from cola.report.numbers import count, duration, given, interval, number, p_value, size, small, spread, value_range
-from cola.report.page import page_states, page_tables, write_ablation, write_report
+from cola.report.page import page_states, write_ablation, write_report
 from cola.report.table import NONE, Cell, Table
+from cola.report.tables import page_tables
 from cola.tree.run_folder import FORMAT
 
 pytestmark = pytest.mark.drawn
@@ -437,8 +438,6 @@ def test_the_report_is_built_without_torch(pages: dict[str, Path]) -> None:
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of an ablation of chain length, from numbers by hand."""
-    from cola.compare.ablation import AblationFolder
-
     folder = tmp_path_factory.mktemp("ablation")
     arms = quickstart().content()["arms"]
     seeds = [{**arms["lora"]["seeds"][0], "seed": s, "steps": 90, "total_seconds": 78.0 + s} for s in (0, 1)]
@@ -453,7 +452,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for point in points:
         (folder / "points" / point["folder"]).mkdir(parents=True)
         (folder / "points" / point["folder"] / "report.html").touch()
-    return write_ablation(AblationFolder(folder), Ablation.model_validate(summary))
+    return write_ablation(folder, Ablation.model_validate(summary))
 
 
 def test_an_ablation_has_the_same_page_and_files(ablation: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from children import end, start
-from runs import cola, quiet, result
+from runs import cola, create_run, quiet, result
 
-from cola.compare.ablation import FORMAT, AblationFolder, points_of
+from cola.compare.ablation import points_of, take_ablation
 from cola.compare.records import Ablation, AblationNote
 from cola.errors import RecipeError
 from cola.recipe.plan import plan_arm
@@ -18,24 +18,23 @@ from cola.recipe.yaml12 import values_of
 from cola.report.page import write_ablation
 from cola.report.tables import ablation_notes, ablation_table
 from cola.run.ablate import ablate
-from cola.tree.run_folder import RunFolder
-from cola.tree.run_holder import create_run
+from cola.tree.run_folder import FORMAT, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ["arms.full=null", "arms.base=null", "comparison.primary=null"]
 
 
-def run_points(recipe_file: Path, *keys: str, paired: bool = False) -> tuple[AblationFolder, Ablation]:
+def run_points(recipe_file: Path, *keys: str, paired: bool = False) -> tuple[Path, Ablation]:
     points = points_of(recipe_file, [*keys], paired)
-    with AblationFolder.take(points) as folder:
+    with take_ablation(points) as folder:
         return folder, ablate(points, folder, quiet())
 
 
-def fresh_steps(folder: AblationFolder) -> int:
+def fresh_steps(folder: Path) -> int:
     """Optimizer steps that were really made."""
     steps = 0
-    for path in folder.path.glob("points/*/arms/*/*/result.json"):
+    for path in folder.glob("points/*/arms/*/*/result.json"):
         info = json.loads(path.read_text())["train_info"]
         steps += info["steps"] - info["reused_steps"]
     return steps
@@ -102,7 +101,7 @@ def test_growing_a_chain_trains_each_link_once_and_length_four_tomorrow_trains_o
     assert [row.steps for row in summary.rows] == [3, 3, 6, 9]
     again, more = run_points(recipe_file, "arms.chain3.links=1,2,3,4", *grow)
     assert fresh_steps(again) == 3
-    assert again.path != folder.path
+    assert again != folder
     assert [row.test_loss for row in more.rows][:4] == [row.test_loss for row in summary.rows]
 
 
@@ -122,7 +121,7 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
     from cola.run.run import run
 
     run(recipe, alone, quiet())
-    point = RunFolder(folder.path / "points" / "02-chain3.links=3")
+    point = RunFolder(folder / "points" / "02-chain3.links=3")
     assert result(alone, "chain3")["train_info"]["reused_steps"] == 6  # LoRA's
     assert point.scores("chain3", 0, "test") == alone.scores("chain3", 0, "test")
     assert result(point, "chain3")["evaluation"] == result(alone, "chain3")["evaluation"]
@@ -139,9 +138,9 @@ def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: P
     page = write_ablation(folder, summary).read_text()
     assert page.count("<svg") == 1
     assert "chain3.links" in page
-    assert (folder.path / "figures/ablation.svg").read_text().startswith("<svg")
+    assert (folder / "figures/ablation.svg").read_text().startswith("<svg")
     for point in summary.points:
-        assert (folder.path / "points" / point.folder / "report.html").is_file()
+        assert (folder / "points" / point.folder / "report.html").is_file()
     assert any("Protocol fixed" in note for note in ablation_notes(summary))
 
 
@@ -190,7 +189,7 @@ def test_cola_report_builds_the_page_of_an_ablation_again(recipe_file: Path, mon
     before = page.read_bytes()
     page.unlink()
     monkeypatch.setenv("COLUMNS", "160")
-    done = cola("report", folder.path)
+    done = cola("report", folder)
     assert done.exit_code == 0, done.output
     assert "chain3.links" in done.stdout
     assert page.read_bytes() == before
@@ -203,14 +202,14 @@ def test_an_ablation_is_one_group_in_wandb_and_an_arm_is_sent_once(recipe_file: 
 
     folder, _ = run_points(recipe_file, "arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL)
     runs = []
-    for path in folder.path.glob("points/*/wandb/offline-run-*"):
+    for path in folder.glob("points/*/wandb/offline-run-*"):
         runs += [r["run"] for r in records(path) if r["type"] == "run"]
     assert sorted(run["display_name"] for run in runs) == [
         "01-chain3.links=1 chain3-seed0",
         "01-chain3.links=1 lora-seed0",
         "02-chain3.links=2 chain3-seed0",
     ]
-    assert {run["run_group"] for run in runs} == {folder.path.name}
+    assert {run["run_group"] for run in runs} == {folder.name}
 
 
 def test_under_grow_every_link_has_the_budget_and_a_schedule_of_its_own(recipe_file: Path) -> None:
@@ -235,18 +234,18 @@ def test_the_points_may_have_a_number_format_each(recipe_file: Path) -> None:
 
 def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: Path) -> None:
     points = points_of(recipe_file, ["arms.chain3.links=1,2", *SMALL], paired=False)
-    with AblationFolder.take(points) as folder:
+    with take_ablation(points) as folder:
         ablate(points, folder, quiet())
     for damage in ("[]", '{"rows": []}', "", '{"format": 1}', '{"format": 2}'):
-        (folder.path / "ablation.json").write_text(damage)
-        done = cola("report", folder.path)
+        (folder / "ablation.json").write_text(damage)
+        done = cola("report", folder)
         assert done.exit_code == 2, damage
         assert done.stderr.startswith("error: "), damage
         assert done.stderr.count("\n") == 1, damage
-        with AblationFolder.take(points) as other:
-            assert other.path != folder.path, damage
-        shutil.rmtree(other.path)
-    with AblationFolder.take(points) as other:
+        with take_ablation(points) as other:
+            assert other != folder, damage
+        shutil.rmtree(other)
+    with take_ablation(points) as other:
         assert ablate(points, other, quiet()).finished
 
 
@@ -254,11 +253,11 @@ def test_a_damaged_ablation_is_one_clear_line_and_hinders_no_other(recipe_file: 
 def test_an_arm_that_was_sent_to_wandb_before_a_stop_is_not_sent_again(recipe_file: Path) -> None:
     keys = ["arms.chain3.links=1,2", "tracking.wandb=offline", *SMALL]
     points = points_of(recipe_file, keys, paired=False)
-    with AblationFolder.take(points) as folder:
+    with take_ablation(points) as folder:
         ablate(points[:1], folder, quiet())
-    folder.write(AblationNote(format=FORMAT, causes="stopped", finished=False))
+    RunFolder(folder).write("ablation.json", AblationNote(format=FORMAT, causes="stopped", finished=False))
     ablate(points, folder, quiet())
-    assert len(list(folder.path.glob("points/*/wandb/offline-run-*"))) == 3
+    assert len(list(folder.glob("points/*/wandb/offline-run-*"))) == 3
 
 
 def test_points_that_part_inside_a_link_share_the_steps_before(recipe_file: Path) -> None:

@@ -18,7 +18,7 @@ from children import KILLED, end, start
 from conftest import SKY
 from offline import records
 from rich.console import Console
-from runs import CHOICE, fresh, go, outcome, result, write_recipe
+from runs import CHOICE, create_run, fresh, go, open_run, outcome, result, write_recipe
 
 from cola.link.model import Source
 from cola.measure.scores import ExampleScore
@@ -29,7 +29,6 @@ from cola.run.course import better, selection_key
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
 from cola.tree.run_folder import RunFolder, read_jsonl
-from cola.tree.run_holder import create_run
 from cola.tree.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -636,7 +635,7 @@ def test_a_damaged_note_of_a_wandb_run_begins_a_new_one(recipe_file: Path, damag
     note = folder.path / "arms/base/seed-0/wandb.json"
     note.parent.mkdir(parents=True)
     note.write_text(damage)
-    opened, recipe = RunFolder.open(folder.path)
+    opened, recipe = open_run(folder.path)
     summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
     assert summary.wandb.mode == "offline"
     assert summary.arms["base"].states == {0: "ok"}
@@ -647,7 +646,7 @@ def test_a_damaged_choice_of_a_learning_rate_fails_its_arm_alone(recipe_file: Pa
     folder, _ = go(recipe_file, *search, "arms.full=null")
     (folder.path / "trials/lora/chosen.json").write_text("{")
     (folder.path / "arms/lora/seed-0/result.json").unlink()
-    opened, recipe = RunFolder.open(folder.path)
+    opened, recipe = open_run(folder.path)
     summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
     assert summary.arms["lora"].states == {0: "failed"}
     assert "chosen.json is damaged" in summary.arms["lora"].errors[0]

@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import PeftModel
-from runs import go, quiet, result
+from runs import go, open_run, quiet, result
 from safetensors.torch import load_file
 
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
 from cola.report.page import write_report
-from cola.report.tracking import Tracker
+from cola.report.tracking import NoTracker
 from cola.run.run import run
-from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_folder import read_jsonl
 from cola.tree.run_holder import lock_run
 
 
@@ -183,7 +183,7 @@ def test_what_is_finished_is_not_trained_again(recipe_file: Path) -> None:
     chain = folder.path / "arms/chain3/seed-0/result.json"
     first = json.loads(chain.read_text())
     chain.unlink()
-    opened, recipe = RunFolder.open(folder.path)
+    opened, recipe = open_run(folder.path)
     run(recipe, opened, quiet())
     assert (folder.path / "arms/full/seed-0/result.json").stat().st_mtime_ns == before
     assert json.loads(chain.read_text())["evaluation"] == first["evaluation"]
@@ -220,11 +220,11 @@ def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Pat
 
 def test_an_interrupt_after_the_end_does_not_undo_a_result(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Uploading the last numbers takes seconds, which is when a user stops a run that looks done.
-    def stopped(self: Tracker, summary: dict, status: str = "ok") -> None:
+    def stopped(self: NoTracker, summary: dict, status: str = "ok") -> None:
         if status == "ok":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Tracker, "finish", stopped)
+    monkeypatch.setattr(NoTracker, "finish", stopped)
     folder, summary = go(recipe_file, "arms.full=null")
     assert summary.interrupted
     assert result(folder, "base")["status"] == "ok"
@@ -266,7 +266,7 @@ def test_a_resumed_run_goes_on_with_the_recipe_it_began_with(recipe_file: Path) 
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
     path = folder.path / "recipe.yaml"
     path.write_text(path.read_text().replace("epochs: 2.0", "epochs: 3.0"))
-    opened, recipe = RunFolder.open(folder.path)
+    opened, recipe = open_run(folder.path)
     with pytest.raises(RunFolderError, match="the recipe is not the one this run began with"):
         run(recipe, opened, quiet())
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from children import command, processes
 from conftest import recipe_of, run_once
-from runs import FULL_ONLY, SHORT, go, quiet, result
+from runs import FULL_ONLY, SHORT, go, open_run, quiet, result
 from safetensors.torch import load_file
 from test_store import lineage_of, opened, race
 
@@ -23,11 +23,9 @@ from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.run import job as cola_job
 from cola.run import run as cola_run
-from cola.run.assignment import Assignment
-from cola.run.bench import Bench
+from cola.run.assignment import Assignment, Bench
 from cola.run.run import run
 from cola.tree import locks, prune
-from cola.tree.run_folder import RunFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -96,7 +94,7 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
         patch.setattr(cola_run, "do_job", fails)
         folder, summary = go(recipe_file, *ARMS, kept)
     assert summary.arms[failing].states == {0: "failed"}
-    opened_again, recipe = RunFolder.open(folder.path)
+    opened_again, recipe = open_run(folder.path)
     again = run(recipe, opened_again, quiet())
     assert spectra(folder.path) == in_order[0]
     assert again.content()["spectra"] == in_order[1]
@@ -145,7 +143,7 @@ def test_what_inspect_has_counted_stays_where_nothing_else_is_new(recipe_file: P
         for numbers in matrix["updates"].values():
             numbers["intruders"] = 0
     path.write_text(json.dumps(record) + "\n")
-    again, recipe = RunFolder.open(folder.path)
+    again, recipe = open_run(folder.path)
     run(recipe, again, quiet())
     assert json.loads(path.read_text()) == record
 
@@ -203,7 +201,7 @@ def test_weights_that_another_run_is_about_to_hand_out_are_not_let_go(recipe_fil
     assert keeps.exitcode == 0, said.read_text()
     assert_has_the_weights(folder, reference.path)
     # Nor later, by who has let them go for its part; and when the one that keeps them is gone, they go with the next.
-    again, recipe = RunFolder.open(forgets.path)
+    again, recipe = open_run(forgets.path)
     run(recipe, again, quiet())
     assert len(models()) == 2
     shutil.rmtree(folder)

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 from conftest import run_once
 
-from cola.compare import ablation
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.recipe.arms import SEARCHABLE, LinkSettings
-from cola.recipe.bounds import SPLITS
 from cola.recipe.resolved import Rules
+from cola.recipe.schema import SPLITS
 from cola.tree import run_folder
-from cola.tree.made import Provenance
-from cola.tree.provenance import PACKAGES
+from cola.tree.made import PACKAGES, Provenance
 from cola.tree.records import Chosen, References, Result, TrialResult
 from cola.tree.run_folder import read_jsonl
 from cola.tree.spectra import Spectrum
@@ -174,5 +172,4 @@ def test_what_a_model_has_read_it_writes_again_to_the_letter(run: Path) -> None:
 def test_the_page_is_about_the_format_that_is_written(run: Path) -> None:
     assert f"\nFormat {run_folder.FORMAT}. " in PAGE
     assert f"\n- **{run_folder.FORMAT}** " in PAGE
-    assert run_folder.FORMAT == ablation.FORMAT
     assert {json.loads(path.read_text())["format"] for path in run.rglob("result.json")} == {run_folder.FORMAT}

@@ -15,6 +15,7 @@ from runs import LORA_ONLY, SHORT, go
 from cola.cli.app import app
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
+from cola.recipe.write import dump_recipe
 from cola.tree import locks, run_holder
 from cola.tree.run_holder import lock_run, take_run
 
@@ -74,7 +75,7 @@ def test_a_folder_has_no_name_before_its_maker_holds_it(
 ) -> None:
     path, lock, there = tmp_path / "new/run", run_holder.lock_run, []
     monkeypatch.setattr(run_holder, "lock_run", lambda folder: there.append(path.exists()) or lock(folder))
-    with take_run(read_recipe(recipe_file), path) as (folder, fresh):
+    with take_run(dump_recipe(read_recipe(recipe_file)), path) as (folder, fresh):
         assert (folder.path, fresh) == (path, True)
     assert there == [False]  # else a second process holds what this one made, and neither takes it away
     assert [left.name for left in path.parent.iterdir()] == ["run"]
@@ -187,7 +188,7 @@ def test_a_run_that_fails_to_begin_takes_no_folder_with_it_that_has_results(reci
     folder, _ = go(recipe_file, *SMALL)
 
     def fail() -> None:
-        with take_run(read_recipe(folder.path / "recipe.yaml"), folder.path) as (again, fresh):
+        with take_run(folder.recipe_file.read_text(), folder.path) as (again, fresh):
             assert (again.path, fresh) == (folder.path, False)
             raise RunFolderError("stop")
 

@@ -131,7 +131,7 @@ def tree_of(case: Case, device: str = "cpu") -> Tree:
     splits = load_splits(recipe.data, source.tokenizer())
     planner = Planner(source, source.skeleton(), splits, device)
     tree = planner.tree(recipe, planner.meter(recipe))
-    return Tree(tree.training, tree.links_of, tree.root_of, tree.modules_of, tree.digests_of)
+    return Tree(tree.lineage)
 
 
 def lineages(case: Case) -> dict[str, Lineage]:

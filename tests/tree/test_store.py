@@ -108,7 +108,7 @@ def keep(
     name = state_name(causes)
     made = {"recipe": "tiny", "arm": "lora", "seed": 0}
     notes = {"link_number": 1, "first_step": 0, "last_step": 1, "towards": None, "seconds": 1.0, "made": made, **notes}
-    store.put(name, kind, causes, ROOT, notes, write or files)
+    store.put(kind, causes, ROOT, notes, write or files)
     return name
 
 

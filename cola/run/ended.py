@@ -1,17 +1,24 @@
-"""The spectra of a run's arms, taken from the store as soon as what they are made of is there, whoever ends last."""
+"""What follows when a job has come to its end, whoever ends last: spectra are taken of what was learned, and fully
+fine-tuned weights that nothing needs any more are let go."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cola.errors import ColaError, StoreError
 from cola.files import digest
 from cola.link import adapters
 from cola.link.residual import LinkWeights, added
 from cola.measure.learned import Learned
-from cola.recipe.plan import Job
-from cola.run.bench import Bench
+from cola.recipe.plan import Job, evaluation_steps, trials_of
+from cola.run.assignment import Bench
+from cola.run.materials import tuned_as_a_whole
+from cola.run.search import with_choice
+from cola.tree.locks import CHANGES, lock
+from cola.tree.prune import let_go
 from cola.tree.records import Result, TrainInfo
 from cola.tree.spectra import read_spectrum, spectrum_of, write_spectrum
 
@@ -22,9 +29,6 @@ class SpectrumFiles:
 
     An arm with pairs is compared with full fine-tuning under the same seed. Which of the two ends first, in which
     process and session, is chance; so each is looked at again when the other has ended.
-
-    Attributes:
-        bench: What the run's jobs share.
     """
 
     bench: Bench
@@ -41,9 +45,8 @@ class SpectrumFiles:
             result = self.bench.folder.result(job)
             if result is None or not result.train_info.scored_step:
                 continue
-            full = self._full(job.seed)
-            state = _state_of(full)
-            key = job.arm, job.seed
+            full, key = self._full(job.seed), (job.arm, job.seed)
+            state = full and full.train_info.scored_state
             if key not in self._taken or self._taken[key] != state:
                 self._taken[key] = state
                 self._take(job, result, full)
@@ -55,7 +58,8 @@ class SpectrumFiles:
             return True
         if arm != recipe.full_arm:
             return False
-        state = _state_of(self._full(seed))
+        full = self._full(seed)
+        state = full and full.train_info.scored_state
         others = [name for name in recipe.arms if any(link.is_pair for link in recipe.resolved(name).links)]
         return any(self._taken.get((name, seed)) != state for name in others)
 
@@ -131,6 +135,58 @@ class SpectrumFiles:
         return segment.folder if segment is not None and segment.has_weights else None
 
 
-def _state_of(result: Result | None) -> str | None:
-    """The state that was scored."""
-    return None if result is None else result.train_info.scored_state
+def want_weights(bench: Bench, jobs: Iterable[Job], spectra: SpectrumFiles) -> None:
+    """Note of which fully fine-tuned states this run needs the weights, before it looks for them.
+
+    Who lets weights go reads these notes under the same lock: either this run's is among them, or this run does not
+    find the weights and trains them.
+    """
+    wanted = _wanted_weights(bench, jobs, spectra)
+    more = wanted - bench.used["weights"]
+    bench.used["weights"] = wanted
+    with lock(bench.store.path, CHANGES) if more else contextlib.nullcontext():
+        bench.write_references()
+
+
+def _wanted_weights(bench: Bench, jobs: Iterable[Job], spectra: SpectrumFiles) -> set[str]:
+    """The fully fine-tuned states of which the run needs the weights: those that it keeps, and until a job is scored,
+    and all spectra are taken that its weights are looked at for, whatever it may come to score."""
+    recipe, wanted = bench.recipe, set()
+    tuned, best = tuned_as_a_whole(recipe), recipe.evaluation.checkpoint == "best"
+    for job in jobs:
+        if job.arm not in tuned:
+            continue
+        with contextlib.suppress(ColaError):  # said when its turn comes
+            ended, chosen = bench.folder.status(job), with_choice(bench, job)
+            lineage = bench.tree.lineage(chosen)
+            if ended != "ok":
+                points = evaluation_steps(recipe, lineage.links, bench.materials.splits.sizes["train"]) if best else ()
+                wanted |= {lineage.names[step] for step in (*bench.tree.cuts(chosen), *points)}
+            elif job.trial:
+                # Where a seed is scored too, one of its trials may be what it chooses.
+                scored = job.seed not in recipe.seeds or bench.folder.status(Job(arm=job.arm, seed=job.seed)) == "ok"
+                wanted |= set() if scored else {lineage.names[-1]}
+            elif recipe.keep_full_weights or spectra.awaits(job.arm, job.seed):
+                wanted |= {result.train_info.scored_state} if (result := bench.folder.result(job)) else set()
+    return wanted
+
+
+def let_full_weights_go(bench: Bench, seed: int) -> None:
+    """Fully fine-tuned weights are as large as the model: where nothing will ask for them, their record is enough.
+
+    That is once all of their seed's arms are scored and compared, unless the recipe keeps them; and in any case the
+    trials' weights, as soon as the chosen value's are scored, but for what is still to be scored or kept.
+    """
+    recipe, done = bench.recipe, set()
+    for arm in tuned_as_a_whole(recipe):
+        job = Job(arm=arm, seed=seed)
+        if bench.folder.status(job) != "ok":
+            continue
+        with contextlib.suppress(ColaError):  # what is needed cannot be told, so nothing goes
+            chosen = with_choice(bench, job)
+            # The chosen one's trial too: on a seed of its own it is nothing that is scored.
+            for trained in (*trials_of(recipe, arm, seed), *([] if recipe.keep_full_weights else [chosen])):
+                done.update(bench.tree.lineage(trained).names[1:])
+    loose = {name for name in done - bench.used["weights"] if bench.store.has(name)}
+    with contextlib.suppress(StoreError):  # what others need cannot be told
+        let_go(bench.store, loose, bench.folder.path)
