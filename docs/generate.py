@@ -157,7 +157,7 @@ def quickstart() -> str:
     head = f"{meta.started[:10]}, {meta.machine.cpu}, {meta.machine.cores} cores, torch {meta.packages['torch']}; "
     head += f"{seconds / 60:.1f} minutes of training and evaluation "
     head += "([summary.json](experiments/000-quickstart/summary.json)):\n"
-    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in named_tables(summary))
+    tables = (f"**{table.title}**\n\n{table.markdown()}\n" for table in named_tables(summary).values())
     return "\n".join([head, *tables, *(f"- {line}" for line in verdict(summary)), ""])
 
 
