@@ -53,11 +53,9 @@ def run_chain(
     probe: Probe,
     gradients: starts.Gradients,
 ) -> Iterator[Knot]:
-    """Train those of the links that are not tied yet, in order.
+    """Train those of the links that are not tied yet, in order: `tune` trains what `extend` attached.
 
     Args:
-        chain: Changed in place.
-        tune: Trains what `extend` attached.
         probe: Asks the model, in eval mode.
         gradients: Full gradients of matrices, for a start along them.
     """
@@ -92,6 +90,8 @@ def retie(chain: Chain, learned: Residual, account: bool = False) -> dict[str, A
 def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool) -> Knot:
     """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
     before = probe(chain.model)
+    if adapters.taken_out(chain.model):  # by PiSSA out of the weights; the pair holds it
+        retie(chain, chain.learned)
     weights = adapters.detach(chain.model)
     share = chain.rules.merge_fraction if more_to_come else 1.0
     applied = retie(chain, [*chain.learned, residual.times(weights, share)], account=True)

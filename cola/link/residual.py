@@ -12,6 +12,7 @@ product for all links, and no rounding at all.
 Axes: O output features, I input features, R rank.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -157,8 +158,8 @@ def write(
         merge: `exact`: added in float32 to the base and cast once to each weight's dtype; `naive`: link by link, in
             place as PEFT's merge does it, which rounds each time; `no`: beside the weights, which stay the base's. A
             quantized base has it beside whatever is asked for.
-        before: The links tied before this knot. With them, what each matrix was given is returned; pairs beside the
-            weights are applied as they were learned.
+        before: The links tied before this knot, whose weights the model has now. With them, what each matrix was given
+            is returned; pairs beside the weights are applied as they were learned.
     """
     done: dict[str, Applied] = {}
     for name in names:
@@ -171,78 +172,115 @@ def write(
             if before is None:
                 continue
         weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
-        now, then = _Links(residual, name, weight.device), _Links(before or [], name, weight.device)
-        sums: dict[str, Tensor] = {}
+        links = _Links(residual, name, weight.device)
+        account = None if before is None else _Account(links, _Links(before, name, weight.device))
         n_rows = max(1, BLOCK // pristine_OI.shape[1])
         for rows in (slice(first, first + n_rows) for first in range(0, len(pristine_OI), n_rows)):
-            pristine_bI = pristine_OI[rows].to(weight.device, torch.float32, copy=True)
+            pristine_bI = pristine_OI[rows].to(weight.device, torch.float32)
+            low_rank_bI = links.low_rank(rows)
+            held_bI = weight_OI[rows].clone() if account and not beside else None
             if not beside:
-                weight_OI[rows] = now.tied(pristine_bI, rows, merge, weight.dtype)
-            if before is not None:
-                learned_bI = now.update(pristine_bI, rows)
-                of_block = {
-                    "pristine": pristine_bI.square(),
-                    "link": (learned_bI - then.update(pristine_bI, rows)).square(),
-                    "learned": learned_bI.square(),
-                }
-                if not beside:
-                    applied_bI = weight_OI[rows].float() - pristine_bI
-                    of_block["applied"] = applied_bI.square()
-                    of_block["product"] = applied_bI * learned_bI
-                    of_block["error"] = (applied_bI - learned_bI).square()
-                    of_block["same"] = weight_OI[rows] == then.tied(pristine_bI, rows, merge, weight.dtype)
-                for quantity, values in of_block.items():
-                    sums[quantity] = sums.get(quantity, torch.zeros(())) + values.sum(dtype=torch.float64)
-        if before is not None:
-            done[name] = _applied({quantity: total.item() for quantity, total in sums.items()}, pristine_OI.numel())
+                weight_OI[rows] = links.tied(pristine_bI, low_rank_bI, rows, merge, weight.dtype)
+            if account:
+                account.add(rows, pristine_bI, low_rank_bI, held_bI, weight_OI[rows])
+        if account:
+            done[name] = account.applied(pristine_OI.numel())
     return done
-
-
-def _applied(sums: dict[str, float], n_entries: int) -> Applied:
-    """From the sums over a matrix's entries; those of what was applied are missing where it is beside the weights."""
-    size = (sums["link"] / max(sums["pristine"], 1e-60)) ** 0.5
-    if "applied" not in sums:
-        return Applied(size, 0.0, 0.0, 1.0)
-    lengths = (sums["applied"] * sums["learned"]) ** 0.5
-    return Applied(
-        size,
-        sums["same"] / n_entries,
-        (sums["error"] / sums["learned"]) ** 0.5 if sums["learned"] else None,
-        min(sums["product"] / lengths, 1.0) if lengths else None,
-    )
 
 
 class _Links:
     """All links of one matrix, on the device where they are added to it."""
 
     def __init__(self, residual: Residual, name: str, device: torch.device) -> None:
-        pairs = [link[name] for link in residual if name in link]
-        self.pairs = [(pair.scale * pair.B_OR.to(device), pair.A_RI.to(device)) for pair in pairs]
-        self.stacked = None
+        self.pairs = [link[name] for link in residual if name in link]
+        self.device, self.stacked = device, None
         self.rows_O: Tensor | None = None
-        if pairs:
+        if self.pairs:
             B_OK, A_KI, rows_O = factors(residual, name)
             self.stacked = B_OK.to(device), A_KI.to(device)
             self.rows_O = None if rows_O is None else rearrange(rows_O, "o -> o 1").to(device)
 
-    def tied(self, pristine_bI: Tensor, rows: slice, merge: str, dtype: torch.dtype) -> Tensor:
-        """Some rows of base + links, in the dtype they are kept in."""
-        if self.stacked is None:
+    def low_rank(self, rows: slice) -> Tensor | None:
+        """Some rows of the sum of all pairs; None where no link touched the matrix."""
+        return None if self.stacked is None else self.stacked[0][rows] @ self.stacked[1]
+
+    def tied(
+        self, pristine_bI: Tensor, low_rank_bI: Tensor | None, rows: slice, merge: str, dtype: torch.dtype
+    ) -> Tensor:
+        """The same rows of base + links, in the dtype they are kept in."""
+        if low_rank_bI is None:
             return pristine_bI.to(dtype)
         if merge == "naive":
             tied_bI = pristine_bI.to(dtype, copy=True)
-            for B_OR, A_RI in self.pairs:
-                tied_bI += B_OR[rows] @ A_RI
+            for pair in self.pairs:
+                tied_bI += (pair.scale * pair.B_OR[rows].to(self.device)) @ pair.A_RI.to(self.device)
             return tied_bI
-        B_OK, A_KI = self.stacked
         scaled_bI = pristine_bI if self.rows_O is None else pristine_bI * self.rows_O[rows]
         # Not addmm: some of its kernels add one product after the other to the weights, and round each time.
-        return (scaled_bI + B_OK[rows] @ A_KI).to(dtype)
+        return (scaled_bI + low_rank_bI).to(dtype)
 
-    def update(self, pristine_bI: Tensor, rows: slice) -> Tensor:
-        """What the links add to some rows of the base."""
-        if self.stacked is None:
+    def update(self, pristine_bI: Tensor, low_rank_bI: Tensor | None, rows: slice) -> Tensor:
+        """What the links add to the same rows of the base."""
+        if low_rank_bI is None:
             return torch.zeros_like(pristine_bI)
-        B_OK, A_KI = self.stacked
-        low_rank_bI = B_OK[rows] @ A_KI
         return low_rank_bI if self.rows_O is None else low_rank_bI + (self.rows_O[rows] - 1) * pristine_bI
+
+
+class _Account:
+    """What a knot does to one matrix, taken while it is done, in sums over the matrix's entries.
+
+    Args:
+        now: The links that are tied.
+        then: Those that were before.
+    """
+
+    def __init__(self, now: _Links, then: _Links) -> None:
+        self.now, self.then, self.sums = now, then, Counter[str]()
+        # What no link scales rows of is of low rank, and so its norm is had from the factors.
+        self.low_rank = now.rows_O is None and then.rows_O is None
+        if self.low_rank:
+            self.sums["learned"] = _squared_norm(now.pairs)
+            gone = [pair.negated() for pair in then.pairs if not any(pair is other for other in now.pairs)]
+            fresh = [pair for pair in now.pairs if not any(pair is other for other in then.pairs)]
+            self.sums["link"] = _squared_norm([*fresh, *gone])
+
+    def add(
+        self, rows: slice, pristine_bI: Tensor, low_rank_bI: Tensor | None, held_bI: Tensor | None, tied_bI: Tensor
+    ) -> None:
+        """Some rows of the base, of the pairs' sum, and of the weight before and after; None: it is not written."""
+        learned_bI = self.now.update(pristine_bI, low_rank_bI, rows)
+        pairs = {"pristine": (pristine_bI, pristine_bI)}
+        if not self.low_rank:
+            link_bI = learned_bI - self.then.update(pristine_bI, self.then.low_rank(rows), rows)
+            pairs |= {"link": (link_bI, link_bI), "learned": (learned_bI, learned_bI)}
+        if held_bI is not None:
+            self.sums["same"] += (tied_bI == held_bI).sum()
+            applied_bI = tied_bI.float() - pristine_bI
+            error_bI = applied_bI - learned_bI
+            pairs |= {"applied": (applied_bI, applied_bI), "product": (applied_bI, learned_bI)}
+            pairs["error"] = error_bI, error_bI
+        for quantity, (first, second) in pairs.items():
+            self.sums[quantity] += torch.dot(first.flatten(), second.flatten()).double()
+
+    def applied(self, n_entries: int) -> Applied:
+        """What the sums over all rows say."""
+        sums = {quantity: float(total) for quantity, total in self.sums.items()}
+        size = (sums["link"] / max(sums["pristine"], 1e-60)) ** 0.5
+        if "applied" not in sums:  # beside the weights
+            return Applied(size, 0.0, 0.0, 1.0)
+        lengths = (sums["applied"] * sums["learned"]) ** 0.5
+        return Applied(
+            size,
+            sums["same"] / n_entries,
+            (sums["error"] / sums["learned"]) ** 0.5 if sums["learned"] else None,
+            min(sums["product"] / lengths, 1.0) if lengths else None,
+        )
+
+
+def _squared_norm(pairs: Sequence[Pair]) -> float:
+    """||sum of s B A||_F squared: the trace of (B^T B) (A A^T), of all pairs stacked."""
+    if not pairs:
+        return 0.0
+    B_OK = torch.cat([pair.scale * pair.B_OR.double() for pair in pairs], dim=1)
+    A_KI = torch.cat([pair.A_RI.double() for pair in pairs])
+    return max(0.0, ((B_OK.T @ B_OK) * (A_KI @ A_KI.T)).sum().item())
