@@ -9,7 +9,6 @@
 What is fixed before it begins is its assignment (assignment.py). The model is loaded only for what the store has not.
 """
 
-from functools import partial
 from time import perf_counter
 
 from cola.recipe.plan import Job
@@ -18,7 +17,7 @@ from cola.run.course import Course
 from cola.run.find import deepest, recall
 from cola.run.loaded import Loaded
 from cola.run.result import hand_out, result_record, tracked_config, tracked_numbers
-from cola.run.scoring import evaluate, score_untouched
+from cola.run.scoring import evaluate
 from cola.run.training import train
 
 
@@ -27,7 +26,7 @@ def do_job(bench: Bench, job: Job) -> None:
     it; a ColaError where the arm has diverged, a knot moved what it should not, or the base is not what it was."""
     given, started = Assignment(bench, job), perf_counter()
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
-    loaded = Loaded(given, partial(score_untouched, given))
+    loaded = Loaded(given)
     try:
         course = _find_or_train(given, loaded)
         evaluation = evaluate(given, loaded, course.scored_step)

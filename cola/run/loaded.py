@@ -18,17 +18,15 @@ from cola.run.assignment import Assignment
 
 
 class Loaded:
-    """A model in memory, with the links that are trained and tied in it; nothing until it is needed. `untouched` is
-    called with the model before anything is attached to it or merged."""
+    """A model in memory, with the links that are trained and tied in it; nothing until it is needed."""
 
-    def __init__(self, given: Assignment, untouched: Callable[[PreTrainedModel], None]) -> None:
+    def __init__(self, given: Assignment) -> None:
         self.needed = False  # whether anything was loaded
         self._given = given
-        self._untouched = untouched
         self._placed: int | None = None  # the step whose tied weights the model has
 
-    def load(self) -> PreTrainedModel:
-        """The untouched base; a ModelError where it is not the one that this run began with."""
+    def _load(self) -> PreTrainedModel:
+        """The base; a ModelError where it is not the one that this run began with."""
         given, bench, source = self._given, self._given.bench, self._given.bench.materials.source
         bench.progress.stage("loading the model")
         self.needed = True
@@ -47,8 +45,7 @@ class Loaded:
     @cached_property
     def chain(self) -> Chain:
         """The base with what was tied to it."""
-        given, model = self._given, self.load()
-        self._untouched(model)
+        given, model = self._given, self._load()
         if given.recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         base = Base(model, given.bench.materials.source.files, quantized=given.arm.base.quantization is not None)
@@ -88,6 +85,16 @@ class Loaded:
             adapters.detach(chain.model)
         self._placed = step
         return chain.model
+
+    def untouched(self) -> PreTrainedModel:
+        """The base as it was loaded. The chain is taken apart: pairs are merged nowhere any more, and what else was
+        trained is let go."""
+        links = self._given.links
+        if "chain" in vars(self) and links and not all(link.settings.is_pair for link in links):
+            del self.chain
+        retie(self.chain, [])
+        self._placed = 0
+        return self.chain.model
 
     def _tied(self, ends: Sequence[int], gone_on: bool) -> Residual:
         """What the links with these last steps, which others follow, have left in the chain, from the store. `gone_on`:

@@ -17,12 +17,6 @@ def score_attached(given: Assignment, model: PreTrainedModel, step: int) -> list
     return _scores(given, lambda: model, "validation", step, "attached", f" at step {step}")
 
 
-def score_untouched(given: Assignment, model: PreTrainedModel) -> None:
-    """The general text by a base that was just loaded for something else, before anything is attached to it."""
-    if given.rows["general"]:
-        _general_before(given, lambda: model)
-
-
 def evaluate(given: Assignment, loaded: Loaded, step: int) -> dict[str, Any]:
     """Score every split and the general text by the model after a step; `evaluation` of result.json."""
     scores: dict[str, list[ExampleScore]] = {}
@@ -37,17 +31,11 @@ def _forgetting(given: Assignment, loaded: Loaded, step: int) -> dict[str, Any] 
     if not given.rows["general"]:
         return None
     after = _scores(given, partial(loaded.model_after, step), "general", step, "tied") if step else []
-    # Asked for last: where a model had to be loaded for anything else, this was measured then, before anything was
-    # attached to that; a chain has links in it by now.
-    before = _general_before(given, loaded.load)
+    # By the untouched base, whose name all arms and seeds on it share; last, since it takes the chain apart.
+    before = _scores(given, loaded.untouched, "general", 0, "attached", " of the untouched model")
     after = after or before  # without links nothing is forgotten
     _write(given, "general", after)
     return forgetting_of(before, after)
-
-
-def _general_before(given: Assignment, untouched: Callable[[], PreTrainedModel]) -> list[ExampleScore]:
-    """The general text by the untouched base, whose name all arms and seeds on it share."""
-    return _scores(given, untouched, "general", 0, "attached", " of the untouched model")
 
 
 def _scores(

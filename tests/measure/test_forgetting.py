@@ -19,6 +19,7 @@ from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.errors import DataError, RecipeError, RunChanged
 from cola.link.model import Source
 from cola.measure import memory
+from cola.measure.evaluate import Evaluator
 from cola.recipe.read import read_recipe
 from cola.recipe.schema import SAMPLE
 from cola.recipe.write import dump_recipe
@@ -342,6 +343,23 @@ def test_only_the_untouched_base_is_loaded_where_its_loss_alone_is_missing(
     assert outcome(second.path).differences(outcome(first.path)) == []
     go(recipe_file, f"store={store}")
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("arm", ["chain3", "full"])
+def test_the_general_text_waits_for_the_first_step_and_is_scored_by_the_base_as_it_was_loaded(
+    arm: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    score, step = Evaluator.__call__, torch.optim.AdamW.step
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, *words: (done.append(self.task), score(self, *words))[1])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *words: (done.append("step"), step(*words))[1])
+    others = {"base", "lora", "chain3", "full"} - {arm}
+    folder, _ = go(recipe_file, *(f"arms.{name}=null" for name in others), "comparison.primary=null")
+    assert done[0] == "step"
+    assert done[-2:] == ["text", "text"]
+    others = [f"arms.{name}=null" for name in ("lora", "chain3", "full")]
+    base, _ = go(recipe_file, *others, "comparison.primary=null", f"store={tmp_path / 'other'}")
+    assert general(folder.path, arm)["before"] == general(base.path, "base")["before"]
 
 
 def test_a_resumed_run_must_have_the_text_it_began_with(recipe_file: Path, tmp_path: Path) -> None:
