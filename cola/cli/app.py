@@ -1,6 +1,6 @@
 """cola run | ablate | data | report | compare | export | eval | inspect | store.
 
-What takes long to import is imported where it is needed: `cola --help` loads neither torch nor wandb.
+What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
 
 import errno
@@ -14,21 +14,13 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from cola.cli import store
-from cola.cli.models import Split, evaluate, export, inspect
-from cola.errors import ColaError, RunChanged, plain
-from cola.recipe.read import read_recipe
-from cola.recipe.recipe import Recipe
-from cola.recipe.write import dump_recipe
-from cola.report.terminal import Terminal
-from cola.run.interrupt import Interrupted, Signals
-from cola.tree.run_folder import RunFolder
-from cola.tree.run_holder import lock_run, take_run, unfinished_run
+from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
+from cola.errors import ColaError, plain
+from cola.run.interrupt import RESUMABLE, Interrupted
 
 # What the system says of a user's disk or path.
 USERS_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP}
 INTERRUPTED = 130
-RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is loaded
 
@@ -81,22 +73,16 @@ def run(
     where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted (the same command goes on),
     130 interrupted before anything had begun.
     """
+    from cola.cli import train
+
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        folder = RunFolder.open(resume)
-        resolved = read_recipe(folder.recipe_file)
-        with lock_run(resume):
-            code = _train(resolved, folder, fresh=False)
+        code = train.resume(resume)
     elif recipe is None:
         raise ColaError("name a recipe, for example: cola run recipes/quickstart.yaml")
-    elif dry_run:
-        from cola.run.preview import preview
-
-        preview(read_recipe(recipe, overrides), Terminal())
-        code = 0
     else:
-        code = _run(read_recipe(recipe, overrides), run_folder)
+        code = train.run(recipe, overrides, run_folder, dry_run)
     raise typer.Exit(code)
 
 
@@ -116,31 +102,9 @@ def ablate(
     For example: cola ablate recipes/quickstart.yaml arms.chain3.links=1,2,3,4 training.protocol=grow
     What the points share is trained once, and so is what an earlier run has trained. Exit codes as of `cola run`.
     """
-    from cola.compare.ablation import points_of, take_ablation
+    from cola.cli import train
 
-    terminal = Terminal()
-    points = points_of(recipe, keys, paired)
-    if dry_run:
-        from cola.run.preview import preview
-
-        for point in points:
-            terminal.say(point.label)
-            preview(point.recipe, terminal)
-        return
-    with take_ablation(points) as folder:
-        terminal.say(f"{len(points)} points → {folder}")
-        from cola.cli.show import print_ablation, track_ablation
-        from cola.run.ablate import ablate as run_all
-
-        with Signals().installed() as signals:
-            summary = run_all(points, folder, terminal, signals)
-        print_ablation(folder, summary, terminal)
-        if not summary.interrupted:
-            track_ablation(folder, summary, terminal, publish=False)
-    if summary.interrupted:
-        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
-        raise typer.Exit(RESUMABLE)
-    raise typer.Exit(1 if summary.failed else 0)
+    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run))
 
 
 def show_data(
@@ -153,7 +117,10 @@ def show_data(
 
     No weights are loaded: the tokenizer is enough.
     """
-    opened = read_recipe(recipe, overrides)
+    from cola.recipe.read import read_recipe
+    from cola.report.terminal import Terminal
+
+    opened = read_recipe(recipe, overrides)  # a mistake in it is said before all else is imported
     from cola.cli.data_view import show
 
     show(opened, Terminal(), split, rows)
@@ -211,22 +178,9 @@ def compare(
     """Show what differs between two runs: their recipes, how they were made, and their arms' numbers."""
     from cola.cli.show import print_all
     from cola.report.differences import compare_runs
+    from cola.report.terminal import Terminal
 
     print_all(*compare_runs(first, second), Terminal())
-
-
-def _run(recipe: Recipe, run_folder: Path | None) -> int:
-    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code."""
-    text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
-    if run_folder is None:
-        with unfinished_run(text, named) as before:
-            if before is not None:
-                try:
-                    return _train(recipe, before, fresh=False)
-                except RunChanged as changed:
-                    print(f"{changed}: a new run is started", file=sys.stderr)
-    with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
-        return _train(recipe, folder, fresh)
 
 
 def _pair(words: str) -> tuple[str, str]:
@@ -234,34 +188,6 @@ def _pair(words: str) -> tuple[str, str]:
     if not (first and comma and second) or "," in second:
         raise ColaError(f"--contrast {words}: name two arms with a comma between them, such as chain3,lora")
     return first, second
-
-
-def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
-    """Run a recipe in a folder that this process holds; returns the exit code."""
-    terminal = Terminal()
-    begun = "" if fresh else "going on with "
-    terminal.say(
-        f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
-    )
-    from cola.cli.show import print_results, say_sync, track_run
-    from cola.run.run import run as run_recipe
-
-    with Signals().installed() as signals:
-        summary = run_recipe(recipe, folder, terminal, signals)
-    print_results(folder, summary, terminal)
-    # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
-    if not summary.interrupted and summary.wandb and summary.wandb.mode != "off":
-        track_run(recipe, folder, summary, terminal)
-    else:
-        say_sync(folder.path, terminal)
-    command = f"the same command, or: cola run --resume {folder.path}"
-    if summary.interrupted:
-        terminal.say(f"interrupted; all that was trained is kept. Go on with {command}")
-        return RESUMABLE
-    if any(arm.errors for arm in summary.arms.values()):
-        terminal.say(f"some arms failed; try them again with {command}")
-        return 1
-    return 1 if summary.same_outputs else 0  # said among the results
 
 
 def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable[..., None]:
@@ -300,5 +226,5 @@ for name, command in {"run": run, "ablate": ablate, "data": show_data, "report":
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
-for command in (store.ls, store.verify, store.prune):
+for command in (ls, verify, prune):
     store_app.command(command.__name__)(_one_line_errors(command))

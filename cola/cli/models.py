@@ -1,4 +1,4 @@
-"""cola export | eval | inspect: what was trained, out of a run, scored and looked into."""
+"""cola export | eval | inspect | store: what was trained, out of a run, scored, looked into and kept."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from cola.cli import store as stores
 from cola.errors import ColaError
-from cola.recipe.read import read_recipe
-from cola.report.terminal import Terminal
 
 # What an option's word may be.
 Split = StrEnum("Split", ["train", "validation", "test"])
 Form = StrEnum("Form", ["adapter", "merged", "knots"])
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 Codes = StrEnum("Codes", ["nf4", "int8"])
+StoreOption = Annotated[
+    Path | None, Option("--store", help="The store. Default: $COLA_STORE, else `store` in the cache.")
+]
 
 
 def export(
@@ -48,6 +48,7 @@ def export(
     from cola.export.export import Request, push_to_hub
     from cola.export.export import export as write
     from cola.export.outcome import outcomes
+    from cola.report.terminal import Terminal
 
     terminal = Terminal()
     outcome, *others = outcomes(run_folder, arm, seed)
@@ -86,7 +87,10 @@ def evaluate(
 
     Exit code: 0 all is scored, 1 some arms of a run could not be, 2 nothing could be.
     """
-    recipe = read_recipe(data / "recipe.yaml" if data.is_dir() else data)
+    from cola.recipe.read import read_recipe
+    from cola.report.terminal import Terminal
+
+    recipe = read_recipe(data / "recipe.yaml" if data.is_dir() else data)  # a mistake in it is said before all else
     terminal = Terminal()
     from cola.cli.show import need_new
     from cola.compare.contrasts import METRICS
@@ -113,7 +117,7 @@ def inspect(
     intruders: Annotated[
         bool, Option("--intruders", help="Count a run's intruder dimensions too, which takes minutes.")
     ] = False,
-    store: stores.StoreOption = None,
+    store: StoreOption = None,
 ) -> None:
     """Of a run: what its links, chains and full fine-tuning learned, as spectra. Of a segment: where it came from.
 
@@ -121,6 +125,8 @@ def inspect(
     other and with full fine-tuning; what its folder lacks of them is computed and kept there. A segment is followed
     back to the base: every link, knot, learning rate and batch, names and checksums verified.
     """
+    from cola.report.terminal import Terminal
+
     if target and Path(target).is_dir():
         if store is not None:
             raise ColaError("--store is for a segment; a run is inspected from its own folder")
@@ -130,4 +136,30 @@ def inspect(
         return
     if arm is not None or seed is not None or intruders:
         raise ColaError(f"{target} is no run folder; --arm, --seed and --intruders belong to a run")
+    from cola.cli import store as stores
+
     stores.inspect(stores.open_store(store), target, Terminal())
+
+
+def ls(store: StoreOption = None) -> None:
+    """List the segments and the disk they take."""
+    from cola.cli import store as stores
+
+    stores.ls(stores.open_store(store))
+
+
+def verify(store: StoreOption = None) -> None:
+    """Check every name and checksum; what is damaged is set aside and trained again when it is needed.
+
+    Exit code: 0 all is whole, 1 something was damaged.
+    """
+    from cola.cli import store as stores
+
+    raise typer.Exit(1 if stores.verify(stores.open_store(store)) else 0)
+
+
+def prune(store: StoreOption = None, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
+    """Free what no run folder that still exists refers to. Says what that is, then asks."""
+    from cola.cli import store as stores
+
+    stores.prune(stores.open_store(store), yes)

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 
 from cola.errors import ColaError, StoreError
 from cola.files import digest, store_path
@@ -21,10 +20,6 @@ from cola.tree import prune as pruning
 from cola.tree.locks import alone
 from cola.tree.store import Segment, Store
 
-StoreOption = Annotated[
-    Path | None, Option("--store", help="The store. Default: $COLA_STORE, else `store` in the cache.")
-]
-
 
 def open_store(path: Path | None) -> Store:
     """The store that a command names, or the one of this machine. Raises ColaError if there is none."""
@@ -34,9 +29,9 @@ def open_store(path: Path | None) -> Store:
     return Store(path, Terminal().warn)
 
 
-def ls(store: StoreOption = None) -> None:
+def ls(opened: Store) -> None:
     """List the segments and the disk they take."""
-    opened, terminal = open_store(store), Terminal()
+    terminal = Terminal()
     used = pruning.references(opened)
     folders = sorted(_with_times(opened.segments()), key=lambda pair: pair[1])
     if rows := [_row(opened, folder, made_at, used) for folder, made_at in folders]:
@@ -51,20 +46,15 @@ def ls(store: StoreOption = None) -> None:
         terminal.say(f"run folders that are gone: {', '.join(gone)}")
 
 
-def verify(store: StoreOption = None) -> None:
-    """Check every name and checksum; what is damaged is set aside and trained again when it is needed.
-
-    Exit code: 0 all is whole, 1 something was damaged.
-    """
-    opened = open_store(store)
+def verify(opened: Store) -> int:
+    """Check every name and checksum; returns how many were damaged."""
     n_checked, n_damaged = pruning.verify(opened)
     Terminal().say(f"{opened.path}: {n_checked} segments and measurements checked, {n_damaged} damaged")
-    raise typer.Exit(1 if n_damaged else 0)
+    return n_damaged
 
 
-def prune(store: StoreOption = None, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
-    """Free what no run folder that still exists refers to. Says what that is, then asks."""
-    opened = open_store(store)
+def prune(opened: Store, yes: bool) -> None:
+    """Free what no run folder that still exists refers to, once the user says so; `yes`: was said."""
     with alone(opened.path):
         garbage = _say_garbage(opened, Terminal())
         if not garbage:

@@ -1,7 +1,6 @@
 """An export's model card, as the hub shows it."""
 
 import re
-from collections.abc import Callable
 
 import jinja2
 from huggingface_hub import ModelCardData
@@ -10,8 +9,8 @@ from cola.compare.records import Summary
 from cola.export.outcome import Outcome
 from cola.recipe.schema import SPLITS, is_remote
 from cola.report.numbers import interval
-from cola.report.table import NONE, Shown, Table
-from cola.tree.records import Knot, TrainedLink
+from cola.report.table import NONE, Columns, Shown, Table
+from cola.tree.records import TrainedLink
 from cola.tree.run_folder import read_json
 
 
@@ -61,20 +60,20 @@ def _links_table(outcome: Outcome) -> Table:
     def modules(link: TrainedLink) -> str:
         return ", ".join(link.target_modules) if isinstance(link.target_modules, list) else link.target_modules or NONE
 
-    columns: dict[str, Callable[[int, TrainedLink, Knot | None], str]] = {
-        "link": lambda number, link, _: f"{number}, {link.method}",
-        "steps": lambda _, link, __: f"{link.first_step + 1}–{link.last_step}",
-        "rank": lambda _, link, __: _text(link.rank, "d"),
-        "alpha": lambda _, link, __: _text(link.alpha, "g"),
-        "target_modules": lambda _, link, __: modules(link),
-        "learning rate": lambda _, link, __: f"{link.learning_rate_peak:g}",
-        "‖ΔW‖/‖W‖": lambda _, __, knot: _text(knot and knot.relative_size_median, ".2g"),
-        "error": lambda _, __, knot: _text(knot and knot.error_max, ".2g"),
-        "logits": lambda _, __, knot: _text(knot and knot.drift_max_logit_change, ".2g"),
-        "validation loss": lambda _, link, __: _text(looks.get(link.last_step), ".4f"),
+    columns: Columns = {
+        "steps": lambda of: f"{of[0].first_step + 1}–{of[0].last_step}",
+        "rank": lambda of: _text(of[0].rank, "d"),
+        "alpha": lambda of: _text(of[0].alpha, "g"),
+        "target_modules": lambda of: modules(of[0]),
+        "learning rate": lambda of: f"{of[0].learning_rate_peak:g}",
+        "‖ΔW‖/‖W‖": lambda of: _text(of[1] and of[1].relative_size_median, ".2g"),
+        "error": lambda of: _text(of[1] and of[1].error_max, ".2g"),
+        "logits": lambda of: _text(of[1] and of[1].drift_max_logit_change, ".2g"),
+        "validation loss": lambda of: _text(looks.get(of[0].last_step), ".4f"),
     }
-    rows = [(number, link, knots.get(number)) for number, link in enumerate(outcome.info.links, 1)]
-    return Table.of("The chain", columns, rows)
+    links = enumerate(outcome.info.links, 1)
+    rows = [(f"{number}, {link.method}", (link, knots.get(number))) for number, link in links]
+    return Table.of("The chain", ["link"], columns, rows)
 
 
 def _results_table(outcome: Outcome) -> Table:

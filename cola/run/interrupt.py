@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+RESUMABLE = 75  # the exit code of what goes on later: EX_TEMPFAIL of sysexits.h
+
 
 class Interrupted(BaseException):
     """The user or the cluster asked to stop; weights and optimizer are those of a whole step."""

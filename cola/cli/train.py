@@ -1,0 +1,96 @@
+"""cola run | ablate: begin, or go on; in the end the results, and the exit code."""
+
+import sys
+from pathlib import Path
+
+from cola.cli.show import print_ablation, print_results, say_sync, track_ablation, track_run
+from cola.compare.ablation import points_of, take_ablation
+from cola.errors import RunChanged
+from cola.recipe.read import read_recipe
+from cola.recipe.recipe import Recipe
+from cola.recipe.write import dump_recipe
+from cola.report.terminal import Terminal
+from cola.run.interrupt import RESUMABLE, Signals
+from cola.tree.run_folder import RunFolder
+from cola.tree.run_holder import lock_run, take_run, unfinished_run
+
+
+def run(path: Path, overrides: list[str] | None, run_folder: Path | None, dry_run: bool) -> int:
+    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code."""
+    recipe = read_recipe(path, overrides)
+    if dry_run:
+        from cola.run.preview import preview
+
+        preview(recipe, Terminal())
+        return 0
+    text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
+    if run_folder is None:
+        with unfinished_run(text, named) as before:
+            if before is not None:
+                try:
+                    return _train(recipe, before, fresh=False)
+                except RunChanged as changed:
+                    print(f"{changed}: a new run is started", file=sys.stderr)
+    with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
+        return _train(recipe, folder, fresh)
+
+
+def resume(path: Path) -> int:
+    """Go on with the run in a folder; returns the exit code."""
+    folder = RunFolder.open(path)
+    recipe = read_recipe(folder.recipe_file)
+    with lock_run(path):
+        return _train(recipe, folder, fresh=False)
+
+
+def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
+    """Run a recipe in a folder that this process holds; returns the exit code."""
+    terminal = Terminal()
+    begun = "" if fresh else "going on with "
+    terminal.say(
+        f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
+    )
+    from cola.run.run import run as run_recipe
+
+    with Signals().installed() as signals:
+        summary = run_recipe(recipe, folder, terminal, signals)
+    print_results(folder, summary, terminal)
+    # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
+    if not summary.interrupted and summary.wandb and summary.wandb.mode != "off":
+        track_run(recipe, folder, summary, terminal)
+    else:
+        say_sync(folder.path, terminal)
+    command = f"the same command, or: cola run --resume {folder.path}"
+    if summary.interrupted:
+        terminal.say(f"interrupted; all that was trained is kept. Go on with {command}")
+        return RESUMABLE
+    if any(arm.errors for arm in summary.arms.values()):
+        terminal.say(f"some arms failed; try them again with {command}")
+        return 1
+    return 1 if summary.same_outputs else 0  # said among the results
+
+
+def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool) -> int:
+    """Go on with the last ablation of these points, where it did not come to its end, or begin one; returns the exit
+    code."""
+    terminal, points = Terminal(), points_of(path, keys, paired)
+    if dry_run:
+        from cola.run.preview import preview
+
+        for point in points:
+            terminal.say(point.label)
+            preview(point.recipe, terminal)
+        return 0
+    with take_ablation(points) as folder:
+        terminal.say(f"{len(points)} points → {folder}")
+        from cola.run.ablate import ablate as run_all
+
+        with Signals().installed() as signals:
+            summary = run_all(points, folder, terminal, signals)
+        print_ablation(folder, summary, terminal)
+        if not summary.interrupted:
+            track_ablation(folder, summary, terminal, publish=False)
+    if summary.interrupted:
+        terminal.say("interrupted; all that was trained is kept. Go on with the same command")
+        return RESUMABLE
+    return 1 if summary.failed else 0
