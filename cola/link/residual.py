@@ -12,11 +12,11 @@ product for all links, and no rounding at all.
 Axes: O output features, I input features, R rank.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange
@@ -235,7 +235,8 @@ class _Account:
     """
 
     def __init__(self, now: _Links, then: _Links) -> None:
-        self.now, self.then, self.sums = now, then, Counter[str]()
+        self.now, self.then = now, then
+        self.sums: dict[str, Any] = defaultdict(float)
         # What no link scales rows of is of low rank, and so its norm is had from the factors.
         self.low_rank = now.rows_O is None and then.rows_O is None
         if self.low_rank:

@@ -8,6 +8,7 @@ Axes: B rows that go on, H heads, T tokens, N selected positions, V vocabulary, 
 
 from collections.abc import Sequence
 from inspect import signature
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Continued:
         from_BT = places_T - (len(places_T) - lengths_B)[:, None]
         self.mask_BT = (from_BT >= 0).long()
         source_B1T1, rows_B = from_BT.clamp(min=0)[:, None, :, None], torch.tensor(rows, device=model.device)
-        for layer in self.cache.layers:
+        for layer in cast("list[Any]", self.cache.layers):  # of the two kinds that `_whole` lets through
             if not layer.is_initialized:
                 continue  # it shares the keys and values of another one
             layer.keys = layer.keys[rows_B].take_along_dim(source_B1T1, dim=2)
@@ -87,11 +88,12 @@ class Continued:
 def _whole(model: PreTrainedModel, cache: Cache | None) -> DynamicCache:
     """Refuse a cache of states, and one of a window that has let go of what its shorter rows need."""
 
-    def is_whole(layer: object) -> bool:
+    def is_whole(layer: Any) -> bool:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return False
-        return not layer.is_initialized or layer.keys.shape[-2] == cache.get_seq_length()
+        return not layer.is_initialized or layer.keys.shape[-2] == length
 
+    length = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
     if not isinstance(cache, DynamicCache) or not all(map(is_whole, cache.layers)):
         raise ModelError(f"{type(model).__name__} gives no cache of keys and values of every position")
     return cache
