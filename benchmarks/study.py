@@ -28,7 +28,7 @@ from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials, gather
 from cola.run.plan_tree import Planner
-from cola.tree.provenance import provenance
+from cola.tree.made import provenance
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4  # of a loss, nats per target token

@@ -89,10 +89,10 @@ def retie(chain: Chain, learned: Residual, account: bool = False) -> dict[str, A
 
 def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool) -> Knot:
     """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
-    before = probe(chain.model)
-    if adapters.taken_out(chain.model):  # by PiSSA out of the weights; the pair holds it
-        retie(chain, chain.learned)
+    before, taken = probe(chain.model), adapters.taken_out(chain.model)
     weights = adapters.detach(chain.model)
+    if taken:  # by PiSSA out of the weights; the pair holds it
+        retie(chain, chain.learned)
     share = chain.rules.merge_fraction if more_to_come else 1.0
     applied = retie(chain, [*chain.learned, residual.times(weights, share)], account=True)
     after = probe(chain.model)
