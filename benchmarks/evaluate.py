@@ -28,7 +28,7 @@ from by_hand import EVAL_BATCH, encoded, score
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from study import made
+from study import as_text, made
 
 from cola.data.encode import Example
 from cola.measure.evaluate import Evaluator
@@ -125,9 +125,7 @@ def main(rounds: int) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     evaluator, tokenizer = materials.evaluator, materials.evaluator.tokenizer
     tests = materials.splits.test
-    rows = [
-        {**encoded(tokenizer, {"prompt": tokenizer.decode(e.prompt), "answer": e.texts[0]}), "id": e.id} for e in tests
-    ]
+    rows = [{**encoded(tokenizer, as_text(tokenizer, example)), "id": example.id} for example in tests]
     record: dict[str, Any] = {"made": made(), "rounds": rounds}
     model = materials.source.load("float32", materials.device)
     for name in ("untouched", "trained"):

@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from rich.console import Console
 
+from cola.data.encode import Example
 from cola.recipe.plan import evaluation_steps, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
@@ -54,15 +55,21 @@ def timed(command: list[str], log: Path, **environment: str) -> dict[str, float]
     return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * 1024}
 
 
+def as_text(tokenizer: Any, example: Example) -> dict[str, str]:
+    """Prompt and answer, the blank between them with the answer; both read the same tokens."""
+    prompt, answer = tokenizer.decode(example.prompt), tokenizer.decode(example.answers[0][:-1])
+    assert tokenizer(prompt).input_ids == example.prompt
+    assert tokenizer(answer).input_ids == example.answers[0][:-1]
+    return {"prompt": prompt, "answer": answer}
+
+
 def written_out(recipe: Recipe, materials: Materials) -> dict[str, Any]:
     """The recipe as by_hand.py reads it: rows, their order, the learning rate of each step, the seed of each draw."""
     planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
     tokenizer, n_train = materials.evaluator.tokenizer, materials.splits.sizes["train"]
     rows: dict[str, list[dict[str, str]]] = {}
     for split, examples in materials.splits.items():
-        rows[split] = [{"prompt": tokenizer.decode(e.prompt), "answer": e.texts[0]} for e in examples]
-        again = [tokenizer(row["prompt"]).input_ids for row in rows[split]]
-        assert again == [e.prompt for e in examples], "both read the same tokens"
+        rows[split] = [as_text(tokenizer, example) for example in examples]
     rows["general"] = [{"text": tokenizer.decode([*e.prompt, *e.answers[0]])} for e in materials.general]
     arms, order, looks = [], {}, []
     for name in recipe.arms:
