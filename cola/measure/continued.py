@@ -58,11 +58,15 @@ class Continued:
         from_BT = places_T - (len(places_T) - lengths_B)[:, None]
         self.mask_BT = (from_BT >= 0).long()
         source_B1T1, rows_B = from_BT.clamp(min=0)[:, None, :, None], torch.tensor(rows, device=model.device)
+
+        def moved(kept_BHTD: Tensor) -> Tensor:
+            _, n_heads, _, n_features = kept_BHTD.shape
+            return kept_BHTD[rows_B].gather(2, source_B1T1.expand(-1, n_heads, -1, n_features))
+
         for layer in cast("list[Any]", self.cache.layers):  # of the two kinds that `_whole` lets through
             if not layer.is_initialized:
                 continue  # it shares the keys and values of another one
-            layer.keys = layer.keys[rows_B].take_along_dim(source_B1T1, dim=2)
-            layer.values = layer.values[rows_B].take_along_dim(source_B1T1, dim=2)
+            layer.keys, layer.values = moved(layer.keys), moved(layer.values)
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.record_past, layer.cumulative_length = False, len(places_T)
                 layer.keys, layer.values = (x[:, :, 1 - layer.sliding_window :] for x in (layer.keys, layer.values))

@@ -54,7 +54,7 @@ def test_what_an_earlier_commit_has_trained_is_found_and_scores_as_it_did(tmp_pa
     folder, summary = go(tmp_path / "golden/recipe.yaml", f"store={store}", f"output={tmp_path / 'runs'}")
     assert [arm.states for arm in summary.arms.values()] == [{0: "ok"}] * 4
     assert segments(store) == before
-    # EVALUATION_VERSION was raised since, but for texts: scores of the other tasks are made anew, from what was trained.
+    # EVALUATION_VERSION was raised since, but for texts: what was trained is scored anew.
     anew = [
         json.loads(path.read_text())["what"] for path in (store / "measured").rglob("*.json") if path.name not in known
     ]
