@@ -35,8 +35,10 @@ from cola.measure.likelihood import choice_nats, last_logits, left_padded, nats_
 from cola.measure.scores import ExampleScore
 from cola.recipe.data_section import Data
 
-# Part of what a kept score depends on, by task: raise it when the same weights would score otherwise.
-EVALUATION_VERSION = {"multiple_choice": 3, "answer": 3, "text": 2}
+# Part of what a kept score depends on: raise it when the same weights would score otherwise. Since 3 longer choices of
+# all prompts share a pass, which moves a last digit, and in half formats answers are decoded with a head in float32;
+# everything else scores to the bit as under 2, and keeps that name.
+EVALUATION_VERSION = 3
 
 PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
@@ -119,10 +121,12 @@ class Evaluator:
         """The most that are decoded of an answer."""
         return self.answer_tokens + 4
 
-    def causes(self) -> dict[str, Any]:
-        """What a score depends on besides the weights, their precision and the examples."""
+    def causes(self, dtype: str = "float32") -> dict[str, Any]:
+        """What a score depends on besides the weights (of that dtype) and the examples."""
+        longer_choices = self.task == "multiple_choice" and self.answer_tokens > 1
+        as_before = not longer_choices and (self.task != "answer" or dtype == "float32")
         causes = {
-            "version": EVALUATION_VERSION[self.task],
+            "version": 2 if as_before else EVALUATION_VERSION,
             "task": self.task,
             "normalize": list(self.normalize),
             "batch_tokens": self.batch_tokens,
@@ -132,7 +136,9 @@ class Evaluator:
         }
         if self.task == "answer" and len(self.end_tokens) > 1:
             causes["ends"] = sorted(self.end_tokens)
-        if slower := {name: way for name, way in vars(self.ways).items() if way != getattr(Ways, name)}:
+        quick = {"decoding": ("cached", "padded")}  # which give the same
+        ways = vars(self.ways).items()
+        if slower := {name: way for name, way in ways if way not in quick.get(name, (getattr(Ways, name),))}:
             causes["ways"] = slower
         return causes
 

@@ -67,7 +67,7 @@ class Bench:
         tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
         lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
         # What a score depends on besides the state and the rows.
-        scoring = {**dict.fromkeys(SPLITS, evaluator.causes()), "general": evaluator.of_text().causes()}
+        scoring = {**dict.fromkeys(SPLITS, evaluator.causes(arm.base.dtype)), "general": evaluator.of_text().causes()}
         return Measurements(self.store, lineage, rows, scoring, probe, tie, self.made, self.used["measured"])
 
     def rows_of(self, seed: int) -> dict[str, str]:

@@ -228,6 +228,14 @@ def test_dropout_is_off_while_scoring(tokenizer: PreTrainedTokenizerBase) -> Non
     assert not model.training
 
 
+def test_scores_that_are_to_the_bit_what_they_were_keep_their_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    def version(task: str, dtype: str = "float32", **settings: object) -> int:
+        return evaluator(task, tokenizer, **settings).causes(dtype)["version"]
+
+    assert version("answer") == version("text", "bfloat16") == version("multiple_choice", answer_tokens=1) == 2
+    assert version("answer", "bfloat16") == version("multiple_choice", answer_tokens=2) == 3
+
+
 def test_scores_survive_json(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     [result] = evaluator("multiple_choice", tokenizer)(tiny_model(), examples()[:1])
     assert json.loads(json.dumps(vars(result))) == vars(result)
