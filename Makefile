@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-all check docs setup
+.PHONY: run test test-all check docs bench setup
 
 run: setup
 	$(BIN)/cola run recipes/quickstart.yaml
@@ -19,6 +19,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# An hour, with nothing else running; writes benchmarks/results, from which docs/performance.md is made.
+bench: setup
+	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/evaluate.py
+	$(BIN)/python benchmarks/fixed.py
+	$(BIN)/python docs/generate.py
 
 docs: setup
 	$(BIN)/python docs/generate.py

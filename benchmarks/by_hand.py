@@ -26,7 +26,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 
 EVAL_BATCH = 64
@@ -81,7 +80,7 @@ def train_and_score(
 
     first = 0
     for link_seed, rates in zip(arm["link_seeds"].get(seed, ()), rate["steps"], strict=False):
-        set_seed(link_seed)
+        torch.manual_seed(link_seed)
         if arm["method"] == "lora":
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **study["lora"]))
         rows = [splits["train"][i] for step in order[first : first + len(rates)] for i in step]

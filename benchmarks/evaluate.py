@@ -105,13 +105,13 @@ def rounds_of(contenders: dict[str, Callable[[], Any]], rounds: int) -> tuple[di
 
 
 def told(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and each contender's time in cola's."""
+    """Medians, and the ratio of each contender's time to cola's in the same round."""
     ours = seconds["cola"]
     return {
         name: {
             "seconds": times,
             "median": statistics.median(times),
-            "times cola's": statistics.median(t / o for t, o in zip(times, ours, strict=True)),
+            "ratio": statistics.median(t / o for t, o in zip(times, ours, strict=True)),
         }
         for name, times in seconds.items()
     }

@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from rich.console import Console
 
 from cola.data.encode import Example
+from cola.recipe.methods import Lora
 from cola.recipe.plan import evaluation_steps, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
@@ -99,7 +100,7 @@ def written_out(recipe: Recipe, materials: Materials) -> dict[str, Any]:
                 ],
             }
         )
-    link = recipe.link
+    pair = next(link for arm in recipe.arms for link in recipe.resolved(arm).links if isinstance(link, Lora))
     return {
         "model": str(materials.source.folder),
         "rows": rows,
@@ -107,7 +108,7 @@ def written_out(recipe: Recipe, materials: Materials) -> dict[str, Any]:
         "looks": looks,
         "seeds": recipe.seeds,
         "batch_size": recipe.training.batch_size,
-        "lora": {"r": link.rank, "lora_alpha": 16, "target_modules": link.target_modules},
+        "lora": {"r": pair.rank, "lora_alpha": pair.alpha, "target_modules": pair.target_modules},
         "arms": arms,
     }
 

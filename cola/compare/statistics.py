@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import root_scalar
 from scipy.special import ndtr, ndtri, stdtrit
-from scipy.stats import trim_mean
 
 POWER = 0.8  # of the smallest difference that counts as detectable
 FEWEST_TASKS = 8  # that an interquartile mean is given for: of three tasks it is near the middle one's
@@ -350,7 +349,14 @@ def run_differences(table: Table) -> Array:
 # Many tasks
 def iqm(values: Array) -> float:
     """Interquartile mean: of the middle half of all values (Agarwal et al., NeurIPS 2021; rliable)."""
-    return float(trim_mean(values.ravel(), 0.25))
+    return float(_middle_half(values.ravel()))
+
+
+def _middle_half(values: Array) -> Array:
+    """Mean of the middle half along the last axis."""
+    from scipy.stats import trim_mean  # half a second to import, and few reports are of so many tasks
+
+    return trim_mean(values, 0.25, axis=-1)
 
 
 def iqm_estimate(tables: Sequence[Table]) -> Estimate | None:
@@ -381,7 +387,7 @@ def iqm_estimate(tables: Sequence[Table]) -> Estimate | None:
             groups = Resampled.of([of_groups])
             shift_R += np.interp(rng.random(RESAMPLES), groups.below_P, groups.points_P)
         draws_RK.append(differences_S[drawn_RS] + shift_R[:, None])
-    draws_R = trim_mean(np.concatenate(draws_RK, axis=1), 0.25, axis=1)
+    draws_R = _middle_half(np.concatenate(draws_RK, axis=1))
     error = float(np.std(draws_R))
     if error <= 1e-9 * max(1.0, abs(value)):
         return Estimate(value)
