@@ -238,6 +238,7 @@ def test_cut_off_weights_are_refused(recipe_file: Path, tiny_folder: Path, tmp_p
     assert nothing_left(recipe_file)
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_a_damaged_file_of_a_run_is_named_and_only_where_all_needs_it_the_report_is_refused(
     recipe_file: Path, tmp_path: Path
@@ -316,7 +317,13 @@ def test_a_dry_run_loads_no_weights_and_shows_the_plan(recipe_file: Path, tiny_f
     assert nothing_left(recipe_file)
 
 
-@pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "quickstart" else ())  # its generator
+        for path in sorted(Path("recipes").glob("*.yaml"))
+    ],
+)
 def test_every_shipped_recipe_passes_its_dry_run(recipe: Path) -> None:
     result = cola("run", "--dry-run", recipe)
     assert result.exit_code == 0, result.output
