@@ -4,6 +4,9 @@ python experiments/001-does-chaining-pay/scout/collect.py RUN...
 
 Two seeds say little about the variance between seeds, so it is the mean over candidates; that between examples is each
 candidate's own. Both are scaled to the study's seeds and rows; docs/numbers.md has the formula.
+
+It ran at commit b6dce85, which made results/candidates.json: the statistics that it takes apart have had
+other shapes since then.
 """
 
 import json
