@@ -91,7 +91,7 @@ def one(settings: list[str], terminal: Terminal) -> list[Path]:
     recipe = read_recipe(RECIPE, settings)
     with take_run(dump_recipe(recipe), Path(recipe.output) / recipe.name, dated=True) as (run_folder, _):
         summary = run(recipe, run_folder, terminal)
-    assert not summary["interrupted"]
+    assert not summary.interrupted
     return [run_folder.path]
 
 
@@ -99,7 +99,7 @@ def several(settings: list[str], terminal: Terminal) -> list[Path]:
     """An ablation."""
     points = points_of(RECIPE, settings, paired=False)
     with take_ablation(points) as folder:
-        assert ablate(points, folder, terminal)["finished"]
+        assert ablate(points, folder, terminal).finished
     return sorted(folder.glob("points/*"))
 
 
