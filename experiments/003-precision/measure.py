@@ -384,8 +384,8 @@ def peak(recipe_file: Path, settings: list[str]) -> None:
     recipe = read_recipe(recipe_file, settings)
     with take_run(dump_recipe(recipe), Path(recipe.output) / recipe.name, dated=True) as (run_folder, _):
         summary = run(recipe, run_folder, Terminal(Console(file=sys.stderr)))
-    assert not summary["interrupted"]
-    assert not any(arm["errors"] for arm in summary["arms"].values())
+    assert not summary.interrupted
+    assert not any(arm.errors for arm in summary.arms.values())
     training = high_water()
     result, _ = read_run(run_folder.path)
     found = {
