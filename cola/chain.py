@@ -92,7 +92,7 @@ def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool) -> 
     before, taken = probe(chain.model), adapters.taken_out(chain.model)
     weights = adapters.detach(chain.model)
     if taken:  # by PiSSA out of the weights; the pair holds it
-        retie(chain, chain.learned)
+        residual.write(chain.model, chain.base, chain.learned, list(taken), chain.rules.merge)
     share = chain.rules.merge_fraction if more_to_come else 1.0
     applied = retie(chain, [*chain.learned, residual.times(weights, share)], account=True)
     after = probe(chain.model)

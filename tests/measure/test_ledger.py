@@ -125,6 +125,26 @@ def knots(
     return seen
 
 
+def test_a_knot_that_lets_a_pair_go_moves_the_weights_by_both() -> None:
+    model = tiny_model()
+    pristine, base = dense(model, UP).double(), Base(model)
+    base.remember([UP])
+    kept, gone, fresh = (draw(model, UP, number, 0.05) for number in (1, 2, 3))
+    residual.write(model, base, [{UP: kept}, {UP: gone}], [UP])
+    found = residual.write(model, base, [{UP: kept}, {UP: fresh}], [UP], "exact", [{UP: kept}, {UP: gone}])
+    moved = applied_to(pristine, [kept, fresh]) - applied_to(pristine, [kept, gone])
+    assert found[UP].relative_size == pytest.approx((moved.norm() / pristine.norm()).item(), rel=1e-5)
+
+
+def test_what_pissa_took_out_is_no_change_by_the_knot() -> None:
+    chain = chain_of(tiny_model())
+    own = link(init="pissa")
+    extend(chain, own, no_gradients)
+    applied = tie_knot(chain, outputs(chain.model), outputs, more_to_come=True).applied
+    # The pair was not trained, so the weights are what they were before, but for a last digit.
+    assert min(one.unchanged for one in applied.values()) > 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Every field of every knot
 

@@ -38,6 +38,7 @@ GLM = {**SIZES, **MOE, "head_dim": 8, "n_routed_experts": 8, "n_shared_experts":
 
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "gemma2 of 8": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=8)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=4)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, n_positions=128)),
     "bloom": lambda: hf.BloomForCausalLM(
@@ -264,7 +265,7 @@ def test_a_cache_that_is_wrong_in_silence_is_not_used() -> None:
     assert "cached: it gives other logits" in record["notes"][0]
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, "gemma2 of 8"])  # its rows are shorter and longer than its window
 def test_answers_are_decoded_from_the_cache_of_the_loss_as_by_plain_passes(name: str) -> None:
     model, made, quick = make(name), [], evaluator("answer")
     for i, row in enumerate(rows(6)):  # greedy decoding leaves the right answer at its first token, second, ...
