@@ -20,7 +20,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Takes hours, with nothing else running; writes benchmarks/results, from which docs/performance.md is made.
+# Takes long, with nothing else running; writes benchmarks/results, from which docs/performance.md is made.
 bench: setup
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/evaluate.py
