@@ -1,4 +1,4 @@
-"""cola run | ablate | data | report | compare | export | eval | inspect | store.
+"""cola new | run | ablate | data | report | compare | export | eval | inspect | store.
 
 What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
@@ -52,6 +52,42 @@ def main(
     """Chain of LoRA, compared honestly."""
 
 
+def new(
+    recipe: Annotated[
+        Path | None, Argument(help="The new file (YAML). Without one: the recipes that there are.")
+    ] = None,
+    source: Annotated[
+        str | None, Option("--from", metavar="NAME", help="Which recipe to copy. Default: quickstart.")
+    ] = None,
+    data: Annotated[Path | None, Option(help="Rows of your own, for which a recipe is proposed.")] = None,
+    model: Annotated[
+        str | None,
+        Option(help="With --data: a Hugging Face folder, a .gguf file or a hub id. Default: the quickstart's."),
+    ] = None,
+) -> None:
+    """List the recipes that come with cola, or write one: a copy to change, or one proposed for rows of your own.
+
+    For example: cola new mine.yaml --data rows.csv --model ./my-model
+    It looks at the fields of the rows (JSONL, JSON, CSV, TSV, Parquet or text), proposes task, prompt, answer or
+    choices, says what was guessed, and prints a row as the model reads it. No file is overwritten.
+    """
+    from cola.cli import new as recipes
+    from cola.report.terminal import Terminal
+
+    if recipe is None:
+        if source or data or model:
+            raise ColaError("name the file to write, for example: cola new mine.yaml --from quickstart")
+        recipes.show(Terminal())
+    elif data is None and model is not None:
+        raise ColaError("--model goes with --data; of a copied recipe change model.name_or_path")
+    elif data is None:
+        recipes.copy(recipe, source or recipes.FIRST, Terminal())
+    elif source is not None:
+        raise ColaError("--from copies a recipe as it is and --data proposes one: give one of them")
+    else:
+        recipes.propose(recipe, data, recipes.BUNDLED if model is None else model, Terminal())
+
+
 def run(
     recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
     overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example arms.chain3.links=4")] = None,
@@ -80,7 +116,7 @@ def run(
             raise ColaError("--resume takes everything from the run's folder and stands alone")
         code = train.resume(resume)
     elif recipe is None:
-        raise ColaError("name a recipe, for example: cola run recipes/quickstart.yaml")
+        raise ColaError("name a recipe, for example one that cola new has written: cola run mine.yaml")
     else:
         code = train.run(recipe, overrides, run_folder, dry_run)
     raise typer.Exit(code)
@@ -222,6 +258,7 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     return run
 
 
+app.command("new")(_one_line_errors(new, unsaid="model.name_or_path: "))
 for name, command in {"run": run, "ablate": ablate, "data": show_data, "report": report, "compare": compare}.items():
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
