@@ -219,6 +219,18 @@ def compare(
     print_all(*compare_runs(first, second), Terminal())
 
 
+def doctor() -> None:
+    """Say what cola finds here: versions, devices, threads, cache and store, W&B and the hub; and what is missing, with
+    the command that brings it.
+
+    Exit code: 0, or 1 where something that cola needs is missing or too old. No key, user's or host's name is shown.
+    """
+    from cola.cli.doctor import check
+    from cola.report.terminal import Terminal
+
+    raise typer.Exit(check(Terminal()))
+
+
 def _pair(words: str) -> tuple[str, str]:
     first, comma, second = (word.strip() for word in words.partition(","))
     if not (first and comma and second) or "," in second:
@@ -263,5 +275,6 @@ for name, command in {"run": run, "ablate": ablate, "data": show_data, "report":
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
+app.command("doctor")(_one_line_errors(doctor))
 for command in (ls, verify, prune):
     store_app.command(command.__name__)(_one_line_errors(command))

