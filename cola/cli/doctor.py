@@ -73,12 +73,9 @@ def _version(package: str) -> str | None:
 
 def _requirements(extra: str = "") -> Iterator[Requirement]:
     """What cola says that it needs, or an extra of it, as pip reads it."""
-    for line in metadata(NAME).get_all("Requires-Dist") or []:
-        one = Requirement(line)
-        marker = one.marker
-        if extra and marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
-            yield one
-        elif not extra and (marker is None or marker.evaluate({"extra": ""})):
+    for one in map(Requirement, metadata(NAME).get_all("Requires-Dist") or []):
+        always = one.marker is None or one.marker.evaluate({"extra": ""})
+        if always != bool(extra) and (one.marker is None or one.marker.evaluate({"extra": extra})):
             yield one
 
 
@@ -133,7 +130,7 @@ def _computing() -> Iterator[tuple[str, str]]:
     names = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
     gpus = ", ".join(f"{one.name} ({size(one.total_memory)})" for one in names)
     none = f"no GPU is found (torch is built for CUDA {torch.version.cuda})" if torch.version.cuda else "torch for CPUs"
-    yield "device", gpus and f"{gpus}; the first is used" or f"cpu; {none}"
+    yield "device", f"{gpus}; the first is used" if gpus else f"cpu; {none}"
     yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS says otherwise)"
 
 
