@@ -63,6 +63,13 @@ data source (`data.files=mine.jsonl`) replaces the recipe's; `training.steps` re
 way round. Relative paths are looked for from the working directory, then beside the recipe. `cola run` writes the
 resolved recipe, every default made explicit, to `RUN/recipe.yaml`, which runs again as it is.
 
+Editors that speak to a YAML language server complete and explain keys, and mark what is misspelt, by
+[schema/recipe.json](schema/recipe.json), which the recipes of this repository name in a comment; a recipe elsewhere
+names it likewise, `# yaml-language-server: $schema=PATH`. Where there is no clone, this writes it: `python -c "import
+json; from cola.recipe.recipe import Recipe; print(json.dumps(Recipe.model_json_schema()))" > recipe.json`. The schema
+knows keys and values, not what they mean together: `cola run --dry-run` checks that. `cola --install-completion` has
+the shell complete commands and options.
+
 An arm takes every key of `link` as well (`arms.lora.rank: 24`), and so does an entry of its list of links: link < arm
 < entry. An alpha holds where it stands and below; a rank given further in brings back alpha = 2 x rank; a multiple
 (`alpha: 0.5r`) holds for every rank. The rules of `knot` can be set under an arm as well (`arms.NAME.knot.merge:

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cola.compare.records import Ablation, Interval, Spread, Summary, TasksSummary
 from cola.recipe.arms import OneLink
+from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.tree.made import Provenance
 from cola.tree.records import Chosen, EvaluationFile, References, Result, ScoreRow
@@ -44,14 +45,18 @@ def table(model: type[BaseModel]) -> str:
 
 
 def schemas() -> dict[Path, str]:
-    """The JSON Schema of each file."""
-    found = {}
+    """The JSON Schema of each file of a run, and of the recipe, by which editors complete and check one."""
+    found = {DOCS / "schema/recipe.json": _text_of(Recipe)}
     for name, model in RECORDS.items():
         path = DOCS / "schema" / f"{name.replace('/', '-').replace(' ', '-').partition('.json')[0]}.json"
         if "several" in name:
             path = path.with_name("summary-of-several-runs.json")
-        found[path] = json.dumps(model.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+        found[path] = _text_of(model)
     return found
+
+
+def _text_of(model: type[BaseModel]) -> str:
+    return json.dumps(model.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _rows(model: type[BaseModel], above: str) -> Iterator[tuple[str, str, str]]:

@@ -26,7 +26,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Chain of LoRA, compared honestly: a chain of LoRAs, a single LoRA and full fine-tuning "
     "on the same data, order and seeds.",
@@ -52,12 +51,19 @@ def main(
     """Chain of LoRA, compared honestly."""
 
 
+def _shipped() -> list[str]:
+    from cola.cli.new import shipped
+
+    return list(shipped())
+
+
 def new(
     recipe: Annotated[
         Path | None, Argument(help="The new file (YAML). Without one: the recipes that there are.")
     ] = None,
     source: Annotated[
-        str | None, Option("--from", metavar="NAME", help="Which recipe to copy. Default: quickstart.")
+        str | None,
+        Option("--from", metavar="NAME", help="Which recipe to copy. Default: quickstart.", autocompletion=_shipped),
     ] = None,
     data: Annotated[Path | None, Option(help="Rows of your own, for which a recipe is proposed.")] = None,
     model: Annotated[

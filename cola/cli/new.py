@@ -37,7 +37,8 @@ def copy(path: Path, name: str, terminal: Terminal) -> None:
     texts = shipped()
     if name not in texts:
         raise ColaError(f"--from {plain(name)}: no recipe of that name{did_you_mean(name, texts)}; cola new lists them")
-    text = re.sub(rf"^name: {name}$", f"name: {_named(path)}", texts[name], flags=re.MULTILINE)
+    # Editors are not told of a schema that lies in a checkout.
+    text = re.sub(rf"^(# yaml-language-server.*\n)?name: {name}$", f"name: {_named(path)}", texts[name], flags=re.M)
     shown = _shown(path)
     _write(path, text.replace(f"recipes/{name}.yaml", shown))
     terminal.say(f"{shown} is written. What it trains on: cola data {shown}. To run it: cola run {shown}")

@@ -3,7 +3,9 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from cola.errors import quoted
 from cola.recipe.methods import Activation, Init, Part, Placement
@@ -185,6 +187,18 @@ class Arm(LinkSettings):
         "Keys of the arm whose value is chosen on validation: `{rank: [4, 8]}`; all combinations are tried. `rank: "
         "{search: [4, 8]}` says the same."
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """An arm as a recipe writes one: with a search in place of a value, as `_gather_searches` reads it."""
+        schema = handler(core_schema)
+        keys = handler.resolve_ref_schema(schema)["properties"]
+        search = next(one for one in keys["learning_rate"]["anyOf"] if "$ref" in one)
+        for key in SEARCHABLE:
+            if search not in keys[key]["anyOf"]:
+                keys[key]["anyOf"].append(search)
+        keys["search"] = {**keys["search"], "anyOf": [{"type": "object"}, {"type": "null"}]}
+        return schema
 
     @model_validator(mode="before")
     @classmethod

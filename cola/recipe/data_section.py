@@ -5,11 +5,13 @@ from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from cola.errors import quoted
 from cola.recipe.schema import LocalPath, OneOrMore, RowCount, Section, Seed, Tokens, optional
 
+Scalar = str | int | float | bool
+Labels = dict[str, Scalar] | list[Scalar] | str | None  # as a recipe may write them: each stands for its text
 SOURCES = {"hub": "name", "files": "train", "reasoning_gym": "name"}  # and the key that a text alone stands for
 
 
@@ -52,6 +54,15 @@ class ReasoningGym(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the generator.")
 
 
+def _alone(source: str, section: type[Section]) -> BeforeValidator:
+    """Reads a text alone as the one key of a source that it stands for."""
+
+    def mapping(value: Any) -> Any:
+        return {SOURCES[source]: value} if isinstance(value, str) else value
+
+    return BeforeValidator(mapping, json_schema_input_type=section | str | None)
+
+
 class Rows(Section):
     """How many rows each split gets; none: all there are (only where the split has a source of its own)."""
 
@@ -70,9 +81,15 @@ def _a_day(said: str) -> str:
 class Data(Section):
     """Where rows come from and how a row becomes a prompt and its answer."""
 
-    hub: Hub | None = optional("A hub data set: its id, or a mapping. Exactly one source is given.")
-    files: Files | None = optional("Local files: one path, or a mapping of splits to paths.")
-    reasoning_gym: ReasoningGym | None = optional("A generator's name, or a mapping.")
+    hub: Annotated[Hub | None, _alone("hub", Hub)] = optional(
+        "A hub data set: its id, or a mapping. Exactly one source is given."
+    )
+    files: Annotated[Files | None, _alone("files", Files)] = optional(
+        "Local files: one path, or a mapping of splits to paths."
+    )
+    reasoning_gym: Annotated[ReasoningGym | None, _alone("reasoning_gym", ReasoningGym)] = optional(
+        "A generator's name, or a mapping."
+    )
     rows: Rows = Field(default_factory=Rows, description="Rows per split, sampled reproducibly with `data.seed`.")
     seed: Seed = Field(default=0, description="Seed of the sampling; the same rows serve every arm.")
     redraw: Literal["none", "per_seed"] = Field(
@@ -136,11 +153,6 @@ class Data(Section):
         "test, then validation; `error` stops; `allow` keeps them and says so.",
     )
 
-    @field_validator(*SOURCES, mode="before")
-    @classmethod
-    def _text_alone(cls, value: Any, info: ValidationInfo) -> Any:
-        return {SOURCES[str(info.field_name)]: value} if isinstance(value, str) else value
-
     @field_validator("prompt", "answer", "text", mode="before")
     @classmethod
     def _template(cls, value: Any) -> Any:
@@ -163,7 +175,7 @@ class Data(Section):
                 )
         return value
 
-    @field_validator("choices", "choice_labels", mode="before")
+    @field_validator("choices", "choice_labels", mode="before", json_schema_input_type=Labels)
     @classmethod
     def _choices_as_text(cls, value: Any) -> Any:
         if isinstance(value, dict):

@@ -70,7 +70,8 @@ WarmUp = Annotated[float, Field(ge=0, le=MOST_STEPS), AfterValidator(_whole_or_f
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-OneOrMore = BeforeValidator(_listed)  # of a list of texts: a text alone is a list of one
+# Of a list of texts: a text alone is a list of one.
+OneOrMore = BeforeValidator(_listed, json_schema_input_type=list[str] | str)
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 

@@ -2,10 +2,14 @@
 diff. Write it anew: python tests/cli/test_interface.py > tests/cli/interface.txt
 """
 
+import os
+import subprocess
+import sys
 from enum import EnumType
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.main import get_command
 
 from cola.cli.app import app
@@ -33,6 +37,16 @@ def interface() -> str:
 
 def test_the_interface_is_the_one_that_is_written_down() -> None:
     assert interface() == Path(__file__).with_name("interface.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("cola ex", ["export"]), ("cola new mine.yaml --from q", ["quickstart", "qwen1_8b_chain3"])]
+)
+def test_a_shell_completes_commands_and_names_of_recipes(words: str, offered: list[str]) -> None:
+    asked = {"_COLA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "from cola.cli.app import app; app(prog_name='cola')"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == offered
 
 
 if __name__ == "__main__":
