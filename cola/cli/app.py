@@ -132,7 +132,10 @@ def ablate(
     recipe: Annotated[Path, Argument(help="Recipe (YAML).")],
     keys: Annotated[
         list[str],
-        Argument(help="dotted.key=value,value,... for what is ablated; several make a grid. One value is an override."),
+        Argument(
+            help="dotted.key=value,value,... for what is ablated; several make a grid. A key with one value is an "
+            "override of all points; where none has several, the first is ablated, at one point."
+        ),
     ],
     paired: Annotated[bool, Option("--paired", help="The n-th values of all keys belong together: no grid.")] = False,
     dry_run: Annotated[

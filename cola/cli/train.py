@@ -82,7 +82,7 @@ def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool) -> int:
             preview(point.recipe, terminal)
         return 0
     with take_ablation(points) as folder:
-        terminal.say(f"{len(points)} points → {folder}")
+        terminal.say(f"{len(points)} {'points' if len(points) > 1 else 'point'} → {folder}")
         from cola.run.ablate import ablate as run_all
 
         with Signals().installed() as signals:

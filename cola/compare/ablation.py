@@ -53,23 +53,27 @@ def points_of(recipe_path: Path, assignments: list[str], paired: bool) -> list[P
 
     Args:
         recipe_path: The recipe.
-        assignments: `dotted.key=value,value,...`; one with a single value is an override of all points.
+        assignments: `dotted.key=value,value,...`; one with a single value is an override of all points. Where none has
+            several, the first is what is ablated, at one point.
         paired: Whether the n-th values of all keys belong together, instead of a grid of all combinations.
 
     Raises:
-        RecipeError: a recipe does not hold, no key has two values, or two points are the same.
+        RecipeError: a recipe does not hold, no key has a value, or two points are the same.
     """
+    given = [values_of(assignment) for assignment in assignments]
+    most = max(len(values) for _, values in given)
+    if not most:
+        raise RecipeError("no key has a value; write for example arms.chain3.links=1,2,3,4")
+    # Of keys with a value each the first is ablated: one point, which others may join later.
+    alone = next(n for n, (_, values) in enumerate(given) if len(values) == most)
     common, lists = [], {}
-    for assignment in assignments:
-        key, values = values_of(assignment)
+    for number, (assignment, (key, values)) in enumerate(zip(assignments, given, strict=True)):
         if key in lists:
             raise RecipeError(f"{key} is given twice")
-        if len(values) > 1:
+        if len(values) > 1 or (most == 1 and number == alone):
             lists[key] = [value.strip() for value in values]
         else:
             common.append(assignment)
-    if not lists:
-        raise RecipeError("no key has several values; write for example arms.chain3.links=1,2,3,4")
     lengths = {key: len(values) for key, values in lists.items()}
     if paired and len(set(lengths.values())) > 1:
         raise RecipeError(f"--paired: the lists must be of one length; they have {lengths}")

@@ -312,7 +312,9 @@ def ablation_table(summary: records.Ablation) -> Table:
 
 def ablation_notes(summary: records.Ablation) -> list[str]:
     """What belongs beside the table."""
-    if summary.matched.by != "steps":
+    if len(summary.points) == 1:
+        lines = ["One point: nothing here says what another value would change."]
+    elif summary.matched.by != "steps":
         lines = [f"Within each point all arms have the same {summary.matched.by} in all."]
     elif summary.protocol == "fixed":
         lines = ["Protocol fixed: every point has the same optimizer steps in all."]

@@ -78,7 +78,7 @@ def test_several_keys_make_a_grid_and_paired_lists_go_together(recipe_file: Path
 @pytest.mark.parametrize(
     ("keys", "paired", "message"),
     [
-        (["arms.chain3.links=1"], False, "no key has several values"),
+        (["arms.chain3.links="], False, "no key has a value"),
         (["arms.chain3.links=1,2", "arms.chain3.rank=1,2,3"], True, "must be of one length"),
         (["arms.chain3.links=2,2"], False, "are the same recipe"),
         (["arms.chain3.link=1,2"], False, "did you mean links"),
@@ -142,6 +142,31 @@ def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: P
     for point in summary.points:
         assert (folder / "points" / point.folder / "report.html").is_file()
     assert any("Protocol fixed" in note for note in ablation_notes(summary))
+
+
+@pytest.mark.drawn
+def test_one_value_is_an_ablation_of_one_point_which_others_join_later(recipe_file: Path) -> None:
+    grow = ["training.protocol=grow", "training.epochs=1", *SMALL]
+    folder, summary = run_points(recipe_file, "arms.chain3.links=2", *grow)
+    assert [(row.arm, row.values) for row in summary.rows] == [("lora", None), ("chain3", {"arms.chain3.links": "2"})]
+    assert [point.folder for point in summary.points] == ["01-chain3.links=2"]
+    assert summary.finished
+    assert [row[:2] for row in ablation_table(summary).texts] == [["lora", "–"], ["chain3", "2"]]
+    assert ablation_notes(summary)[0] == "One point: nothing here says what another value would change."
+    page = write_ablation(folder, summary).read_text()
+    assert page.count("<svg") == 1
+    assert page.count("points/01-chain3.links%3D2/report.html") == 1
+    again, more = run_points(recipe_file, "arms.chain3.links=2,3", *grow)
+    assert fresh_steps(again) == 3
+    assert more.rows[1].given() == summary.rows[1].given()
+
+
+def test_of_keys_with_one_value_each_the_first_is_ablated(recipe_file: Path) -> None:
+    for paired in (False, True):
+        [point] = points_of(recipe_file, ["arms.full=", "arms.chain3.links=2", "link.rank=4"], paired)
+        assert point.values == {"arms.chain3.links": "2"}
+        assert point.recipe.resolved("chain3").links[0].rank == 4
+        assert "full" not in point.recipe.arms
 
 
 def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
