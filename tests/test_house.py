@@ -6,11 +6,13 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +111,9 @@ def test_generated_docs_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize(
+    "page", [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+)
 def test_every_path_that_a_page_names_is_there(page: str) -> None:
     text = (ROOT / page).read_text()
     named = {ROOT / path for path in re.findall(r"\b(?:cola|tests|docs|recipes|experiments)/[\w./-]*\w", text)}
@@ -127,6 +131,13 @@ def test_every_name_that_a_script_takes_from_cola_is_there(folder: str) -> None:
                 for alias in node.names:
                     there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
                     assert there, f"{path}: {node.module} has no {alias.name}"
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.findall(r"^## ([0-9.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert set(re.findall(r"chain_of_lora-([0-9.]+)-py3", (ROOT / "README.md").read_text())) == {version}
 
 
 def test_every_test_file_holds_a_test() -> None:
