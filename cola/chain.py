@@ -51,7 +51,7 @@ def run_chain(
     links: Sequence[Link],
     tune: Callable[[Chain, Link], None],
     probe: Probe,
-    gradients: starts.Gradients,
+    gradients: starts.Gradients = starts.no_gradients,
 ) -> Iterator[Knot]:
     """Train those of the links that are not tied yet, in order: `tune` trains what `extend` attached.
 
@@ -68,7 +68,7 @@ def run_chain(
         start = knot.outputs
 
 
-def extend(chain: Chain, link: Link, gradients: starts.Gradients) -> None:
+def extend(chain: Chain, link: Link, gradients: starts.Gradients = starts.no_gradients) -> None:
     """Attach a fresh pair, drawn from the link's seed. The model's outputs do not change."""
     if isinstance(link.settings, Lora):
         chain.base.remember(target_names(chain.model, link.settings.target_modules))

@@ -23,6 +23,7 @@ ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "repor
 # Foreign libraries that are imported in one place only.
 SEAMS = {
     "peft": {"link/adapters.py"},
+    "pandas": {"cli/notebook.py"},
     "wandb": {"report/tracking.py"},
     "wandb_workspaces": {"report/group_report.py"},
     "reasoning_gym": {"data/sources.py"},

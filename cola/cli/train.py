@@ -16,23 +16,29 @@ from cola.tree.run_holder import lock_run, take_run, unfinished_run
 
 
 def run(path: Path, overrides: list[str] | None, run_folder: Path | None, dry_run: bool) -> int:
-    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code."""
+    """Train a recipe, or show its plan; returns the exit code."""
     recipe = read_recipe(path, overrides)
     if dry_run:
         from cola.run.preview import preview
 
         preview(recipe, Terminal())
         return 0
+    return train(recipe, run_folder)[0]
+
+
+def train(recipe: Recipe, run_folder: Path | None) -> tuple[int, Path]:
+    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code and
+    the run's folder."""
     text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
     if run_folder is None:
         with unfinished_run(text, named) as before:
             if before is not None:
                 try:
-                    return _train(recipe, before, fresh=False)
+                    return _train(recipe, before, fresh=False), before.path
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
     with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
-        return _train(recipe, folder, fresh)
+        return _train(recipe, folder, fresh), folder.path
 
 
 def resume(path: Path) -> int:

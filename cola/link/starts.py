@@ -37,6 +37,11 @@ ROW_LENGTH = 1 / math.sqrt(3)
 Gradients = Callable[[PreTrainedModel, Link, Sequence[str]], dict[str, Tensor]]
 
 
+def no_gradients(model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, Tensor]:
+    """Of whoever draws no pair along gradients: raises ModelError."""
+    raise ModelError("init: gradient needs a function that computes full gradients, and none is given")
+
+
 @torch.no_grad()
 def draw(
     model: PreTrainedModel,

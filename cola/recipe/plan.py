@@ -17,12 +17,12 @@ from cola.recipe.schema import MOST_STEPS, Choice, Search, Training
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One link of an arm, ready to be trained."""
+    """One link of an arm, ready to be trained. Who trains it in a loop of their own gives settings and seed alone."""
 
     settings: Settings
-    knot: Rules | None  # at the joint before it; None for the first link
-    first_step: int  # steps of the run before it
-    learning_rates: tuple[float, ...]  # of each of its optimizer steps
+    knot: Rules | None = None  # at the joint before it; None for the first link
+    first_step: int = 0  # steps of the run before it
+    learning_rates: tuple[float, ...] = ()  # of each of its optimizer steps
     seed: int  # of its weights' first draw and of its dropout
 
     @property
