@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table as RichTable
 
 from cola.report.numbers import duration
@@ -82,42 +82,63 @@ class Terminal:
         self.console.print(shown)
 
     @contextmanager
-    def progress(self, total_steps: int) -> Iterator["RunProgress"]:
-        """Shows the steps of a whole run and of the job at hand."""
+    def progress(self, jobs: int, total_steps: int) -> Iterator["RunProgress"]:
+        """Shows what is done and left of a whole run, and of the job at hand."""
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         with bars:
-            yield RunProgress(self, bars, bars.add_task("all arms", total=total_steps, state=""))
+            yield RunProgress(self, bars, bars.add_task("all jobs", total=total_steps, state=""), jobs, total_steps)
 
 
 @dataclass
 class RunProgress:
-    """Progress of a run; `job` begins an arm, `step` and `stage` tell where it is."""
+    """Progress of a run; `job` begins an arm, `step` and `stage` tell where it is.
+
+    What is left of the whole is told by the jobs that trained anything in this session: their time, scoring and loading
+    included, by the steps that they made. Steps that will be found in the store are taken for steps to be made.
+    """
 
     terminal: Terminal
     bars: Progress
     whole: TaskID
+    jobs: int
+    steps: int  # of all jobs
+    begun: int = 0  # jobs
+    over: int = 0  # steps of the jobs that are over
+    busy: float = 0.0  # seconds of those that made steps
+    made: int = 0  # steps of theirs
     label: str = ""
     task: TaskID | None = None
-    total: int = 0
+    total: int = 0  # steps of the job at hand, and so are the rest
     done: int = 0
+    own: int = 0  # those that it made
     tokens: int = 0
     seconds: float = 0.0
+    started: float = 0.0
     last_line: float = field(default_factory=monotonic)
 
     def job(self, label: str, total_steps: int) -> None:
         """Begin an arm (or a trial) of so many steps."""
         self.close()
-        self.label, self.total, self.done = label, total_steps, 0
-        self.tokens, self.seconds, self.last_line = 0, 0.0, monotonic()
+        self.begun += 1
+        self.label, self.total, self.done, self.own = label, total_steps, 0, 0
+        self.tokens, self.seconds, self.started = 0, 0.0, monotonic()
         self.task = self.bars.add_task(escape(label), total=max(total_steps, 1), state="looking in the store")
+        self._say_left()
+        self._line(self._left())
+
+    def wait(self, label: str, text: str) -> None:
+        """What is left is another process's."""
+        self.close()
+        self.label = label
+        self.task = self.bars.add_task(escape(label), total=1, state=text)
+        self._line(text)
 
     def stage(self, text: str) -> None:
         """What is going on besides training."""
@@ -125,29 +146,51 @@ class RunProgress:
             self.bars.update(self.task, state=text)
         self._line(text)
 
-    def step(self, link: str, loss: float, tokens: int, seconds: float) -> None:
-        """One optimizer step is done."""
+    def step(self, link: str, loss: float, tokens: int, seconds: float, made: bool) -> None:
+        """One more optimizer step is there: made, or found."""
         self.done += 1
+        self.own += made
         self.tokens += tokens
         self.seconds += seconds
         rate = self.tokens / max(self.seconds, 1e-9)
-        state = f"{link} loss {loss:.3f} {rate:.0f} tok/s"
+        left = duration(self.seconds / self.done * (self.total - self.done))
+        state = f"{link} loss {loss:.3f} {rate:.0f} tok/s, {left} of training left"
         if self.task is not None:
             self.bars.update(self.task, completed=self.done, state=state)
-        self.bars.advance(self.whole)
+        self.bars.update(self.whole, completed=self.over + self.done)
+        self._say_left()
         if monotonic() - self.last_line >= LINE_EVERY_SECONDS:
-            left = self.seconds / self.done * (self.total - self.done)
-            self._line(f"step {self.done}/{self.total} {state}, {duration(left)} of training left")
+            self._line(f"step {self.done}/{self.total} {state}; {self._left()}")
 
     def skip(self, steps: int) -> None:
-        """Steps that will not be made: an arm failed, or its result is there already."""
-        self.bars.advance(self.whole, steps)
+        """A job whose result is there already: its steps will not be made."""
+        self.close()
+        self.begun += 1
+        self.total = steps
+        self.close()
 
     def close(self) -> None:
-        """The job is over; its bar goes."""
+        """The job is over, whether it came to its end or failed; its bar goes."""
+        if self.own:
+            self.busy += monotonic() - self.started
+            self.made += self.own
+        self.over += self.total
+        self.total, self.done, self.own = 0, 0, 0
+        self.bars.update(self.whole, completed=self.over)
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
+
+    def _left(self) -> str:
+        """Which job of all it is, and how long all of them may take."""
+        made, busy = self.made, self.busy
+        if self.own:
+            made, busy = made + self.own, busy + monotonic() - self.started
+        place = f"job {self.begun} of {self.jobs}"
+        return f"{place}, about {duration(busy / made * (self.steps - self.over - self.done))} left" if made else place
+
+    def _say_left(self) -> None:
+        self.bars.update(self.whole, state=self._left())
 
     def _line(self, text: str) -> None:
         if not self.terminal.console.is_terminal:

@@ -45,14 +45,14 @@ class Course:
         """The step that is scored at the end."""
         return self.best.step if self.best else self.given.n_steps
 
-    def note_step(self, record: dict[str, Any]) -> None:
-        """One more step is there."""
+    def note_step(self, record: dict[str, Any], made: bool = False) -> None:
+        """One more step is there: made now, or found."""
         given, self.at = self.given, record["step"]
         number, n_links = given.lineage.link_of(self.at) + 1, len(given.links)
         self.steps.append(record)
         self._write("step", {"link": number, **record})
         name = f"link {number}/{n_links}" if n_links > 1 else "training"
-        given.bench.progress.step(name, record["loss"], record["tokens"], record["seconds"])
+        given.bench.progress.step(name, record["loss"], record["tokens"], record["seconds"], made)
         curves = {f"train/{key}": record[key] for key in ("loss", "grad_norm", "learning_rate")}
         curves["train/tokens_per_second"] = record["tokens"] / max(record["seconds"], 1e-9)
         given.tracker.log(self.at, curves)

@@ -75,7 +75,7 @@ def run(
     with (
         in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
-        terminal.progress(sum(tree.lineage(job).n_steps for job in jobs)) as progress,
+        terminal.progress(len(jobs), sum(tree.lineage(job).n_steps for job in jobs)) as progress,
     ):
         bench = Bench(
             materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress
@@ -136,8 +136,7 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
             break
         else:
             if not waits:
-                bench.progress.job(left[0].label, bench.tree.lineage(left[0]).n_steps)
-                bench.progress.stage("another process is at it, and at all that is left; waiting")
+                bench.progress.wait(left[0].label, "another process is at it, and at all that is left; waiting")
             waits = True
             sleep(WAIT_SECONDS)
 

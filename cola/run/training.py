@@ -136,7 +136,7 @@ class Trainer:
 
     def _on_step(self, stop: int, step: Step, optimizer: AcceleratedOptimizer) -> None:
         bench, course, model = self.given.bench, self.course, self.loaded.chain.model
-        course.note_step(asdict(step))
+        course.note_step(asdict(step), made=True)
         if course.at == stop:
             self.keeper.keep_end(model, optimizer)
         elif self.given.states.checkpoint_due():
