@@ -69,11 +69,7 @@ Located = tuple[ErrorDetails, tuple[str, ...], Any]  # a fault, the key that it 
 
 def near_files(path: Path) -> str:
     near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
-    return (
-        f"; did you mean {path.parent / near}?"
-        if near
-        else "; cola new lists those that come with cola, and writes one"
-    )
+    return f"; did you mean {path.parent / near}?" if near else "; cola new lists recipes and writes one"
 
 
 def explain(error: ValidationError, raw: dict, where: str, marks: Marks) -> list[str]:

@@ -115,12 +115,12 @@ def test_a_missing_file_names_the_file_that_was_meant(tmp_path: Path) -> None:
 
 def test_a_missing_file_with_no_like_name_beside_it_makes_no_guess(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text(PLAIN)
-    with pytest.raises(RecipeError, match=r"zebra\.yaml: no such recipe$"):
+    with pytest.raises(RecipeError, match=r"zebra\.yaml: no such recipe; cola new lists recipes and writes one$"):
         read_recipe(tmp_path / "zebra.yaml")
 
 
 def test_a_missing_folder_is_told_like_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no such recipe$"):
+    with pytest.raises(RecipeError, match=r"no such recipe; cola new"):
         read_recipe(tmp_path / "nowhere" / "plain.yaml")
 
 
