@@ -4,6 +4,7 @@ A guess goes by what fields are called in the data sets that people share, and b
 rows are never asked to be one of some formats. What is guessed is said, for a person to look at.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,8 +68,9 @@ def propose(rows: Sequence[Row], name: str) -> Proposal:
             "needed"
         )
     counts = {split: min(FIRST_LOOK[split], int(share * n_rows)) for split, share in SHARES.items()}
-    said = str(keys)
-    left = [path for path in fields if f"{{{path}" not in said and f"'{path}'" not in said]
+    named = re.compile(r"\{(.+?)\}").findall(f"{template}{keys.get('answer', '')}")
+    used = [*named, *(str(keys.get(key)) for key in ("choices", "choice_labels", "label"))]
+    left = [path for path in fields if not any(f"{name}.".startswith(f"{path}.") for name in used)]
     return Proposal(keys, because, {split: counts[split] for split in ("train", "validation", "test")}, left)
 
 
@@ -79,8 +81,12 @@ Guess = tuple[dict[str, Any], dict[str, str]] | None
 def _fields(rows: Sequence[Row]) -> Fields:
     """The fields that every row has a value in and that a template can name."""
     flat = [dict(_flat(row)) for row in rows]
-    paths = [path for path in flat[0] if all(row.get(path) is not None for row in flat)]
+    paths = [path for path in flat[0] if all(_is_known(row.get(path)) for row in flat)]
     return {path: [row[path] for row in flat] for path in paths if not re.search(r"[{}:!]", path)}
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _flat(row: Row, above: str = "") -> Iterator[tuple[str, Any]]:

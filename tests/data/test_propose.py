@@ -111,6 +111,8 @@ def test_two_texts_without_known_names_ask_and_answer_and_one_alone_is_text() ->
 def test_a_field_that_some_row_lacks_or_no_template_can_name_is_not_used() -> None:
     keys = keys_of(question=asked, hint=lambda i: None if i == 3 else f"think of {i}", answer=asked)
     assert keys["prompt"] == "Question: {question}\nAnswer:"
+    keys = keys_of(text=asked, label=lambda i: float("nan") if i == 3 else i % 2)
+    assert keys == {"task": "text", "text": "{text}"}
     keys = keys_of(**{"question": asked, "a:b": asked, "answer": asked})
     assert keys["prompt"] == "Question: {question}\nAnswer:"
 
@@ -125,3 +127,19 @@ def test_splits_are_counted_in_rows_that_differ() -> None:
 def test_fields_that_say_nothing_are_refused_with_the_keys_to_fill() -> None:
     with pytest.raises(DataError, match=r"its fields \(a, b, c\) do not say .* data.prompt and data.answer"):
         keys_of(a=float, b=float, c=float)
+
+
+def test_fields_of_which_nothing_is_made_are_named() -> None:
+    rows = [
+        {"id": i, "text": asked(i), "text2": f"{i}", "answers": {"text": [f"it is {i}"], "at": [i]}} for i in range(40)
+    ]
+    found = propose(rows, "rows.jsonl")
+    assert found.keys["answer"] == "{answers.text.0}"
+    assert found.left_out == ["id", "answers.at"]
+    assert propose(
+        [
+            {"messages": [{"role": "user", "content": asked(i)}, {"role": "assistant", "content": "a"}], "n": i}
+            for i in range(20)
+        ],
+        "rows.jsonl",
+    ).left_out == ["n"]
