@@ -29,6 +29,7 @@ from transformers import (
 )
 
 EVAL_BATCH = 64
+SPENT = {"steps": 0.0, "scoring": 0.0, "knots": 0.0}  # seconds
 
 
 def main(study: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +85,14 @@ def train_and_score(
         if arm["method"] == "lora":
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **study["lora"]))
         rows = [splits["train"][i] for step in order[first : first + len(rates)] for i in step]
+        started, scored = time.perf_counter(), SPENT["scoring"]
         losses += fit(study, tokenizer, model, rows, rates, looks=[step - first for step in study["looks"]], look=look)
+        SPENT["steps"] += time.perf_counter() - started - (SPENT["scoring"] - scored)
         first += len(rates)
         if arm["method"] == "lora":
+            started = time.perf_counter()
             model = model.merge_and_unload()  # a chain's next pair adapts the merged weights
+            SPENT["knots"] += time.perf_counter() - started
     wanted = ["validation"] if trial else list(splits)
     scores = {name: score(model, tokenizer, splits[name], decode=name != "general") for name in wanted}
     return {**scores, "losses": losses}
@@ -141,7 +146,13 @@ def fit(
 @torch.inference_mode()
 def score(model: Any, tokenizer: Any, rows: list[dict[str, Any]], decode: bool) -> dict[str, float | None]:
     """Loss per target token and, by greedy decoding, exact match."""
-    model.eval()
+    started = time.perf_counter()
+    scores = scores_of(model.eval(), tokenizer, rows, decode)
+    SPENT["scoring"] += time.perf_counter() - started
+    return scores
+
+
+def scores_of(model: Any, tokenizer: Any, rows: list[dict[str, Any]], decode: bool) -> dict[str, float | None]:
     collate, nats, targets, hits = DataCollatorForSeq2Seq(tokenizer, padding=True), 0.0, 0, 0
     rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     for start in range(0, len(rows), batch := EVAL_BATCH if decode else 4):
@@ -176,6 +187,6 @@ if __name__ == "__main__":
     started = time.perf_counter()
     found = main(json.loads(Path(sys.argv[1]).read_text()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    record = {"seconds": time.perf_counter() - started, "peak_bytes": peak, "results": found}
+    record = {"seconds": time.perf_counter() - started, "peak_bytes": peak, "spent": SPENT, "results": found}
     assert all(math.isfinite(result["test"]["loss"]) for result in found.values())
     Path(sys.argv[2]).write_text(json.dumps(record))

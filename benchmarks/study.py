@@ -131,6 +131,17 @@ def disagreements(run_folder: Path, by_hand: dict[str, Any]) -> dict[str, float]
     return worst
 
 
+def spent(run_folder: Path, whole: float) -> dict[str, float]:
+    """Where the seconds of a `cola run` went: all arms, seeds and trials."""
+    steps = knots = scoring = 0.0
+    for path in run_folder.rglob("result.json"):
+        info = json.loads(path.read_text())["train_info"]
+        tied = sum(knot["seconds"] for knot in info["knots"])
+        steps, knots = steps + info["train_seconds"], knots + tied
+        scoring += info["total_seconds"] - info["train_seconds"] - tied
+    return {"steps": steps, "scoring": scoring, "knots": knots, "the rest": whole - steps - scoring - knots}
+
+
 def main(recipe_file: Path, rounds: int) -> None:
     """Measure, compare, write."""
     recipe = read_recipe(recipe_file, [])
@@ -141,6 +152,7 @@ def main(recipe_file: Path, rounds: int) -> None:
         (folder / "study.json").write_text(json.dumps(written_out(recipe, materials)))
         found: dict[str, list[dict[str, float]]] = {"cola": [], "by hand": [], "cola again": []}
         worst: dict[str, float] = {}
+        where: dict[str, list[dict[str, float]]] = {"cola": [], "by hand": []}
         for number in range(rounds):
             store = folder / f"store-{number}"
             command = [sys.executable, "-m", "cola", "run", str(recipe_file), f"store={store}", f"output={folder}"]
@@ -150,8 +162,11 @@ def main(recipe_file: Path, rounds: int) -> None:
             found["by hand"].append(timed(by_hand, folder / "hand.log"))
             again = [*command[:-1], str(folder / f"again-{number}")]
             found["cola again"].append(timed(again, folder / "again.log", WANDB_MODE="offline"))
-            theirs = json.loads((folder / "hand.json").read_text())["results"]
-            for quantity, value in disagreements(folder / f"run-{number}", theirs).items():
+            theirs = json.loads((folder / "hand.json").read_text())
+            where["cola"].append(spent(folder / f"run-{number}", found["cola"][-1]["seconds"]))
+            rest = found["by hand"][-1]["seconds"] - sum(theirs["spent"].values())
+            where["by hand"].append(theirs["spent"] | {"the rest": rest})
+            for quantity, value in disagreements(folder / f"run-{number}", theirs["results"]).items():
                 worst[quantity] = max(value, worst.get(quantity, 0.0))
             print({name: round(runs[-1]["seconds"], 1) for name, runs in found.items()}, worst, flush=True)
     ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(found["cola"], found["by hand"], strict=True)]
@@ -161,6 +176,7 @@ def main(recipe_file: Path, rounds: int) -> None:
         "runs": found,
         "median_seconds": {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()},
         "median_ratio": statistics.median(ratios),
+        "spent": where,
         "largest_differences": worst,
     }
     (HERE / "results").mkdir(exist_ok=True)

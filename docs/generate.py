@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from inspect import cleandoc
 from pathlib import Path
+from statistics import median
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -240,9 +241,12 @@ def whole_study() -> str:
         peak = max(run["peak_bytes"] for run in runs) / 1e9
         rows.append(f"| {name} | {len(runs)} | {found['median_seconds'][name]:.0f} | {peak:.2f} |")
     worst = ", ".join(f"{quantity} {value:.1g}" for quantity, value in found["largest_differences"].items())
-    return "\n".join(
-        [*rows, f"\nBy hand takes {found['median_ratio']:.2f} times as long. Largest differences: {worst}.\n"]
-    )
+    rows.append(f"\nBy hand takes {found['median_ratio']:.2f} times as long. Largest differences: {worst}.\n")
+    parts = list(found["spent"]["cola"][0])
+    rows += [f"| seconds, median | {' | '.join(parts)} |", "| :-- |" + " --: |" * len(parts)]
+    for name, runs in found["spent"].items():
+        rows.append(f"| {name} | " + " | ".join(f"{median(run[part] for run in runs):.0f}" for part in parts) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def scoring() -> str:
