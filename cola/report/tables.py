@@ -321,9 +321,10 @@ def ablation_notes(summary: records.Ablation) -> list[str]:
     else:
         lines = ["Protocol grow: every link has the same optimizer steps, so longer chains are trained longer."]
     if total := summary.trained_steps + summary.recalled_steps:
+        over, shared = ("over all points", "shared between points or ") if len(summary.points) > 1 else ("in all", "")
         lines.append(
-            f"Optimizer steps: {total} over all points, of which {summary.trained_steps} were made and "
-            f"{summary.recalled_steps} were shared between points or found in the store."
+            f"Optimizer steps: {total} {over}, of which {summary.trained_steps} were made and "
+            f"{summary.recalled_steps} were {shared}found in the store."
         )
     lines += [f"{folder} was not run: {error}" for folder, error in summary.errors.items()]
     for row in summary.rows:
