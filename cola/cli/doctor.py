@@ -24,6 +24,7 @@ from cola.report.numbers import size
 from cola.report.terminal import Terminal
 from cola.report.tracking import has_api_key, mode_of
 from cola.tree.made import machine
+from cola.tree.prune import size_of
 
 NAME = "chain-of-lora"
 EXTRAS = {
@@ -131,7 +132,7 @@ def _computing() -> Iterator[tuple[str, str]]:
     gpus = ", ".join(f"{one.name} ({size(one.total_memory)})" for one in names)
     none = f"no GPU is found (torch is built for CUDA {torch.version.cuda})" if torch.version.cuda else "torch for CPUs"
     yield "device", f"{gpus}; the first is used" if gpus else f"cpu; {none}"
-    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS says otherwise)"
+    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS sets it)"
 
 
 def _folder(path: Path) -> str:
@@ -141,19 +142,7 @@ def _folder(path: Path) -> str:
     if there != path:
         return f"{_anonymous(path)}, not there yet, {free}"
     writable = "" if os.access(path, os.W_OK) else "; it cannot be written to"
-    return f"{_anonymous(path)}, {size(_n_bytes(path))}, {free}{writable}"
-
-
-def _n_bytes(path: Path) -> int:
-    """What the files below take; one that is in two places counts twice, and one that is gone meanwhile not at all."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for file in files:
-            try:
-                total += os.lstat(Path(folder, file)).st_size
-            except OSError:
-                continue
-    return total
+    return f"{_anonymous(path)}, {size(size_of(path))}, {free}{writable}"
 
 
 def _anonymous(path: Path) -> str:
