@@ -158,7 +158,7 @@ def summarize_ablation(
                 seeds = [_of_seed(result) for result in results if result.run_info.arm == arm]
                 own = {"values": point.values if mine else None, "label": point.label, "arm": arm, "seeds": seeds}
                 rows.append(records.AblationRow(**(about.given() | own)))
-    training = points[0].recipe.training
+    training, samples = points[0].recipe.training, {point.recipe.evaluation.train_rows for point in points}
     return records.Ablation(
         format=FORMAT,
         causes=_causes(points),
@@ -170,6 +170,7 @@ def summarize_ablation(
         keys=list(points[0].values),
         protocol=training.protocol,
         matched=records.Matched(by=training.match, per_link=training.protocol == "grow"),
+        train_sample=samples.pop() if len(samples) == 1 else None,  # else it is one of the keys
         metric=METRICS[points[0].recipe.data.task],
         points=[records.AblationPoint(label=p.label, values=p.values, folder=p.folder) for p in points],
         trained_steps=sum(steps - found for found, steps in reused.values()),
