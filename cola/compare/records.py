@@ -374,7 +374,7 @@ class Ablation(AblationNote):
     protocol: Text = Field(description="as in the recipe")
     matched: Matched
     train_sample: Rows | None = Field(
-        default=None, description="of train that are scored at every point, where the recipe says so"
+        default=None, description="of train that are scored at every point, where those are not all"
     )
     metric: Text = Field(description="name of the score")
     points: list[AblationPoint]

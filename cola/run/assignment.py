@@ -14,7 +14,7 @@ from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
 from cola.measure.memory import peaks, restart_peaks
-from cola.recipe.plan import Job, evaluation_steps
+from cola.recipe.plan import Job, looking_steps
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
 from cola.recipe.schema import SPLITS
@@ -117,8 +117,8 @@ class Assignment:
         self.ends = [link.last_step for link in self.links]
         self.order = bench.planner.order(recipe.training.batch_size, job.seed, self.n_steps)  # the rows of each step
         self.cuts = bench.tree.cuts(job)  # steps whose states are kept
-        looks = evaluation_steps(recipe, self.links, len(self.train)) if self.links else ()
-        self.points = frozenset(looks)  # steps at which validation is looked at
+        looks = looking_steps(recipe, self.links, len(self.train)) if self.links else ()
+        self.points = frozenset(looks)  # steps at which validation is looked at, a link attached
         # The job's own: an arm that fails must not leave its optimizer or gradient scale to the next.
         self.accelerator = make_accelerator(self.arm.base.dtype)
         self.evaluator = replace(materials.evaluator, autocast=self.accelerator.autocast)
