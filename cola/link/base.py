@@ -56,7 +56,7 @@ class Base:
         return stored
 
     def squared_norm(self, name: str) -> float:
-        """||W||_F squared of a remembered module's weight. Its knots ask for it, and it is taken at the first."""
+        """||W||_F squared of a remembered module's weight, read once for all who ask."""
         if name not in self._squared_norms:
             blocks = self.weight(name).flatten().split(BLOCK)
             self._squared_norms[name] = math.fsum(torch.dot(b, b).item() for b in map(Tensor.float, blocks))

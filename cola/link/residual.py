@@ -183,7 +183,7 @@ def write(
                 account.add(rows, pristine_bI, low_rank_bI, weight_OI[rows], tied_bI)
             weight_OI[rows] = tied_bI
         if account:
-            done[name] = account.written(base.squared_norm(name), pristine_OI.numel())
+            done[name] = account.written(pristine_OI.numel())
     return done
 
 
@@ -248,6 +248,7 @@ class _Account:
         self, rows: slice, pristine_bI: Tensor, low_rank_bI: Tensor | None, held_bI: Tensor, tied_bI: Tensor
     ) -> None:
         """Some rows of the base, of the pairs' sum, and of the weight before and after."""
+        self._add("pristine", pristine_bI, pristine_bI)
         learned_bI = self.now.update(pristine_bI, low_rank_bI, rows)
         if not self.low_rank:
             link_bI = learned_bI - self.then.update(pristine_bI, self.then.low_rank(rows), rows)
@@ -268,12 +269,12 @@ class _Account:
         rows, so that their factors say it and no entry is looked at."""
         return Applied(self._size(pristine), 0.0, 0.0, 1.0)
 
-    def written(self, pristine: float, n_entries: int) -> Applied:
+    def written(self, n_entries: int) -> Applied:
         """What the sums over all rows say."""
         sums = {quantity: float(total) for quantity, total in self.sums.items()}
         lengths = (sums["applied"] * sums["learned"]) ** 0.5
         return Applied(
-            self._size(pristine),
+            self._size(sums["pristine"]),
             sums["same"] / n_entries,
             (sums["error"] / sums["learned"]) ** 0.5 if sums["learned"] else None,
             min(sums["product"] / lengths, 1.0) if lengths else None,
