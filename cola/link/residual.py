@@ -174,7 +174,8 @@ def write(
                 done[name] = account.beside(base.squared_norm(name))
             continue
         weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
-        n_rows = max(1, BLOCK // pristine_OI.shape[1])
+        block = BLOCK if weight.device.type == "cpu" else 8 * BLOCK  # a GPU waits for the launches of small ones
+        n_rows = max(1, block // pristine_OI.shape[1])
         for rows in (slice(first, first + n_rows) for first in range(0, len(pristine_OI), n_rows)):
             pristine_bI = pristine_OI[rows].to(weight.device, torch.float32)
             low_rank_bI = links.low_rank(rows)
