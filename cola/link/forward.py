@@ -38,7 +38,8 @@ def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
     if torch.is_grad_enabled() or type(head) is not nn.Linear or isinstance(head.forward, _InFloat32):
         yield
         return
-    head.forward = _InFloat32(head)  # hooks are called as ever: what a knot has put beside the head among them
+    # Hooks are called as ever: what a knot has put beside the head among them.
+    head.forward = _InFloat32(head)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
