@@ -25,6 +25,7 @@ bench: setup
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/evaluate.py
 	$(BIN)/python benchmarks/fixed.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python docs/generate.py
 
 docs: setup

@@ -264,6 +264,18 @@ def waiting() -> str:
     return "\n".join([*rows, *(f"| {name} | {seconds:.2f} |" for name, seconds in found["median"].items()), ""])
 
 
+def growth() -> str:
+    """What one more step, link or arm takes."""
+    if not (BENCHMARKS / "linear.json").is_file():
+        return "Not measured yet.\n"
+    found, how = benchmark("linear")
+    rows = [f"{how}\n| | seconds | fixed | one more | farthest from the line |\n| :-- | :-- | --: | --: | --: |"]
+    for name, one in found["series"].items():
+        measured_at = ", ".join(f"{number}: {seconds:.1f}" for number, seconds in one["seconds"].items())
+        rows.append(f"| {name} | {measured_at} | {one['fixed']:.1f} | {one['each']:.2f} | {one['off']:.1%} |")
+    return "\n".join(rows) + "\n"
+
+
 def exact_knots() -> str:
     """Change of logits at each knot where nothing is rounded to fewer bits."""
     found, how = measured("formats")
@@ -352,7 +364,7 @@ PRECISION_BLOCKS = {
     "time": time_of_a_knot,
 }
 
-PERFORMANCE_BLOCKS = {"whole study": whole_study, "scoring": scoring, "waiting": waiting}
+PERFORMANCE_BLOCKS = {"whole study": whole_study, "scoring": scoring, "waiting": waiting, "growth": growth}
 
 
 def filled(path: Path, name: str, text: str) -> str:
