@@ -1,5 +1,6 @@
 """cola run | ablate: begin, or go on; in the end the results, and the exit code."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -50,8 +51,11 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
     terminal.say(
         f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
     )
+    gc.disable()  # of what is imported nothing is garbage
     from cola.run.run import run as run_recipe
 
+    gc.freeze()  # nor is there any need to look through it later: accelerate does so at every link
+    gc.enable()
     with Signals().installed() as signals:
         summary = run_recipe(recipe, folder, terminal, signals)
     print_results(folder, summary, terminal)

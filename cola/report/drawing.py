@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import scipy  # scipy.optimize, a third of a second, is imported where it is first asked for
 from fontTools import subset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +23,6 @@ from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontMan
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
-from scipy.optimize import isotonic_regression
 
 from cola.compare.records import Ablation, ArmSummary, Summary
 from cola.files import file_digest, write_bytes
@@ -170,7 +170,8 @@ def new_figure(height: float, width: float = WIDE) -> Figure:
 
 def settle(figure: Figure) -> Figure:
     """Fix the layout, which else each of several files would compute again, and the ground on which labels are laid."""
-    figure.draw_without_rendering()
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)  # the layout alone; `draw_without_rendering` draws everything once more, for nothing
     figure.set_layout_engine(None)  # "none" would leave a stand-in, for which each file draws once more
     return figure
 
@@ -271,7 +272,7 @@ def spread_out(wanted: Sequence[float], distance: float) -> list[float]:
     """Places as near to the wanted ones as they can be when no two are nearer to each other than the distance."""
     order, steps = np.argsort(wanted, kind="stable"), distance * np.arange(len(wanted))
     places = np.empty(len(wanted))
-    places[order] = isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
+    places[order] = scipy.optimize.isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
     return places.tolist()
 
 
