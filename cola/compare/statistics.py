@@ -27,8 +27,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import scipy  # scipy.optimize, a third of a second, is imported where it is first asked for
 from numpy.typing import NDArray
+from scipy.optimize import root_scalar
 from scipy.special import ndtr, ndtri, stdtrit
 
 POWER = 0.8  # of the smallest difference that counts as detectable
@@ -246,7 +246,7 @@ def _inverted(end: Callable[[float, int], float], value: float) -> float:
     largest = 1 - 1e-6
     if away(largest) <= 0:
         return 1.0
-    return SMALLEST if away(SMALLEST) > 0 else scipy.optimize.brentq(away, SMALLEST, largest, xtol=1e-9)
+    return SMALLEST if away(SMALLEST) > 0 else root_scalar(away, bracket=(SMALLEST, largest), xtol=1e-9).root
 
 
 def parts_of(coefficients: Sequence[float], table: Table) -> Parts:
@@ -284,7 +284,7 @@ def closed_share(table: Table) -> Estimate:
         while away(value + side * reach) <= 0:
             if (reach := 2 * reach) > 1e9 * error:  # the lead's interval ends at 0 itself, but for rounding
                 return side * math.inf
-        return scipy.optimize.brentq(away, value, value + side * reach, xtol=1e-7 * max(1.0, abs(value)))
+        return root_scalar(away, bracket=(value, value + side * reach), xtol=1e-7 * max(1.0, abs(value))).root
 
     return Estimate(value, limit(-1), limit(1), error, here.df)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import scipy  # scipy.optimize, a third of a second, is imported where it is first asked for
 from fontTools import subset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,6 +22,7 @@ from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontMan
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from scipy.optimize import isotonic_regression
 
 from cola.compare.records import Ablation, ArmSummary, Summary
 from cola.files import file_digest, write_bytes
@@ -272,7 +272,7 @@ def spread_out(wanted: Sequence[float], distance: float) -> list[float]:
     """Places as near to the wanted ones as they can be when no two are nearer to each other than the distance."""
     order, steps = np.argsort(wanted, kind="stable"), distance * np.arange(len(wanted))
     places = np.empty(len(wanted))
-    places[order] = scipy.optimize.isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
+    places[order] = isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
     return places.tolist()
 
 

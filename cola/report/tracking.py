@@ -178,7 +178,7 @@ class Tracker:
                 console="off",
                 x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
                 x_disable_machine_info=True,
-                x_save_requirements=False,  # nor are the packages, which are there too: reading all takes its time
+                x_save_requirements=False,  # they are there too, and W&B would read all that is installed for each run
                 host="",
             ),
         )
