@@ -62,6 +62,13 @@ def test_the_version_is_the_packages() -> None:
     assert (done.exit_code, done.stdout) == (0, f"cola {version('chain-of-lora')}\n")
 
 
+def test_no_first_step_waits_for_what_reports_tracks_or_quantizes() -> None:
+    code = "import sys, cola.cli.train, cola.run.run\n"
+    code += "assert not {'wandb', 'matplotlib', 'fontTools', 'scipy.stats', 'bitsandbytes'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_import_cola_loads_neither_torch_nor_wandb() -> None:
     code = "import sys, cola; assert not {'torch', 'wandb'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
