@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PrinterCallback,
     Qwen2Config,
     Trainer,
     TrainerCallback,
@@ -161,7 +162,9 @@ def by_trainer(model: Any, targets: Any, batches: Batches, mark: Mark, kind: Any
     data = Dataset.from_list(labelled([row for batch in batches for row in batch]))
     collate = None if kind is SFTTrainer else DataCollatorForSeq2Seq(tokenizer, padding=True)
     more: dict[str, Any] = {"processing_class": tokenizer, "data_collator": collate, "callbacks": [Marks(mark)]}
-    kind(with_pair(model, targets), args, train_dataset=data, **more).train()
+    trainer = kind(with_pair(model, targets), args, train_dataset=data, **more)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def by_trl(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
