@@ -84,10 +84,10 @@ class Workload:
 
 
 WORKLOADS = {
-    "long": Workload(8, (100, 250), (2, 2), steps=1),  # BoolQ: a passage and a question, answered by a word
+    "long": Workload(4, (100, 160), (2, 2), steps=1),  # BoolQ: a passage and a question, answered by a word
     "short": Workload(8, (17, 21), (3, 4), steps=5),  # sums
-    "instructions": Workload(8, (20, 80), (20, 80), steps=2),
-    "vocabulary": Workload(4, (30, 60), (10, 20), steps=1, qwen=True),  # of 151,936 words
+    "instructions": Workload(4, (15, 50), (15, 50), steps=2),
+    "vocabulary": Workload(2, (30, 60), (10, 20), steps=1, qwen=True),  # of 151,936 words
 }
 
 Batches = list[list[Example]]
