@@ -20,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,7 @@ class Marks(TrainerCallback):
 
 
 def by_trainer(model: Any, targets: Any, batches: Batches, mark: Mark, kind: Any = Trainer) -> None:
-    """TRL's settings: no 16 bits and no checkpointing, which it turns on by itself and which are slower here."""
+    """By Trainer or SFTTrainer, without 16 bits and checkpointing, which TRL turns on by itself and are slower here."""
     tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
     trl: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     args = (SFTConfig if kind is SFTTrainer else TrainingArguments)(
@@ -165,10 +167,6 @@ def by_trainer(model: Any, targets: Any, batches: Batches, mark: Mark, kind: Any
     trainer = kind(with_pair(model, targets), args, train_dataset=data, **more)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-
-
-def by_trl(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
-    by_trainer(model, targets, batches, mark, SFTTrainer)
 
 
 def by_hand(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
@@ -215,7 +213,7 @@ def products(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
 CONTENDERS: dict[str, Contender] = {
     "cola": by_cola,
     "Trainer + PEFT": by_trainer,
-    "TRL": by_trl,
+    "TRL": partial(by_trainer, kind=SFTTrainer),
     "by hand": by_hand,
     "products": products,
 }
@@ -285,7 +283,7 @@ def main(only: list[str], rounds: int) -> None:
                 medians = {who: round(numbers["median"], 3) for who, numbers in found["contenders"].items()}
                 print(name, place, medians, f"losses within {found['largest difference of losses']:.1e}", flush=True)
     if not only:
-        record = {"made": made(), "rounds": rounds, "workloads": workloads}
+        record = {"made": made(), "trl": version("trl"), "rounds": rounds, "workloads": workloads}
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / "step.json").write_text(json.dumps(record, indent=1) + "\n")
     if any(one["largest difference of losses"] > TOLERANCE for w in workloads.values() for one in w.values()):

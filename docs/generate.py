@@ -282,7 +282,7 @@ def training_steps() -> str:
                 for name, c in one["contenders"].items()
             ]
             rows.append(f"| {workload}, {place} | {one['tokens']:.0f} | {' | '.join(cells)} |")
-    return "\n".join([*rows, f"\nThe losses of all contenders lie within {apart:.1g} of each other.\n"])
+    return "\n".join([*rows, f"\nTRL {found['trl']}. The losses of all lie within {apart:.1g} of each other.\n"])
 
 
 def exact_knots() -> str:
