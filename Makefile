@@ -22,7 +22,9 @@ check: setup
 
 # Takes long, with nothing else running; writes benchmarks/results, from which docs/performance.md is made.
 bench: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/evaluate.py
 	$(BIN)/python benchmarks/fixed.py
 	$(BIN)/python benchmarks/linear.py

@@ -276,6 +276,27 @@ def growth() -> str:
     return "\n".join(rows) + "\n"
 
 
+def training_steps() -> str:
+    """A training step by cola and by others, and the time of its matrix products."""
+    if not (BENCHMARKS / "step.json").is_file():
+        return "Not measured to its end yet.\n"
+    found, how = benchmark("step")
+    workloads = found["workloads"]
+    names = list(next(iter(next(iter(workloads.values())).values()))["contenders"])
+    rows = [f"{how}\n| rows, what is trained | tokens | {' | '.join(names)} |", f"| :-- | --: |{' --: |' * len(names)}"]
+    apart = 0.0
+    for workload, places in workloads.items():
+        for place, one in places.items():
+            apart = max(apart, one["largest difference of losses"])
+            cells = [
+                f"{c['median']:.2f} s, {c['ratio']:.2f}"
+                + (f", {c['peak_bytes'] / 1e9:.1f} GB" if c["peak_bytes"] and name != "products" else "")
+                for name, c in one["contenders"].items()
+            ]
+            rows.append(f"| {workload}, {place} | {one['tokens']:.0f} | {' | '.join(cells)} |")
+    return "\n".join([*rows, f"\nTRL {found['trl']}. The losses of all lie within {apart:.1g} of each other.\n"])
+
+
 def exact_knots() -> str:
     """Change of logits at each knot where nothing is rounded to fewer bits."""
     found, how = measured("formats")
@@ -364,7 +385,13 @@ PRECISION_BLOCKS = {
     "time": time_of_a_knot,
 }
 
-PERFORMANCE_BLOCKS = {"whole study": whole_study, "scoring": scoring, "waiting": waiting, "growth": growth}
+PERFORMANCE_BLOCKS = {
+    "whole study": whole_study,
+    "steps": training_steps,
+    "scoring": scoring,
+    "waiting": waiting,
+    "growth": growth,
+}
 
 
 def filled(path: Path, name: str, text: str) -> str:
