@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from datasets import Dataset
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from study import TOLERANCE, made
 from torch.nn.functional import cross_entropy
@@ -43,7 +42,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
 
 from cola.data.batches import training_batches
 from cola.data.encode import Example
@@ -94,19 +92,24 @@ WORKLOADS = {
 
 Batches = list[list[Example]]
 Mark = Callable[[float], None]  # told a step's loss as it ends
-Contender = Callable[[Any, Any, Batches, Mark], None]  # trains a model, given target modules or None
+Contender = Callable[..., None]  # trains a model, given target modules or None, batches, a mark, and perhaps `dtype`
 
 
-def by_cola(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
+def by_cola(model: Any, targets: Any, batches: Batches, mark: Mark, dtype: str = "float32") -> None:
     settings = Full() if targets is None else Lora(rank=8, alpha=16, target_modules=targets)
     link = Link(settings=settings, knot=None, first_step=0, learning_rates=(RATE,) * len(batches), seed=SEED)
+    tune_link(adapters.attach(model, settings, SEED), link, batches, mark, make_accelerator(dtype))
+
+
+def tune_link(model: Any, link: Link, batches: Batches, mark: Mark, accelerator: Accelerator) -> None:
+    """cola's own steps of a link that is attached."""
     size, rows = len(batches[0]), [row for batch in batches for row in batch]
     micro_batches = training_batches(rows, [range(i, i + size) for i in range(0, len(rows), size)], 4096)
     tune(
-        adapters.attach(model, settings, SEED),
+        model,
         link,
         micro_batches,
-        make_accelerator("float32"),
+        accelerator,
         lambda step, _: mark(step.loss),
         betas=(0.9, 0.999),
         epsilon=1e-8,
@@ -140,11 +143,19 @@ class Marks(TrainerCallback):
             self.mark(logs["loss"])
 
 
-def by_trainer(model: Any, targets: Any, batches: Batches, mark: Mark, kind: Any = Trainer) -> None:
-    """By Trainer or SFTTrainer, without 16 bits and checkpointing, which TRL turns on by itself and are slower here."""
+def by_trainer(
+    model: Any,
+    targets: Any,
+    batches: Batches,
+    mark: Mark,
+    dtype: str = "float32",
+    kinds: tuple[Any, Any] = (Trainer, TrainingArguments),
+    **trl: Any,
+) -> None:
+    """No checkpointing, which TRL turns on by itself and which is slower."""
     tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    trl: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    args = (SFTConfig if kind is SFTTrainer else TrainingArguments)(
+    kind, arguments = kinds
+    args = arguments(
         output_dir=f"{tempfile.gettempdir()}/step",
         per_device_train_batch_size=len(batches[0]),
         max_steps=len(batches),
@@ -156,17 +167,31 @@ def by_trainer(model: Any, targets: Any, batches: Batches, mark: Mark, kind: Any
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
         gradient_checkpointing=False,
-        **(trl if kind is SFTTrainer else {}),
+        **trl,
     )
-    data = Dataset.from_list(labelled([row for batch in batches for row in batch]))
-    collate = None if kind is SFTTrainer else DataCollatorForSeq2Seq(tokenizer, padding=True)
+    data: Any = labelled([row for batch in batches for row in batch])
+    if trl:
+        from datasets import Dataset
+
+        data = Dataset.from_list(data)
+    collate = None if trl else DataCollatorForSeq2Seq(tokenizer, padding=True)
     more: dict[str, Any] = {"processing_class": tokenizer, "data_collator": collate, "callbacks": [Marks(mark)]}
     trainer = kind(with_pair(model, targets), args, train_dataset=data, **more)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+
+
+def by_trl(model: Any, targets: Any, batches: Batches, mark: Mark, dtype: str = "float32") -> None:
+    """On a GPU with Liger's kernels."""
+    from trl import SFTConfig, SFTTrainer  # not on every machine with a GPU
+
+    settings: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    settings["use_liger_kernel"] = torch.cuda.is_available()
+    by_trainer(model, targets, batches, mark, dtype, (SFTTrainer, SFTConfig), **settings)
 
 
 def by_hand(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
@@ -213,7 +238,7 @@ def products(model: Any, targets: Any, batches: Batches, mark: Mark) -> None:
 CONTENDERS: dict[str, Contender] = {
     "cola": by_cola,
     "Trainer + PEFT": by_trainer,
-    "TRL": partial(by_trainer, kind=SFTTrainer),
+    "TRL": by_trl,
     "by hand": by_hand,
     "products": products,
 }

@@ -297,6 +297,51 @@ def training_steps() -> str:
     return "\n".join([*rows, f"\nTRL {found['trl']}. The losses of all lie within {apart:.1g} of each other.\n"])
 
 
+def on_a_gpu(file: Path = BENCHMARKS / "gpu.json") -> str:
+    """What each part of `make gpu` found, as far as one was run."""
+    if not file.is_file():
+        return "Not measured: no GPU was at hand.\n"
+    record, lines = json.loads(file.read_text()), []
+    for part in ("steps", "memory"):
+        head = "| model, format, what is trained, rows x tokens | who | tokens a second | of peak | memory, GB |"
+        rows = (
+            [f"{with_what(record[part]['made'])}:\n", head, "| :-- | :-- | --: | --: | --: |"] if part in record else []
+        )
+        for case, one in record[part]["found"].items() if part in record else ():
+            for who, numbers in one.get("contenders", {"": {"absent": one.get("left_out")}}).items():
+                if "absent" in numbers:
+                    rows.append(f"| {case} | {who} | {numbers['absent'].splitlines()[0][:80]} | | |")
+                    continue
+                share = "" if numbers["share_of_peak"] is None else f"{numbers['share_of_peak']:.0%}"
+                speed, memory = numbers["tokens_per_second"], numbers["peak_bytes"] / 1e9
+                rows.append(f"| {case} | {who} | {speed:,.0f} | {share} | {memory:.1f} |")
+        apart = [
+            one["largest_difference_of_losses"] or 0
+            for one in record.get(part, {"found": {}})["found"].values()
+            if "contenders" in one
+        ]
+        lines += (
+            [*rows, f"\nThe losses of all contenders lie within {max(apart):.1g} of each other.\n"] if apart else rows
+        )
+    if "seconds" in record.get("arms", {}).get("found", {}):
+        seconds = record["arms"]["found"]["seconds"]
+        lines.append(
+            "Four trainings and their scores: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()) + ".\n"
+        )
+    if "tests" in record:
+        tests, kinds = record["tests"]["found"], ("failure", "error", "skipped")
+        counts = ", ".join(f"{len(tests[kind])} {kind}" for kind in kinds)
+        lines.append(f"Tests marked `gpu`: {tests['tests']}, of which {counts}.\n")
+    others = ", ".join(f"{who} {speed:,.0f}" for who, speed in record["others"].items())
+    return "\n".join([*lines, f"By others, tokens a second on one H100, as they say: {others}.\n"])
+
+
+def with_what(made: dict[str, Any]) -> str:
+    """Date, card and versions."""
+    packages = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    return f"{made['started'][:10]}, {made['device']}, {packages}"
+
+
 def exact_knots() -> str:
     """Change of logits at each knot where nothing is rounded to fewer bits."""
     found, how = measured("formats")
@@ -391,6 +436,7 @@ PERFORMANCE_BLOCKS = {
     "scoring": scoring,
     "waiting": waiting,
     "growth": growth,
+    "gpu": on_a_gpu,
 }
 
 

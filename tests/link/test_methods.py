@@ -78,11 +78,11 @@ def chain_of(model: PreTrainedModel, base: Base | None = None) -> Chain:
     return Chain(model, base or Base(model), Rules())
 
 
-def tuner(losses: list[float] | None = None) -> Callable[[Chain, Link], None]:
+def tuner(losses: list[float] | None = None, accelerator: Accelerator | None = None) -> Callable[[Chain, Link], None]:
     def tune_link(chain: Chain, own: Link) -> None:
         mine = batches(own.last_step)[own.first_step :]
         note = [] if losses is None else losses
-        tune(chain.model, own, mine, Accelerator(), lambda step, _: note.append(step.loss), **ADAMW)
+        tune(chain.model, own, mine, accelerator or Accelerator(), lambda step, _: note.append(step.loss), **ADAMW)
 
     return tune_link
 
@@ -784,9 +784,9 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantized(folder: Path, how: str) -> tuple[PreTrainedModel, Base]:
+def quantized(folder: Path, how: str, dtype: str = "float32", device: str = "cpu") -> tuple[PreTrainedModel, Base]:
     source = Source("wide", folder, False)
-    model = source.load("float32", torch.device("cpu"), how)
+    model = source.load(dtype, torch.device(device), how)
     return model, Base(model, source.files, quantized=True)
 
 
