@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-all check docs bench setup
+.PHONY: run test test-all check docs bench gpu wheels setup
 
 run: setup
 	$(BIN)/cola run recipes/quickstart.yaml
@@ -22,10 +22,29 @@ check: setup
 
 # Takes long, with nothing else running; writes benchmarks/results, from which docs/performance.md is made.
 bench: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/evaluate.py
 	$(BIN)/python benchmarks/fixed.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python docs/generate.py
+
+# Tests and benchmarks that need an NVIDIA GPU, under 9 minutes (docs/performance.md): of PART, those that have time.
+# It sets nothing up: without .venv it runs under PYTHON, with what is installed there.
+PART ?= tests steps memory arms
+gpu:
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(PART)
+
+# For a machine with a GPU and without a network: what an image with PyTorch and transformers may lack, in .wheels.
+# bitsandbytes lies there unpacked, with the library for CUDA 13 alone: with all of them it takes 43 MB.
+TARGET := --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --constraint constraints.txt \
+	$(foreach n,28 27 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
+wheels: setup
+	$(BIN)/python -m pip download --quiet $(TARGET) --dest .wheels pydantic pydantic-core annotated-types \
+		typing-inspection gguf transformers peft trl datasets dill multiprocess liger-kernel
+	$(BIN)/python -m pip install --quiet --no-compile $(TARGET) --target .wheels/site bitsandbytes
+	find .wheels/site -name 'libbitsandbytes_*.so' ! -name '*_cpu.so' ! -name '*_cuda13*.so' -delete
 
 docs: setup
 	$(BIN)/python docs/generate.py

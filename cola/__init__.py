@@ -11,8 +11,8 @@ from cola import environment, run
 
 environment.settle()  # before anything imports torch
 
-# bitsandbytes, which peft imports where it is installed, warns of optional kernels when it is imported, and once per
-# matrix that it rounds the inputs of int8 products to float16, as it always does.
+# bitsandbytes warns of optional kernels when it is imported, and once per matrix that it rounds the inputs of int8
+# products to float16, as it always does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:

@@ -271,6 +271,84 @@ def waiting() -> str:
     return "\n".join([*rows, *(f"| {name} | {seconds:.2f} |" for name, seconds in found["median"].items()), ""])
 
 
+def growth() -> str:
+    """What one more step, link or arm takes."""
+    if not (BENCHMARKS / "linear.json").is_file():
+        return "Not measured yet.\n"
+    found, how = benchmark("linear")
+    rows = [f"{how}\n| | seconds | fixed | one more | farthest from the line |\n| :-- | :-- | --: | --: | --: |"]
+    for name, one in found["series"].items():
+        measured_at = ", ".join(f"{number}: {seconds:.1f}" for number, seconds in one["seconds"].items())
+        rows.append(f"| {name} | {measured_at} | {one['fixed']:.1f} | {one['each']:.2f} | {one['off']:.1%} |")
+    return "\n".join(rows) + "\n"
+
+
+def training_steps() -> str:
+    """A training step by cola and by others, and the time of its matrix products."""
+    if not (BENCHMARKS / "step.json").is_file():
+        return "Not measured to its end yet.\n"
+    found, how = benchmark("step")
+    workloads = found["workloads"]
+    names = list(next(iter(next(iter(workloads.values())).values()))["contenders"])
+    rows = [f"{how}\n| rows, what is trained | tokens | {' | '.join(names)} |", f"| :-- | --: |{' --: |' * len(names)}"]
+    apart = 0.0
+    for workload, places in workloads.items():
+        for place, one in places.items():
+            apart = max(apart, one["largest difference of losses"])
+            cells = [
+                f"{c['median']:.2f} s, {c['ratio']:.2f}"
+                + (f", {c['peak_bytes'] / 1e9:.1f} GB" if c["peak_bytes"] and name != "products" else "")
+                for name, c in one["contenders"].items()
+            ]
+            rows.append(f"| {workload}, {place} | {one['tokens']:.0f} | {' | '.join(cells)} |")
+    return "\n".join([*rows, f"\nTRL {found['trl']}. The losses of all lie within {apart:.1g} of each other.\n"])
+
+
+def on_a_gpu(file: Path = BENCHMARKS / "gpu.json") -> str:
+    """What each part of `make gpu` found, as far as one was run."""
+    if not file.is_file():
+        return "Not measured: no GPU was at hand.\n"
+    record, lines = json.loads(file.read_text()), []
+    for part in ("steps", "memory"):
+        head = "| model, format, what is trained, rows x tokens | who | tokens a second | of peak | memory, GB |"
+        rows = (
+            [f"{with_what(record[part]['made'])}:\n", head, "| :-- | :-- | --: | --: | --: |"] if part in record else []
+        )
+        for case, one in record[part]["found"].items() if part in record else ():
+            for who, numbers in one.get("contenders", {"": {"absent": one.get("left_out")}}).items():
+                if "absent" in numbers:
+                    rows.append(f"| {case} | {who} | {numbers['absent'].splitlines()[0][:80]} | | |")
+                    continue
+                share = "" if numbers["share_of_peak"] is None else f"{numbers['share_of_peak']:.0%}"
+                speed, memory = numbers["tokens_per_second"], numbers["peak_bytes"] / 1e9
+                rows.append(f"| {case} | {who} | {speed:,.0f} | {share} | {memory:.1f} |")
+        apart = [
+            one["largest_difference_of_losses"] or 0
+            for one in record.get(part, {"found": {}})["found"].values()
+            if "contenders" in one
+        ]
+        lines += (
+            [*rows, f"\nThe losses of all contenders lie within {max(apart):.1g} of each other.\n"] if apart else rows
+        )
+    if "seconds" in record.get("arms", {}).get("found", {}):
+        seconds = record["arms"]["found"]["seconds"]
+        lines.append(
+            "Four trainings and their scores: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()) + ".\n"
+        )
+    if "tests" in record:
+        tests, kinds = record["tests"]["found"], ("failure", "error", "skipped")
+        counts = ", ".join(f"{len(tests[kind])} {kind}" for kind in kinds)
+        lines.append(f"Tests marked `gpu`: {tests['tests']}, of which {counts}.\n")
+    others = ", ".join(f"{who} {speed:,.0f}" for who, speed in record["others"].items())
+    return "\n".join([*lines, f"By others, tokens a second on one H100, as they say: {others}.\n"])
+
+
+def with_what(made: dict[str, Any]) -> str:
+    """Date, card and versions."""
+    packages = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    return f"{made['started'][:10]}, {made['device']}, {packages}"
+
+
 def exact_knots() -> str:
     """Change of logits at each knot where nothing is rounded to fewer bits."""
     found, how = measured("formats")
@@ -359,7 +437,14 @@ PRECISION_BLOCKS = {
     "time": time_of_a_knot,
 }
 
-PERFORMANCE_BLOCKS = {"whole study": whole_study, "scoring": scoring, "waiting": waiting}
+PERFORMANCE_BLOCKS = {
+    "whole study": whole_study,
+    "steps": training_steps,
+    "scoring": scoring,
+    "waiting": waiting,
+    "growth": growth,
+    "gpu": on_a_gpu,
+}
 
 
 def filled(path: Path, name: str, text: str) -> str:

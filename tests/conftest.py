@@ -98,6 +98,12 @@ def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("cola.report.page.figures_of", lambda *_: {})
 
 
+@pytest.fixture(autouse=True)
+def only_on_a_card(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU that torch finds; make gpu runs it")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def little_garbage() -> Iterator[None]:
     """accelerate collects garbage at every link, among all that pytest has loaded: half of a short training's time."""

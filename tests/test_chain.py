@@ -49,7 +49,7 @@ def no_gradients(*_: object) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> Tensor:
-    return model.eval()(input_ids=INPUTS).logits.float()
+    return model.eval()(input_ids=INPUTS.to(next(model.parameters()).device)).logits.float().cpu()
 
 
 def outputs(model: torch.nn.Module) -> Outputs:

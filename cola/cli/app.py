@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
 from cola.errors import ColaError, plain
 from cola.run.interrupt import RESUMABLE, Interrupted
@@ -115,7 +116,8 @@ def run(
     where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted (the same command goes on),
     130 interrupted before anything had begun.
     """
-    from cola.cli import train
+    with no_garbage():
+        from cola.cli import train
 
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
@@ -200,7 +202,8 @@ def report(
         from cola.files import need_package
 
         need_package("wandb_workspaces", "a W&B Report", "report")
-    from cola.cli.show import report_ablation, report_run, report_tasks
+    with no_garbage():
+        from cola.cli.show import report_ablation, report_run, report_tasks
 
     if len(run_folders) > 1:
         if wandb:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cola.cli.show import print_ablation, print_results, say_sync, track_ablation, track_run
+from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
 from cola.errors import RunChanged
 from cola.recipe.read import read_recipe
@@ -19,9 +19,10 @@ def run(path: Path, overrides: list[str] | None, run_folder: Path | None, dry_ru
     """Train a recipe, or show its plan; returns the exit code."""
     recipe = read_recipe(path, overrides)
     if dry_run:
-        from cola.run.preview import preview
+        with no_garbage():  # it does little more than to import what it asks
+            from cola.run.preview import preview
 
-        preview(recipe, Terminal())
+            preview(recipe, Terminal())
         return 0
     return train(recipe, run_folder)[0]
 
@@ -56,10 +57,13 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
     terminal.say(
         f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
     )
-    from cola.run.run import run as run_recipe
+    with no_garbage():
+        from cola.run.run import run as run_recipe
 
     with Signals().installed() as signals:
         summary = run_recipe(recipe, folder, terminal, signals)
+    from cola.cli.show import print_results, say_sync, track_run  # with what draws, for which no first step has to wait
+
     print_results(folder, summary, terminal)
     # One that stopped goes on later, and is compared then; a W&B that failed once would only be waited for again.
     if not summary.interrupted and summary.wandb and summary.wandb.mode != "off":
@@ -89,10 +93,13 @@ def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool) -> int:
         return 0
     with take_ablation(points) as folder:
         terminal.say(f"{len(points)} {'points' if len(points) > 1 else 'point'} → {folder}")
-        from cola.run.ablate import ablate as run_all
+        with no_garbage():
+            from cola.run.ablate import ablate as run_all
 
         with Signals().installed() as signals:
             summary = run_all(points, folder, terminal, signals)
+        from cola.cli.show import print_ablation, track_ablation
+
         print_ablation(folder, summary, terminal)
         if not summary.interrupted:
             track_ablation(folder, summary, terminal, publish=False)

@@ -145,11 +145,13 @@ def summarize_ablation(
     what kept a point from being run at all, by its folder's name."""
     rows, states, damaged = [], set(), []
     named = [key.split(".")[1] for key in points[0].values if key.startswith("arms.")]
+    samples: set[int | None] = set()
     reused: dict[str, tuple[int, int]] = {}  # of each last state: the fewest steps found, and all
     for number, point in enumerate(points):
         run = RunFolder(folder / "points" / point.folder)
         summary = read_json(run.path / "summary.json", records.Summary)
         results = [r for r in run.results(damaged) if isinstance(r, Result)] if summary else []
+        samples |= {summary.train_sample} if summary and results else set()
         for result in results:
             info = result.train_info
             steps = (info.reused_steps, info.steps)
@@ -174,6 +176,7 @@ def summarize_ablation(
         keys=list(points[0].values),
         protocol=training.protocol,
         matched=records.Matched(by=training.match, per_link=training.protocol == "grow"),
+        train_sample=samples.pop() if len(samples) == 1 else None,  # of several it is one of the keys
         metric=METRICS[points[0].recipe.data.task],
         points=[records.AblationPoint(label=p.label, values=p.values, folder=p.folder) for p in points],
         trained_steps=sum(steps - found for found, steps in reused.values()),

@@ -266,6 +266,9 @@ class Summary(Record):
         description="pairs of arms whose test losses agree to the bit, with the seed"
     )
     rows: dict[str, Rows] | None = Field(description="of each split", json_schema_extra={"key": "SPLIT"})
+    train_sample: Rows | None = Field(
+        default=None, description="of train that are scored, and make the gaps, where those are not all"
+    )
     arms: dict[str, ArmSummary] = Field(json_schema_extra={"key": "ARM"})
     spectra: dict[str, ArmSpectra] = Field(
         description="of each arm with pairs, and of full fine-tuning; `cola inspect` makes them",
@@ -370,6 +373,9 @@ class Ablation(AblationNote):
     keys: list[Text] = Field(description="that are ablated")
     protocol: Text = Field(description="as in the recipe")
     matched: Matched
+    train_sample: Rows | None = Field(
+        default=None, description="of train that are scored at every point, where those are not all"
+    )
     metric: Text = Field(description="name of the score")
     points: list[AblationPoint]
     trained_steps: Count = Field(description="optimizer steps that were made for it")

@@ -46,7 +46,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
     states = {state for arm in arms.values() for state in arm.states.values()}
     key = {"steps": "steps", "tokens": "positions", "flops": "flops"}[recipe.training.match]
     used = [getattr(arm, key) for name, arm in arms.items() if arm.n_seeds and recipe.arms[name].n_links]
-    rows = next((r.meta_info.rows for r in comparer.done.values()), None)
+    rows, n_scored = next(((r.meta_info.rows, r.evaluation.train.n) for r in comparer.done.values()), (None, 0))
     return records.Summary(
         meta=meta,
         interrupted=bool(states & {"interrupted", "missing"}),
@@ -63,6 +63,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         intervals=scope_of(recipe, rows["train"] if rows else None),
         same_outputs=_same_outputs(comparer),
         rows=rows,
+        train_sample=n_scored if rows and n_scored < rows["train"] else None,
         arms=arms,
         spectra=spectra,
         contrasts=comparer.contrasts(later),

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], chat:
     return next((token for token in after if token in ends), ends[0])
 
 
+@lru_cache(maxsize=1)  # a fiftieth of a second to write down, and every look into the store asks for it
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when the tokenizer could cut a text differently, or put one together differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

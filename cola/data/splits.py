@@ -52,6 +52,22 @@ class Splits:
         """The splits under one of the run's seeds."""
         return {"train": self.train_of(seed), "validation": self.validation, "test": self.test}
 
+    def scored(self, seed: int, train_rows: int | None) -> dict[str, list[Example]]:
+        """What is scored of the splits under one of the run's seeds: all, or of train a sample of so many examples. At
+        which places they stand depends on the numbers alone, so that all arms and seeds have the same; a larger sample
+        has all of a smaller one. Raises DataError where there are fewer."""
+        parts = self.of(seed)
+        if train_rows is not None:
+            train = parts["train"]
+            if train_rows > len(train):
+                raise DataError(
+                    f"evaluation.train_rows: {train_rows} training rows are to be scored and train has {len(train)}; "
+                    "lower it, or leave it out: all are scored then"
+                )
+            places = sorted(islice(shuffled(range(len(train)), "scored"), train_rows))
+            parts["train"] = [train[place] for place in places]
+        return parts
+
     def train_of(self, seed: int) -> list[Example]:
         """The training rows under one of the run's seeds."""
         return self.redrawn[seed] if self.redrawn else self.train

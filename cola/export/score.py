@@ -56,7 +56,7 @@ class Scored:
     label: str
     evaluation: dict[str, Any]  # loss, score and number of rows of each split, as in result.json
     rows: dict[str, list[dict[str, Any]]]  # of each split, for a file: every example's score and right answer
-    reported: dict[str, Any] | None  # the same numbers as the run reported them; None where it was other data
+    reported: dict[str, Any] | None  # the same numbers as the run reported of these rows; None where it was other data
     selfcheck: dict[str, Any]  # what was found when the model was tried
 
 
@@ -92,14 +92,17 @@ def _score(target: Target, data: Recipe, splits: Sequence[str], terminal: Termin
     for note in checked["notes"]:
         terminal.warn(f"{target.label}: {note}")
     evaluator = evaluator.asking(Ways(**checked["ways"]))
-    scores, written = {}, {}
+    scores, written, parts = {}, {}, loaded.scored(seed, data.evaluation.train_rows)
     for split in splits:
-        rows = loaded.of(seed)[split]
+        rows = parts[split]
         whose = f" that seed {seed} draws" if split == "train" and loaded.redrawn else ""
         terminal.say(f"{target.label}: scoring {split} ({len(rows)} rows{whose})")
         scores[split] = evaluator(model, rows)
         written[split] = score_rows(rows, scores[split], tokenizer, data.evaluation.keep_prompts)
-    reported = trained.evaluation if trained is not None and trained.data == loaded.fingerprint else None
+    reported = None
+    if trained is not None and trained.data == loaded.fingerprint:  # train perhaps by another sample
+        reported = {split: trained.evaluation[split] for split in splits}
+        reported = {split: of for split, of in reported.items() if of["n"] == len(scores[split])}
     return Scored(target.label, evaluation_of(scores), written, reported, checked)
 
 
@@ -227,7 +230,7 @@ def read_note(folder: Path) -> Note | None:
 
 def _numbers(numbers: dict[str, Any]) -> dict[str, Any]:
     score = numbers["score"]
-    return {"loss": float(numbers["loss"]), "score": None if score is None else float(score)}
+    return {"loss": float(numbers["loss"]), "score": None if score is None else float(score), "n": int(numbers["n"])}
 
 
 def write_scores(scored: Sequence[Scored], folder: Path) -> None:

@@ -2,24 +2,16 @@
 
 import copy
 import json
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mode
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-)
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,11 +20,44 @@ from transformers.pytorch_utils import Conv1D
 
 from cola.errors import ModelError, one_line
 from cola.link import bottleneck
-from cola.link.base import as_stored, weight_of
+from cola.link.base import as_stored, shape_of, weight_of
 from cola.link.residual import LinkWeights, Pair
 from cola.link.targets import target_names
 from cola.link.text_part import outside_text, text_config
 from cola.recipe.methods import Adapter, Full, Lora, Prefix, PromptTuning, PTuning, Settings, VirtualTokens
+
+CODES = "bitsandbytes"
+
+
+@contextmanager
+def _codes_unseen() -> Iterator[None]:
+    """PEFT finds no bitsandbytes: it would import it wherever it is installed, and with it torch's compiler, a second
+    and more, for codes alone. Whatever loads codes has imported it before; then PEFT sees it."""
+    if CODES in sys.modules:
+        yield
+        return
+    sys.modules[CODES] = None  # pyright: ignore[reportArgumentType] - how Python says that a package is not there
+    try:
+        yield
+    finally:
+        del sys.modules[CODES]
+        for look in (is_bnb_available, is_bnb_4bit_available):
+            look.cache_clear()  # PEFT remembers what it saw
+
+
+with _codes_unseen():
+    from peft import (
+        LoraConfig,
+        PeftModel,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+    )
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 PREFIX = "base_model.model."  # of a module's name in an adapter's file
@@ -69,7 +94,8 @@ def attach(model: PreTrainedModel, settings: Settings, seed: int) -> PreTrainedM
                 # PEFT sets fan_in_fan_out by itself for Conv1D and warns that it did.
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
                 names = target_names(model, settings.target_modules)
-                inject_adapter_in_model(_lora_config(settings, names), model, ADAPTER)
+                with _codes_unseen():
+                    inject_adapter_in_model(_lora_config(settings, names), model, ADAPTER)
             case Adapter():
                 bottleneck.attach(model, settings)
             case VirtualTokens():
@@ -126,6 +152,9 @@ def virtual_tokens(model: PreTrainedModel) -> int:
 
 def count_parameters(skeleton: PreTrainedModel, settings: Settings) -> int:
     """Parameters that a link trains, a shared one once, from the model on the meta device."""
+    if isinstance(settings, Lora):  # by the shapes: it takes PEFT most of a second to put pairs into a small model
+        shapes = [shape_of(skeleton, name) for name in target_names(skeleton, settings.target_modules)]
+        return sum(settings.rank * (n_out + n_in) + settings.use_dora * n_out for n_out, n_in in shapes)
     attached = attach(copy.deepcopy(skeleton), settings, 0)
     return sum(parameter.numel() for parameter in trainable(attached))
 

@@ -1,5 +1,6 @@
 """The base's weights as they were loaded: read where they lie, never changed."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
+
+BLOCK = 1 << 17  # entries of a matrix that are worked on at a time: half a megabyte in float32, a few stay in the cache
 
 
 class Base:
@@ -28,6 +31,7 @@ class Base:
         self._copies: dict[str, Tensor] = {}
         self._remembered: set[str] = set()
         self._beside: dict[str, RemovableHandle] = {}
+        self._squared_norms: dict[str, float] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 self._files |= {name: (file, key) for key, name in names_in_model(model, opened.keys()).items()}
@@ -50,6 +54,13 @@ class Base:
         stored = self._copies[name] if name in self._copies else self.stored(name)
         assert stored is not None
         return stored
+
+    def squared_norm(self, name: str) -> float:
+        """||W||_F squared of a remembered module's weight, read once for all who ask."""
+        if name not in self._squared_norms:
+            blocks = self.weight(name).flatten().split(BLOCK)
+            self._squared_norms[name] = math.fsum(torch.dot(b, b).item() for b in map(Tensor.float, blocks))
+        return self._squared_norms[name]
 
     def put_beside(self, name: str, module: nn.Module, factors: tuple[Tensor, Tensor] | None) -> None:
         """Let a module add B A x to its output, in float32, from now on; None: nothing. One product for all links."""

@@ -8,9 +8,42 @@ the whole pass.
 Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+
+
+class _InFloat32:
+    """What a linear head computes, in float32, from one float32 copy of its weight."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.weight_VH, self.bias_V = head.weight.float(), None if head.bias is None else head.bias.float()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight_VH, self.bias_V)
+
+
+@contextmanager
+def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """While no gradient is taken, let the output head itself compute in float32, whatever the model's dtype.
+
+    bfloat16 logits lie 1/8 apart at 16 and more, so that two answers often tie and their order decides. A pass sees to
+    it by itself; around many passes the head's weight is converted once for all, and its copy lives as long.
+    """
+    head = model.get_output_embeddings()
+    if torch.is_grad_enabled() or type(head) is not nn.Linear or isinstance(head.forward, _InFloat32):
+        yield
+        return
+    # Hooks are called as ever: what a knot has put beside the head among them.
+    head.forward = _InFloat32(head)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def logits_at(model: PreTrainedModel, input_ids_BT: Tensor, where_BT: Tensor) -> Tensor:
@@ -39,20 +72,12 @@ def logits_and_cache(
         own_BTH = hidden_BTH[:, hidden_BTH.shape[1] - where_BT.shape[1] :]
         return (own_BTH[where_BT].unsqueeze(0),)
 
-    def in_float32(module: nn.Module, args: tuple[Tensor], logits_1NV: Tensor) -> Tensor:
-        # bfloat16 logits lie 1/8 apart at 16 and more, so that two answers often tie and their order decides.
-        if logits_1NV.dtype == torch.float32 or torch.is_grad_enabled() or type(module) is not nn.Linear:
-            return logits_1NV
-        bias = None if module.bias is None else module.bias.float()
-        with torch.autocast(logits_1NV.device.type, enabled=False):
-            return nn.functional.linear(args[0].float(), module.weight.float(), bias)
-
-    hooks = [head.register_forward_pre_hook(select), head.register_forward_hook(in_float32)]
+    hook = head.register_forward_pre_hook(select)
     try:
-        output = model(input_ids=input_ids_BT, **inputs)
+        with head_in_float32(model):
+            output = model(input_ids=input_ids_BT, **inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     logits = output.logits
     logits_NV = logits[0] if selected else logits[:, logits.shape[1] - where_BT.shape[1] :][where_BT]
     return logits_NV.float(), output.get("past_key_values")

@@ -22,7 +22,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cola.link.base import Base, as_stored, linear, weight_of
+from cola.link.base import BLOCK, Base, as_stored, linear, weight_of
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ class Pair:
         """The pair that takes this one away."""
         return Pair(self.A_RI, -self.B_OR, self.scale)
 
-
-BLOCK = 1 << 20  # entries of a matrix that are worked on at a time: 4 MB in float32, a dozen of which are needed
 
 LinkWeights: TypeAlias = dict[str, Pair]  # module name -> its pair; empty for a link that leaves none (full)
 Residual: TypeAlias = list[LinkWeights]
@@ -169,22 +167,24 @@ def write(
         if beside:
             touched = any(name in link for link in residual)
             base.put_beside(name, module, factors(residual, name)[:2] if touched else None)
-            if before is None:
-                continue
-        weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
         links = _Links(residual, name, weight.device)
         account = None if before is None else _Account(links, _Links(before, name, weight.device))
-        n_rows = max(1, BLOCK // pristine_OI.shape[1])
+        if beside:
+            if account:
+                done[name] = account.beside(base.squared_norm(name))
+            continue
+        weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
+        block = BLOCK if weight.device.type == "cpu" else 8 * BLOCK  # a GPU waits for the launches of small ones
+        n_rows = max(1, block // pristine_OI.shape[1])
         for rows in (slice(first, first + n_rows) for first in range(0, len(pristine_OI), n_rows)):
             pristine_bI = pristine_OI[rows].to(weight.device, torch.float32)
             low_rank_bI = links.low_rank(rows)
-            held_bI = weight_OI[rows].clone() if account and not beside else None
-            if not beside:
-                weight_OI[rows] = links.tied(pristine_bI, low_rank_bI, rows, merge, weight.dtype)
+            tied_bI = links.tied(pristine_bI, low_rank_bI, rows, merge, weight.dtype)
             if account:
-                account.add(rows, pristine_bI, low_rank_bI, held_bI, weight_OI[rows])
+                account.add(rows, pristine_bI, low_rank_bI, weight_OI[rows], tied_bI)
+            weight_OI[rows] = tied_bI
         if account:
-            done[name] = account.applied(pristine_OI.numel())
+            done[name] = account.written(pristine_OI.numel())
     return done
 
 
@@ -246,36 +246,43 @@ class _Account:
             self.sums["link"] = _squared_norm([*fresh, *gone])
 
     def add(
-        self, rows: slice, pristine_bI: Tensor, low_rank_bI: Tensor | None, held_bI: Tensor | None, tied_bI: Tensor
+        self, rows: slice, pristine_bI: Tensor, low_rank_bI: Tensor | None, held_bI: Tensor, tied_bI: Tensor
     ) -> None:
-        """Some rows of the base, of the pairs' sum, and of the weight before and after; None: it is not written."""
+        """Some rows of the base, of the pairs' sum, and of the weight before and after."""
+        self._add("pristine", pristine_bI, pristine_bI)
         learned_bI = self.now.update(pristine_bI, low_rank_bI, rows)
-        pairs = {"pristine": (pristine_bI, pristine_bI)}
         if not self.low_rank:
             link_bI = learned_bI - self.then.update(pristine_bI, self.then.low_rank(rows), rows)
-            pairs |= {"link": (link_bI, link_bI), "learned": (learned_bI, learned_bI)}
-        if held_bI is not None:
-            self.sums["same"] += (tied_bI == held_bI).sum()
-            applied_bI = tied_bI.float() - pristine_bI
-            error_bI = applied_bI - learned_bI
-            pairs |= {"applied": (applied_bI, applied_bI), "product": (applied_bI, learned_bI)}
-            pairs["error"] = error_bI, error_bI
-        for quantity, (first, second) in pairs.items():
-            self.sums[quantity] += torch.dot(first.flatten(), second.flatten()).double()
+            self._add("link", link_bI, link_bI)
+            self._add("learned", learned_bI, learned_bI)
+        self.sums["same"] += (tied_bI == held_bI).sum()
+        applied_bI = tied_bI.float() - pristine_bI
+        self._add("applied", applied_bI, applied_bI)
+        self._add("product", applied_bI, learned_bI)
+        error_bI = applied_bI - learned_bI
+        self._add("error", error_bI, error_bI)
 
-    def applied(self, n_entries: int) -> Applied:
+    def _add(self, quantity: str, first: Tensor, second: Tensor) -> None:
+        self.sums[quantity] += torch.dot(first.flatten(), second.flatten()).double()
+
+    def beside(self, pristine: float) -> Applied:
+        """What pairs beside the weights were given, all of it; `pristine`: ||W_0||_F squared. None of them scales
+        rows, so that their factors say it and no entry is looked at."""
+        return Applied(self._size(pristine), 0.0, 0.0, 1.0)
+
+    def written(self, n_entries: int) -> Applied:
         """What the sums over all rows say."""
         sums = {quantity: float(total) for quantity, total in self.sums.items()}
-        size = (sums["link"] / max(sums["pristine"], 1e-60)) ** 0.5
-        if "applied" not in sums:  # beside the weights
-            return Applied(size, 0.0, 0.0, 1.0)
         lengths = (sums["applied"] * sums["learned"]) ** 0.5
         return Applied(
-            size,
+            self._size(sums["pristine"]),
             sums["same"] / n_entries,
             (sums["error"] / sums["learned"]) ** 0.5 if sums["learned"] else None,
             min(sums["product"] / lengths, 1.0) if lengths else None,
         )
+
+    def _size(self, pristine: float) -> float:
+        return (float(self.sums["link"]) / max(pristine, 1e-60)) ** 0.5
 
 
 def _squared_norm(pairs: Sequence[Pair]) -> float:

@@ -78,12 +78,15 @@ def tune(
     parameters = trainable(model)
     cleared = None if done else check_cleared(share_cleared(parameters, optimizer), link.knot)
     watch = _Watch(parameters, optimizer if done else None, may_skip=accelerator.scaler is not None)
+    model.train()
     for place, micro_batches in enumerate(batches, start=done):
+        if not model.training:  # a look was taken; to walk through all modules is a share of a short step
+            model.train()
         started, step, learning_rate = perf_counter(), link.first_step + place + 1, link.learning_rates[place]
         torch.manual_seed(derived_seed("dropout", link.seed, place))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["ratio"]
-        loss, norm = _gradient(model.train(), micro_batches, accelerator, parameters, max_grad_norm)
+        loss, norm = _gradient(model, micro_batches, accelerator, parameters, max_grad_norm)
         rows = [row for batch in micro_batches for row in batch.ids]
         silent = watch.look(step, loss, norm, rows)
         optimizer.step()

@@ -29,7 +29,7 @@ from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import Splits
 from cola.link.adapters import unwrapped, virtual_tokens
 from cola.link.drift import Outputs
-from cola.link.forward import logits_and_cache, logits_at
+from cola.link.forward import head_in_float32, logits_and_cache, logits_at
 from cola.measure.continued import Continued, going_on
 from cola.measure.likelihood import choice_nats, last_logits, left_padded, nats_of, plain_choice_nats
 from cola.measure.scores import ExampleScore
@@ -162,29 +162,30 @@ class Evaluator:
         cached = self.task == "answer" and self.ways.decoding == "cached"
         missed: list[tuple[Example, ExampleScore]] = []
         texts: dict[str, str] = {}
-        for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
-            batch = collate([training_row(e) for e in group]).to(model.device)
-            inputs = going_on(model, cached)
-            logits_NV, cache = logits_and_cache(model, batch.input_ids_BT, batch.predicts_BT, **inputs)
-            lengths = [len(e.answers[e.gold]) for e in group]
-            nats = nats_of(logits_NV, batch.targets_N).split(lengths)
-            greedy = [tokens.tolist() for tokens in logits_NV.argmax(-1).split(lengths)]
-            misses: dict[int, list[int]] = {}
-            for row, example in enumerate(group):
-                right = example.answers[example.gold]
-                result = ExampleScore(example.id, nats[row].sum().item(), len(right), None, None, example.group)
-                if self.task == "text":
-                    yield result
-                elif greedy[row] == right:
-                    # Greedy decoding would walk through exactly these tokens, so it need not be run; no stop string
-                    # lies in them.
-                    yield replace(result, score=1.0, prediction=example.texts[0])
-                else:
-                    missed.append((example, result))
-                    n_right = next(n for n, token in enumerate(greedy[row]) if token != right[n])
-                    misses[row] = greedy[row][: n_right + 1]
-            if cached and misses:
-                texts |= self._go_on(model, cache, batch.input_ids_BT.shape[1], group, misses)
+        with head_in_float32(model):
+            for group in by_tokens(examples, lambda e: e.n_tokens, self.batch_tokens):
+                batch = collate([training_row(e) for e in group]).to(model.device)
+                inputs = going_on(model, cached)
+                logits_NV, cache = logits_and_cache(model, batch.input_ids_BT, batch.predicts_BT, **inputs)
+                lengths = [len(e.answers[e.gold]) for e in group]
+                nats = nats_of(logits_NV, batch.targets_N).split(lengths)
+                greedy = [tokens.tolist() for tokens in logits_NV.argmax(-1).split(lengths)]
+                misses: dict[int, list[int]] = {}
+                for row, example in enumerate(group):
+                    right = example.answers[example.gold]
+                    result = ExampleScore(example.id, nats[row].sum().item(), len(right), None, None, example.group)
+                    if self.task == "text":
+                        yield result
+                    elif greedy[row] == right:
+                        # Greedy decoding would walk through exactly these tokens, so it need not be run; no stop string
+                        # lies in them.
+                        yield replace(result, score=1.0, prediction=example.texts[0])
+                    else:
+                        missed.append((example, result))
+                        n_right = next(n for n, token in enumerate(greedy[row]) if token != right[n])
+                        misses[row] = greedy[row][: n_right + 1]
+                if cached and misses:
+                    texts |= self._go_on(model, cache, batch.input_ids_BT.shape[1], group, misses)
         if not cached:
             texts = self._decode(model, [example for example, _ in missed])
         for example, result in missed:
@@ -261,7 +262,8 @@ class Evaluator:
         What stands before a right answer (the answer prefix) is taken off where the model says it too.
         """
         if self.ways.decoding == "plain":
-            return {example.id: self._plainly(model, example) for example in examples}
+            with head_in_float32(model):
+                return {example.id: self._plainly(model, example) for example in examples}
         texts = {}
         ends = self.end_tokens  # load_splits refuses task answer without one
         # Virtual tokens stand before the padding, which would lie between them and a shorter prompt.
@@ -325,14 +327,15 @@ class Evaluator:
     def _choices(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterable[ExampleScore]:
         # Where the model has no cache that choices can go on from, each longer choice is a row of its own.
         quick = []
-        for example in examples:
-            if self.ways.choices == "plain" and max(map(len, example.answers)) > 1:
-                yield _chosen(example, plain_choice_nats(model, example, self.batch_tokens))
-            else:
-                quick.append(example)
-        for group in by_tokens(quick, _choice_tokens, self.batch_tokens):
-            for example, scores in zip(group, choice_nats(model, group), strict=True):
-                yield _chosen(example, scores)
+        with head_in_float32(model):
+            for example in examples:
+                if self.ways.choices == "plain" and max(map(len, example.answers)) > 1:
+                    yield _chosen(example, plain_choice_nats(model, example, self.batch_tokens))
+                else:
+                    quick.append(example)
+            for group in by_tokens(quick, _choice_tokens, self.batch_tokens):
+                for example, scores in zip(group, choice_nats(model, group), strict=True):
+                    yield _chosen(example, scores)
 
 
 def _choice_tokens(example: Example) -> int:

@@ -72,6 +72,12 @@ def _check_evaluation(recipe: Recipe) -> None:
             raise ValueError(f"{wrong}: a text has no score; say loss, or leave it out")
     if recipe.evaluation.checkpoint == "best" and recipe.evaluation.every == "never":
         raise ValueError("evaluation.every: never leaves nothing to choose the best checkpoint from")
+    asked, there = recipe.evaluation.train_rows, recipe.data.rows.train
+    if asked and there and asked > there and recipe.data.too_long != "split":  # of which a row may give several
+        raise ValueError(
+            f"evaluation.train_rows: {asked} training rows are to be scored and data.rows.train has {there}; lower it, "
+            "or leave it out: all are scored then"
+        )
 
 
 def _check_match(recipe: Recipe) -> None:

@@ -188,6 +188,13 @@ def evaluation_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[in
     return sorted({*points, total})
 
 
+def looking_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[int]:
+    """Those of them at which a link is looked at as it is, attached. After the last step the tied model is scored in
+    any case, and that is the last look; but where the best is to be chosen, all have to be alike: a knot rounds."""
+    steps = evaluation_steps(recipe, links, n_train)
+    return steps if recipe.evaluation.checkpoint == "best" else steps[:-1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One training from the base weights: an arm, a seed, and the values of what is searched."""

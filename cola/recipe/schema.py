@@ -219,6 +219,10 @@ class Evaluation(Section):
         description="Evaluation points: after each epoch, at each knot, every N steps, or only at the end.",
     )
     batch_tokens: Tokens = Field(default=4096, description="Tokens in one forward pass of an evaluation.")
+    train_rows: RowCount | None = optional(
+        "Score so many training rows, and take the generalization gaps by them: a sample, in which all arms have the "
+        "same rows. Default: all that were trained on."
+    )
     keep_prompts: bool = Field(
         default=False,
         description="Write what the model read into each row of `scores/*.jsonl`, beside the right answer: the prompt, "

@@ -40,7 +40,10 @@ def compare_runs(first: Path, second: Path) -> tuple[list[Table], list[str]]:
         notes.append(f"the metrics are not the same ({metric} and {other_metric}), so no scores are compared")
     notes += made_apart(zip(titles, runs, strict=True))
     # Test loss and score of the arms by name, and the paired difference of those that both runs have.
-    summaries = [summarize(run.recipe, run.folder).arms for run in runs]
+    whole = [summarize(run.recipe, run.folder) for run in runs]
+    summaries = [summary.arms for summary in whole]
+    sampled = [(title, summary.train_sample) for title, summary in zip(titles, whole, strict=True)]
+    notes += [f"{title}: its gaps stand on a sample of {n} training rows" for title, n in sampled if n]
     same = data == other_data and metric == other_metric
     by_loss = metric == "perplexity" or metric != other_metric
     key, name = ("test_loss", "test loss") if by_loss else ("test_score", metric)

@@ -16,7 +16,7 @@ from cola.report.choices import ablation_figure, choices_figure
 from cola.report.drawing import STYLE, gap_of, metric_of, scored_arms
 from cola.report.forest import contrasts_forest, p_text
 from cola.report.heatmaps import knots_figure, overlap_figure, spectra_figure
-from cola.report.numbers import interval, values_text
+from cola.report.numbers import interval, sample_text, values_text
 
 MOST = 8  # of a figure's numbers in its sentence; the tables have all
 
@@ -33,7 +33,7 @@ def _train_test(summary: Summary) -> str:
         f"{name} {getattr(arm, f'train_{key}').mean:.3f} and {getattr(arm, f'test_{key}').mean:.3f}"
         for name, arm in scored_arms(summary).items()
     ]
-    return f"Train and test {metric} of each arm: {_some(said)}."
+    return f"Train and test {metric} of each arm{sample_text(summary.train_sample)}: {_some(said)}."
 
 
 def _contrasts(summary: Summary | TasksSummary) -> str:
@@ -64,7 +64,8 @@ def _gaps(summary: Summary) -> str:
         f"{name} with {arm.links} {gap} {getattr(arm, gap).mean:+.3f}, test {getattr(arm, f'test_{key}').mean:.3f}"
         for name, arm in sorted(arms.items(), key=lambda item: item[1].links)
     ]
-    return f"{gap} and test {metric} against the number of links: {_some(said)}."
+    sample = sample_text(summary.train_sample)
+    return f"{gap} and test {metric} against the number of links{sample}: {_some(said)}."
 
 
 def _cost(summary: Summary) -> str:

@@ -138,6 +138,11 @@ def matched_text(matched: "Matched") -> str:
     return f"matched: {budget} ({low if low == high else f'{low} to {high}'})"
 
 
+def sample_text(train_sample: int | None) -> str:
+    """On what the training numbers stand, after what else a title says; nothing where it is all training rows."""
+    return "" if train_sample is None else f"; train and gap: a sample of {train_sample} rows"
+
+
 def value_text(value: Any) -> str:
     """A searched value."""
     if isinstance(value, list):

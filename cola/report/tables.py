@@ -36,6 +36,7 @@ def named_tables(summary: records.Summary) -> dict[str, Table]:
     """Loss and score on the three splits, each beside its gap, what each arm cost, and what its search tried: by name
     (loss, score, cost, trials), without those that have nothing to say."""
     arms, matched = summary.arms, numbers.matched_text(summary.matched)
+    sample = numbers.sample_text(summary.train_sample)
     at = "at the last step" if summary.checkpoint == "last" else "at the step that was best on validation"
     loss = _by_split("loss") | {"gap_loss": lambda arm: numbers.gap(arm.gap_loss_interval, arm.gap_loss)}
     if any(arm.forgetting for arm in arms.values()):
@@ -43,10 +44,10 @@ def named_tables(summary: records.Summary) -> dict[str, Table]:
     if perplexity := summary.metric == "perplexity":
         loss["test perplexity"] = lambda arm: numbers.number(math.exp(arm.test_loss.mean), ".2f")
         loss |= TO_FULL
-    tables = {"loss": _of_arms(f"Loss {at}, nats per target token; {matched}", loss, arms)}
+    tables = {"loss": _of_arms(f"Loss {at}, nats per target token; {matched}{sample}", loss, arms)}
     if not perplexity:
         score = _by_split("score") | {"gap_acc": lambda arm: numbers.gap(arm.gap_acc_interval, arm.gap_acc)} | TO_FULL
-        tables["score"] = _of_arms(f"{summary.metric.capitalize()} {at}; {matched}", score, arms)
+        tables["score"] = _of_arms(f"{summary.metric.capitalize()} {at}; {matched}{sample}", score, arms)
     tables["cost"] = _of_arms(f"Cost; {matched}", _cost_columns(arms), arms)
     return tables | ({"trials": _trials_table(summary)} if summary.trials else {})
 
@@ -128,7 +129,7 @@ def seeds_table(summary: records.Summary) -> Table:
     for key, form in forms.items():
         name = key if key.startswith("gap") else key.replace("_", " ")
         columns[name] = lambda seed, key=key, form=form: numbers.number(getattr(seed, key), form)
-    return Table.of("Each seed", ["arm"], columns, seeds)
+    return Table.of(f"Each seed{numbers.sample_text(summary.train_sample)}", ["arm"], columns, seeds)
 
 
 def _trials_table(summary: records.Summary) -> Table:
@@ -164,7 +165,7 @@ def scored_table(scored: list[tuple[str, dict[str, Any], dict[str, Any] | None]]
     for label, evaluation, reported in scored:
         for split in (split for split in SPLITS if split in evaluation):
             row: list[Shown] = [label, split, numbers.number(evaluation[split]["n"], "d"), *cells(evaluation[split])]
-            row += (cells(reported[split]) if reported else [NONE, NONE]) if known else []
+            row += (cells(reported[split]) if reported and split in reported else [NONE, NONE]) if known else []
             table.rows.append(row)
     return table
 
@@ -303,6 +304,7 @@ def ablation_table(summary: records.Ablation) -> Table:
         columns["gap_acc"] = lambda row: numbers.spread(row.gap_acc, signed=True)
     columns |= TO_FULL | COST
     title = f"{summary.name}: {' × '.join(keys)}, {numbers.matched_text(summary.matched)}"
+    title += numbers.sample_text(summary.train_sample)
     table = Table(title, ["arm", *keys, *columns], [])
     for row in summary.rows:
         values: list[Shown] = [numbers.given(v) for v in row.values.values()] if row.values else [NONE] * len(keys)

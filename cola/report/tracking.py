@@ -135,23 +135,25 @@ class Tracker:
         self.warn = warn
         self.mode = mode_of(settings)
         self.run: Any = None
+        self.opens: Callable[[], None] | None = None  # opens the run of the arm and seed at hand, until that is done
         self.entity: str | None = None  # to whom the last online run belongs
         self.note, self.note_path = _Note(""), folder / WANDB_NOTE
         self.waiting: dict[int, dict[str, float]] = {}
 
     def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
-        """Begin the W&B run of an arm and seed, or go on with the one that its folder names."""
+        """What comes next is of this arm and seed: of a new W&B run, or of the one that its folder names. It is opened
+        when there is something to send, since the first one takes seconds, for which no first step need wait."""
         if self.mode == "off":
             return
         self.waiting = {}
+        self._guard(lambda: self._open_note(folder))
 
-        def begin() -> None:
-            self._open_note(folder)
+        def opens() -> None:
             self._init(f"{arm}-seed{seed}", arm, config)
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
 
-        self._guard(begin)
+        self.opens = opens if self.mode != "off" else None
 
     def _init(self, name: str, job_type: str, config: dict[str, Any]) -> None:
         """Open the W&B run that the note names."""
@@ -176,6 +178,7 @@ class Tracker:
                 console="off",
                 x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
                 x_disable_machine_info=True,
+                x_save_requirements=False,  # they are there too, and W&B would read all that is installed for each run
                 host="",
             ),
         )
@@ -256,17 +259,21 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
-        if self.run is None or step <= self.note.logged:
+        if (self.run is None and self.opens is None) or step <= self.note.logged:
             return
         if any(waiting < step for waiting in self.waiting):
             self._send()
         self.waiting.setdefault(step, {}).update({name: v for name, v in metrics.items() if v is not None})
 
     def _send(self) -> None:
-        """One row of W&B's history for all that is known of a step."""
+        """One row of W&B's history for all that is known of a step; the run is opened for the first."""
+        if self.opens is not None:
+            opens, self.opens = self.opens, None
+            self._guard(opens)
         for step, metrics in self.waiting.items():
-            self.note.logged = step
-            self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
+            if self.run is not None and step > self.note.logged:  # which a server knows better than the note
+                self.note.logged = step
+                self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
         self.waiting = {}
 
     def _open_note(self, folder: Path, anew: bool = False) -> None:
@@ -306,10 +313,11 @@ class Tracker:
     def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
         """End the W&B run, with its final numbers in the summary; `status` is the result's. The last step of an
         interrupted run may have more to come (its validation): it is sent when the run goes on."""
-        if self.run is None:
-            return
         if status != "interrupted":
             self._send()
+        self.opens = None
+        if self.run is None:
+            return
 
         def end() -> None:
             self.run.summary.update({name: value for name, value in summary.items() if value is not None})

@@ -56,6 +56,8 @@ def verdict(summary: Summary) -> list[str]:
     lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")
     if summary.rows:
         lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in summary.rows.items()) + ".")
+    if summary.train_sample:
+        lines.append(f"Train is scored on a sample of {summary.train_sample} rows, on which the gaps stand.")
     for first, second, seed in summary.same_outputs:
         lines.append(
             f"{first} and {second} give the same test losses to the bit under seed {seed}, though not trained "

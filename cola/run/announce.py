@@ -3,7 +3,7 @@
 from cola.compare.scope import overlap_note
 from cola.measure.cost import Meter
 from cola.recipe.arms import Prune
-from cola.recipe.plan import Job, evaluation_steps
+from cola.recipe.plan import Job, looking_steps
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.assignment import Bench
@@ -54,7 +54,7 @@ def say_plan(bench: Bench, known: list[Job], jobs: list[Job]) -> None:
     for job in known:
         lineage, first = bench.tree.lineage(job), 0
         names, measured = lineage.names, bench.measurements(job)
-        points = evaluation_steps(bench.recipe, lineage.links, bench.materials.splits.sizes["train"])
+        points = looking_steps(bench.recipe, lineage.links, bench.materials.splits.sizes["train"])
         # From a point on where validation is to be looked at for the first time, the steps have to be made again.
         sure = next((p for p in points if not measured.has_scores("validation", p, "attached")), len(names))
         there = {n for n in bench.tree.cuts(job) if bench.store.has(names[n])}

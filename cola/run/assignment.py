@@ -14,7 +14,7 @@ from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
 from cola.measure.memory import peaks, restart_peaks
-from cola.recipe.plan import Job, evaluation_steps
+from cola.recipe.plan import Job, looking_steps
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
 from cola.recipe.schema import SPLITS
@@ -70,10 +70,14 @@ class Bench:
         scoring = {**dict.fromkeys(SPLITS, evaluator.causes(arm.base.dtype)), "general": evaluator.of_text().causes()}
         return Measurements(self.store, lineage, rows, scoring, probe, tie, self.made, self.used["measured"])
 
+    def scored(self, seed: int) -> dict[str, list[Example]]:
+        """What is scored of each split under a seed."""
+        return self.materials.splits.scored(seed, self.recipe.evaluation.train_rows)
+
     def rows_of(self, seed: int) -> dict[str, str]:
-        """Digest of each split's examples under a seed, and of the general text."""
+        """Digest of what is scored of each split under a seed, and of the general text."""
         if seed not in self._rows:
-            parts = self.materials.splits.of(seed) | {"general": self.materials.general}
+            parts = self.scored(seed) | {"general": self.materials.general}
             self._rows[seed] = {name: rows_digest(examples) for name, examples in parts.items()}
         return self._rows[seed]
 
@@ -105,15 +109,16 @@ class Assignment:
         self.arm = recipe.resolved(job.arm, job.choice)
         self.path = bench.folder.start_job(job)
         general = [] if job.trial else materials.general
-        self.rows = materials.splits.of(job.seed) | {"general": general}  # the examples of each split
+        self.train = materials.splits.train_of(job.seed)  # the examples that it trains on
+        self.rows = bench.scored(job.seed) | {"general": general}  # those of each split that are scored
         self.splits = ("validation",) if job.trial else SPLITS  # what is scored at the end
         self.lineage = bench.tree.lineage(job)
         self.links, self.n_steps = self.lineage.links, self.lineage.n_steps
         self.ends = [link.last_step for link in self.links]
         self.order = bench.planner.order(recipe.training.batch_size, job.seed, self.n_steps)  # the rows of each step
         self.cuts = bench.tree.cuts(job)  # steps whose states are kept
-        looks = evaluation_steps(recipe, self.links, len(self.rows["train"])) if self.links else ()
-        self.points = frozenset(looks)  # steps at which validation is looked at
+        looks = looking_steps(recipe, self.links, len(self.train)) if self.links else ()
+        self.points = frozenset(looks)  # steps at which validation is looked at, a link attached
         # The job's own: an arm that fails must not leave its optimizer or gradient scale to the next.
         self.accelerator = make_accelerator(self.arm.base.dtype)
         self.evaluator = replace(materials.evaluator, autocast=self.accelerator.autocast)

@@ -28,10 +28,13 @@ def do_job(bench: Bench, job: Job) -> None:
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
     loaded = Loaded(given)
     try:
-        course = _find_or_train(given, loaded)
-        evaluation = evaluate(given, loaded, course.scored_step)
+        with (given.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as metrics:
+            course = Course(given, metrics)
+            _find_or_train(given, course, loaded)
+            evaluation = evaluate(given, course, loaded)
     finally:
-        given.accelerator.free_memory()
+        if loaded.needed:  # it looks through all objects there are, a third of a second
+            given.accelerator.free_memory()
     if not loaded.needed:
         bench.progress.stage("all of it found in the store")
     if not job.trial:
@@ -42,12 +45,9 @@ def do_job(bench: Bench, job: Job) -> None:
     given.tracker.finish(tracked_numbers(given, evaluation))
 
 
-def _find_or_train(given: Assignment, loaded: Loaded) -> Course:
+def _find_or_train(given: Assignment, course: Course, loaded: Loaded) -> None:
     """The course of the job, from its first step to its last knot."""
-    with (given.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as metrics:
-        course = Course(given, metrics)
-        if step := deepest(given, course, given.cuts):
-            recall(given, course, step, with_knot=True)
-        if len(course.knots) < len(given.links):
-            train(given, course, loaded)
-    return course
+    if step := deepest(given, course, given.cuts):
+        recall(given, course, step, with_knot=True)
+    if len(course.knots) < len(given.links):
+        train(given, course, loaded)

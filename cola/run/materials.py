@@ -58,6 +58,9 @@ def gather(recipe: Recipe, terminal: Terminal) -> Materials:
     splits = load_splits(recipe.data, tokenizer, recipe.drawn_seeds, source.ends())
     sizes = ", ".join(f"{n} {name}" for name, n in splits.sizes.items())
     terminal.say(f"data: {sizes} examples" + (", other training rows under each seed" if splits.redrawn else ""))
+    scored = splits.scored(recipe.seeds[0], recipe.evaluation.train_rows)["train"]
+    if len(scored) < splits.sizes["train"]:
+        terminal.say(f"train is scored on a sample of {len(scored)} of its examples, the same for all arms")
     for note in splits.notes:
         terminal.warn(f"data: {note}")
     skeleton = source.skeleton()

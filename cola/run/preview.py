@@ -66,6 +66,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
         terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")
     score = recipe.evaluation
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
+    if score.train_rows is not None:
+        terminal.say(f"train is scored on {score.train_rows} rows")
     terminal.say(f"scored checkpoint: {rule}; W&B: {mode_of(recipe.tracking)}; output: {recipe.output} ({free} free)")
     for part in unchecked:
         terminal.say(f"not checked without weights or network: {part}")

@@ -71,7 +71,7 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "rules": given.arm.rules.model_dump(mode="json") if given.links else None,
         "checkpoint": given.recipe.evaluation.checkpoint,
         "scored_step": scored,
-        "looked_loss": course.looks[scored]["loss"] if scored in course.looks else None,
+        "looked_loss": course.looks[scored]["loss"] if scored in given.points else None,
         "steps": given.n_steps,
         "reused_steps": course.reused,
         "segments": [names[step] for step in given.cuts],

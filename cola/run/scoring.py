@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from cola.measure.scores import ExampleScore, evaluation_of, forgetting_of, score_rows
 from cola.run.assignment import Assignment
+from cola.run.course import Course
 from cola.run.loaded import Loaded
 from cola.tree.states import Form
 
@@ -17,12 +18,15 @@ def score_attached(given: Assignment, model: PreTrainedModel, step: int) -> list
     return _scores(given, lambda: model, "validation", step, "attached", f" at step {step}")
 
 
-def evaluate(given: Assignment, loaded: Loaded, step: int) -> dict[str, Any]:
-    """Score every split and the general text by the model after a step; `evaluation` of result.json."""
+def evaluate(given: Assignment, course: Course, loaded: Loaded) -> dict[str, Any]:
+    """Score every split and the general text by the model after the scored step, tied; `evaluation` of result.json."""
     scores: dict[str, list[ExampleScore]] = {}
+    step = course.scored_step
     for split in given.splits:
         scores[split] = _scores(given, partial(loaded.model_after, step), split, step, "tied")
         _write(given, split, scores[split])
+    if given.links and step not in course.looks:
+        course.note_look(step, scores["validation"])
     return evaluation_of(scores) | ({} if given.job.trial else {"general": _forgetting(given, loaded, step)})
 
 

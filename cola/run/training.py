@@ -70,7 +70,7 @@ class Trainer:
         given.bench.progress.stage("taking the full gradient")
         assert isinstance(link.settings, Lora)
         rows = given.order[link.first_step : link.last_step][: link.settings.init_batches]
-        batches = training_batches(given.rows["train"], rows, given.recipe.training.micro_batch_tokens)
+        batches = training_batches(given.train, rows, given.recipe.training.micro_batch_tokens)
         return full_gradients(model, names, batches, given.accelerator)
 
     def tune(self, link: Link) -> None:
@@ -122,7 +122,7 @@ class Trainer:
             optimizer = tune(
                 model,
                 link,
-                training_batches(given.rows["train"], given.order[at:stop], training.micro_batch_tokens),
+                training_batches(given.train, given.order[at:stop], training.micro_batch_tokens),
                 given.accelerator,
                 partial(self._on_step, stop),
                 betas=training.betas,

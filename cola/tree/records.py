@@ -112,7 +112,10 @@ class Knot(Record):
 
 
 class Look(Record):
-    step: Step = Field(description="a look at validation while training")
+    step: Step = Field(
+        description="after which validation was looked at, the link attached; the last time tied, where none is chosen "
+        "(`checkpoint: last`)"
+    )
     link: Count = Field(description="which link it was, from 1")
     loss: Loss = Field(description="what it saw")
     score: Fraction | None = Field(description="likewise; null for plain text")

@@ -62,6 +62,13 @@ def test_the_version_is_the_packages() -> None:
     assert (done.exit_code, done.stdout) == (0, f"cola {version('chain-of-lora')}\n")
 
 
+def test_no_first_step_waits_for_what_reports_tracks_or_quantizes() -> None:
+    code = "import sys, cola.cli.train, cola.run.run\n"
+    code += "assert not {'wandb', 'matplotlib', 'fontTools', 'scipy.stats', 'bitsandbytes'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_import_cola_loads_neither_torch_nor_wandb() -> None:
     code = "import sys, cola; assert not {'torch', 'wandb'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -311,6 +318,9 @@ def test_a_dry_run_loads_no_weights_and_shows_the_plan(recipe_file: Path, tiny_f
     result = cola("run", "--dry-run", recipe_file, f"model.name_or_path={config_only}")
     assert result.exit_code == 0, result.output
     assert "2+2+2" in result.output
+    assert "train is scored on" not in result.output
+    words = [f"model.name_or_path={config_only}", "evaluation.train_rows=7"]
+    assert "train is scored on 7 rows" in cola("run", "--dry-run", recipe_file, *words).output
     # rank 8 on q, k, v, o, gate, up, down of two layers: 8 * sum(in + out)
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     assert f"{8 * 2 * sum(a + b for a, b in shapes) / 1e3:.2f} k" in result.output

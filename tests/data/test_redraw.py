@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from cola.compare.records import Summary
 from cola.compare.tasks import summarize_tasks
 from cola.data.splits import Splits, load_splits
+from cola.errors import DataError
 from cola.link.find import find_model
 from cola.recipe.read import read_recipe
 from cola.report.verdict import verdict
@@ -53,6 +54,25 @@ def test_each_seed_draws_its_own_training_rows_from_what_test_and_validation_hav
     assert redrawn(path, [5], tokenizer, rows=count(8, 8, 12)).train_of(5) == alone.train_of(5)[:8]
     again = redrawn(path, [0, 1, 5], tokenizer, rows=count(20, 8, 12))  # from the cache
     assert again == splits
+
+
+def test_the_rows_of_a_sample_stand_at_the_same_places_under_each_seed_and_a_larger_one_has_them_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_rows(tmp_path / "t.jsonl", [{"q": f"question {i}", "a": "yes"} for i in range(60)])
+    splits = redrawn(path, [0, 1], tokenizer, rows=count(20, 8, 12))
+    places = {}
+    for seed, n in itertools.product((0, 1), (5, 12, 20)):
+        train = splits.train_of(seed)
+        places[seed, n] = [train.index(example) for example in splits.scored(seed, n)["train"]]
+        assert len(set(places[seed, n])) == n
+        assert places[seed, n] == sorted(places[seed, n])
+    assert [places[0, n] for n in (5, 12, 20)] == [places[1, n] for n in (5, 12, 20)]
+    assert set(places[0, 5]) < set(places[0, 12]) < set(range(20))
+    assert places[0, 5] != list(range(5))
+    assert splits.scored(0, None) == splits.scored(0, 20) == splits.of(0)
+    with pytest.raises(DataError, match=r"^evaluation\.train_rows: 21 training rows .* train has 20; lower it"):
+        splits.scored(0, 21)
 
 
 @pytest.mark.slow

@@ -86,6 +86,24 @@ def test_one_split_alone_loads_all_and_scores_that(many_arms: Path, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "scores/scores").iterdir()) == ["test.jsonl", "validation.jsonl"]
 
 
+def test_a_sample_of_train_is_scored_as_the_data_says_and_not_set_beside_what_a_run_found_of_all(
+    many_arms: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "sample.yaml"
+    text = (many_arms / "recipe.yaml").read_text()
+    assert text.count("evaluation:\n") == 1
+    data.write_text(text.replace("evaluation:\n", "evaluation:\n  train_rows: 5\n"))
+    evaluation, said = evaluated(tmp_path, many_arms, "--arm", "lora", "--data", data)
+    [found] = evaluation.values()
+    assert found["train"]["n"] == 5
+    rows = [json.loads(line) for line in (tmp_path / "scores/scores/train.jsonl").read_text().splitlines()]
+    known = {row["id"]: row["nats"] for row in reported(many_arms, "lora", split="train")}
+    assert [row["nats"] for row in rows] == pytest.approx([known[row["id"]] for row in rows], rel=1e-4)
+    lines = {line.split()[3]: line.split() for line in said.splitlines() if line.split()[:3] == ["lora", "seed", "0"]}
+    assert lines["train"][-2:] == ["–", "–"]
+    assert lines["test"][-2:] == lines["test"][-4:-2]
+
+
 def test_a_model_from_elsewhere_is_scored_as_the_base_arm_is(
     many_arms: Path, warm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -76,11 +78,11 @@ def chain_of(model: PreTrainedModel, base: Base | None = None) -> Chain:
     return Chain(model, base or Base(model), Rules())
 
 
-def tuner(losses: list[float] | None = None) -> Callable[[Chain, Link], None]:
+def tuner(losses: list[float] | None = None, accelerator: Accelerator | None = None) -> Callable[[Chain, Link], None]:
     def tune_link(chain: Chain, own: Link) -> None:
         mine = batches(own.last_step)[own.first_step :]
         note = [] if losses is None else losses
-        tune(chain.model, own, mine, Accelerator(), lambda step, _: note.append(step.loss), **ADAMW)
+        tune(chain.model, own, mine, accelerator or Accelerator(), lambda step, _: note.append(step.loss), **ADAMW)
 
     return tune_link
 
@@ -598,6 +600,40 @@ def test_trainable_parameters_are_counted_as_peft_does(variant: str) -> None:
         assert adapters.count_parameters(skeleton, what(method, **settings)) == expected
 
 
+@pytest.mark.parametrize("variant", ["default", "DoRA"])
+def test_pairs_beside_a_transposed_matrix_are_counted_as_they_are_put_there(variant: str) -> None:
+    settings = what(**VARIANTS[variant])
+    with torch.device("meta"):
+        skeleton = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    counted = adapters.count_parameters(skeleton, settings)
+    assert counted == sum(p.numel() for p in adapters.trainable(adapters.attach(skeleton, settings, 0)))
+
+
+def test_bitsandbytes_is_loaded_for_codes_alone_and_peft_sees_it_then() -> None:
+    code = (
+        "import sys\n"
+        "from conftest import tiny_model\n"
+        "from cola.link import adapters\n"
+        "from cola.recipe.methods import settings_of\n"
+        "lora = settings_of({'method': 'lora', 'rank': 2, 'alpha': 4})\n"
+        "assert adapters.pair_layers(adapters.attach(tiny_model(), lora, 0))\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        "from transformers.utils import is_bitsandbytes_available\n"
+        "assert is_bitsandbytes_available()\n"
+        "import bitsandbytes, torch\n"  # as what loads codes does
+        "model = tiny_model()\n"
+        "attention = model.model.layers[0].self_attn\n"
+        "attention.q_proj = bitsandbytes.nn.Linear4bit(32, 32)\n"
+        "model.is_loaded_in_4bit = True\n"
+        "lora = settings_of({'method': 'lora', 'rank': 2, 'alpha': 4, 'target_modules': ['q_proj']})\n"
+        "adapters.attach(model, lora, 0)\n"
+        "assert type(attention.q_proj).__module__ == 'peft.tuners.lora.bnb', type(attention.q_proj)\n"
+    )
+    tests = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tests)
+    assert done.returncode == 0, done.stderr
+
+
 COSTED: dict[str, tuple[str, dict[str, Any]]] = {
     "all-linear": ("lora", {}),
     "q and v": ("lora", {"target_modules": ["q_proj", "v_proj"]}),
@@ -748,9 +784,9 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantized(folder: Path, how: str) -> tuple[PreTrainedModel, Base]:
+def quantized(folder: Path, how: str, dtype: str = "float32", device: str = "cpu") -> tuple[PreTrainedModel, Base]:
     source = Source("wide", folder, False)
-    model = source.load("float32", torch.device("cpu"), how)
+    model = source.load(dtype, torch.device(device), how)
     return model, Base(model, source.files, quantized=True)
 
 

@@ -78,6 +78,28 @@ def test_a_link_that_is_cut_counts_the_tensors_without_a_gradient_as_one_that_is
     assert counted() == counted(1) == counted(1, 2, 3) == [14, 0, 0, 0]
 
 
+def test_a_look_between_steps_leaves_the_next_step_its_dropout() -> None:
+    """Fails if a model that was scored goes on in eval mode, or the modules are walked through at every step."""
+
+    def losses(look: bool) -> list[float]:
+        chain, own, found = chain_of(tiny_model()), link(n_steps=4, dropout=0.5), []
+        extend(chain, own, gradients)
+        walks = Counter[str]()
+        first = next(iter(adapters.pair_layers(chain.model).values()))
+        first.train = lambda mode=True, train=first.train: walks.update([str(mode)]) or train(mode)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def note(step: Step, _: object) -> None:
+            found.append(step.loss)
+            if look:
+                chain.model.eval()
+
+        tune(chain.model, own, batches(4), Accelerator(), note, **ADAMW)
+        assert walks["True"] == (4 if look else 1)
+        return found
+
+    assert losses(look=True) == losses(look=False)
+
+
 def test_a_step_waits_for_the_device_as_often_for_many_tensors_as_for_few() -> None:
     """Fails if a step reads a number of each trained tensor: on a GPU each would wait for all that was asked before."""
     (_, few), (_, many) = trained(link(n_steps=2, target_modules=["q_proj"])), trained(link(n_steps=2))

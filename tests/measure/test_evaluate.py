@@ -24,6 +24,7 @@ from transformers import (
 
 from cola.data.answers import normalized
 from cola.data.encode import Example
+from cola.link.base import Base
 from cola.link.forward import logits_at
 from cola.link.model import Source
 from cola.measure.evaluate import Evaluator
@@ -120,6 +121,48 @@ def test_the_head_scores_in_float32_so_that_answers_do_not_tie() -> None:
         got = logits_at(model, ids, where)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
     assert len(got[0].unique()) > len(got[0].to(torch.bfloat16).unique())
+
+
+def test_a_half_precision_head_is_converted_once_a_scoring_and_its_logits_are_those_of_the_whole_product(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    head, seen, converted, products = model.lm_head, [], [], []
+    weight_VH, linear, to_float = head.weight, torch.nn.functional.linear, torch.Tensor.float
+
+    def counted_linear(*args: torch.Tensor) -> torch.Tensor:
+        products.append(args[1].shape)
+        return linear(*args)
+
+    def counted_float(tensor: torch.Tensor) -> torch.Tensor:
+        converted.append(tensor.data_ptr() == weight_VH.data_ptr())
+        return to_float(tensor)
+
+    head.register_forward_hook(lambda _, args, logits: seen.append((args[0], logits)))
+    monkeypatch.setattr(torch.nn.functional, "linear", counted_linear)
+    monkeypatch.setattr(torch.Tensor, "float", counted_float)
+    evaluator("answer", tokenizer, batch_tokens=8)(model, examples())
+    monkeypatch.undo()
+    assert len(seen) > 4  # passes over rows, and steps of decoding
+    assert sum(converted) == 1
+    assert products.count(weight_VH.shape) == len(seen)
+    for hidden, logits in seen:
+        assert torch.equal(logits, linear(hidden.float(), weight_VH.float()))
+    assert "forward" not in vars(head)  # nor is the copy kept
+    assert head(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_what_a_knot_has_put_beside_a_half_precision_head_is_scored_with_it() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    B_OK, A_KI = torch.randn(403, 2), torch.randn(2, 32)
+    ids = torch.tensor([PROMPTS[0]])
+    where = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state[0].float()
+        Base(model).put_beside("lm_head", model.lm_head, (B_OK, A_KI))
+        got = logits_at(model, ids, where)
+    expected = hidden @ (model.lm_head.weight.float() + B_OK @ A_KI).T
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_chosen_answer_is_the_likeliest_and_the_loss_is_the_right_answers(

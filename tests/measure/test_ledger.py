@@ -185,6 +185,20 @@ def test_pairs_beside_the_weights_are_applied_as_they_were_learned(kind: str, dt
             assert (found[name].unchanged, found[name].error, found[name].cosine) == (0.0, 0.0, 1.0)
 
 
+def test_pairs_beside_the_weights_are_accounted_for_without_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, model = KINDS["plain"], model_of("plain", torch.float32)
+    links = [{name: draw(model, name, n, 0.1) for name in names} for n in (1, 2)]
+    base = Base(model)
+    expected = [found for found, _, _ in knots(model, base, links, names, "no")]
+
+    def entered(*_: object) -> Tensor:
+        raise AssertionError("a matrix of the size of the weight")
+
+    monkeypatch.setattr(residual._Links, "low_rank", entered)
+    monkeypatch.setattr(base, "weight", entered)  # nor is the base read a second time for its norm
+    assert [found for found, _, _ in knots(model, base, links, names, "no")] == expected
+
+
 def test_a_base_whose_file_is_finer_than_its_weights_is_accounted_for_by_the_file(tmp_path: Path) -> None:
     # A float32 checkpoint loaded in bfloat16: the sum is rounded once, from the file's numbers.
     model = tiny_model()

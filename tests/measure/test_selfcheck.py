@@ -111,7 +111,7 @@ def check(model: Any, task: str = "answer", examples: list[Example] | None = Non
 
 def plain_logits(model: Any, tokens: list[int]) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.tensor([tokens])).logits[0].float()
+        return model(input_ids=torch.tensor([tokens], device=model.device)).logits[0].float()
 
 
 def plain_nats(model: Any, prompt: list[int], answer: list[int]) -> float:

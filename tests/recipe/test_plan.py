@@ -25,6 +25,7 @@ from cola.recipe.plan import (
     derived_seed,
     evaluation_steps,
     jobs_of,
+    looking_steps,
     plan_arm,
     schedule,
     steps_per_epoch,
@@ -334,7 +335,9 @@ def test_seeds_are_the_same_in_a_process_with_another_hash_seed() -> None:
 def test_validation_is_looked_at_as_often_as_the_recipe_says_and_at_the_end(every: object, expected: list[int]) -> None:
     planned = recipe({"chain": {"links": 3}}, training={"steps": 20, "batch_size": 8}, evaluation={"every": every})
     assert steps_per_epoch(planned.training, 24) == 3
-    assert evaluation_steps(planned, plan_arm(planned, "chain", 0, 24), 24) == expected
+    links = plan_arm(planned, "chain", 0, 24)
+    assert evaluation_steps(planned, links, 24) == expected
+    assert looking_steps(planned, links, 24) == expected[:-1]  # the last one is scored tied
 
 
 # ---------------------------------------------------------------------------------------------------------

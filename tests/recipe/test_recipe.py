@@ -485,6 +485,13 @@ def test_searches_that_do_not_go_together_are_refused(read: Read, lora: str, cha
     assert reason in fault(read, text)
 
 
+def test_no_more_training_rows_are_scored_than_are_drawn(read: Read) -> None:
+    assert read(PLAIN, "evaluation.train_rows=24").evaluation.train_rows == 24
+    said = fault(read, PLAIN, "evaluation.train_rows=25")
+    assert "evaluation.train_rows: 25 training rows are to be scored and data.rows.train has 24; lower it" in said
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -900,7 +907,9 @@ def test_a_value_of_several_kinds_names_each_that_it_could_be(read: Read) -> Non
 
 
 HUGE = "1" + "0" * 30
-BOUNDED = [key for key in known_keys() if re.search(r"rows\.|steps|epochs|seed|batch_|max_length|rank|_tokens$", key)]
+BOUNDED = [
+    key for key in known_keys() if re.search(r"rows\.|steps|epochs|seed|batch_|max_length|rank|_tokens$|_rows$", key)
+]
 
 
 @pytest.mark.parametrize("key", sorted({*BOUNDED, "arms.NAME.links", "link.bottleneck", "link.init_batches"}))

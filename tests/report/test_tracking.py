@@ -69,7 +69,24 @@ def test_a_failure_is_said_once_and_ends_the_tracking(tmp_path: Path) -> None:
     tracker.finish({"gap/loss": 0.1})
     tracker.start("full", 0, tmp_path, {})
     assert len(said) <= 1
-    assert tracker.mode == "off" or tracker.run is not None
+    assert tracker.mode == "off" or tracker.opens is not None
+
+
+def test_a_first_step_waits_for_no_wandb_and_what_is_stopped_there_leaves_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = Tracker(Tracking(wandb="offline"), None, tmp_path, said.append)
+    for status in ("interrupted", "ok"):
+        tracker.start("lora", 0, tmp_path, {"arm": "lora"})
+        tracker.log(1, {"train/loss": 1.0})
+        assert tracker.run is None
+        assert not any(tmp_path.iterdir())
+        if status == "ok":
+            tracker.log(2, {"train/loss": 0.5})
+            assert tracker.run is not None
+        tracker.finish({"gap/loss": 0.1}, status)
+    assert not said
+    [part] = tmp_path.glob("wandb/offline-run-*")
+    assert [r["history"]["item"]["step"] for r in records(part) if r["type"] == "history"] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -669,10 +669,34 @@ def test_scores_beside_the_weights_and_merged_into_them_are_kept_apart(recipe_fi
     # In bfloat16 the merge rounds, so the last look at validation and the final score are two numbers.
     alone = ["arms.base=null", "arms.chain3=null", "arms.full=null", "comparison.primary=null"]
     for _ in ("measured", "recalled"):
-        folder, _ = go(recipe_file, *alone, "model.dtype=bfloat16")
+        folder, _ = go(recipe_file, *alone, "model.dtype=bfloat16", "evaluation.checkpoint=best")
         record = result(folder, "lora")
+        assert record["train_info"]["looked_loss"] is not None
         assert record["train_info"]["looked_loss"] != record["evaluation"]["validation"]["loss"]
         assert record["train_info"]["knots"][0]["drift_max_logit_change"] > 0
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_after_the_last_step_validation_is_scored_once_unless_the_best_look_is_chosen(
+    recipe_file: Path, tmp_path: Path, checkpoint: str
+) -> None:
+    alone = ["arms.base=null", "arms.chain3={links: 2}", "arms.full=null", "arms.lora=null", "comparison.primary=null"]
+    alone += [f"evaluation={{checkpoint: {checkpoint}, every: link, general_text: null}}", "model.dtype=bfloat16"]
+    for _ in ("measured", "recalled"):
+        folder, _ = go(recipe_file, *alone, f"store={tmp_path / 'own'}")
+        record = result(folder, "chain3")
+        looks, (middle, last) = record["train_info"]["evaluations"], (3, 6)
+        assert [look["step"] for look in looks] == [middle, last]
+        tied = record["evaluation"]["validation"]["loss"]
+        assert (looks[-1]["loss"] == tied) == (checkpoint == "last")
+        assert record["train_info"]["looked_loss"] == (None if checkpoint == "last" else looks[-1]["loss"])
+        rows = [row for row in read_jsonl(folder.path / "arms/chain3/seed-0/metrics.jsonl") if row["kind"] != "step"]
+        kinds = ["validation", "knot", *(["validation", "knot"] if checkpoint == "best" else ["knot", "validation"])]
+        assert [row["kind"] for row in rows] == kinds
+        measured = [json.loads(path.read_text())["what"] for path in (tmp_path / "own/measured").rglob("*.json")]
+        of_rows = [what["rows"] for what in measured if what["measured"] == "scores"]
+        # train and test once, validation at both steps, and once more at the last where looks are compared.
+        assert sorted(of_rows.count(rows) for rows in set(of_rows)) == [1, 1, 2 if checkpoint == "last" else 3]
 
 
 def test_a_run_that_was_killed_before_its_page_was_written_goes_on_in_its_folder(

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
 from cola.report.page import write_report
+from cola.report.tables import named_tables
 from cola.report.tracking import NoTracker
+from cola.report.verdict import verdict
 from cola.run.run import run
 from cola.tree.run_folder import read_jsonl
 from cola.tree.run_holder import lock_run
@@ -45,6 +47,38 @@ def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> Non
     rates = [1e-2 * (1 - i / 6) for i in range(6)]
     assert [r["learning_rate"] for r in steps] == pytest.approx(rates)
     assert summary.arms["lora"].test_loss.mean < summary.arms["base"].test_loss.mean
+
+
+def test_train_scored_on_a_sample_is_scored_on_the_same_rows_for_all_arms_and_seeds_and_says_so(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    chosen = ("seeds=[0, 1]", "arms.full=null", f"store={tmp_path / 'own'}")
+    whole, _ = go(recipe_file, *chosen)
+    measured = set((tmp_path / "own/measured").rglob("*.json"))
+    folder, summary = go(recipe_file, *chosen, "evaluation.train_rows=10")
+    of_lora = folder.scores("lora", 0, "train")
+    assert len(of_lora) == 10
+    for arm in ("base", "lora", "chain3"):
+        for seed in (0, 1):
+            record = result(folder, arm, seed)
+            assert record["train_info"]["reused_steps"] == record["train_info"]["steps"]
+            rows, of_all = folder.scores(arm, seed, "train"), whole.scores(arm, seed, "train")
+            assert [row.id for row in rows] == [row.id for row in of_lora]
+            known = {row.id: row.nats for row in of_all}
+            assert [row.nats for row in rows] == pytest.approx([known[row.id] for row in rows], rel=1e-4)
+            evaluation, before = record["evaluation"], result(whole, arm, seed)["evaluation"]
+            assert evaluation["train"]["n"] == 10
+            assert evaluation["train"]["loss"] == pytest.approx(sum(r.nats for r in rows) / sum(r.tokens for r in rows))
+            assert evaluation["gap_loss"] == evaluation["test"]["loss"] - evaluation["train"]["loss"]
+            assert [evaluation[split] for split in ("validation", "test")] == [before["validation"], before["test"]]
+    # Of the untouched base, which both seeds share, and of each arm and seed: nothing else was measured anew.
+    assert len(set((tmp_path / "own/measured").rglob("*.json")) - measured) == 5
+    assert summary.train_sample == 10
+    said = [*verdict(summary), *(table.title for table in named_tables(summary).values())]
+    assert sum("a sample of 10 rows" in line for line in said) == 3
+    again, summary = go(recipe_file, *chosen)
+    assert summary.train_sample is None
+    assert again.scores("lora", 1, "train") == whole.scores("lora", 1, "train")
 
 
 def test_the_knots_rebuild_the_scored_weights(recipe_file: Path, tiny_folder: Path) -> None:
