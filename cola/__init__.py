@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cola import environment, run
+from cola import environment
 
 environment.settle()  # before anything imports torch
 
@@ -52,4 +52,4 @@ class _Runnable(ModuleType):
         return run_recipe(recipe, overrides or {}, run_folder)
 
 
-run.__class__ = _Runnable
+importlib.import_module("cola.run").__class__ = _Runnable

@@ -85,7 +85,7 @@ def _needed() -> tuple[list[str], list[str]]:
     if _version(NAME) is None:
         return ["unknown"], ["cola itself is not installed: pip install --editable . in its folder"]
     found, missing = [], []
-    pythons = SpecifierSet(metadata(NAME).get("Requires-Python") or "")
+    pythons = SpecifierSet(",".join(metadata(NAME).get_all("Requires-Python") or []))
     if not pythons.contains(".".join(map(str, sys.version_info[:3]))):
         missing.append(f"Python {pythons} is needed")
     for one in _requirements():

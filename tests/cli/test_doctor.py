@@ -53,6 +53,7 @@ def test_what_is_missing_or_too_old_is_named_with_the_command_that_brings_it(tmp
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     done = subprocess.run(
         [sys.executable, "-m", "cola", "doctor"],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

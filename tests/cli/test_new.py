@@ -100,8 +100,8 @@ def test_a_proposal_that_the_rows_do_not_fit_is_kept_to_be_changed(here: Path) -
     Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = cola("new", "mine.yaml", "--data", "long.jsonl", "--model", "model")
     assert result.exit_code == 2
-    assert "max_length" in result.stderr
+    assert "40 rows longer than 512 tokens" in result.stderr
     assert result.stderr.splitlines()[-1].endswith(
         "mine.yaml is written: change it there, and look again: cola data mine.yaml"
     )
-    assert Path("mine.yaml").is_file()
+    assert "max_length: 512" in Path("mine.yaml").read_text()
