@@ -14,8 +14,8 @@ from runs import cola
 
 
 def line(output: str, head: str) -> str:
-    (found,) = [line for line in output.splitlines() if line.startswith(f"{head} ")]
-    return found.removeprefix(head).strip()
+    (found,) = [line for line in output.splitlines() if line.startswith(f"{head:<10}")]
+    return found[10:]
 
 
 def test_what_is_there_is_said_and_no_name_or_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
