@@ -30,12 +30,9 @@ from cola.tree.run_holder import take_run
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "recipes/quickstart.yaml"
-SMALL = [
-    "data.rows={train: 128, validation: 8, test: 8}",
-    "training.batch_size=4",
-    "evaluation={every: never, train_rows: 8}",
-]
-SMALL += ["evaluation.general_text=null", "tracking.wandb=off", "arms.full=null", "arms.base=null"]
+SMALL = ["data.rows={train: 128, validation: 8, test: 8}", "evaluation={every: never, train_rows: 8}"]
+SMALL += ["training.batch_size=4", "evaluation.general_text=null", "tracking.wandb=off"]
+SMALL += ["arms.full=null", "arms.base=null"]
 SMALL += ["comparison.primary=null", "arms.lora=null"]
 
 
