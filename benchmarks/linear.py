@@ -19,8 +19,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+from machine import made
 from rich.console import Console
-from study import made
 
 from cola.recipe.read import read_recipe
 from cola.recipe.write import dump_recipe
