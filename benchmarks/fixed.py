@@ -21,8 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 import torch
+from machine import made
 from rich.console import Console
-from study import made
 
 from cola.chain import Chain, extend, tie_knot
 from cola.link import adapters

@@ -37,8 +37,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would share its rows out to all cards
 
 import torch
+from machine import made
 from step import RATE, SEED, TARGETS, Batches, Contender, Mark, Workload, by_cola, by_trainer, by_trl, tune_link
-from study import made
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 

@@ -19,8 +19,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+from machine import made
 from rich.console import Console
-from study import made
 
 from cola.recipe.read import read_recipe
 from cola.recipe.write import dump_recipe
@@ -30,8 +30,9 @@ from cola.tree.run_holder import take_run
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "recipes/quickstart.yaml"
-SMALL = ["data.rows={train: 256, validation: 8, test: 8}", "evaluation={every: never, train_rows: 8}"]
-SMALL += ["evaluation.general_text=null", "tracking.wandb=off", "arms.full=null", "arms.base=null"]
+SMALL = ["data.rows={train: 128, validation: 8, test: 8}", "evaluation={every: never, train_rows: 8}"]
+SMALL += ["training.batch_size=4", "evaluation.general_text=null", "tracking.wandb=off"]
+SMALL += ["arms.full=null", "arms.base=null"]
 SMALL += ["comparison.primary=null", "arms.lora=null"]
 
 

@@ -29,8 +29,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from accelerate import Accelerator
+from machine import TOLERANCE, made
 from peft import LoraConfig, get_peft_model
-from study import TOLERANCE, made
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,

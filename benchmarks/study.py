@@ -20,25 +20,19 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from machine import TOLERANCE, made
 from rich.console import Console
 
 from cola.data.encode import Example
 from cola.recipe.methods import Lora
-from cola.recipe.plan import evaluation_steps, plan_arm
+from cola.recipe.plan import looking_steps, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials, gather
 from cola.run.plan_tree import Planner
-from cola.tree.made import provenance
 
 HERE = Path(__file__).parent
-TOLERANCE = 1e-4  # of a loss, nats per target token
-
-
-def made() -> dict[str, Any]:
-    """Where and with what a benchmark was run."""
-    return {key: value for key, value in provenance().items() if key != "all_packages"}
 
 
 def timed(command: list[str], log: Path, **environment: str) -> dict[str, float]:
@@ -82,7 +76,7 @@ def written_out(recipe: Recipe, materials: Materials) -> dict[str, Any]:
             for s, plan in plans.items()
             if len(order.get(str(s), [])) < (plan[0][-1].last_step if plan[0] else 0)
         }
-        looks = max(looks, evaluation_steps(recipe, plans[seeds[0]][0], n_train), key=len)
+        looks = max(looks, looking_steps(recipe, plans[seeds[0]][0], n_train), key=len)
         rates = [dict(choice).get("learning_rate") for choice in recipe.choices_of(name)]
         arms.append(
             {

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ def script(path: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_all_that_the_benchmark_does_on_a_gpu_runs_on_a_cpu_and_the_contenders_agree(
+def test_what_the_benchmark_trains_on_a_gpu_is_trained_on_a_cpu_and_the_contenders_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny"]
+    # Its parts `tests` and `arms` start processes that have tests of their own.
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "steps", "memory"]
     where = {"OUT": str(tmp_path), "PYTHONPATH": str(ROOT), "COLA_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "gpu_tiny.json").read_text())
-    assert record.keys() == {"others", "tests", "steps", "memory", "arms"}
+    assert record.keys() == {"others", "steps", "memory"}
     cases = record["steps"]["found"] | record["memory"]["found"]
     assert len(cases) == 4
     for name, case in cases.items():
@@ -37,14 +39,13 @@ def test_all_that_the_benchmark_does_on_a_gpu_runs_on_a_cpu_and_the_contenders_a
         assert case["flops_a_step"] > 1e7
         assert len(case["contenders"]) == (1 if "chain3" in name else 3)
         for who, numbers in case["contenders"].items():
-            assert "absent" not in numbers, (name, who, numbers)
+            if "absent" in numbers:
+                assert (who, find_spec("trl")) == ("TRL + Liger", None), (name, numbers)
+                continue
             assert numbers["tokens_per_second"] > 0
             assert numbers["peak_bytes"] > 1e8
             assert len(numbers["losses"]) == 4
             assert all(map(math.isfinite, numbers["losses"]))
-    assert record["arms"]["found"]["seconds"].keys() == {"1 process", "2 processes"}, record["arms"]
-    tests = record["tests"]["found"]
-    assert tests["tests"] == len(tests["skipped"]) > 20  # there is no card
     table = script("docs/generate.py", monkeypatch)["on_a_gpu"](tmp_path / "gpu_tiny.json")
     assert table.count("| cola |") == 4
 
