@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,9 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from cola.compare.records import ArmSummary, Contrast, Difference, Summary, TaskContrast, TasksSummary
 from cola.report.drawing import (
-    GREY,
     INK,
-    MANY,
     WIDE,
     Look,
     arm_legend,
@@ -22,7 +21,6 @@ from cola.report.drawing import (
     edge_text,
     explain,
     gap_of,
-    label_points,
     looks_of,
     metric_of,
     new_figure,
@@ -159,14 +157,8 @@ def gaps_figure(summary: Summary) -> Figure | None:
         axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
         axes.margins(y=0.12)
     panels[0].axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-    if len(arms) > MANY:
-        arm_legend(figure, look)
-        return settle(figure)
-    settle(figure)
-    for axes, key in zip(panels, labels, strict=True):
-        dots = [(at[name], value) for name, arm in arms.items() for value in seed_values(arm, key)]
-        label_points(axes, {name: (at[name], getattr(arm, key).mean) for name, arm in arms.items()}, dots)
-    return figure
+    arm_legend(figure, look, _seed_mark(arms))
+    return settle(figure)
 
 
 def train_test_figure(summary: Summary) -> Figure | None:
@@ -201,8 +193,14 @@ def train_test_figure(summary: Summary) -> Figure | None:
         {"linestyle": "" if marker else "-", "marker": marker, "mec": INK, "mfc": face, "color": INK, "label": label}
         for marker, face, label in kinds
     ]
-    explain(figure, marks, 3)
+    explain(figure, [*marks, *_seed_mark(arms)], 4)
     return settle(figure)
+
+
+def _seed_mark(arms: Mapping[str, ArmSummary]) -> list[dict[str, Any]]:
+    """The legend's mark of a seed, where there are several."""
+    several = any(arm.n_seeds > 1 for arm in arms.values())
+    return [{"linestyle": "", "marker": "o", "ms": 3, "color": INK, "alpha": 0.5, "label": "a seed"}] if several else []
 
 
 def _values(arm: ArmSummary, key: str) -> list[float]:
@@ -216,23 +214,17 @@ def losses_figure(summary: Summary) -> Figure | None:
     if len(arms) < 2:
         return None
     look = {name: look for name, look in looks_of(summary).items() if name in arms}
-    figure = new_figure(3.6, 5.4)
+    figure = new_figure(3.4, 5.4)
     axes = figure.subplots()
-    at = {name: (arm.train_loss.mean, arm.test_loss.mean) for name, arm in arms.items()}
-    dots = []
     for name, arm in arms.items():
         pairs = list(zip(seed_values(arm, "train_loss"), seed_values(arm, "test_loss"), strict=True))
-        dots += pairs
         draw_seeds(axes, pairs, look[name])
-        axes.plot(*at[name], look[name].marker, color=look[name].colour, ms=8, mec=INK, mew=0.6)
+        colour, mark = look[name].colour, look[name].marker
+        axes.plot(arm.train_loss.mean, arm.test_loss.mean, mark, color=colour, ms=8, mec=INK, mew=0.6)
     axes.set(xlabel="train loss, nats per target token", ylabel="test loss")
     axes.margins(0.1)
-    if len(arms) > MANY:
-        arm_legend(figure, look)
-        return settle(figure)
-    settle(figure)
-    label_points(axes, at, dots)
-    return figure
+    arm_legend(figure, look, _seed_mark(arms))
+    return settle(figure)
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -258,25 +250,20 @@ def costs_of(summary: Summary) -> tuple[str, dict[str, tuple[float, float]]]:
 def cost_figure(summary: Summary) -> Figure | None:
     """Cost against the test number; a line joins the trained arms than which none is both better and no dearer."""
     label, found = costs_of(summary)
-    arms = scored_arms(summary)
-    trained = {name: found[name] for name in found if arms[name].links}
-    if len(trained) < 2:
+    arms = {name: arm for name, arm in scored_arms(summary).items() if arm.links}
+    if len(arms) < 2:
         return None
     (key, metric), look = metric_of(summary), looks_of(summary)
-    sign, front = -1 if key == "loss" else 1, pareto(trained)
-    figure = new_figure(3.9)
+    sign, front = -1 if key == "loss" else 1, pareto({name: found[name] for name in arms})
+    figure = new_figure(3.6)
     axes = figure.subplots()
-    if max(paid := [cost for cost, _ in trained.values()]) > 10 * min(paid) > 0:
+    at = {name: (found[name][0], sign * found[name][1]) for name in arms}
+    if max(paid := [cost for cost, _ in at.values()]) > 10 * min(paid) > 0:
         axes.set_xscale("log")
-    at = {name: (cost, sign * value) for name, (cost, value) in trained.items()}
-    dots = [(at[name][0], value) for name in at for value in seed_values(arms[name], f"test_{key}")]
-    for name, (x, _) in at.items():
-        draw_seeds(axes, [(x, value) for value in seed_values(arms[name], f"test_{key}")], look[name], ".")
-    corners = [at[front[0]]]
-    for name in front[1:]:
-        corners += [(at[name][0], corners[-1][1]), at[name]]
-    axes.plot(*zip(*corners, strict=True), color=INK, linewidth=1, alpha=0.6)
+    steps = [at[name] for name in front]
+    axes.step([x for x, _ in steps], [y for _, y in steps], color=INK, where="post", linewidth=1, alpha=0.6)
     for name, (x, y) in at.items():
+        draw_seeds(axes, [(x, value) for value in seed_values(arms[name], f"test_{key}")], look[name], ".")
         face = look[name].colour if name in front else "none"
         axes.plot(x, y, look[name].marker, ms=8, mec=look[name].colour, mfc=face, mew=1.4, zorder=3)
     axes.set(xlabel=label, ylabel=f"test {metric}")
@@ -284,20 +271,7 @@ def cost_figure(summary: Summary) -> Figure | None:
     axes.xaxis.set_major_formatter(EngFormatter() if label.endswith("FLOPs") else "{x:g}")
     if key == "loss":
         axes.invert_yaxis()  # better is higher, as with a score
-    marks = [
-        {"marker": "o", "color": INK, "ms": 7, "label": "on the Pareto front (of means)"},
-        {"linestyle": "", "marker": "o", "color": INK, "ms": 7, "mfc": "none", "label": "not on it"},
-    ]
-    marks += [{"linestyle": "", "marker": ".", "color": GREY, "label": "a seed"}] if dots else []
-    if len(at) > MANY:
-        arm_legend(figure, {name: look[name] for name in at})
-        axes.legend(handles=[axes.plot([], [], **mark)[0] for mark in marks], loc="best")
-        return settle(figure)
-    explain(figure, marks, 3)
-    settle(figure)
-    steps = [
-        [(x + (u - x) * part / 25, y + (v - y) * part / 25) for part in range(26)]
-        for (x, y), (u, v) in itertools.pairwise(corners)
-    ]
-    label_points(axes, at, [*dots, *itertools.chain(*steps)])
-    return figure
+    filled = {"linestyle": "", "marker": "o", "color": INK, "ms": 7}
+    marks = [{**filled, "label": "on the Pareto front (of means)"}, {**filled, "mfc": "none", "label": "not on it"}]
+    arm_legend(figure, {name: look[name] for name in at}, [*marks, *_seed_mark(arms)])
+    return settle(figure)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from cola.compare.ablation import short
 from cola.compare.records import Ablation, AblationRow, Search, Summary
@@ -58,7 +58,7 @@ def choices_figure(summary: Summary) -> Figure | None:
         for axes, (key, label) in zip(panels, kinds.items(), strict=True):
             if alike and arm != "lora" and "lora" in searches:
                 _line(axes, searches["lora"], key, color=GREY, linewidth=1, linestyle=BESIDE)
-            _draw_choices(axes, search, key, look[arm])
+            _draw_choices(axes, search, key, look[arm], alike)
             drawn[key].append(axes)
             if column == 0:
                 axes.set_ylabel(label)
@@ -102,15 +102,12 @@ def _align(panels: list[Axes], searches: Iterable[Search]) -> None:
     ends = [axes.get_ylim() for axes in panels]
     for axes in panels:
         axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
-        axes.tick_params(axis="x", rotation=0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         if min(numbers) > 0 and max(numbers) > 4 * min(numbers):
             axes.set(xscale="log", xlim=(min(numbers) / 1.4, max(numbers) * 1.4))
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(numbers) < 20 * min(numbers) else (1,)))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
-        for text in axes.get_xticklabels():
-            text.set(ha="center")
 
 
 def _tried(search: Search, key: str) -> tuple[list[float | None], list[list[tuple[int, float]]]]:
@@ -133,17 +130,18 @@ def _left_out(means: list[float | None], key: str) -> list[int]:
     return [n for n, mean in enumerate(means) if mean is None or 0 < room < abs(mean - known[0])]
 
 
-def _draw_choices(axes: Axes, search: Search, key: str, look: Look) -> None:
+def _draw_choices(axes: Axes, search: Search, key: str, look: Look, alike: bool) -> None:
     means, dots = _tried(search, key)
     axes.margins(x=0.1, y=0.12)
     at, ticks, by_number = _places(search)
     out = _left_out(means, key)
-    if by_number and min(at) > 0 and max(at) > 4 * min(at):
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(at, ticks)
-    if sum(map(len, ticks)) > 16:
-        turn_ticks(axes, 55)
+    if not alike:
+        if by_number and min(at) > 0 and max(at) > 4 * min(at):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(at, ticks)
+        if sum(map(len, ticks)) > 16:
+            turn_ticks(axes, 55)
     line = "-" if by_number else ""
     _line(axes, search, key, marker=look.marker, linestyle=line, linewidth=1.5, ms=5, color=look.colour)
     if any(len(each) > 1 for each in dots):

@@ -13,16 +13,12 @@ from cola.compare.records import Summary
 from cola.report.drawing import (
     GREY,
     INK,
-    MANY,
-    Look,
     clipped,
     explain,
     log_scale,
     looks_of,
-    new_figure,
     panels_of,
     settle,
-    spread_out,
     window,
 )
 from cola.tree.records import MetricRow
@@ -80,22 +76,22 @@ def _smooth(points: Points, always: list[int]) -> Points:
     return [(points[i][0], float(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width)) for i in sorted(kept)]
 
 
-def _draw_curve(axes: Axes, curve: Curve, look: Look) -> None:
+def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
     smooth = _smooth(curve.train, curve.knots) if curve.train else []
     if smooth:
-        axes.plot(*zip(*smooth, strict=True), color=look.colour, alpha=0.6, linewidth=1)
+        axes.plot(*zip(*smooth, strict=True), color=colour, alpha=0.6, linewidth=1)
     if len(curve.seeds) > 1:
         for points in filter(None, curve.seeds):
-            axes.plot(*zip(*points, strict=True), color=look.colour, alpha=0.35, linewidth=0.6)
+            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=0.6)
     if curve.validation:  # an arm may have ended before its first evaluation point
         steps, losses = zip(*curve.validation, strict=True)
         every = max(1, len(steps) // 12)
-        axes.plot(steps, losses, color=look.colour, lw=1.8, ls=look.dash, marker=look.marker, ms=4, markevery=every)
+        axes.plot(steps, losses, color=colour, linewidth=1.8, marker="o", ms=4, markevery=every)
     # A ring stands at a loss that was measured at the knot's own step: on validation where it was looked at there, else
     # on the train curve.
     measured = dict(smooth) | dict(curve.validation)
     rings = [(step, measured[step]) for step in curve.knots if step in measured]
-    axes.plot([x for x, _ in rings], [y for _, y in rings], linestyle="", **_ring(look.colour))
+    axes.plot([x for x, _ in rings], [y for _, y in rings], linestyle="", **_ring(colour))
 
 
 def _ring(colour: str) -> dict[str, Any]:
@@ -103,61 +99,31 @@ def _ring(colour: str) -> dict[str, Any]:
 
 
 def curves_figure(summary: Summary, curves: Curves) -> Figure | None:
-    """Train and validation loss against the optimizer step: one chart of few arms, a panel each of many."""
+    """Train and validation loss against the optimizer step: every arm in a panel, beside those of lora and full."""
     drawn = {name: c for name, seeds in curves.items() if (c := curve_of(seeds)).train or c.validation}
     if not drawn:
         return None
-    marks = [
-        {"color": INK, "linewidth": 1.8, "marker": "o", "ms": 4, "label": "validation"},
-        {"color": INK, "linewidth": 1, "alpha": 0.6, "label": "train, smoothed"},
-    ]
-    if any(curve.knots for curve in drawn.values()):
-        marks.append({"linestyle": "", "label": "knot", **_ring(INK)})
-    return (_curves_together if len(drawn) <= MANY else _curves_apart)(drawn, looks_of(summary), marks)
-
-
-def _curves_together(curves: dict[str, Curve], look: dict[str, Look], marks: list[dict[str, Any]]) -> Figure:
-    figure = new_figure(4.2)
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        _draw_curve(axes, curve, look[name])
-    log_scale(axes)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per target token")
-    ends = {name: (curve.validation or _smooth(curve.train, []))[-1] for name, curve in curves.items()}
-    last = max(step for step, _ in ends.values())
-    shown = clipped(ends)
-    form: dict[str, Any] = {"textcoords": "offset points", "va": "center", "color": INK, "annotation_clip": False}
-    texts = [axes.annotate(shown[name], (last, loss), (9, 0), **form) for name, (_, loss) in ends.items()]
-    explain(figure, marks, 3)
-    settle(figure)
-    scale = figure.dpi / 72
-    heights = [axes.transData.transform(end)[1] for end in ends.values()]
-    places = spread_out(heights, 12 * scale)
-    for (name, (step, loss)), text, height, place in zip(ends.items(), texts, heights, places, strict=True):
-        text.set_position((16, (place - height) / scale))
-        x = axes.transData.transform((last, loss))[0]
-        tip = axes.transData.inverted().transform((x + 14 * scale, place))
-        axes.plot([step, tip[0]], [loss, tip[1]], color=look[name].colour, linewidth=0.8, clip_on=False)
-    return figure
-
-
-def _curves_apart(curves: dict[str, Curve], look: dict[str, Look], marks: list[dict[str, Any]]) -> Figure:
-    """Every curve in a panel, beside those of lora and full."""
-    figure, panels = panels_of(len(curves), (1.8, 1.6), "optimizer step")
-    shown = clipped(curves, 18)
-    beside = {name: dash for name, dash in REFERENCES.items() if name in curves}
-    smooth = {name: _smooth(curves[name].train, []) for name in beside}
-    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
+    figure, panels = panels_of(len(drawn), "optimizer step")
+    look, shown = looks_of(summary), clipped(drawn, 18)
+    beside = {name: dash for name, dash in REFERENCES.items() if name in drawn and drawn[name].train}
+    for axes, (name, curve) in zip(panels, drawn.items(), strict=True):
         for other, dash in beside.items():
-            if other != name and smooth[other]:
-                axes.plot(*zip(*smooth[other], strict=True), color=GREY, linewidth=1, linestyle=dash)
-        _draw_curve(axes, curve, Look(look[name].colour, "o", "-"))
+            if other != name:
+                line = _smooth(drawn[other].train, [])
+                axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, linestyle=dash)
+        _draw_curve(axes, curve, look[name].colour)
         axes.set_title(shown[name])
     log_scale(panels[0])
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     figure.supylabel("loss, nats per target token", fontsize=9)
-    for other, dash in beside.items():
-        marks.append({"color": GREY, "linewidth": 1, "linestyle": dash, "label": f"train of {other}"})
+    marks = [
+        {"color": INK, "linewidth": 1.8, "marker": "o", "ms": 4, "label": "validation"},
+        {"color": INK, "linewidth": 1, "alpha": 0.6, "label": "train, smoothed"},
+    ]
+    marks += [{"linestyle": "", "label": "knot", **_ring(INK)}] if any(curve.knots for curve in drawn.values()) else []
+    if len(drawn) > 1:
+        of = beside.items()
+        marks += [{"color": GREY, "lw": 1, "linestyle": dash, "label": f"train of {other}"} for other, dash in of]
     explain(figure, marks, 3)
     return settle(figure)
 
@@ -180,7 +146,7 @@ def minibatches_figure(summary: Summary, curves: Curves) -> Figure | None:
     leads, look = leads_over_lora(curves), looks_of(summary)
     if not leads:
         return None
-    figure, panels = panels_of(len(leads), (1.8, 1.6), "optimizer step")
+    figure, panels = panels_of(len(leads), "optimizer step")
     shown = clipped(leads, 18)
     later: list[float] = []  # after the first fifth of the steps, where the arms fall together
     for axes, (name, seeds) in zip(panels, leads.items(), strict=True):
@@ -198,8 +164,9 @@ def minibatches_figure(summary: Summary, curves: Curves) -> Figure | None:
     low, high = window([0.0, *later])
     panels[0].set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
     figure.supylabel("training loss − lora's", fontsize=9)
-    marks = [{"color": INK, "linewidth": 1.6, "label": "mean over seeds, smoothed"}]
-    marks += [{"color": INK, "alpha": 0.3, "linewidth": 0.6, "label": "a seed"}] if len(summary.seeds) > 1 else []
+    several = len(summary.seeds) > 1
+    marks = [{"color": INK, "linewidth": 1.6, "label": "mean over seeds, smoothed" if several else "smoothed"}]
+    marks += [{"color": INK, "alpha": 0.3, "linewidth": 0.6, "label": "a seed"}] if several else []
     marks += [{"linestyle": "", "label": "knot", **_ring(INK)}] if any(_knots(curves[name]) for name in leads) else []
     explain(figure, marks, 3)
     return settle(figure)

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from fontTools import subset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
-from matplotlib.transforms import Bbox
-from scipy.optimize import isotonic_regression
 
 from cola.compare.records import Ablation, ArmSummary, Summary, TasksSummary
 from cola.files import file_digest, write_bytes
@@ -59,7 +56,6 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.15,
     "legend.frameon": False,
 }
-MANY = 4  # arms; with more of them names stand in panels, rows or a legend, not at the points
 # Latin, Greek, signs, arrows and operators.
 LETTERS = frozenset([ord("\n"), *range(0x20, 0x250), *range(0x370, 0x400), *range(0x2000, 0x2300)])
 WIDE = 7.2  # inches: a page of two columns
@@ -208,11 +204,11 @@ def settle(figure: Figure) -> Figure:
     return figure
 
 
-def panels_of(n: int, panel: tuple[float, float], xlabel: str) -> tuple[Figure, list[Axes]]:
-    """A figure of n panels of this width and height with the same axes, in rows of at most four."""
+def panels_of(n: int, xlabel: str) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels with the same axes, in rows of at most four; few are larger."""
     columns = min(n, 4)
-    rows = math.ceil(n / columns)
-    figure = new_figure(rows * panel[1] + 0.5, max(columns * panel[0], 3.4))
+    rows, (width, height) = math.ceil(n / columns), (1.8, 1.6) if n > 3 else (2.4, 2.2)
+    figure = new_figure(rows * height + 0.5, max(columns * width, 3.6))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
     for left_over in axes[n:]:
         left_over.set_visible(False)
@@ -257,63 +253,11 @@ def turn_ticks(axes: Axes, degrees: float) -> None:
         text.set(ha="right", rotation_mode="anchor")
 
 
-def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Sequence[tuple[float, float]]) -> None:
-    """Write each name beside its point, over no other name, point or dot; a thin line leads to one that had to move
-    away. The figure's layout is fixed."""
-    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
-    inside = axes.bbox
-    where = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in where.values()]
-    taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in map(axes.transData.transform, dots)]
-    angles = [0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240]
-    shown = clipped(points)
-    for name, (x, y) in where.items():
-        text = axes.annotate(shown[name], points[name], (0, 0), textcoords="offset points", fontsize=8.5, zorder=6)
-        size = text.get_window_extent()
-        best, distance, least = size, 0, math.inf
-        for radius, angle in itertools.product((7, 13, 22, 34, 48, 64, 84), angles):
-            box = _beside(x, y, size.width, size.height, radius * scale, angle)
-            out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
-            # Far is bad, covering is worse, and out of the axes a name may be cut off.
-            cost = 1e6 * out + sum(_covered(box, other) for other in taken) + radius / 1000
-            if cost < least:
-                best, distance, least = box, radius, cost
-            if cost < 1:
-                break
-        taken.append(best)
-        # The box of a text begins below its own place by the depth of its font.
-        text.set_position(((best.x0 - x) / scale, (best.y0 - y - (size.y0 - y)) / scale))
-        if distance > 13:
-            to = axes.transData.inverted().transform((min(max(x, best.x0), best.x1), min(max(y, best.y0), best.y1)))
-            axes.plot([points[name][0], to[0]], [points[name][1], to[1]], color=GREY, linewidth=0.6, zorder=1)
-
-
-def _beside(x: float, y: float, width: float, height: float, radius: float, angle: float) -> Bbox:
-    """A box of this size whose nearest edge is a radius away from a point, in a direction of so many degrees."""
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    middle = x + cos * (radius + width / 2), y + sin * (radius + height / 2)
-    return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
-
-
-def _covered(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes share."""
-    shared = Bbox.intersection(one, other)
-    return shared.width * shared.height if shared else 0.0
-
-
-def spread_out(wanted: Sequence[float], distance: float) -> list[float]:
-    """Places as near to the wanted ones as they can be when no two are nearer to each other than the distance."""
-    order, steps = np.argsort(wanted, kind="stable"), distance * np.arange(len(wanted))
-    places = np.empty(len(wanted))
-    places[order] = isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
-    return places.tolist()
-
-
-def arm_legend(figure: Figure, shown: Mapping[str, Look]) -> None:
-    """Marker, colour and name of every arm, below the panels, for which the figure grows."""
+def arm_legend(figure: Figure, shown: Mapping[str, Look], more: Iterable[dict[str, Any]] = ()) -> None:
+    """Marker, colour and name of every arm below the panels, for which the figure grows, and what other marks mean."""
     names = clipped(shown)
-    axes = figure.axes[0]
-    handles = [axes.plot([], [], look.marker, color=look.colour, label=names[n])[0] for n, look in shown.items()]
-    columns = max(1, int(figure.get_figwidth() / (0.45 + 0.075 * max(map(len, names.values())))))
-    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(handles) / columns))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), handletextpad=0.2)
+    marks = [{"marker": look.marker, "color": look.colour, "ls": "", "label": names[n]} for n, look in shown.items()]
+    marks += more
+    columns = max(1, int(figure.get_figwidth() / (0.45 + 0.075 * max(len(mark["label"]) for mark in marks))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(marks) / columns))
+    explain(figure, marks, min(columns, len(marks)))

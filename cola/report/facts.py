@@ -41,9 +41,10 @@ def facts_of(folders: Mapping[str, RunFolder], n_bytes: int | None = None) -> Fa
 
 def _facts(recipe: Recipe, provenance: Provenance | None) -> dict[str, list[str]]:
     model, training = recipe.model, recipe.training
+    name = (provenance and provenance.model.name) or model.name_or_path
     known = [f"revision {model.revision}"] if model.revision else []
     known += [f"in {model.quantization or model.dtype}"]
-    facts = {"model": f"{model.name_or_path}, {', '.join(known)}", "data": _data_text(recipe)}
+    facts = {"model": f"{name}, {', '.join(known)}", "data": _data_text(recipe)}
     n_train = recipe.data.rows.train
     if provenance is not None:
         facts["rows"] = ", ".join(f"{n} {split}" for split, n in provenance.rows.items())

@@ -147,110 +147,138 @@ def _overlap(summary: Summary) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure by its heading, what there is to see in any such figure, what this one says, and its drawing, which is
-    None where the results have no data for it."""
+    """A figure by its heading, what there is to see in it, what this one says, and its drawing, which is None where the
+    results have no data for it."""
 
     title: str
-    caption: str
+    caption: dict[str, str]  # sentences, each told where the figure has its key written in it
     says: Callable[..., str]
     draw: Callable[..., Figure | None]
 
 
+OFF = "{} leads to an arm so far off that it would crush the others."
+RING = "A ring is a knot, at the loss that was measured there: a link was tied into the weights and the next one began."
 # Of a run, in the order in which a page shows them.
 FIGURES = {
     "hero": Kind(
         "Every seed of every arm",
-        "A dot is a seed, a bar the mean, whose number stands at the right; ◂ and ▸ lead to an arm so far off that it "
-        "would crush the others. Beside them the primary contrast, where one was named before the run and can be "
-        "judged: the difference of its two arms with its 95 % interval, in colour where it carries a claim.",
+        {
+            "": "A dot is a seed, a bar the mean, whose number stands at the right.",
+            "◂": OFF.format("◂"),
+            "▸": OFF.format("▸"),
+            "the first is better": "Beside them the primary contrast, which was named before the run: the difference "
+            "of its two arms with its 95 % interval, in colour where it carries a claim.",
+        },
         _hero,
         hero_figure,
     ),
     "contrasts": Kind(
         "Contrasts",
-        "Paired differences on test with 95 % intervals. A filled mark carries a claim, in the colour of the better "
-        "arm; an open one carries none. Differences in the faint band are too small to be found in four of five runs "
-        "with these seeds and rows. p: as the interval, for other seeds and other test examples.",
+        {
+            "": "Paired differences on test with 95 % intervals. A filled mark carries a claim, in the colour of the "
+            "better arm; an open one carries none. p: as the interval, for other seeds and other test examples.",
+            "too small": "Differences in the faint band are too small to be found in four of five runs with these "
+            "seeds and rows.",
+            "◂": OFF.format("◂"),
+            "▸": OFF.format("▸"),
+        },
         _contrasts,
         contrasts_forest,
     ),
     "curves": Kind(
         "Learning curves",
-        "Loss against the optimizer step, means over seeds. A ring is a knot, at the loss that was measured there: a "
-        "link was tied into the weights and the next one began.",
+        {"": "Loss against the optimizer step, means over seeds.", ">knot<": RING},
         _curves,
         curves_figure,
     ),
     "minibatches": Kind(
         "Training loss minus LoRA's, on the same minibatches",
-        "Under a seed every step of an arm and of lora reads the same rows, so that the difference is the arms'. Below"
-        " the line the arm fits its rows better; a ring is a knot.",
+        {
+            "": "Under a seed every step of an arm and of lora reads the same rows, so that the difference is the "
+            "arms'. Below the line the arm fits its rows better. The axis is that of the steps after the first fifth.",
+            ">knot<": RING,
+        },
         _minibatches,
         minibatches_figure,
     ),
     "choices": Kind(
         "Score and loss against what was searched",
-        "What validation said of each value that was tried; the ring is the one that was chosen, the share above it "
-        "that of resampled trials which choose it again.",
+        {
+            "": "What validation said of each value that was tried.",
+            "of resamples": "The share is that of resampled trials which choose the same again.",
+        },
         _choices,
         choices_figure,
     ),
     "train-test": Kind(
         "Train against test",
-        "Each arm on the rows that it was trained on and on test, scored alike; small marks are seeds. The farther the "
-        "two marks of an arm are apart, the larger is its gap. A small gap beside a bad test number is underfitting.",
+        {
+            "": "Each arm on the rows that it was trained on and on test, scored alike. The farther its two marks are "
+            "apart, the larger is its gap. A small gap beside a bad test number is underfitting.",
+            "◂": OFF.format("◂"),
+            "▸": OFF.format("▸"),
+        },
         _train_test,
         train_test_figure,
     ),
     "losses": Kind(
         "Test loss against train loss",
-        "The arms that were trained; small marks are seeds. Of two arms with the same train loss the lower one "
-        "generalizes better.",
+        {"": "The arms that were trained. Of two with the same train loss the lower one generalizes better."},
         _losses,
         losses_figure,
     ),
     "gaps": Kind(
         "Gap against chain length",
-        "The generalization gap and the test number of the arms that train low-rank pairs, against the number of "
-        "links; small marks are seeds. Arms of one length stand side by side.",
+        {"": "The arms that train low-rank pairs, against their number of links; those of one length side by side."},
         _gaps,
         gaps_figure,
     ),
     "cost": Kind(
         "Cost against test",
-        "What an arm's training cost against what it brings. The line joins the trained arms than which none is both "
-        "better and no dearer, by their means: it is no test of a difference.",
+        {
+            "": "What an arm's training cost against what it brings. Filled are the trained arms than which none is "
+            "both better and no dearer, by their means: it is no test of a difference."
+        },
         _cost,
         cost_figure,
     ),
     "knots": Kind(
         "Knot ledger",
-        "What each link added, relative to the base's weights, and how far what the weights then held was from "
-        "what was learned. Darker is more; the last two on a logarithmic scale of all precisions.",
+        {
+            "": "What each link added, relative to the base's weights, and how far what the weights then held was from "
+            "what was learned. Darker is more; the last two on a logarithmic scale of all precisions."
+        },
         _knots,
         knots_figure,
     ),
     "spectra": Kind(
         "Spectra",
-        "Singular values of what each link, the whole chain and full fine-tuning added to the weights, by the "
-        "largest; median over matrices.",
+        {"": "Singular values of what was added to the weights, by the largest; median over matrices."},
         _spectra,
         spectra_figure,
     ),
     "overlap": Kind(
         "Overlap of subspaces",
-        "Share of one link's left subspace that lies in the next one's, and in full fine-tuning's top one: 1 is the "
-        "same again, and what two random subspaces would give stands above.",
+        {
+            "a link and the next": "Share of one link's left subspace that lies in the next one's.",
+            "in full": "Share of a link's left subspace that lies in full fine-tuning's top one.",
+            "": "1 is the same again; what two random subspaces would give stands above.",
+        },
         _overlap,
         overlap_figure,
     ),
 }
 KINDS = FIGURES | {
     "ablation": Kind(
-        "Score, difference and gap",
-        "Lines join the means over seeds, small marks are seeds; a level line is an arm that the values are not about, "
-        "and ▾ or ▴ leads to one that is off the axis. The difference is that to the first value, paired by seed and "
-        "test example, with its 95 % interval.",
+        "Against the ablated value",
+        {
+            "": "Lines join the means over seeds, small marks are seeds; a level line is an arm that the values are "
+            "not about.",
+            "▾": "▾ leads to one that is below the axis.",
+            "▴": "▴ leads to one that is above the axis.",
+            "difference from": "The difference is that to the first value, paired by seed and test example, with its "
+            "95 % interval.",
+        },
         _ablation,
         ablation_figure,
     )
@@ -271,9 +299,13 @@ def drawn(
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def said_of(name: str, summary: Summary | TasksSummary | Ablation, curves: Curves | None = None) -> str:
-    """A figure in a sentence."""
-    return KINDS[name].says(*_about(name, summary, curves))
+def told_of(
+    name: str, drawing: str, summary: Summary | TasksSummary | Ablation, curves: Curves | None = None
+) -> dict[str, str]:
+    """A figure's title, the caption of what is drawn in its SVG, and what it says."""
+    kind = KINDS[name]
+    caption = " ".join(sentence for key, sentence in kind.caption.items() if key in drawing)
+    return {"title": kind.title, "caption": caption, "says": kind.says(*_about(name, summary, curves))}
 
 
 def _about(name: str, summary: Summary | TasksSummary | Ablation, curves: Curves | None) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
 from cola.report.drawing import INK, Look, clipped, edge_text, looks_of, new_figure, settle, window
@@ -59,6 +60,7 @@ def _forest(
             _forest_row(axes, contrast, place, ends, look)
         place -= 1.4
     axes.set_xlim(ends)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks])
     axes.set_ylim(place + 0.8, 0.6)

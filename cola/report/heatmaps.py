@@ -111,8 +111,7 @@ def spectra_figure(summary: Summary) -> Figure | None:
     own = {name: values for name, values in found.items() if "all weights" not in values} or found
     if not own:
         return None
-    size = (1.8, 1.7) if len(own) > 3 else (2.4, 2.2)
-    figure, panels = panels_of(len(own), size, "singular value, by size")
+    figure, panels = panels_of(len(own), "singular value, by size")
     links = list(dict.fromkeys(label for values in own.values() for label in values if label.startswith("link ")))
     lines = {name: {"linestyle": DASHES[n % len(DASHES)], "linewidth": 1.4} for n, name in enumerate(links)}
     lines["chain"] = {"color": INK, "linewidth": 1.8}

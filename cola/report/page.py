@@ -28,7 +28,7 @@ from cola.recipe.read import read_recipe
 from cola.report.curves import Curves
 from cola.report.drawing import COLOURS, Figure, save, svg
 from cola.report.facts import facts_of
-from cola.report.figures import FIGURES, KINDS, drawn, figures_of, said_of
+from cola.report.figures import FIGURES, drawn, figures_of, told_of
 from cola.report.glossary import WORDS, words_of
 from cola.report.group_report import Comparison
 from cola.report.numbers import states_text
@@ -152,9 +152,8 @@ def _write_page(
     for name, figure in figures.items():
         for suffix in ("svg", "pdf"):
             save(figure, path.parent / "figures" / f"{name}.{suffix}")
-        kind, drawing = KINDS[name], Markup(svg(figure, name))
-        says = said_of(name, summary, curves)
-        shown[name] = {"title": kind.title, "caption": kind.caption, "says": says, "svg": drawing}
+        drawing = svg(figure, name)
+        shown[name] = {**told_of(name, drawing, summary, curves), "svg": Markup(drawing)}
     for name in set(FIGURES) - set(figures):  # what earlier results had data for
         for suffix in ("svg", "pdf"):
             (path.parent / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
