@@ -85,9 +85,9 @@ def hero_figure(summary: Summary | TasksSummary) -> Figure | None:
     if primary:
         several = [(titles[task.label], task.primary) for task in tasks if task.primary] if len(tasks) > 1 else []
         over = (f"mean of {len(several)} tasks" if several else "", primary)
-        better = look[primary.first if (primary.value or 0) > 0 else primary.second]
-        _hero_contrast(grid[0, columns], [over, *several], better.colour if primary.claim else INK)
-        grid[0, columns].set_title(f"{names[primary.first]} − {names[primary.second]}")
+        better = primary.first if (primary.value or 0) > 0 else primary.second
+        _hero_contrast(grid[0, columns], [over, *several], look[better].colour if primary.claim else INK)
+        grid[0, columns].set_title(" − ".join(clipped([primary.first, primary.second], 20).values()))
     return settle(figure)
 
 
