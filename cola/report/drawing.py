@@ -197,7 +197,7 @@ def new_figure(height: float, width: float = WIDE) -> Figure:
 
 
 def settle(figure: Figure) -> Figure:
-    """Fix the layout, which else each of several files would compute again, and the ground on which labels are laid."""
+    """Fix the layout, which else each of several files would compute again."""
     if (engine := figure.get_layout_engine()) is not None:
         engine.execute(figure)  # the layout alone; `draw_without_rendering` draws everything once more, for nothing
     figure.set_layout_engine(None)  # "none" would leave a stand-in, for which each file draws once more
