@@ -88,7 +88,7 @@ def _arm_text(recipe: Recipe, arm: str) -> str:
         kinds = ["links, their number searched", *kinds]
     text = kinds[0] if n == 1 else f"{n} links of {' and '.join(kinds)}"
     rules, usual = resolved.rules, Rules()
-    keys = [key for key in ("merge", "pair", "optimizer") if n > 1 and getattr(rules, key) != getattr(usual, key)]
+    keys = [key for key in Rules.model_fields if n > 1 and getattr(rules, key) != getattr(usual, key)]
     return text + (f" ({', '.join(f'{key}: {getattr(rules, key)}' for key in keys)})" if keys else "")
 
 

@@ -156,7 +156,7 @@ class Kind:
     draw: Callable[..., Figure | None]
 
 
-OFF = "{} leads to an arm so far off that it would crush the others."
+OFF = {arrow: f"{arrow} leads to what is so far off that it would crush the others." for arrow in "◂▸"}
 RING = "A ring is a knot, at the loss that was measured there: a link was tied into the weights and the next one began."
 # Of a run, in the order in which a page shows them.
 FIGURES = {
@@ -164,8 +164,7 @@ FIGURES = {
         "Every seed of every arm",
         {
             "": "A dot is a seed, a bar the mean, whose number stands at the right.",
-            "◂": OFF.format("◂"),
-            "▸": OFF.format("▸"),
+            **OFF,
             "the first is better": "Beside them the primary contrast, which was named before the run: the difference "
             "of its two arms with its 95 % interval, in colour where it carries a claim.",
         },
@@ -179,8 +178,7 @@ FIGURES = {
             "better arm; an open one carries none. p: as the interval, for other seeds and other test examples.",
             "too small": "Differences in the faint band are too small to be found in four of five runs with these "
             "seeds and rows.",
-            "◂": OFF.format("◂"),
-            "▸": OFF.format("▸"),
+            **OFF,
         },
         _contrasts,
         contrasts_forest,
@@ -196,7 +194,7 @@ FIGURES = {
         {
             "": "Under a seed every step of an arm and of lora reads the same rows, so that the difference is the "
             "arms'. Below the line the arm fits its rows better. The axis is that of the steps after the first fifth.",
-            ">knot<": RING,
+            ">knot<": "A ring is a knot.",
         },
         _minibatches,
         minibatches_figure,
@@ -215,8 +213,7 @@ FIGURES = {
         {
             "": "Each arm on the rows that it was trained on and on test, scored alike. The farther its two marks are "
             "apart, the larger is its gap. A small gap beside a bad test number is underfitting.",
-            "◂": OFF.format("◂"),
-            "▸": OFF.format("▸"),
+            **OFF,
         },
         _train_test,
         train_test_figure,

@@ -42,6 +42,8 @@ from cola.tree.run_folder import RunFolder, place_of, read_rows
 # Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
 
+WHOLE = "Every arm came to its end under every seed."
+
 
 def write_report(folder: RunFolder) -> Path:
     """Write report.html, and its figures and tables as files, from summary.json, the recipe and the arms' metrics;
@@ -52,6 +54,7 @@ def write_report(folder: RunFolder) -> Path:
     curves = {arm: curves[arm] for arm in summary.arms if arm in curves}  # in the recipe's order
     meta = summary.meta.model_dump(exclude_unset=True, exclude={"all_packages"}) if summary.meta else {}
     said = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role == "primary"]
+    whole = all(arm.n_seeds == len(summary.seeds) for arm in summary.arms.values())
     return _write_page(
         folder.path / "report.html",
         "report.html.j2",
@@ -61,7 +64,7 @@ def write_report(folder: RunFolder) -> Path:
         curves,
         name=folder.path.name,
         headlines=[headline(summary)],
-        holds=[scope_sentence(summary.intervals)],
+        holds=[scope_sentence(summary.intervals), *([WHOLE] if whole else [])],
         states=page_states(summary),
         facts=facts_of({"": folder}, summary.store and summary.store.bytes),
         runs={},

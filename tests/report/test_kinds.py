@@ -20,7 +20,7 @@ from cola.report.drawing import COLOURS, GREY, looks_of, svg, window
 from cola.report.facts import facts_of
 from cola.report.figures import FIGURES, drawn, figures_of, told_of
 from cola.report.glossary import WORDS
-from cola.report.page import write_ablation, write_report, write_tasks
+from cola.report.page import WHOLE, write_ablation, write_report, write_tasks
 from cola.report.tables import ablation_table, contrasts_table, page_tables, task_tables
 from cola.report.verdict import NOT_NAMED, UNNAMED, ablation_headlines, headline
 from cola.tree.records import MetricRow
@@ -211,9 +211,11 @@ def test_a_fact_that_holds_of_all_runs_is_told_once(tmp_path: Path) -> None:
     assert facts_of(folders)["seeds"] == [("", "0")]
 
 
-def test_states_that_are_all_ok_and_columns_without_a_number_are_left_out() -> None:
+def test_states_that_are_all_ok_and_columns_without_a_number_are_left_out(tmp_path: Path) -> None:
     tables = page_tables(quickstart(), {})
-    assert "state" not in tables["arms"].columns
+    assert "state" not in tables["arms"].columns  # a sentence says so
+    assert WHOLE in write_report(write_run(tmp_path / "run", quickstart())).read_text()
+    assert WHOLE not in write_report(write_run(tmp_path / "many", many(5))).read_text()
     assert "forgetting" not in tables["loss"].columns
     assert "state" in page_tables(many(12), {})["arms"].columns
     for table in tables.values():
