@@ -75,21 +75,14 @@ def choices_figure(summary: Summary) -> Figure | None:
     for axes in grid[-len(kinds) :, len(searches) - columns * (blocks - 1) :].flat:
         axes.set_visible(False)
     rules = " or ".join(sorted({kinds.get(search.select_by, search.select_by) for search in searches.values()}))
+    dot: dict[str, Any] = {"color": INK, "linestyle": "", "marker": "o"}
     marks = [
-        {"color": INK, "marker": "o", "ms": 5, "label": "mean over the trials' seeds"},
-        {"color": INK, "linestyle": "", "marker": "o", "ms": 3, "alpha": 0.45, "mew": 0, "label": "a seed"},
-        {
-            "color": INK,
-            "linestyle": "",
-            "marker": "o",
-            "ms": 10,
-            "mfc": "none",
-            "mew": 1.2,
-            "label": f"chosen, by {rules}",
-        },
+        {**dot, "linestyle": "-", "ms": 5, "label": "mean over the trials' seeds"},
+        {**dot, "ms": 3, "alpha": 0.45, "mew": 0, "label": "a seed"},
+        {**dot, "ms": 10, "mfc": "none", "label": f"chosen, by {rules}"},
     ]
     if any(_left_out(_tried(search, key)[0], key) for search in searches.values() for key in kinds):
-        marks.append({"color": INK, "linestyle": "", "marker": "x", "ms": 5, "label": "far worse, or failed"})
+        marks.append({**dot, "marker": "x", "ms": 5, "label": "far worse, or failed"})
     if alike and "lora" in searches and len(searches) > 1:
         marks.append({"color": GREY, "linewidth": 1, "linestyle": BESIDE, "label": "lora's"})
     explain(figure, marks, 2 if columns < 3 else 3)
