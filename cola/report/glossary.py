@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from cola.report.table import Table
-from cola.report.verdict import OF_P
 
 WORDS = {
     "arm": "one way to adapt the base, trained and scored under every seed",
@@ -20,10 +19,11 @@ WORDS = {
     "wall clock": "of training, knots and scoring from the base on, whichever session did it, with all else that the "
     "machine did meanwhile in it: no finding. CPU time is not recorded",
     "± and [ ]": "one standard deviation over seeds; 95 % interval",
-    "p": OF_P.split(" p (Holm)")[0].removeprefix("p, "),
-    "p (Holm)": "of the secondary contrasts, corrected for their number; claims rest on it",
-    "p, these rows": "sign flips over runs, for other seeds on these test rows alone",
-    "smallest, these rows": "the smallest p that so many runs can reach by sign flips",
+    "p": "as the interval: for other seeds and other test examples, with one seed for other examples alone (the level "
+    "at which the interval ends at 0)",
+    "p (Holm)": "of the secondary contrasts, corrected for their number",
+    "p, these rows": "sign flips over runs, for other seeds on these test rows",
+    "smallest, these rows": "the smallest that so many runs can reach",
     "resampled": "share of resampled trials that choose the same value: of validation rows, and of the trials' seeds "
     "where there are several; with one seed the share is too large",
     "merge": "how a knot ties: added to the untouched base (exact), in place (naive), or kept beside the weights",

@@ -4,14 +4,12 @@ from cola.compare.choice import SURE
 from cola.compare.records import Ablation, Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
+from cola.report.glossary import WORDS
 from cola.report.numbers import p_value, values_text
 
 # Beside every table of contrasts.
-OF_P = (
-    "p, as the interval: for other seeds and other test examples, with one seed for other examples alone (the level at "
-    "which the interval ends at 0). "
-    "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
-    "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
+OF_P = "p, {}. p (Holm): {}. p, these rows: {}, and {}. Claims rest on the first two.".format(
+    *(WORDS[word] for word in ("p", "p (Holm)", "p, these rows", "smallest, these rows"))
 )
 ONE_SEED = (
     "One seed: intervals are over test examples only and say nothing about another seed; "
