@@ -627,7 +627,7 @@ class TestInABrowser:
     def test_without_script_the_page_is_whole(self, chromium: Any, pages: dict[str, Path]) -> None:
         with Opened(chromium, pages["quickstart"], java_script_enabled=False) as opened:
             assert opened.page.locator("button").count() == 0
-            assert opened.page.locator("thead th").first.inner_text() == "arm"
+            assert opened.page.locator("table[aria-labelledby=table-arms] thead th").first.inner_text() == "arm"
             assert opened.page.locator("figure svg").count() == len(OF_QUICKSTART)
 
     def test_a_script_that_is_not_the_pages_own_does_not_run(
