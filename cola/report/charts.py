@@ -70,24 +70,25 @@ def hero_figure(summary: Summary | TasksSummary) -> Figure | None:
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     ratios = [1.0] * columns + ([0.6 if columns == 1 else 1.2] if primary else [])
-    figure = new_figure(rows * (0.24 * len(arms) + 0.5) + 0.45, WIDE if len(ratios) < 4 else 9.6)
-    grid = figure.subplots(rows, len(ratios), squeeze=False, width_ratios=ratios)
-    panels = grid[:, :columns].flatten().tolist()
+    beside = 0.36 * len(tasks) + 1.2 if primary and len(tasks) > 1 else 0
+    height = max(rows * (0.24 * len(arms) + 0.7) + 0.25, beside)
+    figure = new_figure(height, WIDE if len(ratios) < 4 else 9.6)
+    grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
+    panels = [figure.add_subplot(grid[divmod(number, columns)]) for number in range(len(tasks))]
     names, titles = clipped(arms, 20), clipped((task.label for task in tasks), 20)
     trained = {name for name in arms if summary.arms[name].links}
-    for number, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
+    for number, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
         _hero_panel(axes, {name: task.seeds.get(name, []) for name in arms}, trained or set(arms), look)
         axes.set_yticks(range(len(arms)), list(names.values()) if number % columns == 0 else [""] * len(arms))
         axes.set_title(titles[task.label])
         axes.set_xlabel(f"test {metric}")
-    for axes in [*panels[len(tasks) :], *(grid[1:, columns] if primary else [])]:
-        axes.set_visible(False)
     if primary:
+        axes = figure.add_subplot(grid[:, columns])
         several = [(titles[task.label], task.primary) for task in tasks if task.primary] if len(tasks) > 1 else []
         over = (f"mean of {len(several)} tasks" if several else "", primary)
         better = primary.first if (primary.value or 0) > 0 else primary.second
-        _hero_contrast(grid[0, columns], [over, *several], look[better].colour if primary.claim else INK)
-        grid[0, columns].set_title(" − ".join(clipped([primary.first, primary.second], 20).values()))
+        _hero_contrast(axes, [over, *several], look[better].colour if primary.claim else INK)
+        axes.set_title(" − ".join(clipped([primary.first, primary.second], 20).values()))
     return settle(figure)
 
 
@@ -107,7 +108,7 @@ def _hero_panel(axes: Axes, seeds: dict[str, list[float]], trained: set[str], lo
         axes.annotate(f"{mean:.3f}", (1, row), (5, 0), axes.get_yaxis_transform(), "offset points", va="center")
     axes.set(xlim=ends, ylim=(len(seeds) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
 
 
 def _hero_contrast(axes: Axes, rows: list[tuple[str, Difference | Contrast | TaskContrast]], colour: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from summaries import contrast, curves_of, many, quickstart, write_run
-from test_page import structure
-from test_tasks import three_tasks
+from test_page import structure, written
+from test_tasks import task, three_tasks
 
 from cola.compare.records import Ablation, Interval, Summary
 from cola.compare.tasks import summarize_tasks
@@ -274,6 +274,19 @@ def test_the_first_figure_of_tasks_has_a_dot_for_every_seed_and_the_contrast_of_
     says = told_of("hero", svg(hero, "hero"), summary)["says"]
     assert "chain3 on one 0." in says
     assert f"{one.value:+.3f}" in says
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 8])
+def test_no_word_of_the_first_figure_covers_another_whatever_the_number_of_tasks(tmp_path: Path, n_tasks: int) -> None:
+    right = [{"lora": [50, 52, 51, 49], "chain3": [50 + by, 53 + by, 52 + by, 51 + by]} for by in range(n_tasks)]
+    runs = [task(tmp_path / f"task-{by}", f"task-{by}", arms) for by, arms in enumerate(right)]
+    hero = drawn(["hero"], summarize_tasks(runs))["hero"]
+    hero.draw_without_rendering()
+    found = written(hero)
+    for place, (text, box) in enumerate(found):
+        assert box.x1 < hero.bbox.x1 + 1, text
+        small = box.shrunk(0.98, 0.8)
+        assert not [other for other, second in found[place + 1 :] if small.overlaps(second.shrunk(0.98, 0.8))], text
 
 
 def test_tasks_without_a_note_have_no_heading_of_notes(tmp_path: Path) -> None:
