@@ -170,7 +170,7 @@ def _write_page(
     )
     environment.globals |= {"script": Markup(script), "policy": POLICY.format(digest), "colours": COLOURS}
     more |= {"words": WORDS, "glossary": words_of(tables.values(), "contrasts" in tables)}
-    page = environment.get_template(template).render(summary=summary, tables=tables, figures=shown, **more)
+    page = environment.get_template(template).render(tables=tables, figures=shown, **more)
     write_text(path, page)
     return path
 
