@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cola.compare.contrasts import METRICS
+from cola.compare.scope import scope_of, scope_sentence
 from cola.errors import ColaError
 from cola.recipe.methods import Settings
 from cola.recipe.plan import budget_steps
@@ -22,10 +23,9 @@ def facts_of(folders: Mapping[str, RunFolder], n_bytes: int | None = None) -> Fa
     or is damaged nothing is known. `n_bytes`: what the store takes on disk."""
     told: dict[str, dict[str, list[str]]] = {}
     for name, folder in folders.items():
-        try:
-            recipe, provenance = read_recipe(folder.recipe_file), folder.provenance()
-        except (ColaError, OSError):
+        if (read := _read(folder)) is None:
             continue
+        recipe, provenance = read
         mine = _facts(recipe, provenance)
         for kind, texts in [*mine.items(), ("arms", [f"{arm}: {_arm_text(recipe, arm)}" for arm in recipe.arms])]:
             for text in texts:
@@ -37,6 +37,21 @@ def facts_of(folders: Mapping[str, RunFolder], n_bytes: int | None = None) -> Fa
         kind: [("" if len(of) == len(folders) else ", ".join(of), text) for text, of in texts.items()]
         for kind, texts in told.items()
     }
+
+
+def holds_of(folder: RunFolder) -> list[str]:
+    """What the intervals of a run speak of, and what they hold fixed; empty where it cannot be read."""
+    if (read := _read(folder)) is None:
+        return []
+    recipe, provenance = read
+    return [scope_sentence(scope_of(recipe, provenance and provenance.rows.get("train")))]
+
+
+def _read(folder: RunFolder) -> tuple[Recipe, Provenance | None] | None:
+    try:
+        return read_recipe(folder.recipe_file), folder.provenance()
+    except (ColaError, OSError):
+        return None
 
 
 def _facts(recipe: Recipe, provenance: Provenance | None) -> dict[str, list[str]]:

@@ -21,13 +21,12 @@ import jinja2
 from markupsafe import Markup
 
 from cola.compare.records import Ablation, Summary, TasksSummary
-from cola.compare.scope import scope_of, scope_sentence
+from cola.compare.scope import scope_sentence
 from cola.errors import RunFolderError
 from cola.files import write_text
-from cola.recipe.read import read_recipe
 from cola.report.curves import Curves
 from cola.report.drawing import COLOURS, Figure, save, svg
-from cola.report.facts import facts_of
+from cola.report.facts import facts_of, holds_of
 from cola.report.figures import FIGURES, drawn, figures_of, told_of
 from cola.report.glossary import WORDS, words_of
 from cola.report.group_report import Comparison
@@ -77,9 +76,6 @@ def write_report(folder: RunFolder) -> Path:
 def write_ablation(folder: Path, summary: Ablation) -> Path:
     """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
     points = {point.label: folder / "points" / point.folder for point in summary.points}
-    provenance, holds = RunFolder(first := next(iter(points.values()))).provenance(), [NOT_NAMED]
-    if provenance is not None:
-        holds.append(scope_sentence(scope_of(read_recipe(first / "recipe.yaml"), provenance.rows.get("train"))))
     return _write_page(
         folder / "ablation.html",
         "ablation.html.j2",
@@ -88,7 +84,7 @@ def write_ablation(folder: Path, summary: Ablation) -> Path:
         drawn(["ablation"], summary),
         name=summary.name,
         headlines=ablation_headlines(summary),
-        holds=holds,
+        holds=[NOT_NAMED, *holds_of(RunFolder(next(iter(points.values()))))],
         states=["interrupted: not everything was run"] if summary.interrupted else [],
         facts=facts_of({label: RunFolder(path) for label, path in points.items()}),
         runs={label: _page_of(path, folder) for label, path in points.items()},
