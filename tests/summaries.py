@@ -311,15 +311,15 @@ def many(arms: int = 30, seeds: int = 6) -> Summary:
     return Summary.model_validate(summary)
 
 
-def curves_of(summary: Summary, steps: int = 90) -> dict[str, list[list[MetricRow]]]:
+def curves_of(summary: Summary, steps: int = 90) -> dict[str, dict[int, list[MetricRow]]]:
     """Metric rows as a run of these arms would have left them."""
     rng = np.random.default_rng(1)
     curves = {}
     for number, (name, arm) in enumerate(summary.arms.items()):
         if not arm.links or not arm.n_seeds or arm.validation_loss is None:
             continue
-        curves[name] = []
-        for _ in range(arm.n_seeds):
+        curves[name] = {}
+        for seed in range(arm.n_seeds):
             floor = arm.validation_loss.mean
             rows: list[dict[str, Any]] = []
             for step in range(1, steps + 1):
@@ -333,7 +333,7 @@ def curves_of(summary: Summary, steps: int = 90) -> dict[str, list[list[MetricRo
                     )
                 if step % (steps // arm.links) == 0:
                     rows.append({"kind": "knot", "step": step, "link": link})
-            curves[name].append([MetricRow(**row) for row in rows])
+            curves[name][seed] = [MetricRow(**row) for row in rows]
     return curves
 
 
@@ -341,9 +341,11 @@ def write_run(path: Path, summary: Summary) -> RunFolder:
     """A run folder with this summary and curves, as `cola report` reads it."""
     folder = RunFolder(path)
     folder.write("summary.json", summary)
+    if summary.meta is not None:
+        folder.write("provenance.json", summary.meta)
     folder.write_text("recipe.yaml", (QUICKSTART / "recipe.yaml").read_text() + f"# {EVIL}\n")
     for arm, seeds in curves_of(summary).items():
-        for seed, rows in enumerate(seeds):
+        for seed, rows in seeds.items():
             where = Path("arms") / arm / f"seed-{seed}"
             folder.write_text(
                 where / "result.json", json.dumps({"status": "interrupted", "run_info": {"arm": arm, "seed": seed}})

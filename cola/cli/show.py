@@ -81,7 +81,7 @@ def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]
     to = to or make_new(paths[0].resolve().parent, f"report-{datetime.now():%Y%m%d-%H%M%S}")
     page = write_tasks(to, summary)
     lines = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts if summary.averaged]
-    lines += [*([OF_P] if summary.contrasts else []), *summary.notes]
+    lines += [*([OF_P] if summary.contrasts else []), *summary.holds, *summary.notes]
     lines += [f"report   {page}", f"results  {to / 'summary.json'}"]
     print_all(task_tables(summary).values(), lines, Terminal())
 

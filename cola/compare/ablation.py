@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from cola.compare import records
-from cola.compare.contrasts import METRICS
+from cola.compare.contrasts import METRICS, Comparer, across, interval_of
+from cola.compare.statistics import estimate
 from cola.errors import RecipeError, RunFolderError
 from cola.files import make_new, sha256
 from cola.recipe.read import read_recipe
@@ -146,6 +147,7 @@ def summarize_ablation(
     rows, states, damaged = [], set(), []
     named = [key.split(".")[1] for key in points[0].values if key.startswith("arms.")]
     samples: set[int | None] = set()
+    runs = [Comparer(point.recipe, RunFolder(folder / "points" / point.folder), []) for point in points]
     reused: dict[str, tuple[int, int]] = {}  # of each last state: the fewest steps found, and all
     for number, point in enumerate(points):
         run = RunFolder(folder / "points" / point.folder)
@@ -163,6 +165,8 @@ def summarize_ablation(
             if mine or not number:
                 seeds = [_of_seed(result) for result in results if result.run_info.arm == arm]
                 own = {"values": point.values if mine else None, "label": point.label, "arm": arm, "seeds": seeds}
+                if mine and number and (table := across([runs[number], runs[0]], arm, by_loss=False)):
+                    own["difference"] = interval_of(estimate((1, -1), [table]))
                 rows.append(records.AblationRow(**(about.given() | own)))
     training = points[0].recipe.training
     return records.Ablation(

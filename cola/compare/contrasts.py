@@ -204,6 +204,14 @@ def paired(rows: Sequence[Sequence[Rows]], by_loss: bool) -> Table | None:
     return Table(np.array(scores), groups, None if scored else [float(row.tokens) for row in examples])
 
 
+def across(runs: Sequence[Comparer], arm: str, by_loss: bool) -> Table | None:
+    """An arm's test scores in some runs, under the seeds that all have, as `paired` has them; None without any."""
+    seeds = [seed for seed in runs[0].ok.get(arm, ()) if all(seed in run.ok.get(arm, ()) for run in runs)]
+    rows = [[rows for run in runs if (rows := run.rows(arm, seed)) is not None] for seed in seeds]
+    of_all = [of_seed for of_seed in rows if len(of_seed) == len(runs)]
+    return paired(list(zip(*of_all, strict=True)), by_loss) if of_all else None
+
+
 def interval_of(found: Estimate) -> Interval:
     """An estimate as the records have it."""
     return Interval(value=found.value, low=found.low, high=found.high, se=found.se)

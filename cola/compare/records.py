@@ -313,7 +313,11 @@ class TaskRuns(Record):
 
 
 class ArmOfTasks(Record):
+    links: Count = Field(default=1, description="number of links, in the first run that has it")
     tasks: dict[str, Spread] = Field(description="its test score on each task", json_schema_extra={"key": "TASK"})
+    seeds: dict[str, list[Number]] = Field(
+        default={}, description="the same of every seed", json_schema_extra={"key": "TASK"}
+    )
 
 
 class TasksSummary(Record):
@@ -326,6 +330,7 @@ class TasksSummary(Record):
     tasks: list[TaskRuns]
     arms: dict[str, ArmOfTasks] = Field(json_schema_extra={"key": "ARM"})
     contrasts: list[TaskContrast]
+    holds: list[Text] = Field(default=[], description="what the intervals speak of, and what is held fixed, in words")
     notes: list[Text] = Field(description="what is to be said beside the tables")
 
 
@@ -347,6 +352,12 @@ class AblationArm(Record):
 
 class AblationRow(ArmNumbers[AblationSeed], AblationArm):
     """An arm of a point."""
+
+    difference: Interval | None = Field(
+        default=None,
+        description="on test from the arm's first point, paired by seed and example; of a loss its negative; absent of "
+        "the first point, and where the examples are not the same",
+    )
 
 
 class AblationPoint(Record):

@@ -106,7 +106,6 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
     """
     runs, notes = open_runs(paths)
     tasks = tasks_of(runs, notes)
-    notes += _scopes(tasks)
     notes += made_apart((run.folder.path.name, run) for run in runs)
     metrics, names = {run.recipe.metric for run in runs}, {task.metric for task in tasks}
     alike = len(metrics) == 1 and (len({name == "perplexity" for name in names}) == 1 or metrics == {"loss"})
@@ -130,8 +129,11 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
     arms = {}
     for arm in dict.fromkeys(arm for task in tasks for arm in task.arms):
         scores = {task.label: one for task in tasks if (one := task.scores([arm], by_loss)) is not None}
-        spreads = {label: over_seeds(one.means_AS[0]) for label, one in scores.items()}
-        arms[arm] = records.ArmOfTasks.model_validate({"tasks": spreads})
+        arms[arm] = records.ArmOfTasks(
+            links=next(run.recipe.arms[arm].n_links for run in runs if arm in run.recipe.arms),
+            tasks={label: spread for label, one in scores.items() if (spread := over_seeds(one.means_AS[0]))},
+            seeds={label: one.means_AS[0].tolist() for label, one in scores.items()},
+        )
     return records.TasksSummary(
         format=FORMAT,
         metric=names.pop() if len(names) == 1 else "score",
@@ -148,6 +150,7 @@ def summarize_tasks(paths: Sequence[Path], later: Sequence[tuple[str, str]] = ()
         ],
         arms=arms,
         contrasts=settle(contrasts) if alike else contrasts,
+        holds=_scopes(tasks),
         notes=list(dict.fromkeys(notes)),
     )
 

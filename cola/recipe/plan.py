@@ -245,3 +245,21 @@ def jobs_of(recipe: Recipe) -> list[Job]:
         jobs |= dict.fromkeys(job for arm in arms for job in trials_of(recipe, arm, seed))
         jobs |= dict.fromkeys(Job(arm=arm, seed=seed) for arm in arms)
     return list(jobs)
+
+
+def tuned_as_a_whole(recipe: Recipe) -> list[str]:
+    """The arms that train all weights."""
+    return [arm for arm in recipe.arms if any(link.is_whole for link in recipe.resolved(arm).links)]
+
+
+def room_of(recipe: Recipe, n_parameters: int) -> int:
+    """Bytes of disk that a new run on a base of so many parameters may come to keep at once."""
+    weights = 4 * n_parameters  # kept in float32
+    full = tuned_as_a_whole(recipe)
+    # Of all weights: a checkpoint with its two moments, and the end or the best so far.
+    room = 50_000_000 + (4 * weights if full else 0)
+    kept = len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
+    # Of every value that is tried, until the best is known: before any is kept, or beside those of earlier seeds.
+    tried = sum(len(trials_of(recipe, arm, recipe.seeds[0])) for arm in full)
+    each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
+    return room + weights * (kept + tried if each_seed else max(kept, tried))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from cola.compare.contrasts import Comparer, paired
+from cola.compare.contrasts import Comparer, across
 from cola.compare.statistics import Table as Scores
 from cola.compare.statistics import estimate
 from cola.compare.summary import summarize
@@ -106,9 +106,6 @@ def _pair(a: Comparer, b: Comparer, arm: str, notes: list[str]) -> Scores | None
     if arm not in a.ok or arm not in b.ok:
         notes.append(f"{arm} is in one of the two alone")
         return None
-    seeds = [seed for seed in a.ok[arm] if seed in b.ok[arm]]
-    if not seeds:
+    if not set(a.ok[arm]) & set(b.ok[arm]):
         notes.append(f"{arm}: no seed in common")
-    rows = [[rows for run in (b, a) if (rows := run.rows(arm, seed)) is not None] for seed in seeds]
-    of_both = [of_seed for of_seed in rows if len(of_seed) == 2]
-    return paired(list(zip(*of_both, strict=True)), by_loss=False) if of_both else None
+    return across([b, a], arm, by_loss=False)

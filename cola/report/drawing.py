@@ -7,31 +7,32 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from fontTools import subset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, NullFormatter
-from matplotlib.transforms import Bbox
-from scipy.optimize import isotonic_regression
+from matplotlib.ticker import LogLocator, NullLocator
 
-from cola.compare.records import Ablation, ArmSummary, Summary
+from cola.compare.records import Ablation, ArmSummary, Summary, TasksSummary
 from cola.files import file_digest, write_bytes
 
-# Okabe & Ito without black and yellow: told apart with any colour vision, and readable on white and on black.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "p"]  # 7 × 8: the first 56 arms differ in the pair of both
+# Drawn with, and what stands for it on a dark ground: 3 : 1 and more against white and against the page's black, and as
+# far apart as ten colours get with and without red and green (Machado 2009, distances in OKLab).
+COLOURS = {
+    "#0072B2": "#96D2FF", "#D55E00": "#FF8A33", "#009E73": "#00A583", "#A3127A": "#E14BD2", "#8A6DFF": "#A99BFF",
+    "#1B1464": "#4D8DFF", "#7A5200": "#F0C300", "#F5478B": "#FF9CC4", "#14532D": "#00E1A5", "#6B0F1A": "#FF4D6D",
+}  # fmt: skip
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # 10 × 7: the first 70 arms differ in the pair of both
 DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1))]
-GREY = "#7F868E"  # of what is there for comparison; readable on white and on black
+GREY = "#7F868E"  # of what is there for comparison, an untrained base among it; readable on white and on black
 INK = "#010203"  # drawn with, then replaced by the page's own text colour
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -41,9 +42,9 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 9,
-    "legend.fontsize": 8.5,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -55,22 +56,24 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.15,
     "legend.frameon": False,
 }
-MANY = 8  # arms; with more of them names stand in panels, rows or a legend, not at the points
 # Latin, Greek, signs, arrows and operators.
 LETTERS = frozenset([ord("\n"), *range(0x20, 0x250), *range(0x370, 0x400), *range(0x2000, 0x2300)])
 WIDE = 7.2  # inches: a page of two columns
+LEAST = 0.85  # of its width a figure keeps on a page, so that its smallest text, 8 points, is 9 pixels on a phone
 
 
 def svg(figure: Figure, prefix: str) -> str:
-    """A figure as an SVG element for a page: lines and text in the page's colour, ids that begin with the prefix.
+    """A figure as an SVG element for a page: lines and text in the page's colours, ids that begin with the prefix.
 
-    It is as wide as it was drawn, or as narrow as its place is; the page's styles join and end its lines.
+    It is as wide as it was drawn, or a little narrower where its place is; the page's styles join and end its lines.
     """
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", _svg(figure), count=1, flags=re.DOTALL)  # for all `*`
     text = re.sub(r'<g id="[^"]+">', "<g>", text)  # named for an editor
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)  # two figures may hold the same marker
+    for number, colour in enumerate(COLOURS):
+        text = text.replace(colour.lower(), f"var(--arm-{number})")
     width = 72 * figure.get_figwidth()
-    root = f'<svg aria-hidden="true" focusable="false" style="max-width: {width:g}pt"'
+    root = f'<svg aria-hidden="true" focusable="false" style="width: {width:g}pt; min-width: {LEAST * width:g}pt"'
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     return text.replace("<svg", root, 1).replace(INK, "currentColor")
 
@@ -119,6 +122,7 @@ def _svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # names a drawing program and three web sites
+    text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point
     return text[text.index("<svg") :]
 
 
@@ -131,10 +135,34 @@ class Look:
     dash: Any
 
 
-def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A look of its own for each arm."""
+def looks(names: Iterable[str], untrained: Container[str] = ()) -> dict[str, Look]:
+    """A look of its own for each arm; grey ones for those that were not trained."""
     cycles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(DASHES), strict=False)
-    return {name: Look(*look) for name, look in zip(names, cycles, strict=False)}
+    return {n: Look(GREY, "o", DASHES[0]) if n in untrained else Look(*next(cycles)) for n in names}
+
+
+def looks_of(summary: Summary | TasksSummary) -> dict[str, Look]:
+    """Those of its arms, the same in every figure of a page."""
+    return looks(summary.arms, [name for name, arm in summary.arms.items() if not arm.links])
+
+
+def window(near: Iterable[float], others: Iterable[float] = ()) -> tuple[float, float]:
+    """Ends of an axis that shows the near numbers, and of the others those that would not crush them."""
+    near = list(near)
+    low, high = min(near), max(near)
+    far = 0.6 * (high - low or 0.1 * abs(low) or 0.1)
+    seen = [low, high, *(other for other in others if low - far <= other <= high + far)]
+    room = 0.08 * (max(seen) - min(seen)) or far
+    return min(seen) - room, max(seen) + room
+
+
+def edge_text(number: float, ends: tuple[float, float], text: str) -> tuple[float, str]:
+    """Where a number stands on an axis with such ends, and what is written there: one beyond them at the edge, with an
+    arrow to where it is."""
+    low, high = ends
+    if low <= number <= high:
+        return number, ""
+    return (low, f"◂ {text}") if number < low else (high, f"{text} ▸")
 
 
 def clipped(names: Iterable[str], most: int = 24) -> dict[str, str]:
@@ -169,23 +197,24 @@ def new_figure(height: float, width: float = WIDE) -> Figure:
 
 
 def settle(figure: Figure) -> Figure:
-    """Fix the layout, which else each of several files would compute again, and the ground on which labels are laid."""
+    """Fix the layout, which else each of several files would compute again."""
     if (engine := figure.get_layout_engine()) is not None:
         engine.execute(figure)  # the layout alone; `draw_without_rendering` draws everything once more, for nothing
     figure.set_layout_engine(None)  # "none" would leave a stand-in, for which each file draws once more
     return figure
 
 
-def panels_of(n: int, panel: tuple[float, float], columns: int, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of n panels in rows of at most `columns`."""
-    columns = min(n, columns)
-    rows = math.ceil(n / columns)
-    figure = new_figure(rows * panel[1] + 0.5, max(columns * panel[0], 3.4))
-    axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
+def panels_of(n: int, xlabel: str) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels with the same axes, in rows of at most four; few are larger."""
+    columns = min(n, 4)
+    rows, (width, height) = math.ceil(n / columns), (1.8, 1.6) if n > 3 else (2.4, 2.2)
+    figure = new_figure(rows * height + 0.5, max(columns * width, 3.6))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
     for left_over in axes[n:]:
         left_over.set_visible(False)
     for number in range(max(0, n - columns), n):  # the lowest panel of each column, which may have none below it
         axes[number].tick_params(labelbottom=True)
+        axes[number].set_xlabel(xlabel)
     return figure, axes[:n]
 
 
@@ -194,7 +223,7 @@ def log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())  # each would be drawn in every panel
 
 
 def seed_values(arm: ArmSummary, key: str) -> list[float]:
@@ -224,63 +253,11 @@ def turn_ticks(axes: Axes, degrees: float) -> None:
         text.set(ha="right", rotation_mode="anchor")
 
 
-def label_points(axes: Axes, points: Mapping[str, tuple[float, float]], dots: Sequence[tuple[float, float]]) -> None:
-    """Write each name beside its point, over no other name, point or dot; a thin line leads to one that had to move
-    away. The figure's layout is fixed."""
-    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
-    inside = axes.bbox
-    where = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in where.values()]
-    taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in map(axes.transData.transform, dots)]
-    angles = [0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240]
-    shown = clipped(points)
-    for name, (x, y) in where.items():
-        text = axes.annotate(shown[name], points[name], (0, 0), textcoords="offset points", fontsize=8.5, zorder=6)
-        size = text.get_window_extent()
-        best, distance, least = size, 0, math.inf
-        for radius, angle in itertools.product((7, 13, 22, 34, 48, 64, 84), angles):
-            box = _beside(x, y, size.width, size.height, radius * scale, angle)
-            out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
-            # Far is bad, covering is worse, and out of the axes a name may be cut off.
-            cost = 1e6 * out + sum(_covered(box, other) for other in taken) + radius / 1000
-            if cost < least:
-                best, distance, least = box, radius, cost
-            if cost < 1:
-                break
-        taken.append(best)
-        # The box of a text begins below its own place by the depth of its font.
-        text.set_position(((best.x0 - x) / scale, (best.y0 - y - (size.y0 - y)) / scale))
-        if distance > 13:
-            to = axes.transData.inverted().transform((min(max(x, best.x0), best.x1), min(max(y, best.y0), best.y1)))
-            axes.plot([points[name][0], to[0]], [points[name][1], to[1]], color=GREY, linewidth=0.6, zorder=1)
-
-
-def _beside(x: float, y: float, width: float, height: float, radius: float, angle: float) -> Bbox:
-    """A box of this size whose nearest edge is a radius away from a point, in a direction of so many degrees."""
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    middle = x + cos * (radius + width / 2), y + sin * (radius + height / 2)
-    return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
-
-
-def _covered(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes share."""
-    shared = Bbox.intersection(one, other)
-    return shared.width * shared.height if shared else 0.0
-
-
-def spread_out(wanted: Sequence[float], distance: float) -> list[float]:
-    """Places as near to the wanted ones as they can be when no two are nearer to each other than the distance."""
-    order, steps = np.argsort(wanted, kind="stable"), distance * np.arange(len(wanted))
-    places = np.empty(len(wanted))
-    places[order] = isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
-    return places.tolist()
-
-
-def arm_legend(figure: Figure, shown: Mapping[str, Look]) -> None:
-    """Marker, colour and name of every arm, below the panels, for which the figure grows."""
+def arm_legend(figure: Figure, shown: Mapping[str, Look], more: Iterable[dict[str, Any]] = ()) -> None:
+    """Marker, colour and name of every arm below the panels, for which the figure grows, and what other marks mean."""
     names = clipped(shown)
-    axes = figure.axes[0]
-    handles = [axes.plot([], [], look.marker, color=look.colour, label=names[n])[0] for n, look in shown.items()]
-    columns = max(1, int(figure.get_figwidth() / (0.45 + 0.075 * max(map(len, names.values())))))
-    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(handles) / columns))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), handletextpad=0.2)
+    marks = [{"marker": look.marker, "color": look.colour, "ls": "", "label": names[n]} for n, look in shown.items()]
+    marks += more
+    columns = max(1, int(figure.get_figwidth() / (0.45 + 0.075 * max(len(mark["label"]) for mark in marks))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(marks) / columns))
+    explain(figure, marks, min(columns, len(marks)))

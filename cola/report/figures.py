@@ -11,13 +11,26 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from cola.compare.records import Ablation, Summary, TasksSummary
-from cola.report.charts import Curves, cost_figure, costs_of, curves_figure, gaps_figure, pareto, train_test_figure
+from cola.report.charts import (
+    cost_figure,
+    costs_of,
+    gaps_figure,
+    hero_figure,
+    losses_figure,
+    pareto,
+    primary_of,
+    tasks_of,
+    train_test_figure,
+)
 from cola.report.choices import ablation_figure, choices_figure
+from cola.report.curves import Curves, curves_figure, leads_over_lora, minibatches_figure
 from cola.report.drawing import STYLE, gap_of, metric_of, scored_arms
 from cola.report.forest import contrasts_forest, p_text
 from cola.report.heatmaps import knots_figure, overlap_figure, spectra_figure
 from cola.report.numbers import interval, sample_text, values_text
+from cola.report.verdict import ablation_headlines
 
+OF_CURVES = ("curves", "minibatches")  # drawn from the metric rows too
 MOST = 8  # of a figure's numbers in its sentence; the tables have all
 
 
@@ -27,8 +40,27 @@ def _some(parts: Iterable[str]) -> str:
     return "; ".join(parts[:MOST]) + more
 
 
+def _hero(summary: Summary | TasksSummary) -> str:
+    tasks, metric = tasks_of(summary)
+    said = [
+        f"{name} {f'on {task.label} ' if task.label else ''}{sum(seeds) / len(seeds):.3f}"
+        for task in tasks
+        for name, seeds in task.seeds.items()
+    ]
+    one = primary_of(summary)
+    primary = "" if one is None else f" Primary contrast, {one.first} minus {one.second}: {interval(one)}."
+    return f"Test {metric} of each arm, mean over seeds: {_some(said)}.{primary}"
+
+
 def _train_test(summary: Summary) -> str:
-    key, metric = metric_of(summary)
+    return _two_splits(summary, *metric_of(summary))
+
+
+def _losses(summary: Summary) -> str:
+    return _two_splits(summary, "loss", "loss")
+
+
+def _two_splits(summary: Summary, key: str, metric: str) -> str:
     said = [
         f"{name} {getattr(arm, f'train_{key}').mean:.3f} and {getattr(arm, f'test_{key}').mean:.3f}"
         for name, arm in scored_arms(summary).items()
@@ -42,9 +74,21 @@ def _contrasts(summary: Summary | TasksSummary) -> str:
     return f"Forest plot of {len(said)} contrasts, of which {claims} carry a claim: {_some(said)}."
 
 
-def _curves(summary: Summary) -> str:
+def _curves(summary: Summary, _: Curves) -> str:
     said = [f"{n} {arm.validation_loss.mean:.3f}" for n, arm in scored_arms(summary).items() if arm.validation_loss]
     return f"Train and validation loss against the optimizer step. Validation loss that was scored: {_some(said)}."
+
+
+def _ablation(summary: Ablation) -> str:
+    return f"Each arm against the ablated value. {' '.join(ablation_headlines(summary))}"
+
+
+def _minibatches(_: Summary, curves: Curves) -> str:
+    said = []
+    for name, seeds in leads_over_lora(curves).items():
+        last = [lead for points in seeds for _, lead in points[-max(1, len(points) // 10) :]]
+        said.append(f"{name} {sum(last) / len(last):+.3f}")
+    return f"Training loss minus LoRA's, mean over the last tenth of the steps: {_some(said)}."
 
 
 def _choices(summary: Summary) -> str:
@@ -103,92 +147,136 @@ def _overlap(summary: Summary) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure by its heading, what there is to see in any such figure, what this one says, and its drawing, which is
-    None where the results have no data for it."""
+    """A figure by its heading, what there is to see in it, what this one says, and its drawing, which is None where the
+    results have no data for it."""
 
     title: str
-    caption: str
-    says: Callable[[Any], str]
+    caption: dict[str, str]  # sentences, each told where the figure has its key written in it
+    says: Callable[..., str]
     draw: Callable[..., Figure | None]
 
 
+OFF = {arrow: f"{arrow} leads to what is so far off that it would crush the others." for arrow in "◂▸"}
+RING = "A ring is a knot, at the loss that was measured there: a link was tied into the weights and the next one began."
 # Of a run, in the order in which a page shows them.
 FIGURES = {
-    "train-test": Kind(
-        "Train against test",
-        "Each arm on the rows it was trained on and on test, scored alike; small marks are seeds. The farther an "
-        "arm is from the diagonal, or its two marks from each other, the larger its gap. A small gap beside a bad "
-        "test number is underfitting.",
-        _train_test,
-        train_test_figure,
+    "hero": Kind(
+        "Every seed of every arm",
+        {
+            "": "A dot is a seed, a bar the mean, whose number stands at the right.",
+            **OFF,
+            "the first is better": "Beside them the primary contrast, which was named before the run: the difference "
+            "of its two arms with its 95 % interval, in colour where it carries a claim.",
+        },
+        _hero,
+        hero_figure,
     ),
     "contrasts": Kind(
         "Contrasts",
-        "Paired differences on test with 95 % intervals. A filled mark carries a claim, an open one does not. "
-        "Differences in the faint band are too small to be found in four of five runs with these seeds and rows. "
-        "p: for other seeds and other test examples, as the interval; for the secondary contrasts after Holm.",
+        {
+            "": "Paired differences on test with 95 % intervals. A filled mark carries a claim, in the colour of the "
+            "better arm; an open one carries none. p: as the interval, for other seeds and other test examples.",
+            "too small": "Differences in the faint band are too small to be found in four of five runs with these "
+            "seeds and rows.",
+            **OFF,
+        },
         _contrasts,
         contrasts_forest,
     ),
     "curves": Kind(
         "Learning curves",
-        "Loss against the optimizer step, means over seeds; with several seeds the thin lines of an arm's colour "
-        "are its seeds on validation. A ring is a knot: there a link was tied into the weights and a fresh pair "
-        "and optimizer began.",
+        {"": "Loss against the optimizer step, means over seeds.", ">knot<": RING},
         _curves,
         curves_figure,
     ),
+    "minibatches": Kind(
+        "Training loss minus LoRA's, on the same minibatches",
+        {
+            "": "Under a seed every step of an arm and of lora reads the same rows, so that the difference is the "
+            "arms'. Below the line the arm fits its rows better. The axis is that of the steps after the first fifth.",
+            ">knot<": "A ring is a knot.",
+        },
+        _minibatches,
+        minibatches_figure,
+    ),
     "choices": Kind(
-        "Searched values",
-        "What validation said of each value that was tried; the ring is the one that was chosen. The share is of "
-        "resampled trials that choose it again: of validation rows, and of the trials' seeds where there are several; "
-        "with one seed nothing is known of another, so that the share is too large.",
+        "Score and loss against what was searched",
+        {
+            "": "What validation said of each value that was tried.",
+            "of resamples": "The share is that of resampled trials which choose the same again.",
+        },
         _choices,
         choices_figure,
     ),
+    "train-test": Kind(
+        "Train against test",
+        {
+            "": "Each arm on the rows that it was trained on and on test, scored alike. The farther its two marks are "
+            "apart, the larger is its gap. A small gap beside a bad test number is underfitting.",
+            **OFF,
+        },
+        _train_test,
+        train_test_figure,
+    ),
+    "losses": Kind(
+        "Test loss against train loss",
+        {"": "The arms that were trained. Of two with the same train loss the lower one generalizes better."},
+        _losses,
+        losses_figure,
+    ),
     "gaps": Kind(
         "Gap against chain length",
-        "The generalization gap and the test number of the arms that train low-rank pairs, against the number of "
-        "links; small marks are seeds. Arms of one length stand side by side.",
+        {"": "The arms that train low-rank pairs, against their number of links; those of one length side by side."},
         _gaps,
         gaps_figure,
     ),
     "cost": Kind(
         "Cost against test",
-        "What an arm's training cost against what it brings. The line joins the arms than which none is both "
-        "better and no dearer, by their means: it is no test of a difference.",
+        {
+            "": "What an arm's training cost against what it brings. Filled are the trained arms than which none is "
+            "both better and no dearer, by their means: it is no test of a difference."
+        },
         _cost,
         cost_figure,
     ),
     "knots": Kind(
         "Knot ledger",
-        "What each link added, relative to the base's weights, and how far what the weights then held was from "
-        "what was learned. Darker is more; the last two on a logarithmic scale of all precisions.",
+        {
+            "": "What each link added, relative to the base's weights, and how far what the weights then held was from "
+            "what was learned. Darker is more; the last two on a logarithmic scale of all precisions."
+        },
         _knots,
         knots_figure,
     ),
     "spectra": Kind(
         "Spectra",
-        "Singular values of what each link, the whole chain and full fine-tuning added to the weights, by the "
-        "largest; median over matrices.",
+        {"": "Singular values of what was added to the weights, by the largest; median over matrices."},
         _spectra,
         spectra_figure,
     ),
     "overlap": Kind(
         "Overlap of subspaces",
-        "Share of one link's left subspace that lies in another's, and of its in full fine-tuning's top one: 1 is "
-        "the same again, and what two random subspaces would give stands above each map.",
+        {
+            "a link and the next": "Share of one link's left subspace that lies in the next one's.",
+            "in full": "Share of a link's left subspace that lies in full fine-tuning's top one.",
+            "": "1 is the same again; what two random subspaces would give stands above.",
+        },
         _overlap,
         overlap_figure,
     ),
 }
 KINDS = FIGURES | {
     "ablation": Kind(
-        "Score, gap and cost",
-        "Lines join the means over seeds, small marks are seeds; a level line is an arm that the values are not about.",
-        lambda _: (
-            "Test number, generalization gap and cost against the ablated value, for every arm; the table has them."
-        ),
+        "Against the ablated value",
+        {
+            "": "Lines join the means over seeds, small marks are seeds; a level line is an arm that the values are "
+            "not about.",
+            "▾": "▾ leads to one that is below the axis.",
+            "▴": "▴ leads to one that is above the axis.",
+            "difference from": "The difference is that to the first value, paired by seed and test example, with its "
+            "95 % interval.",
+        },
+        _ablation,
         ablation_figure,
     )
 }
@@ -204,5 +292,19 @@ def drawn(
 ) -> dict[str, Figure]:
     """Those of the figures that there is data for."""
     with mpl.rc_context(STYLE):
-        figures = {n: KINDS[n].draw(summary, *([curves] if n == "curves" else ())) for n in names}
+        figures = {n: KINDS[n].draw(*_about(n, summary, curves)) for n in names}
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def told_of(
+    name: str, drawing: str, summary: Summary | TasksSummary | Ablation, curves: Curves | None = None
+) -> dict[str, str]:
+    """A figure's title, the caption of what is drawn in its SVG, and what it says."""
+    kind = KINDS[name]
+    caption = " ".join(sentence for key, sentence in kind.caption.items() if key in drawing)
+    return {"title": kind.title, "caption": caption, "says": kind.says(*_about(name, summary, curves))}
+
+
+def _about(name: str, summary: Summary | TasksSummary | Ablation, curves: Curves | None) -> list[Any]:
+    """What a figure is drawn from: some from the metric rows too."""
+    return [summary, *([curves or {}] if name in OF_CURVES else [])]

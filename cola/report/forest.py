@@ -5,9 +5,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
-from cola.report.drawing import COLOURS, INK, clipped, new_figure, settle
+from cola.report.drawing import INK, Look, clipped, edge_text, looks_of, new_figure, settle, window
+from cola.report.numbers import p_value
 
 ROLES = {"primary": "primary, named beforehand", "secondary": "secondary", "later": "not named before: no claim"}
 
@@ -19,7 +21,12 @@ def contrasts_forest(summary: Summary | TasksSummary) -> Figure | None:
         return None
     figure = new_figure(0.24 * (len(contrasts) + 2 * len({c.role for c in contrasts})) + 1.2)
     axes = figure.subplots()
-    _forest(axes, contrasts)
+    trained = {name for name, arm in summary.arms.items() if arm.links}
+    ends = window(
+        [0.0, *(end for c in contrasts if {c.first, c.second} <= trained for end in _ends(c))],
+        (end for c in contrasts for end in _ends(c)),
+    )
+    _forest(axes, contrasts, ends, looks_of(summary))
     name = summary.metric if contrasts[0].metric == "score" else "−loss, nats per token"
     axes.set_xlabel(f"difference in test {name}; right of the line the first is the better one")
     handles = [
@@ -33,7 +40,13 @@ def contrasts_forest(summary: Summary | TasksSummary) -> Figure | None:
     return settle(figure)
 
 
-def _forest(axes: Axes, contrasts: list[Contrast | TaskContrast]) -> None:
+def _ends(one: Contrast | TaskContrast) -> list[float]:
+    return [number for number in (one.value, one.low, one.high) if number is not None]
+
+
+def _forest(
+    axes: Axes, contrasts: list[Contrast | TaskContrast], ends: tuple[float, float], look: dict[str, Look]
+) -> None:
     place, ticks = 0.0, []
     shown = clipped([arm for contrast in contrasts for arm in (contrast.first, contrast.second)], 20)
     for role, heading in ROLES.items():
@@ -44,11 +57,10 @@ def _forest(axes: Axes, contrasts: list[Contrast | TaskContrast]) -> None:
         for contrast in mine:
             place -= 1
             ticks.append((place, f"{shown[contrast.first]} − {shown[contrast.second]}"))
-            _forest_row(axes, contrast, place)
+            _forest_row(axes, contrast, place, ends, look)
         place -= 1.4
-    ends = [0.0, *(end for c in contrasts for end in (c.value, c.low, c.high) if end is not None)]
-    room = 0.08 * (max(ends) - min(ends)) or 0.1
-    axes.set_xlim(min(ends) - room, max(ends) + room)
+    axes.set_xlim(ends)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks])
     axes.set_ylim(place + 0.8, 0.6)
@@ -60,16 +72,22 @@ def _forest(axes: Axes, contrasts: list[Contrast | TaskContrast]) -> None:
             text.set_fontweight("bold")
 
 
-def _forest_row(axes: Axes, contrast: Contrast | TaskContrast, y: float) -> None:
+def _forest_row(
+    axes: Axes, contrast: Contrast | TaskContrast, y: float, ends: tuple[float, float], look: dict[str, Look]
+) -> None:
     value, low, high, claim = contrast.value, contrast.low, contrast.high, contrast.claim
     assert value is not None  # the others are left out
-    colour = COLOURS[0 if value > 0 else 1] if claim else INK
+    colour = look[contrast.first if value > 0 else contrast.second].colour if claim else INK
     marker, size = ("D", 8) if contrast.role == "primary" else ("o", 6)
     if (detectable := contrast.minimum_detectable) is not None:
         axes.add_patch(Rectangle((-detectable, y - 0.42), 2 * detectable, 0.84, color=INK, alpha=0.09, linewidth=0))
-    if low is not None and high is not None:
-        axes.plot([low, high], [y, y], color=colour, linewidth=2.2 if claim else 1.3, solid_capstyle="butt")
-    axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
+    place, edge = edge_text(value, ends, "")
+    if edge:
+        axes.annotate(edge.strip(), (place, y), va="center", ha="left" if value < 0 else "right")
+    else:
+        if low is not None and high is not None:
+            axes.plot([low, high], [y, y], color=colour, linewidth=2.2 if claim else 1.3, solid_capstyle="butt")
+        axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
     interval = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
     form: dict[str, Any] = {"va": "center", "fontsize": 8, "weight": "bold" if claim else "normal"}
     for text, place in ((interval.replace("-", "−"), 8), (p_text(contrast), 140)):
@@ -82,5 +100,4 @@ def p_text(contrast: Contrast | TaskContrast) -> str:
     number = contrast.p if holm is None else holm
     if number is None:
         return "no p"
-    text = "p < .001" if number < 0.001 else f"p = {number:.3f}".replace("0.", ".", 1)
-    return text + (" (Holm)" if holm is not None else "")
+    return f"p = {p_value(number)}".replace("= <", "<") + (" (Holm)" if holm is not None else "")

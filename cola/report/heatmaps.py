@@ -10,8 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from cola.compare.records import ArmSpectra, KnotLedger, Summary
-from cola.report.drawing import COLOURS, GREY, INK, MANY, WIDE, clipped, log_scale, looks, new_figure, panels_of, settle
+from cola.compare.records import KnotLedger, Summary
+from cola.report.drawing import (
+    DASHES,
+    GREY,
+    INK,
+    WIDE,
+    clipped,
+    explain,
+    log_scale,
+    looks_of,
+    new_figure,
+    panels_of,
+    settle,
+)
 
 Cells = list[list[float | None]]  # by row and column; None is left empty
 
@@ -28,14 +40,14 @@ class Heat:
     shade: Callable[[float], float] = float  # how dark its cell is, 0 to 1
 
 
-def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
-    # Rectangles of the colour in front of whatever ground there is: readable on white and on black, and not an image.
+def _draw_heat(axes: Axes, heat: Heat) -> None:
+    # Grey rectangles before whatever ground there is: readable on white and on black, no arm's colour, and no image.
     for (row, line), column in itertools.product(enumerate(heat.cells), range(len(heat.columns))):
         if (number := line[column]) is None:
             continue
-        alpha = 0.06 + 0.54 * min(1.0, max(0.0, heat.shade(number)))
-        axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=alpha, linewidth=0))
-        axes.text(column, row, heat.written(number), ha="center", va="center_baseline", fontsize=7)
+        alpha = 0.06 + 0.64 * min(1.0, max(0.0, heat.shade(number)))
+        axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=GREY, alpha=alpha, linewidth=0))
+        axes.text(column, row, heat.written(number), ha="center", va="center_baseline", fontsize=8)
     axes.set_xlim(-0.55, len(heat.columns) - 0.45)
     axes.set_ylim(len(heat.rows) - 0.45, -0.55)
     axes.set_xticks(range(len(heat.columns)), heat.columns)
@@ -49,8 +61,8 @@ def _draw_heat(axes: Axes, heat: Heat, colour: str = COLOURS[0]) -> None:
 def knots_figure(summary: Summary) -> Figure | None:
     """The knot ledger as heat maps: what each link of each arm added, and how much of it the weights then held."""
     arms = {name: arm.knots for name, arm in summary.arms.items() if arm.knots}
-    if not arms:
-        return None
+    if sum(map(len, arms.values())) < 2:
+        return None  # one number is no map
     n_links = max(knot.link for knots in arms.values() for knot in knots)
     links, names = range(1, n_links + 1), list(clipped(arms).values())
     columns = list(map(str, links))
@@ -70,7 +82,7 @@ def knots_figure(summary: Summary) -> Figure | None:
     ]
     beside = n_links <= 8  # else one below the other: the numbers need room
     height = 0.22 * len(arms) + 0.75
-    width = max(WIDE if beside else 4.0, 1.7 + (3 if beside else 1) * 0.36 * n_links)
+    width = max(WIDE if beside else 4.0, 1.7 + (3 if beside else 1) * 0.42 * n_links)
     figure = new_figure(height if beside else 3 * height, width)
     panels = figure.subplots(*((1, 3) if beside else (3, 1)), sharey=beside).tolist()
     for axes, heat in zip(panels, heats, strict=True):
@@ -99,14 +111,12 @@ def spectra_figure(summary: Summary) -> Figure | None:
     own = {name: values for name, values in found.items() if "all weights" not in values} or found
     if not own:
         return None
-    size = (1.8, 1.7) if len(own) > 3 else (2.4, 2.2)
-    figure, panels = panels_of(len(own), size, 4, sharex=True, sharey=True)
+    figure, panels = panels_of(len(own), "singular value, by size")
     links = list(dict.fromkeys(label for values in own.values() for label in values if label.startswith("link ")))
-    look = looks(links)
-    lines = {name: {"color": look[name].colour, "linestyle": look[name].dash, "linewidth": 1.5} for name in links}
+    lines = {name: {"linestyle": DASHES[n % len(DASHES)], "linewidth": 1.4} for n, name in enumerate(links)}
     lines["chain"] = {"color": INK, "linewidth": 1.8}
     lines["all weights"] = {"color": GREY, "linewidth": 1.5, "linestyle": (0, (4, 1.5))}
-    names, shown = clipped(own, 22), {}
+    look, names, shown = looks_of(summary), clipped(own, 18), {}
     for axes, (name, values) in zip(panels, own.items(), strict=True):
         if full is not None:
             values = {**values, "all weights": full}
@@ -114,38 +124,16 @@ def spectra_figure(summary: Summary) -> Figure | None:
             if label == "chain" and "link 2" not in values:
                 continue  # a chain of one link is that link
             positive = [number if number > 0 else math.nan for number in numbers]
-            [line] = axes.plot(range(1, len(positive) + 1), positive, **lines[label])
-            if len(positive) < 10:
-                line.set(marker=".", markersize=4)
-            shown.setdefault({"all weights": "full fine-tuning"}.get(label, label), line)
-        axes.set_title(names[name], fontsize=8)
+            style = {"color": look[name].colour} | lines[label]
+            axes.plot(range(1, len(positive) + 1), positive, **style, marker="." if len(positive) < 10 else "", ms=4)
+            shown[{"all weights": "full fine-tuning"}.get(label, label)] = {"color": INK} | lines[label]
+        axes.set_title(names[name])
     log_scale(panels[0])
     panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-6))
     panels[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    for axes in panels[-4:]:
-        axes.set_xlabel("singular value, by size")
     figure.supylabel("share of the largest", fontsize=9)
-    columns = max(1, int(figure.get_figwidth() / 1.3))
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=columns)
-    return settle(figure)
-
-
-def overlap_figure(summary: Summary) -> Figure | None:
-    """How far the links' subspaces are the same, and lie in full fine-tuning's, against what chance would give."""
-    found = {name: about for name, about in summary.spectra.items() if about.overlap or about.with_full}
-    if not found:
-        return None
-    names = clipped(found)
-    maps = [_overlap_map(names[name], about) for name, about in found.items()]
-    if len(maps) > MANY:
-        return _overlap_rows(names, found)
-    width = max(2.2, 0.34 * max(len(heat.columns) for heat in maps) + 0.5)
-    height = 0.24 * max(len(heat.rows) for heat in maps) + 0.75
-    figure, panels = panels_of(len(maps), (width, height), int(WIDE / width) or 1)
-    for axes, heat in zip(panels, maps, strict=True):
-        _draw_heat(axes, heat, COLOURS[2])
-        axes.title.set_fontsize(8)
-        axes.set_aspect(0.7)
+    marks = [{**shown[label], "label": label} for label in sorted(shown, key=[*links, *lines, *shown].index)]
+    explain(figure, marks, max(1, int(figure.get_figwidth() / 1.4)))
     return settle(figure)
 
 
@@ -153,40 +141,27 @@ def _share(number: float) -> str:
     return f"{number:.2f}".replace("0.", ".", 1)
 
 
-def _overlap_map(name: str, about: ArmSpectra) -> Heat:
-    """One arm's links against each other, and each against full fine-tuning in the last column."""
-    links, full = about.overlap, about.with_full
-    own = links.labels if links else []
-    shared = dict(zip(full.labels, full.values, strict=True)) if full else {}
-    rows: list[str] = list(dict.fromkeys([*own, *shared]))
-    cells: Cells = []
-    for label in rows:
-        line = links.matrix[own.index(label)] if links and label in own else [None] * len(own)
-        cells.append([*line, *([shared.get(label)] if full else [])])
-    parts = {"links": links, "full": full}.items()
-    chance = [f"{kind} {_share(part.random)}" for kind, part in parts if part and part.random is not None]
-    heads, sides = ([label.removeprefix("link ") for label in labels] for labels in (own, rows))
-    title = f"{name}\nby chance: {', '.join(chance or ['nothing learned'])}"
-    return Heat(title, [*heads, *(["full"] if full else [])], sides, cells, _share)
-
-
-def _overlap_rows(names: dict[str, str], found: dict[str, ArmSpectra]) -> Figure:
-    """Many arms, one row each: every link against the one before it, and against full fine-tuning."""
-    before = {name: about.overlap for name, about in found.items() if about.overlap}
-    full = {name: about.with_full for name, about in found.items() if about.with_full}
-    most = max(len(part.labels) for part in before.values()) if before else 0
+def overlap_figure(summary: Summary) -> Figure | None:
+    """How far each link's subspace is the next one's, and lies in full fine-tuning's, against what chance would give: a
+    row for each arm. An arm of one link has one number, which is in the table."""
+    found = {name: about.overlap for name, about in summary.spectra.items() if about.overlap}
+    if not found:
+        return None
+    names = clipped(found)
+    full = {name: shared for name in found if (shared := summary.spectra[name].with_full)}
+    most = max(len(part.labels) for part in found.values())
     labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part.labels))
     labels.sort(key=lambda label: label == "chain")
     steps: Cells = []
     shares: Cells = []
     for name in found:
-        matrix = before[name].matrix if name in before else []
+        matrix = found[name].matrix
         steps.append([matrix[k][k + 1] if k + 1 < len(matrix) else None for k in range(most - 1)])
         of = dict(zip(full[name].labels, full[name].values, strict=True)) if name in full else {}
         shares.append([of.get(label) for label in labels])
     maps: list[Heat] = []
     for title, parts, columns, cells in (
-        ("a link and the next", before, [f"{k}·{k + 1}" for k in range(1, most)], steps),
+        ("a link and the next", found, [f"{k}·{k + 1}" for k in range(1, most)], steps),
         ("in full fine-tuning's", full, [label.removeprefix("link ") for label in labels], shares),
     ):
         if columns:
@@ -194,8 +169,10 @@ def _overlap_rows(names: dict[str, str], found: dict[str, ArmSpectra]) -> Figure
             by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
             maps.append(Heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share))
     n_columns = sum(len(heat.columns) for heat in maps)
-    figure = new_figure(0.22 * len(found) + 0.9, 1.8 + 0.37 * n_columns)
+    if n_columns * len(found) < 2:
+        return None
+    figure = new_figure(0.24 * len(found) + 0.9, max(4.2, 1.8 + 0.42 * n_columns))
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=[len(heat.columns) for heat in maps])
     for panel, heat in zip(axes.flatten(), maps, strict=True):
-        _draw_heat(panel, heat, COLOURS[2])
+        _draw_heat(panel, heat)
     return settle(figure)

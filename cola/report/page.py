@@ -11,6 +11,7 @@ The same results give the same bytes.
 import base64
 import hashlib
 import json
+import os
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
@@ -20,24 +21,27 @@ import jinja2
 from markupsafe import Markup
 
 from cola.compare.records import Ablation, Summary, TasksSummary
+from cola.compare.scope import scope_sentence
 from cola.errors import RunFolderError
 from cola.files import write_text
-from cola.report.charts import Curves
-from cola.report.drawing import Figure, save, svg
-from cola.report.figures import FIGURES, KINDS, drawn, figures_of
+from cola.report.curves import Curves
+from cola.report.drawing import COLOURS, Figure, save, svg
+from cola.report.facts import facts_of, holds_of
+from cola.report.figures import FIGURES, drawn, figures_of, told_of
+from cola.report.glossary import WORDS, words_of
 from cola.report.group_report import Comparison
 from cola.report.numbers import states_text
 from cola.report.table import Table
 from cola.report.tables import ablation_notes, ablation_table, page_tables, task_tables
 from cola.report.tracking import comparison_numbers
-from cola.report.verdict import OF_P, contrast_sentence, verdict
+from cola.report.verdict import NOT_NAMED, UNNAMED, ablation_headlines, contrast_sentence, headline, remarks, verdict
 from cola.tree.records import MetricRow
 from cola.tree.run_folder import RunFolder, place_of, read_rows
 
 # Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
-# What a page begins with where the recipe names nothing to be judged, or one of the two is missing.
-UNNAMED = "No contrast that was named before the run can be judged by these results: they describe, and claim nothing."
+
+WHOLE = "Every arm came to its end under every seed."
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -48,20 +52,22 @@ def write_report(folder: RunFolder) -> Path:
     curves = read_curves(folder, damaged)
     curves = {arm: curves[arm] for arm in summary.arms if arm in curves}  # in the recipe's order
     meta = summary.meta.model_dump(exclude_unset=True, exclude={"all_packages"}) if summary.meta else {}
-    lines = verdict(summary)
-    if all(contrast.role == "later" for contrast in summary.contrasts):
-        lines.insert(0, UNNAMED)
+    said = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role == "primary"]
+    whole = all(arm.n_seeds == len(summary.seeds) for arm in summary.arms.values())
     return _write_page(
         folder.path / "report.html",
         "report.html.j2",
         summary,
         page_tables(summary, curves),
         figures_of(summary, curves),
+        curves,
         name=folder.path.name,
-        headline=lines[0],
+        headlines=[headline(summary)],
+        holds=[scope_sentence(summary.intervals), *([WHOLE] if whole else [])],
         states=page_states(summary),
-        whole=all(arm.n_seeds == len(summary.seeds) for arm in summary.arms.values()),
-        notes=[*lines[1:], *dict.fromkeys([*summary.notes, *damaged])],
+        facts=facts_of({"": folder}, summary.store and summary.store.bytes),
+        runs={},
+        notes=list(dict.fromkeys([*said, *summary.unpaired, *remarks(summary), *summary.notes, *damaged])),
         recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
         provenance=json.dumps(meta, indent=2),
     )
@@ -69,19 +75,49 @@ def write_report(folder: RunFolder) -> Path:
 
 def write_ablation(folder: Path, summary: Ablation) -> Path:
     """Write ablation.html and the files of its figure and table from an ablation's summary; returns the page."""
-    tables, figures = {"ablation": ablation_table(summary)}, drawn(["ablation"], summary)
-    path, notes = folder / "ablation.html", ablation_notes(summary)
-    return _write_page(path, "ablation.html.j2", summary, tables, figures, notes=notes)
+    points = {point.label: folder / "points" / point.folder for point in summary.points}
+    return _write_page(
+        folder / "ablation.html",
+        "ablation.html.j2",
+        summary,
+        {"ablation": ablation_table(summary)},
+        drawn(["ablation"], summary),
+        name=summary.name,
+        headlines=ablation_headlines(summary),
+        holds=[NOT_NAMED, *holds_of(RunFolder(next(iter(points.values()))))],
+        states=["interrupted: not everything was run"] if summary.interrupted else [],
+        facts=facts_of({label: RunFolder(path) for label, path in points.items()}),
+        runs={label: _page_of(path, folder) for label, path in points.items()},
+        notes=ablation_notes(summary),
+    )
 
 
 def write_tasks(path: Path, summary: TasksSummary) -> Path:
-    """Write summary.json, report.html and the files of its figure and tables for several runs; returns the page."""
+    """Write summary.json, report.html and the files of its figures and tables for several runs; returns the page."""
     averaged = summary.averaged and summary.contrasts
-    figures = drawn(["contrasts"] if averaged else [], summary)
     write_text(path / "summary.json", json.dumps(summary.content(), indent=1) + "\n")
-    said = [contrast_sentence(contrast, summary.metric) for contrast in summary.contrasts] if averaged else [UNNAMED]
-    tables = task_tables(summary)
-    return _write_page(path / "report.html", "tasks.html.j2", summary, tables, figures, name=path.name, said=said)
+    runs = {f"{task.label}: {Path(run).name}": Path(run) for task in summary.tasks for run in task.runs}
+    said = [contrast_sentence(one, summary.metric) for one in summary.contrasts if averaged and one.role == "primary"]
+    over = "Over tasks: the equal-weight mean of the tasks' means; intervals speak of these tasks and no others."
+    return _write_page(
+        path / "report.html",
+        "tasks.html.j2",
+        summary,
+        task_tables(summary),
+        drawn(["hero", *(["contrasts"] if averaged else [])], summary),
+        name=path.name,
+        headlines=[headline(summary) if averaged else UNNAMED],
+        holds=[*summary.holds, *([over] if averaged else [])],
+        states=[],
+        facts=facts_of({task.label: RunFolder(Path(task.runs[0])) for task in summary.tasks}),
+        runs={title: _page_of(run, path) for title, run in runs.items()},
+        notes=[*said, *summary.notes],
+    )
+
+
+def _page_of(run: Path, page: Path) -> str:
+    """The link from a page's folder to the page of a run, where there is one."""
+    return os.path.relpath(run / "report.html", page) if (run / "report.html").is_file() else ""
 
 
 def page_states(summary: Summary) -> list[str]:
@@ -104,6 +140,7 @@ def _write_page(
     summary: Summary | TasksSummary | Ablation,
     tables: dict[str, Table],
     figures: dict[str, Figure],
+    curves: Curves | None = None,
     **more: Any,
 ) -> Path:
     """Write a page from its template, and its figures and tables as files beside it; returns its path."""
@@ -114,8 +151,8 @@ def _write_page(
     for name, figure in figures.items():
         for suffix in ("svg", "pdf"):
             save(figure, path.parent / "figures" / f"{name}.{suffix}")
-        kind, drawing = KINDS[name], Markup(svg(figure, name))
-        shown[name] = {"title": kind.title, "caption": kind.caption, "says": kind.says(summary), "svg": drawing}
+        drawing = svg(figure, name)
+        shown[name] = {**told_of(name, drawing, summary, curves), "svg": Markup(drawing)}
     for name in set(FIGURES) - set(figures):  # what earlier results had data for
         for suffix in ("svg", "pdf"):
             (path.parent / "figures" / f"{name}.{suffix}").unlink(missing_ok=True)
@@ -127,15 +164,16 @@ def _write_page(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.globals |= {"script": Markup(script), "policy": POLICY.format(digest), "of_p": OF_P}
-    page = environment.get_template(template).render(summary=summary, tables=tables, figures=shown, **more)
+    environment.globals |= {"script": Markup(script), "policy": POLICY.format(digest), "colours": COLOURS}
+    more |= {"words": WORDS, "glossary": words_of(tables.values(), "contrasts" in tables)}
+    page = environment.get_template(template).render(tables=tables, figures=shown, **more)
     write_text(path, page)
     return path
 
 
 def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
-    """The metric rows of every arm that trained, one list per seed; what is wrong with a file is added to `damaged`."""
-    curves: Curves = defaultdict(list)
+    """The metric rows of every arm that trained, by seed; what is wrong with a file is added to `damaged`."""
+    curves: Curves = defaultdict(dict)
     for result in folder.results(damaged):
         try:
             rows = read_rows(folder.path / "arms" / place_of(result) / "metrics.jsonl", MetricRow)
@@ -143,7 +181,7 @@ def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
             damaged.append(str(error))
             continue
         if rows:
-            curves[result.run_info.arm].append(rows)
+            curves[result.run_info.arm][result.run_info.seed] = rows
     return dict(curves)
 
 

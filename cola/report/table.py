@@ -51,6 +51,12 @@ class Table:
         """The rows as they are read."""
         return [[str(cell) for cell in row] for row in self.rows]
 
+    def without_empty(self) -> "Table":
+        """The table without the columns in which no row has anything to say."""
+        kept = [n for n, column in enumerate(zip(*self.texts, strict=True)) if n == 0 or set(column) - {NONE, ""}]
+        columns = [self.columns[n] for n in kept]
+        return Table(self.title, columns, [[row[n] for n in kept] for row in self.rows]) if self.rows else self
+
     def markdown(self) -> str:
         """The table for a README."""
         lines = [self.columns, [":--", *["--:"] * (len(self.columns) - 1)], *self.texts]

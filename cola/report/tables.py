@@ -8,7 +8,7 @@ from cola.compare import records
 from cola.compare.ablation import short
 from cola.recipe.schema import SPLITS
 from cola.report import numbers
-from cola.report.charts import Curves, curve_of
+from cola.report.curves import Curves, curve_of
 from cola.report.table import NONE, Cell, Columns, Shown, Table
 from cola.tree.records import ArmState
 from cola.tree.spectra import Spectrum
@@ -21,7 +21,7 @@ TO_FULL: Columns = {
 COST: Columns = {
     "trained": lambda arm: numbers.count(arm.num_trainable_params),
     "steps": lambda arm: numbers.number(arm.steps, ".0f"),
-    "time": lambda arm: numbers.duration(arm.total_seconds),
+    "wall clock": lambda arm: numbers.duration(arm.total_seconds),
 }
 RANKS: Columns = {
     "rank": lambda update: numbers.rounded(update.rank),
@@ -67,7 +67,7 @@ def _cost_columns(arms: dict[str, records.ArmSummary]) -> Columns:
         "FLOPs": lambda arm: numbers.count(arm.flops),
         "learning rate": lambda arm: numbers.value_range(arm.learning_rate),
         "scored at step": lambda arm: numbers.value_range(arm.scored_step),
-        "time": COST["time"],
+        "wall clock": COST["wall clock"],
     }
     if any(arm.peak_memory for arm in arms.values()):
         columns["memory"] = lambda arm: numbers.size(arm.peak_memory)
@@ -89,12 +89,15 @@ def page_tables(summary: records.Summary, curves: Curves) -> dict[str, Table]:
     """Every table of a run's page that has rows, by the name of its files."""
     tables = named_tables(summary)
     judged = tables.pop("score" if "score" in tables else "loss")  # is in the first table, with the arms' states
-    rows = [
-        [name, numbers.states_text(arm), *(row[1:] if arm.n_seeds else [NONE] * (len(row) - 1))]
-        for (name, arm), row in zip(summary.arms.items(), judged.rows, strict=True)
-    ]
+    states = [numbers.states_text(arm) for arm in summary.arms.values()]
+    if set(states) != {"ok"}:
+        rows = [
+            [name, state, *(row[1:] if arm.n_seeds else [NONE] * (len(row) - 1))]
+            for (name, arm), state, row in zip(summary.arms.items(), states, judged.rows, strict=True)
+        ]
+        judged = Table(judged.title, ["arm", "state", *judged.columns[1:]], rows)
     tables = {
-        "arms": Table(judged.title, ["arm", "state", *judged.columns[1:]], rows),
+        "arms": judged,
         **tables,
         "contrasts": contrasts_table(summary),
         "seeds": seeds_table(summary),
@@ -103,7 +106,7 @@ def page_tables(summary: records.Summary, curves: Curves) -> dict[str, Table]:
         "spectra": spectra_table(summary.spectra),
         "overlap": overlap_table(summary.spectra),
     }
-    return {name: table for name, table in tables.items() if table.rows}
+    return {name: table.without_empty() for name, table in tables.items() if table.rows}
 
 
 def curves_table(curves: Curves) -> Table:
@@ -302,14 +305,14 @@ def ablation_table(summary: records.Ablation) -> Table:
     if summary.metric != "perplexity":
         columns[f"test {summary.metric}"] = lambda row: numbers.spread(row.test_score)
         columns["gap_acc"] = lambda row: numbers.spread(row.gap_acc, signed=True)
-    columns |= TO_FULL | COST
+    columns |= {"difference": lambda row: numbers.interval(row.difference), **TO_FULL, **COST}
     title = f"{summary.name}: {' × '.join(keys)}, {numbers.matched_text(summary.matched)}"
     title += numbers.sample_text(summary.train_sample)
     table = Table(title, ["arm", *keys, *columns], [])
     for row in summary.rows:
         values: list[Shown] = [numbers.given(v) for v in row.values.values()] if row.values else [NONE] * len(keys)
         table.rows.append(_row([row.arm, *values], columns, row))
-    return table
+    return table.without_empty()
 
 
 def ablation_notes(summary: records.Ablation) -> list[str]:

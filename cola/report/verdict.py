@@ -1,22 +1,26 @@
 """What a comparison found, in a sentence."""
 
 from cola.compare.choice import SURE
-from cola.compare.records import Contrast, Summary, TaskContrast
+from cola.compare.records import Ablation, Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
+from cola.report.glossary import WORDS
 from cola.report.numbers import p_value, values_text
 
 # Beside every table of contrasts.
-OF_P = (
-    "p, as the interval: for other seeds and other test examples, with one seed for other examples alone (the level at "
-    "which the interval ends at 0). "
-    "p (Holm): of the secondary contrasts, corrected for their number. p, these rows: sign flips over runs, for other "
-    "seeds on these test rows, and the smallest that so many runs can reach. Claims rest on the first two."
+OF_P = "p, {}. p (Holm): {}. p, these rows: {}, and {}. Claims rest on the first two.".format(
+    *(WORDS[word] for word in ("p", "p (Holm)", "p, these rows", "smallest, these rows"))
 )
 ONE_SEED = (
     "One seed: intervals are over test examples only and say nothing about another seed; "
     "give more seeds for a claim about a method."
 )
+
+# What a page begins with where the recipe names nothing to be judged, or one of the two is missing.
+UNNAMED = "No contrast that was named before the run can be judged by these results: they describe, and claim nothing."
+NOT_NAMED = "The points of an ablation are no contrasts that were named beforehand: they describe, and claim nothing."
+
+Estimated = Contrast | TaskContrast | Interval
 
 
 def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
@@ -43,14 +47,72 @@ def contrast_sentence(one: Contrast | TaskContrast, metric: str) -> str:
     return f"{line}: {better} does better here, but {seeds} cannot carry a claim about the methods ({why})."
 
 
+def plain_sentence(first: str, second: str, found: Estimated, metric: str, by_loss: bool) -> str:
+    """A difference as one would tell it: "chain3 scored 2.7 points lower than lora in test exact match (95 % interval:
+    1.0 to 4.3 points lower)". Of a loss `found` has the negative, as every contrast."""
+    if found.value is None:
+        return f"{first} and {second} have no common number"
+    less, more = ("higher", "lower") if by_loss else ("lower", "higher")
+    unit = "nats per target token" if by_loss else "points"
+
+    def size(number: float) -> str:
+        return f"{abs(number):.3f}" if by_loss else f"{100 * abs(number):.1f}"
+
+    side = more if found.value > 0 else less
+    what = f"had a test loss {size(found.value)} {unit}" if by_loss else f"scored {size(found.value)} {unit}"
+    said = f"{first} {what} {side} than {second}" + ("" if by_loss else f" in test {metric}")
+    if found.low is None or found.high is None:
+        return said
+    if found.low <= 0 <= found.high:
+        ends = f"from {size(found.low)} {less} to {size(found.high)} {more}"
+        return f"{said} (95 % interval: {ends}), so the two cannot be told apart"
+    near, far = sorted((abs(found.low), abs(found.high)))
+    return f"{said} (95 % interval: {size(near)} to {size(far)} {unit} {side})"
+
+
+def headline(summary: Summary | TasksSummary) -> str:
+    """What the primary contrast allows to be said, for who reads nothing else."""
+    one = next((one for one in summary.contrasts if one.role == "primary" and one.value is not None), None)
+    if one is None:
+        return UNNAMED
+    of = f"these {len(one.tasks)} tasks" if isinstance(one, TaskContrast) else "this task"
+    runs = "one seed" if one.n_seeds == 1 else f"{one.n_seeds} {'pairs of runs' if 'tasks' in of else 'seeds'}"
+    said = f"On {of}, over {runs}, {plain_sentence(one.first, one.second, one, summary.metric, one.metric == 'loss')}"
+    if one.low is None or one.high is None:
+        return f"{said}; these results give it no interval, so nothing is claimed."
+    if one.low <= 0 <= one.high or one.claim:
+        return f"{said}."
+    return f"{said}; {runs} cannot carry a claim about the methods."
+
+
+def ablation_headlines(summary: Ablation) -> list[str]:
+    """What became of each arm from the first value to the last, and that nothing is claimed of it."""
+    by_loss, lines = summary.metric == "perplexity", []
+    for arm in dict.fromkeys(row.arm for row in summary.rows if row.values is not None):
+        rows = [row for row in summary.rows if row.arm == arm and row.values is not None and row.n_seeds]
+        if len(rows) < 2:
+            continue
+        first, last = rows[0], rows[-1]
+        means = [getattr(row, "test_loss" if by_loss else "test_score").mean for row in (first, last)]
+        change = (means[0] - means[1]) if by_loss else (means[1] - means[0])
+        found = last.difference or Interval(value=change, low=None, high=None)
+        names = f"{arm} with {last.label}", f"with {first.label}"
+        lines.append(f"{plain_sentence(*names, found, summary.metric, by_loss)}.")
+    return lines or ["No two points of this ablation have numbers yet."]
+
+
 def verdict(summary: Summary) -> list[str]:
     """What the numbers allow to be said, in plain sentences; never a winner inside its interval."""
-    lines = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role != "later"]
-    lines += summary.unpaired
+    named = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role != "later"]
     n_seeds = len(summary.seeds)
-    lines.append(ONE_SEED if n_seeds == 1 else f"± is the standard deviation over {n_seeds} seeds.")
-    lines.append(scope_sentence(summary.intervals))
-    lines += [OF_P] if summary.contrasts else []
+    spread = ONE_SEED if n_seeds == 1 else f"± is the standard deviation over {n_seeds} seeds."
+    general = [spread, scope_sentence(summary.intervals), *([OF_P] if summary.contrasts else [])]
+    return [*named, *summary.unpaired, *general, *remarks(summary)]
+
+
+def remarks(summary: Summary) -> list[str]:
+    """What else is to be known of this run."""
+    lines, n_seeds = [], len(summary.seeds)
     best = f"the step that was best on validation ({summary.select_by})"
     rule = "the last step" if summary.checkpoint == "last" else best
     lines.append(f"Scored checkpoint: {rule}. Test was read for that checkpoint only.")

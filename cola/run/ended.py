@@ -13,9 +13,8 @@ from cola.files import digest
 from cola.link import adapters
 from cola.link.residual import LinkWeights, added
 from cola.measure.learned import Learned
-from cola.recipe.plan import Job, evaluation_steps, trials_of
+from cola.recipe.plan import Job, evaluation_steps, trials_of, tuned_as_a_whole
 from cola.run.assignment import Bench
-from cola.run.materials import tuned_as_a_whole
 from cola.run.search import with_choice
 from cola.tree.locks import CHANGES, lock
 from cola.tree.prune import let_go

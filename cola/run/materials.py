@@ -21,7 +21,7 @@ from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.memory import need_memory
 from cola.measure.selfcheck import VERSION, Subject, self_check, slowest
 from cola.recipe.methods import Settings
-from cola.recipe.plan import jobs_of, plan_arm, trials_of
+from cola.recipe.plan import jobs_of, plan_arm, room_of
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
 from cola.report.terminal import Terminal
@@ -199,24 +199,5 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
             if getattr(before, key) != getattr(meta, key):
                 terminal.warn(f"{key} changed since this run began; each result says what it was made with")
         return meta
-    need_room(store.path, _room(materials), "this run")
+    need_room(store.path, room_of(recipe, materials.skeleton.num_parameters()), "this run")
     return meta
-
-
-def _room(materials: Materials) -> int:
-    """Bytes that a new run may come to keep at once."""
-    recipe = materials.recipe
-    weights = 4 * materials.skeleton.num_parameters()  # kept in float32
-    full = tuned_as_a_whole(recipe)
-    # Of all weights: a checkpoint with its two moments, and the end or the best so far.
-    room = 50_000_000 + (4 * weights if full else 0)
-    kept = len(full) * len(recipe.seeds) if recipe.keep_full_weights else 0
-    # Of every value that is tried, until the best is known: before any is kept, or beside those of earlier seeds.
-    tried = sum(len(trials_of(recipe, arm, recipe.seeds[0])) for arm in full)
-    each_seed = any(search.per == "seed" for search in recipe.search_rules.values())
-    return room + weights * (kept + tried if each_seed else max(kept, tried))
-
-
-def tuned_as_a_whole(recipe: Recipe) -> list[str]:
-    """The arms that train all weights."""
-    return [arm for arm in recipe.arms if any(link.is_whole for link in recipe.resolved(arm).links)]

@@ -14,11 +14,11 @@ from cola.files import need_package, package_file
 from cola.recipe.arms import Prune
 from cola.recipe.data_section import Data
 from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
-from cola.recipe.plan import jobs_of, plan_arm
+from cola.recipe.plan import jobs_of, plan_arm, room_of, tuned_as_a_whole
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
-from cola.report.numbers import count
+from cola.report.numbers import count, size
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
 from cola.report.tracking import mode_of
@@ -64,6 +64,9 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     if steps is not None:
         total = sum(sum(steps[job.arm]) for job in jobs)
         terminal.say(f"optimizer steps in all: {total} of {recipe.training.batch_size} rows")
+    if parameters and (full := tuned_as_a_whole(recipe)):
+        room = size(room_of(recipe, max(parameters[arm] for arm in full)))
+        terminal.say(f"disk: up to {room} at once, since a state of {', '.join(full)} is as large as the model")
     score = recipe.evaluation
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
     if score.train_rows is not None:

@@ -205,7 +205,7 @@ def test_metrics_that_are_not_the_same_are_not_averaged_and_it_is_said(tmp_path:
     [one] = summary.contrasts
     assert one.value is None
     assert one.tasks.keys() == {"answers", "texts"}
-    scope, note = summary.notes
+    [scope], [note] = summary.holds, summary.notes
     assert scope.startswith("Intervals speak of other seeds and other test examples; held fixed: the training")
     assert note.startswith("the runs are not about the same metric (a: exact match, score, b: perplexity, loss)")
     assert [table.title for table in task_tables(summary).values()] == [

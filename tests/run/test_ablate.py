@@ -15,6 +15,8 @@ from cola.errors import RecipeError
 from cola.recipe.plan import plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.yaml12 import values_of
+from cola.report.differences import compare_runs
+from cola.report.numbers import interval
 from cola.report.page import write_ablation
 from cola.report.tables import ablation_notes, ablation_table
 from cola.run.ablate import ablate
@@ -167,6 +169,18 @@ def test_of_keys_with_one_value_each_the_first_is_ablated(recipe_file: Path) -> 
         assert point.values == {"arms.chain3.links": "2"}
         assert point.recipe.resolved("chain3").links[0].rank == 4
         assert "full" not in point.recipe.arms
+
+
+def test_a_difference_is_that_of_two_runs_paired_by_seed_and_example(recipe_file: Path) -> None:
+    folder, summary = run_points(recipe_file, "arms.chain3.links=1,2", *SMALL)
+    first, second = (row for row in summary.rows if row.arm == "chain3")
+    assert first.difference is None
+    assert [row.difference for row in summary.rows if row.values is None] == [None]  # lora stays
+    assert second.difference is not None
+    assert second.difference.value == pytest.approx(second.test_score.mean - first.test_score.mean)
+    compared, _ = compare_runs(*(folder / "points" / point.folder for point in summary.points))
+    [row] = [row for table in compared if table.columns[0] == "arm" for row in table.texts if row[0] == "chain3"]
+    assert row[-1] == str(interval(second.difference))
 
 
 def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
