@@ -57,7 +57,7 @@ def tasks_of(summary: Summary | TasksSummary) -> tuple[list[Task], str]:
         return [Task(x, {n: arm.seeds[x] for n, arm in arms if x in arm.seeds}, of.get(x)) for x in labels], metric
     key, metric = metric_of(summary)
     seeds = {n: [getattr(one, f"test_{key}") for one in arm.seeds] for n, arm in scored_arms(summary).items()}
-    return [Task("", seeds, primary)], metric
+    return [Task("", seeds, primary if isinstance(primary, Difference) else None)], metric
 
 
 def hero_figure(summary: Summary | TasksSummary) -> Figure | None:
@@ -221,7 +221,9 @@ def losses_figure(summary: Summary) -> Figure | None:
         pairs = list(zip(seed_values(arm, "train_loss"), seed_values(arm, "test_loss"), strict=True))
         draw_seeds(axes, pairs, look[name])
         colour, mark = look[name].colour, look[name].marker
-        axes.plot(arm.train_loss.mean, arm.test_loss.mean, mark, color=colour, ms=8, mec=INK, mew=0.6)
+        axes.plot(
+            _values(arm, "train_loss")[0], _values(arm, "test_loss")[0], mark, color=colour, ms=8, mec=INK, mew=0.6
+        )
     axes.set(xlabel="train loss, nats per target token", ylabel="test loss")
     axes.margins(0.1)
     arm_legend(figure, look, _seed_mark(arms))

@@ -181,7 +181,9 @@ def ablation_figure(summary: Ablation) -> Figure | None:
     if not rows:
         return None
     scored = summary.metric != "perplexity"
-    panels = dict([("test_score", f"test {summary.metric}") if scored else ("test_loss", "test loss, nats per token")])
+    panels: dict[str, str] = dict(
+        [("test_score", f"test {summary.metric}") if scored else ("test_loss", "test loss, nats per token")]
+    )
     if any(row.difference for row in rows):
         panels["difference"] = "difference from the first value"
     panels |= dict([gap_of(summary)])
@@ -227,7 +229,7 @@ def _panel(axes: Axes, rows: list[AblationRow], at: dict[str, float], key: str, 
         axes.axhline(0, color=INK, linewidth=0.8)
     for arm in dict.fromkeys(arm for arm, _, _ in moving):
         mine = [(x, of_row) for of, x, of_row in moving if of == arm]
-        style = {"color": look[arm].colour, "marker": look[arm].marker, "label": names[arm]}
+        style: dict[str, Any] = {"color": look[arm].colour, "marker": look[arm].marker, "label": names[arm]}
         axes.plot([x for x, _ in mine], [of_row[0] for _, of_row in mine], lw=1.8, ms=6, **style)
         if key == "difference":
             ends_of = [(x, *(of_row[1:] or of_row * 2)) for x, of_row in mine]

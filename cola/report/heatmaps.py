@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -113,7 +114,9 @@ def spectra_figure(summary: Summary) -> Figure | None:
         return None
     figure, panels = panels_of(len(own), "singular value, by size")
     links = list(dict.fromkeys(label for values in own.values() for label in values if label.startswith("link ")))
-    lines = {name: {"linestyle": DASHES[n % len(DASHES)], "linewidth": 1.4} for n, name in enumerate(links)}
+    lines: dict[str, dict[str, Any]] = {
+        name: {"linestyle": DASHES[n % len(DASHES)], "linewidth": 1.4} for n, name in enumerate(links)
+    }
     lines["chain"] = {"color": INK, "linewidth": 1.8}
     lines["all weights"] = {"color": GREY, "linewidth": 1.5, "linestyle": (0, (4, 1.5))}
     look, names, shown = looks_of(summary), clipped(own, 18), {}
