@@ -31,6 +31,7 @@ def use_shared_cache(own_cache: None, shared_cache: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("COLA_CACHE", str(shared_cache))
 
 
+@pytest.mark.long
 def test_a_gguf_file_becomes_a_safetensors_folder_once() -> None:
     said: list[str] = []
     source = find_model(Model(name_or_path=GGUF), said.append)

@@ -48,7 +48,9 @@ VARIANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.long if name in ("last", "best") else ()) for name in VARIANTS]
+)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
     recipe_text: str, tmp_path: Path, variant: str
 ) -> None:

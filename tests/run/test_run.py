@@ -225,7 +225,7 @@ def test_what_is_finished_is_not_trained_again(recipe_file: Path) -> None:
 
 # A real `cola`: the signal comes to a process that nothing of the tests has prepared.
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Path, stop: signal.Signals) -> None:
     from runs import cola
 
@@ -325,7 +325,8 @@ def test_multiple_choice_and_text_run_too(recipe_file: Path) -> None:
 @pytest.mark.drawn
 def test_the_report_shows_foreign_text_as_text(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.full=null", 'data.prompt="<script>alert(1)</script> {question}"')
-    summary.arms["<b>x</b>"] = summary.arms.pop("lora")
+    for of_arms in (summary.arms, summary.spectra):
+        of_arms["<b>x</b>"] = of_arms.pop("lora")
     folder.write("summary.json", summary)
     page = write_report(folder).read_text()
     assert page.count("<script>") == 1  # its own
