@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make run` (the quickstart) and `make test`. Both set up .venv first, once.
-# `make test` leaves out what takes long: `make test-all` kills, draws, fuzzes and trains the bundled model too, as CI does.
+# `make test` leaves out what takes long: `make test-all` kills, draws, fuzzes and trains the bundled model too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
