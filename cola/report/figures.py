@@ -243,7 +243,7 @@ FIGURES = {
         "Knot ledger",
         {
             "": "What each link added, relative to the base's weights, and how far what the weights then held was from "
-            "what was learned. Darker is more; the last two on a logarithmic scale of all precisions."
+            "what was learned. A stronger shade is more; the last two on a logarithmic scale of all precisions."
         },
         _knots,
         knots_figure,
