@@ -249,6 +249,21 @@ def whole_study() -> str:
     return "\n".join(rows) + "\n"
 
 
+def speed() -> str:
+    """README's table: how many times as long others take for the same work."""
+    study, answers = benchmark("study")[0], benchmark("evaluate")[0]
+    apart = study["largest_differences"]
+    rows = [
+        "| the same work | takes so many times as long as cola |\n| :-- | --: |",
+        f"| a small study with learning rates searched, by transformers' Trainer, PEFT and `generate` (losses within "
+        f"{apart['training loss']:.0e}, the same scores) | {study['median_ratio']:.2f} |",
+        f"| loss and text of answers, by a forward pass and `generate` "
+        f"| {answers['answers, untouched model']['loss and generate']['ratio']:.2f} |",
+        f"| likelihoods of four choices, by lm-evaluation-harness | {answers['choices']['lm-eval']['ratio']:.2f} |",
+    ]
+    return "\n".join(rows) + "\n"
+
+
 def scoring() -> str:
     """Scoring by cola and by others."""
     found, how = benchmark("evaluate")
@@ -469,7 +484,8 @@ def with_tables(page: str, blocks: dict[str, Callable[[], str]]) -> str:
 
 def readme() -> str:
     """README.md with its tables."""
-    return fill(filled(ROOT / "README.md", "quickstart", quickstart()), "study", headline())
+    text = fill(filled(ROOT / "README.md", "quickstart", quickstart()), "study", headline())
+    return fill(text, "speed", speed())
 
 
 def architectures() -> str:
