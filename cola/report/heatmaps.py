@@ -127,7 +127,7 @@ def spectra_figure(summary: Summary) -> Figure | None:
             if label == "chain" and "link 2" not in values:
                 continue  # a chain of one link is that link
             positive = [number if number > 0 else math.nan for number in numbers]
-            style = {"color": look[name].colour} | lines[label]
+            style: dict[str, Any] = {"color": look[name].colour} | lines[label]
             axes.plot(range(1, len(positive) + 1), positive, **style, marker="." if len(positive) < 10 else "", ms=4)
             shown[{"all weights": "full fine-tuning"}.get(label, label)] = {"color": INK} | lines[label]
         axes.set_title(names[name])
