@@ -31,7 +31,6 @@ def use_shared_cache(own_cache: None, shared_cache: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("COLA_CACHE", str(shared_cache))
 
 
-@pytest.mark.long
 def test_a_gguf_file_becomes_a_safetensors_folder_once() -> None:
     said: list[str] = []
     source = find_model(Model(name_or_path=GGUF), said.append)
@@ -47,6 +46,7 @@ def test_a_gguf_file_becomes_a_safetensors_folder_once() -> None:
     assert "Paris" in tokenizer.decode(said_next)
 
 
+@pytest.mark.long
 def test_the_quickstart_recipe_trains_a_chain_whose_knots_hold(tmp_path: Path) -> None:
     small = ["data.rows={train: 16, validation: 4, test: 8}", "training.epochs=3", "tracking.wandb=off"]
     arms = ["arms.full=null", "arms.lora=null", "comparison.primary=null", f"output={tmp_path}"]
