@@ -12,9 +12,8 @@ run: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not real"
 
-# CI=1 leaves out what is marked long, so that CI stays within its minutes.
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(CI),-m "not long")
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .

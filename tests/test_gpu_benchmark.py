@@ -21,7 +21,6 @@ def script(path: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_what_the_benchmark_trains_on_a_gpu_is_trained_on_a_cpu_and_the_contenders_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,7 +51,6 @@ def test_what_the_benchmark_trains_on_a_gpu_is_trained_on_a_cpu_and_the_contende
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_without_a_card_the_benchmark_says_so() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "steps"]
     done = subprocess.run(

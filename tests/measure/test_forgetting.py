@@ -267,7 +267,6 @@ def test_the_table_and_the_summary_say_what_was_forgotten(many: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_run_that_is_stopped_in_the_middle_has_the_forgetting_of_an_undisturbed_one(
     recipe_text: str, tmp_path: Path
 ) -> None:

@@ -384,7 +384,7 @@ def written(figure: Figure) -> list[tuple[str, Bbox]]:
     return [(text.get_text(), box) for text in texts if (box := text.get_window_extent()).width]
 
 
-@pytest.mark.parametrize("n_arms", [4, 8, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize("n_arms", [4, 8, pytest.param(30, marks=pytest.mark.slow)])
 def test_no_label_of_a_figure_covers_another_or_is_cut_off(n_arms: int) -> None:
     summary = quickstart() if n_arms == 4 else many(n_arms)
     figures = figures_of(summary, curves_of(summary))

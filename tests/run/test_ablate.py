@@ -130,7 +130,6 @@ def test_a_point_gives_what_a_run_of_its_recipe_gives(recipe_file: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.drawn
 def test_the_table_and_the_figure_show_every_point_with_its_seeds(recipe_file: Path) -> None:
     folder, summary = run_points(recipe_file, "arms.chain3.links=1,3", "seeds=[0,1]", "arms.base=null")

@@ -46,7 +46,6 @@ def test_a_gguf_file_becomes_a_safetensors_folder_once() -> None:
     assert "Paris" in tokenizer.decode(said_next)
 
 
-@pytest.mark.long
 def test_the_quickstart_recipe_trains_a_chain_whose_knots_hold(tmp_path: Path) -> None:
     small = ["data.rows={train: 16, validation: 4, test: 8}", "training.epochs=3", "tracking.wandb=off"]
     arms = ["arms.full=null", "arms.lora=null", "comparison.primary=null", f"output={tmp_path}"]

@@ -48,10 +48,7 @@ VARIANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(name, marks=pytest.mark.long if name not in ("search", "knots") else ()) for name in VARIANTS],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
     recipe_text: str, tmp_path: Path, variant: str
 ) -> None:
@@ -235,7 +232,7 @@ def sent(folder: Path) -> dict[str, Curves]:
         # Three stops: in LoRA's fourth step, which is an evaluation point, and while validation is scored.
         pytest.param(["AdamW, stopped 4", "score, stopped 1", "score, stopped 1"], 0, id="stopped"),
         # A kill may lose the row that was on its way.
-        pytest.param(["AdamW 6", "AdamW 7"], 1, id="killed", marks=pytest.mark.long),
+        pytest.param(["AdamW 6", "AdamW 7"], 1, id="killed"),
     ],
 )
 def test_wandb_goes_on_with_the_same_run_and_gets_each_step_once(
@@ -369,9 +366,7 @@ def test_a_state_whose_validation_was_not_measured_is_evaluated_and_not_trained(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("every", "checkpoint"), [("1", "best"), ("link", "last"), pytest.param("never", "last", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("every", "checkpoint"), [("1", "best"), ("link", "last"), ("never", "last")])
 def test_validation_that_is_looked_at_elsewhere_gives_what_a_run_of_its_own_would_have(
     recipe_text: str, tmp_path: Path, every: str, checkpoint: str
 ) -> None:
@@ -469,7 +464,7 @@ def more_tests(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", [pytest.param("last", marks=pytest.mark.long), "best"])
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_full_weights_that_were_let_go_are_trained_again_only_for_a_new_question(
     recipe_text: str, tmp_path: Path, checkpoint: str, colours: Path
 ) -> None:

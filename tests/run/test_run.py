@@ -225,7 +225,7 @@ def test_what_is_finished_is_not_trained_again(recipe_file: Path) -> None:
 
 # A real `cola`: the signal comes to a process that nothing of the tests has prepared.
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_folder_that_the_named_command_finishes(recipe_file: Path, stop: signal.Signals) -> None:
     from runs import cola
 

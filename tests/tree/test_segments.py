@@ -440,7 +440,6 @@ def test_what_cannot_change_the_weights_changes_no_name_and_no_bit_of_them(
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_random_recipes_have_the_same_names_if_and_only_if_they_train_the_same(case: Case) -> None:
     before = finals(case)
     rng = random.Random(0)
