@@ -11,7 +11,7 @@ from cola.errors import ColaError
 
 # What an option's word may be.
 Split = StrEnum("Split", ["train", "validation", "test"])
-Form = StrEnum("Form", ["adapter", "merged", "knots"])
+Form = StrEnum("Form", ["adapter", "merged", "knots", "results"])
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 Codes = StrEnum("Codes", ["nf4", "int8"])
 StoreOption = Annotated[
@@ -21,14 +21,14 @@ StoreOption = Annotated[
 
 def export(
     run_folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run.")],
-    arm: Annotated[str, Option(help="The arm to export.")],
-    seed: Annotated[int | None, Option(help="The seed; may be left out where there is one.")] = None,
+    arm: Annotated[str | None, Option(help="The arm to export. As results: may be left out, for all.")] = None,
+    seed: Annotated[int | None, Option(help="The seed; may be left out where there is one, or as results.")] = None,
     form: Annotated[
         Form,
         Option(
             "--as",
             help="adapter: one PEFT LoRA for the whole chain; merged: a Hugging Face checkpoint; knots: the links one "
-            "by one.",
+            "by one; results: the numbers, in the schema of PEFT's method_comparison.",
         ),
     ] = Form.adapter,
     to: Annotated[Path | None, Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM.")] = None,
@@ -39,25 +39,45 @@ def export(
     quantization: Annotated[Codes | None, Option(help="Of a merged checkpoint; says what that loses.")] = None,
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload to the Hugging Face hub.")] = None,
     private: Annotated[bool, Option("--private", help="With --push: a private repository.")] = False,
+    benchmark: Annotated[
+        str | None,
+        Option(
+            metavar="TASK",
+            help="The recipe's hub data set is a benchmark of the hub, and this a task of its eval.yaml: write the "
+            "test score into .eval_results/.",
+        ),
+    ] = None,
 ) -> None:
-    """Write what an arm has learned as files that other tools load.
+    """Write what an arm has learned as files that other tools load, or the numbers of all arms.
 
     For example: cola export runs/quickstart-... --arm chain3 --as adapter
     """
     from cola.cli.show import need_new
     from cola.export.export import Request, push_to_hub
     from cola.export.export import export as write
+    from cola.export.method_comparison import write_results
     from cola.export.outcome import outcomes
     from cola.report.terminal import Terminal
 
     terminal = Terminal()
+    if form == Form.results:
+        options = {"--dtype": dtype, "--rank": rank, "--quantization": quantization, "--push": push}
+        if idle := [option for option, value in (options | {"--benchmark": benchmark}).items() if value is not None]:
+            raise ColaError(f"{idle[0]} is about a model; it has no effect with --as results: leave it out")
+        named = [arm, None if seed is None else f"seed{seed}", form]
+        to = to or run_folder / "exports" / "-".join(filter(None, named))
+        need_new(to, "--to")
+        write_results(outcomes(run_folder, arm, seed), to, terminal)
+        return
+    if arm is None:
+        raise ColaError("an arm must be named by --arm; only --as results takes all of them")
     outcome, *others = outcomes(run_folder, arm, seed)
     if others:
         seeds = ", ".join(str(other.job.seed) for other in (outcome, *others))
         raise ColaError(f"{run_folder} has the seeds {seeds}; name one by --seed")
     to = to or run_folder / "exports" / f"{arm}-seed{outcome.job.seed}-{form}"
     need_new(to, "--to")
-    write(outcome, Request(form, dtype, rank, quantization), to, terminal, push)
+    write(outcome, Request(form, dtype, rank, quantization, benchmark), to, terminal, push)
     terminal.say(f"export   {to}")
     if form != Form.knots:
         terminal.say(f"check it with: cola eval {to} --data {run_folder}")

@@ -3,7 +3,7 @@
 import re
 
 import jinja2
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from cola.compare.records import Summary
 from cola.export.outcome import Outcome
@@ -14,7 +14,15 @@ from cola.tree.records import TrainedLink
 from cola.tree.run_folder import read_json
 
 
-def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts: list[str], name: str) -> str:
+def model_card(
+    outcome: Outcome,
+    form: str,
+    dtype: str,
+    notes: list[str],
+    parts: list[str],
+    name: str,
+    scores: list[EvalResult],
+) -> str:
     """The text of README.md.
 
     Args:
@@ -22,6 +30,7 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         notes: What making the export has found.
         parts: Names of the links' folders, for knots.
         name: What others load.
+        scores: What `model-index` says of it.
     """
     recipe, base = outcome.recipe, outcome.base_name
     data = f"{recipe.data.hub.name} of the Hugging Face hub" if recipe.data.hub else "local files"
@@ -31,6 +40,8 @@ def model_card(outcome: Outcome, form: str, dtype: str, notes: list[str], parts:
         datasets=recipe.data.hub.name if recipe.data.hub else None,
         library_name="transformers" if form == "merged" else "peft",
         tags=["chain-of-lora", *(["lora"] if outcome.kind.is_pair else [])],
+        model_name=name,
+        eval_results=scores or None,
     )
     loader = jinja2.PackageLoader("cola.export", ".")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True)

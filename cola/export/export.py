@@ -25,10 +25,13 @@ from cola.data.encode import Example
 from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import load_splits
 from cola.errors import ModelError, one_line
+from cola.export import tensors
 from cola.export.card import model_card
+from cola.export.hub_scores import check_benchmark, test_scores, write_benchmark
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
-from cola.files import need_package, sha256
+from cola.export.vllm import serving
+from cola.files import folder_aside, need_package, sha256
 from cola.link import adapters
 from cola.link.accelerator import make_accelerator, quiet_libraries
 from cola.link.base import Base
@@ -54,6 +57,12 @@ class Request:
     dtype: str | None  # of a merged checkpoint; default: the arm's
     rank: int | None  # at most which the chain has, compressed to one pair for each module; default: all of it
     quantization: str | None  # of a merged checkpoint's linear layers: `nf4` or `int8`
+    benchmark: str | None  # the test score belongs under this task of the data set, a benchmark of the hub
+
+    @property
+    def is_another_function(self) -> bool:
+        """Whether the run's scores are not this export's, but for one rounding."""
+        return self.rank is not None or self.quantization is not None
 
 
 def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, name: str | None) -> None:
@@ -62,32 +71,26 @@ def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, nam
     there."""
     quiet_libraries()
     _check(outcome, request)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
-    try:
+    with folder_aside(to) as aside:
         writing = _Writing(outcome, request, aside, terminal)
         writing.weights()
         (aside / NOTE).write_text(json.dumps(writing.record(), indent=1) + "\n", encoding="utf-8")
         parts = sorted(path.name for path in aside.glob("link-*"))
-        card = model_card(outcome, request.form, writing.dtype, writing.notes, parts, name or to.name)
+        scores = [] if request.is_another_function else test_scores(outcome)
+        card = model_card(outcome, request.form, writing.dtype, writing.notes, parts, name or to.name, scores)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        _open_up(aside)
-        aside.rename(to)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _open_up(folder: Path) -> None:
-    """mkdtemp and safetensors make what they write for its user alone; give it the rights of any other file."""
-    readers = (folder / NOTE).stat().st_mode & 0o444
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(path.stat().st_mode | (readers | readers >> 2 if path.is_dir() else readers))
+        if request.benchmark is not None:
+            write_benchmark(outcome, request.benchmark, aside)
 
 
 def _check(outcome: Outcome, request: Request) -> None:
     arm, method = outcome.job.arm, outcome.method
     if method is None:
         raise ModelError(f"arm {arm} trains nothing, so there is nothing to export; it is the base as it comes")
+    if request.benchmark is not None:
+        check_benchmark(outcome)
+        if request.is_another_function:
+            raise ModelError("--benchmark: the run's score is of what it trained, not of its compression or its codes")
     if request.form != "merged":
         for option, value in (("--dtype", request.dtype), ("--quantization", request.quantization)):
             if value is not None:
@@ -149,6 +152,9 @@ class _Writing:
                     self._link(link, [pair], folder / f"link-{number}")
         else:
             self._link(outcome.link_folders()[-1], learned[-1:] if outcome.has_dora else learned, folder)
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            room, sentence = serving(config)
+            self._say(sentence, vllm={"max_lora_rank": room})
 
     def _link(self, link: Path, learned: Residual, folder: Path) -> None:
         if any(pair.rows_O is not None for pair in learned[0].values()):
@@ -197,6 +203,8 @@ class _Writing:
             if file.is_file() and (file.suffix != ".py" or source.trust_remote_code):
                 shutil.copy(file, folder)
         self._try(state)
+        if self.request.quantization is None:  # of codes nothing is equal to the base's
+            self._say(tensors.compare(outcome, learned, folder))
 
     def _quantized(self, learned: Residual, quantization: str) -> None:
         """Codes of the dense base with the update; says what making them has changed. Codes made of codes with the

@@ -83,21 +83,26 @@ class Outcome:
         assert provenance is not None  # a result was written after it
         return provenance
 
-    def link_folders(self) -> list[Path]:
-        """The pairs of the links up to the scored step, in order; the last one may be a link at its best step. Raises
-        ModelError if the arm has none, or they are not in the run's folder."""
-        if not self.kind.is_pair:
-            why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
-            raise ModelError(f"arm {self.job.arm} has no knots: {why}")
+    @property
+    def scored_links(self) -> list[Path]:
+        """Where the pairs of the links up to the scored step belong, in order; the last one may be a link at its best
+        step."""
         ends = [link.last_step for link in self.info.links]
         step = self.info.scored_step
         folders = [self.path / "knots" / f"link-{number}" for number, end in enumerate(ends, 1) if end <= step]
         if step not in ends:
             folders.append(self.path / "knots" / f"best-link-{len(folders) + 1}")
-        for folder in folders:
+        return folders
+
+    def link_folders(self) -> list[Path]:
+        """The same, where they are: raises ModelError if the arm has none, or they are not in the run's folder."""
+        if not self.kind.is_pair:
+            why = f"{self.method} leaves no low-rank pair" if self.method else "it trains nothing"
+            raise ModelError(f"arm {self.job.arm} has no knots: {why}")
+        for folder in self.scored_links:
             if not (folder / "adapter_model.safetensors").is_file():
                 raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
-        return folders
+        return self.scored_links
 
     def residual(self) -> Residual:
         """What the chain had learned where it was scored, float32 on the CPU; raises as `link_folders` does, and where

@@ -113,7 +113,7 @@ def _is_trained(name: str) -> bool:
     return any(part in name for part in ("lora_", f".{bottleneck.NAME}.", "prompt_encoder."))
 
 
-def _lora_config(settings: Lora, names: list[str]) -> LoraConfig:
+def _lora_config(settings: Lora, names: list[str] | str) -> LoraConfig:
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
@@ -125,6 +125,23 @@ def _lora_config(settings: Lora, names: list[str]) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def peft_config(settings: Settings) -> dict[str, Any] | None:
+    """How PEFT is asked for what a link trains, as JSON; None for what it does not have: all weights, bottlenecks.
+    `init_lora_weights` is null where cola draws the pair in a way of its own."""
+    match settings:
+        case Lora():
+            targets = settings.target_modules
+            config = _lora_config(settings, targets if isinstance(targets, str) else list(targets)).to_dict()
+            if settings.init not in ("default", "gaussian"):
+                config["init_lora_weights"] = None
+        case VirtualTokens():
+            said = {key: value for key, value in settings.record().items() if key != "method"}
+            config = PROMPTS[type(settings)](task_type="CAUSAL_LM", **said).to_dict()
+        case _:
+            return None
+    return json.loads(json.dumps(config, default=sorted))  # PEFT has sets
 
 
 def _with_virtual_tokens(model: PreTrainedModel, settings: VirtualTokens) -> PreTrainedModel:
