@@ -81,6 +81,9 @@ class RecipeLoader(yaml.SafeLoader):
             raise ComposerError(None, None, f"more than {DEEPEST} lists and mappings in another", mark)
 
 
+# PyYAML's own reads 010 as 8, and fails at 08.
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda _loader, node: int(node.value))
+
 TEXT, MERGE, MAPPING, LIST = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "map", "seq"))
 
 

@@ -158,6 +158,10 @@ def test_a_learning_rate_is_a_number_however_it_is_written(read: Read, written: 
     assert read(PLAIN, f"training.learning_rate={written}").training.learning_rate == number
 
 
+def test_a_whole_number_with_zeros_before_it_is_no_octal_one(read: Read) -> None:
+    assert read(PLAIN, "seeds=[08, 010, -0]").seeds == [8, 10, 0]
+
+
 @pytest.mark.parametrize("word", ["yes", "no", "on", "off", "Yes", "No", "YES", "y", "n"])
 def test_yes_and_no_are_words(read: Read, word: str) -> None:
     data = f"task: multiple_choice\n  choices: {{{word}: {word}, maybe: Maybe}}\n  label: gold"
