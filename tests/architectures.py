@@ -23,13 +23,14 @@ from cola.chain import Chain, retie, run_chain
 from cola.data.batches import collate, training_row
 from cola.data.encode import Example
 from cola.errors import ColaError
+from cola.export import tensors
 from cola.link import adapters
 from cola.link.base import Base
 from cola.link.drift import Outputs
 from cola.link.find import find_model
 from cola.link.forward import logits_at
 from cola.link.model import Source
-from cola.link.residual import stacked
+from cola.link.residual import modules_of, stacked
 from cola.link.train import tune
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.selfcheck import Subject, self_check
@@ -217,6 +218,10 @@ def examined(name: str, arm: str, folder: Path, tokenizer: hf.PreTrainedTokenize
         merged = Chain(model := source.load("float32", torch.device("cpu")), Base(model, source.files), chain.rules)
         retie(merged, chain.learned)
         merged.model.save_pretrained(folder / f"{arm}-merged")
+        written = Source("merged", folder / f"{arm}-merged", False)
+        found = tensors.compared(tensors.stored(source), tensors.stored(written))
+        assert found.differ.keys() == {f"{name}.weight" for name in modules_of(chain.learned)}
+        assert not found.only_in_base + found.only_in_export
         plain = load(folder / f"{arm}-merged")
     check_loaded(expected, plain)
     if arm != "base":

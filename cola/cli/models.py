@@ -31,7 +31,7 @@ def export(
             "by one; results: the numbers, in the schema of PEFT's method_comparison.",
         ),
     ] = Form.adapter,
-    to: Annotated[Path | None, Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM.")] = None,
+    to: Annotated[Path | None, Option(help="The new folder. Default: RUN/exports/ARM-seedS-FORM, or results.")] = None,
     dtype: Annotated[Dtype | None, Option(help="Of a merged checkpoint. Default: the arm's.")] = None,
     rank: Annotated[
         int | None, Option(min=1, help="Compress the chain to this rank by SVD; says what that keeps and loses.")
@@ -55,19 +55,13 @@ def export(
     from cola.cli.show import need_new
     from cola.export.export import Request, push_to_hub
     from cola.export.export import export as write
-    from cola.export.method_comparison import write_results
     from cola.export.outcome import outcomes
     from cola.report.terminal import Terminal
 
     terminal = Terminal()
     if form == Form.results:
-        options = {"--dtype": dtype, "--rank": rank, "--quantization": quantization, "--push": push}
-        if idle := [option for option, value in (options | {"--benchmark": benchmark}).items() if value is not None]:
-            raise ColaError(f"{idle[0]} is about a model; it has no effect with --as results: leave it out")
-        named = [arm, None if seed is None else f"seed{seed}", form]
-        to = to or run_folder / "exports" / "-".join(filter(None, named))
-        need_new(to, "--to")
-        write_results(outcomes(run_folder, arm, seed), to, terminal)
+        about = {"--dtype": dtype, "--rank": rank, "--quantization": quantization, "--push": push}
+        _export_results(run_folder, arm, seed, to, about | {"--private": private or None, "--benchmark": benchmark})
         return
     if arm is None:
         raise ColaError("an arm must be named by --arm; only --as results takes all of them")
@@ -83,6 +77,23 @@ def export(
         terminal.say(f"check it with: cola eval {to} --data {run_folder}")
     if push is not None:
         terminal.say(f"hub      {push_to_hub(to, push, private)}")
+
+
+def _export_results(
+    run_folder: Path, arm: str | None, seed: int | None, to: Path | None, about_a_model: dict[str, object]
+) -> None:
+    from cola.cli.show import need_new
+    from cola.export.method_comparison import write_results
+    from cola.export.outcome import outcomes
+    from cola.report.terminal import Terminal
+
+    if idle := [option for option, value in about_a_model.items() if value is not None]:
+        raise ColaError(f"{idle[0]} is about a model; it has no effect with --as results: leave it out")
+    named = [arm, None if seed is None else f"seed{seed}", "results"]
+    to = to or run_folder / "exports" / "-".join(filter(None, named))
+    need_new(to, "--to")
+    missing: list[str] = []
+    write_results(outcomes(run_folder, arm, seed, missing), missing, to, Terminal())
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from cola.data.splits import load_splits
 from cola.errors import ModelError, one_line
 from cola.export import tensors
 from cola.export.card import model_card
-from cola.export.hub_scores import check_benchmark, test_scores, write_benchmark
+from cola.export.hub_scores import card_scores, check_benchmark, write_benchmark
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
 from cola.export.vllm import serving
@@ -76,7 +76,7 @@ def export(outcome: Outcome, request: Request, to: Path, terminal: Terminal, nam
         writing.weights()
         (aside / NOTE).write_text(json.dumps(writing.record(), indent=1) + "\n", encoding="utf-8")
         parts = sorted(path.name for path in aside.glob("link-*"))
-        scores = [] if request.is_another_function else test_scores(outcome)
+        scores = [] if request.is_another_function else card_scores(outcome)
         card = model_card(outcome, request.form, writing.dtype, writing.notes, parts, name or to.name, scores)
         (aside / "README.md").write_text(card, encoding="utf-8")
         if request.benchmark is not None:

@@ -16,7 +16,7 @@ from cola.errors import ModelError
 from cola.export.outcome import Outcome
 
 
-def test_scores(outcome: Outcome) -> list[EvalResult]:
+def card_scores(outcome: Outcome) -> list[EvalResult]:
     """Loss and score of an arm and seed on its test rows. A data set of the hub is named by its id; what is none has a
     name that no data set has."""
     data, test = outcome.recipe.data, outcome.result.evaluation.test

@@ -27,8 +27,9 @@ from cola.tree.run_folder import read_rows
 from cola.tree.shapes import Name, Seconds, Tokens
 
 FORMAT = 1  # of `cola`, in each file
-# Where null says something: the model's own attention, a constant learning rate, full fine-tuning; a config of PEFT's.
-SAYING = re.compile(r"run_info\.(train_config\.(attn_implementation|lr_scheduler)|peft_config(\..*)?)$|cola\.")
+# Where null says something: the model's own attention, no prefix to begin with, a constant learning rate, full
+# fine-tuning; a setting of PEFT's that is off.
+SAYING = re.compile(r"run_info\.(train_config\.(attn|init|lr)_\w+|peft_config(\..*)?)$|cola\.")
 
 
 class _Row(MetricRow):
@@ -39,9 +40,13 @@ class _Row(MetricRow):
     rows: tuple[Name, ...] = ()
 
 
-def write_results(found: Sequence[Outcome], to: Path, terminal: Terminal) -> None:
+def write_results(found: Sequence[Outcome], missing: Sequence[str], to: Path, terminal: Terminal) -> None:
     """Write a file for each trained arm and seed into a new folder, and say what is left out. Raises ModelError where
-    none of them trains anything."""
+    none of them trains anything.
+
+    Args:
+        missing: Arms and seeds that are not there, in words.
+    """
     trained = [outcome for outcome in found if outcome.method is not None]
     idle = listed(dict.fromkeys(outcome.job.arm for outcome in found if outcome.method is None))
     if not trained:
@@ -55,7 +60,9 @@ def write_results(found: Sequence[Outcome], to: Path, terminal: Terminal) -> Non
             (aside / f"{name}.json").write_text(json.dumps(result(outcome), indent=2) + "\n", encoding="utf-8")
     if idle:
         terminal.say(f"left out: {idle}, which trains nothing")
-    terminal.say(f"export   {to}: {len(trained)} results")
+    if missing:
+        terminal.warn(f"no result of {listed(missing)}")
+    terminal.say(f"export   {to} ({len(trained)} of an arm and seed)")
 
 
 def result(outcome: Outcome) -> dict[str, Any]:
@@ -144,7 +151,9 @@ def _train_info(outcome: Outcome) -> dict[str, Any]:
 def _file_size(outcome: Outcome) -> int | None:
     """Bytes of the weights that the run keeps of what was scored; None where they are not there."""
     if outcome.kind.is_pair:
-        files = [folder / "adapter_model.safetensors" for folder in outcome.scored_links]
+        # One pair that goes on from link to link is all there in the last of them.
+        folders = outcome.scored_links[-1:] if outcome.rules.keeps_pair else outcome.scored_links
+        files = [folder / "adapter_model.safetensors" for folder in folders]
     else:
         files = list((outcome.path / ("model" if outcome.kind.is_whole else "adapter")).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files and all(file.is_file() for file in files) else None

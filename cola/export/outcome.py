@@ -184,9 +184,12 @@ class Outcome:
         return chain
 
 
-def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list[Outcome]:
-    """The arms and seeds of a run that came to their end, or those of one arm, of one seed. Raises RunFolderError if it
-    is no run folder, has no such arm or seed, or nothing of it came to its end."""
+def outcomes(
+    run: Path, arm: str | None = None, seed: int | None = None, missing: list[str] | None = None
+) -> list[Outcome]:
+    """The arms and seeds of a run that came to their end, or those of one arm, of one seed; the others are added to
+    `missing`, in words. Raises RunFolderError if it is no run folder, has no such arm or seed, or nothing of it came to
+    its end."""
     folder = RunFolder.open(run)
     recipe = read_recipe(folder.recipe_file)
     if arm is not None and arm not in recipe.arms:
@@ -197,7 +200,10 @@ def outcomes(run: Path, arm: str | None = None, seed: int | None = None) -> list
     arms, seeds = recipe.arms if arm is None else [arm], recipe.seeds if seed is None else [seed]
     jobs = [Job(arm=name, seed=number) for name in arms for number in seeds]
     done = [Outcome(folder, recipe, job, result) for job in jobs if (result := folder.result(job)) is not None]
+    there = [outcome.job for outcome in done]
+    lacking = [f"{job.label} ({folder.status(job) or 'not run'})" for job in jobs if job not in there]
     if not done:
-        missing = ", ".join(f"{job.label} ({folder.status(job) or 'not run'})" for job in jobs)
-        raise RunFolderError(f"{run}: no result of {missing}; go on with it by `cola run --resume {run}`")
+        raise RunFolderError(f"{run}: no result of {', '.join(lacking)}; go on with it by `cola run --resume {run}`")
+    if missing is not None:
+        missing += lacking
     return done

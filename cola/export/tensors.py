@@ -135,7 +135,7 @@ def compared(base: Tensors, export: Tensors) -> Compared:
 
 def digest(tensor: Tensor) -> str:
     """64 hex digits of SHA-256 over a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _read(file: Path, key: str) -> Tensor:
