@@ -65,14 +65,14 @@ class Compared:
     def note(self, targets: Collection[str]) -> str:
         """The same in a sentence or two, where nothing but targets differs."""
         number = len(self.differ) + len(self.equal)
-        text = f"{len(self.differ)} of {number} tensors differ from the base's, all of them targets"
+        text = f"{len(self.differ)} of {number} tensors differ from the base's and no other than targets"
         if self.equal:
-            text += "; the others are equal to the last bit"
+            text += f"; {len(self.equal)} are equal to the last bit"
         text += f" ({FILE})."
         if still := len(self.equal.keys() & set(targets)):
-            text += f" Equal are {still} targets too: nothing was learned there, or rounding has lost it."
+            text += f" {still} of the equal ones are targets: nothing was learned there, or rounding has lost it."
         if alone := len(self.only_in_base) + len(self.only_in_export):
-            text += f" {alone} more are in one of the two only and were not compared."
+            text += f" {alone} more are in the files of one of the two only and were not compared."
         return text
 
 
