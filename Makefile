@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-all check docs bench gpu wheels setup
+.PHONY: run test test-all check docs site bench gpu wheels setup
 
 run: setup
 	$(BIN)/cola run recipes/quickstart.yaml
@@ -48,6 +48,11 @@ wheels: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# docs/ as pages in site/, with a tab for each kind; a link or anchor that leads nowhere fails (mkdocs.yml).
+site: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 setup: $(VENV)/ready
 

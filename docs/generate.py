@@ -13,12 +13,14 @@ from statistics import median
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from commands import page as commands_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from records import RECORDS, RESULTS, schemas, table
 from study import STUDY, headline
 from study import page as study_page
+from study import sentence
 
 from cola.compare import ablation
 from cola.compare.records import Summary
@@ -514,6 +516,8 @@ def main() -> int:
     wanted = {
         ROOT / "docs/architectures.md": architectures(),
         ROOT / "docs/recipe.md": reference(),
+        ROOT / "docs/commands.md": commands_page(),
+        ROOT / "docs/intervals.md": with_tables("intervals.md", {"study": sentence}),
         RESULTS: results(),
         **schemas(),
         ROOT / "README.md": readme(),

@@ -525,11 +525,15 @@ def hours() -> str:
     )
 
 
+def sentence() -> str:
+    """The primary contrast."""
+    summary = in_order(over_tasks(), later=False)
+    return f"**{contrast_sentence(primary_of(summary), summary.metric)}**\n"
+
+
 def headline() -> str:
     """For the project's README: the primary contrast, and each arm's score by task."""
-    summary = in_order(over_tasks(), later=False)
-    arms = task_tables(summary)["arms"]
-    return f"**{contrast_sentence(primary_of(summary), summary.metric)}**\n\n{arms.markdown()}\n"
+    return f"{sentence()}\n{task_tables(in_order(over_tasks(), later=False))['arms'].markdown()}\n"
 
 
 def scout() -> str:
