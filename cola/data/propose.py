@@ -16,13 +16,19 @@ from cola.errors import DataError, listed
 from cola.recipe.data_section import label_text
 
 ANSWERS = re.compile(r"(answers?|completion|output|response|reply|target|solution|summary|highlights)(\.text)?", re.I)
-LABELS = re.compile(r"(.*[_-])?(labels?|classe?s?|category|sentiment|intent|gold|topic)|answer_?(key|idx|index)?", re.I)
+LABELS = re.compile(
+    r"(.*[ _-])?(labels?|classe?s?|category|sentiment|intent|gold|topic)|answer_?(key|idx|index)?", re.I
+)
 CHOICES = re.compile(r"(choices|options|endings|candidates)(\.text)?", re.I)
-PASSAGES = re.compile(r"(.*[_-])?(passage|premise|context|article|document|paragraph|story|background)", re.I)
+PASSAGES = re.compile(r"(.*[ _-])?(passage|premise|context|article|document|paragraph|story|background)", re.I)
 QUESTIONS = re.compile(r"question(_stem)?|query|hypothesis", re.I)
 # What is about a row, and not in it; and what leads to the right answer, which a model must not be shown.
-ASIDE = re.compile(r"(.*[_-])?(id|idx|index|uuid|guid|url|link|hash|split|source|date|timestamp)", re.I)
-HINTS = re.compile(r"(.*[_-])?(rationale|explanation|reasoning|steps|solution|support)", re.I)
+ASIDE = re.compile(r"(.*[ _-])?(id|idx|index|uuid|guid|url|link|hash|split|source|date|timestamp)", re.I)
+HINTS = re.compile(r"(.*[ _-])?(rationale|explanation|reasoning|steps|solution|support)", re.I)
+
+WORD = re.compile(r"[^\W\d]{2,}")
+# One word with a digit, or a date and time: T-1000, 2026-01-01, 1.1.2026 10:30.
+CODE = re.compile(r"\S{0,40}[0-9]\S{0,40}|[0-9]{1,4}[-./][0-9]{1,2}[-./][0-9]{1,4}\s[0-9:.]{4,20}")
 
 MOST_CLASSES = 100  # of a field that is called a label
 LONGEST_CLASS = 40  # characters
@@ -46,7 +52,8 @@ def propose(rows: Sequence[Row], name: str) -> Proposal:
     """A task for the rows of a file, which messages call by its name. Raises DataError where the fields say too little,
     with the keys to fill, and where there are too few rows for three splits."""
     fields = _fields(rows)
-    found = _chat(fields) or _own_choices(fields) or _classes_or_answer(fields) or _two_texts(fields) or _text(fields)
+    found = _chat(fields) or _own_choices(fields) or _classes_or_answer(fields)
+    found = found or _last_class(fields) or _two_texts(fields) or _text(fields)
     if found is None:
         there = listed(dict.fromkeys(key for row in rows for key in row))
         raise DataError(
@@ -98,12 +105,21 @@ def _flat(row: Row, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _texts(fields: Fields) -> list[str]:
-    """Those that are texts a model may be asked with: no names of rows, and no classes."""
+    """Those that are texts a model may be asked with: no names of rows, no dates, and no classes."""
     texts = [path for path, values in fields.items() if all(isinstance(v, str) for v in values) and any(values)]
     known = [path for path in texts if QUESTIONS.fullmatch(path) or PASSAGES.fullmatch(path)]
-    return [
-        path for path in texts if path in known or not (ASIDE.fullmatch(path) or _is_class(fields[path], MOST_ANSWERS))
-    ]
+    others = [path for path in texts if not (_is_aside(fields, path) or _is_class(_filled(fields[path]), MOST_ANSWERS))]
+    read = [path for path in others if not all(map(CODE.fullmatch, _filled(fields[path])))]
+    return [path for path in texts if path in known or path in (read or others)]
+
+
+def _is_aside(fields: Fields, path: str) -> bool:
+    """By its name, unless it holds sentences: the `source` of a translation is no name of a place."""
+    return bool(ASIDE.fullmatch(path)) and any(len(WORD.findall(str(value))) < 4 for value in fields[path])
+
+
+def _filled(values: Sequence[str]) -> list[str]:
+    return [value for value in values if value]
 
 
 def _is_class(values: Sequence[Any], most: int) -> bool:
@@ -202,11 +218,24 @@ def _classes_or_answer(fields: Fields) -> Guess:
             first = ".0" if isinstance(fields[path][0], list) else ""
             why = "the first of each row's right answers" if first else "by its name"
             return {"task": "answer", "prompt": prompt, "answer": f"{{{path}{first}}}"}, {"answer": why}
-        names = sorted({label_text(value) for value in fields[path]}, key=lambda text: (len(text), text))
-        keys = {"task": "multiple_choice", "prompt": prompt, "choices": {n: n for n in names}, "label": path}
-        why = "what stands in the file, and what the model is asked to tell apart: write words that say it better"
-        return keys, {"choices": why, "label": f"{len(names)} values in all rows"}
+        return _classes(fields, path, prompt, "by its name")
     return None
+
+
+def _classes(fields: Fields, path: str, prompt: str, how: str) -> Guess:
+    """A multiple choice of the values of a field."""
+    names = sorted({label_text(value) for value in fields[path]}, key=lambda text: (len(text), text))
+    keys = {"task": "multiple_choice", "prompt": prompt, "choices": {n: n for n in names}, "label": path}
+    why = "what stands in the file, and what the model is asked to tell apart: write words that say it better"
+    return keys, {"choices": why, "label": f"{how}; {len(names)} values in all rows"}
+
+
+def _last_class(fields: Fields) -> Guess:
+    """No name that is known, and few values in the last field, where people write what they have decided."""
+    path = next((path for path in reversed(fields) if not _is_aside(fields, path)), None)
+    if path is None or not _is_class(fields[path], MOST_ANSWERS) or not (prompt := _prompt(fields, [path], _cue(path))):
+        return None
+    return _classes(fields, path, prompt, "the last field, with few values: is it what is asked?")
 
 
 WORDS, NUMBERS, OPEN, ABOUT = range(4)

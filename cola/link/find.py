@@ -56,12 +56,7 @@ def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]
     GGUF file is not dequantized. Raises ModelError where it is not there, or cannot be reached."""
     name, path = settings.name_or_path, _here(settings.name_or_path)
     if path.suffix == ".gguf" and path.is_file():
-        dequantized = _gguf_folder(path, "models")
-        if not (dequantized / "config.json").is_file():
-            tokenizer = Source(name, path.parent, settings.trust_remote_code).tokenizer(gguf_file=path.name)
-            with _reading(path):
-                return tokenizer, gguf_file.end_tokens(path)
-        path = dequantized  # a run has read the file before, which takes a while
+        path = gguf_tokenizer(path)
     if not path.exists() and is_remote(name):
         path = _from_hub(settings, HUB_TEXTS)
     elif not path.is_dir():
@@ -140,20 +135,31 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     folder = _gguf_folder(file, "models")
     if not (folder / "config.json").is_file():
         say(f"dequantizing {file.name} to safetensors, once, into {folder}")
-        with _aside(folder) as aside, _reading(file):
+        with _aside(folder, "config.json") as aside, _reading(file):
             gguf_file.convert(file, aside)
     return folder
 
 
 def gguf_config(file: Path) -> Path:
-    """A folder with the config of a GGUF file's model, read from its header the first time; no weight is read. Raises
-    ModelError where it cannot be read."""
-    dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, "configs")
+    """A folder with the config of a GGUF file's model, from its header; no weight is read. Raises ModelError where it
+    cannot be read."""
+    return _of_gguf(file, "configs", "config.json", lambda aside: gguf_file.read_config(file).save_pretrained(aside))
+
+
+def gguf_tokenizer(file: Path) -> Path:
+    """A folder with its tokenizer, likewise."""
+    return _of_gguf(file, "tokenizers", "tokenizer_config.json", lambda aside: gguf_file.write_tokenizer(file, aside))
+
+
+def _of_gguf(file: Path, kind: str, mark: str, make: Callable[[Path], None]) -> Path:
+    """The folder of a file that was dequantized, else one with a part of it: headers take seconds to read, so that is
+    made the first time and reused. `mark`: the file by which it is whole."""
+    dequantized, folder = _gguf_folder(file, "models"), _gguf_folder(file, kind)
     if (dequantized / "config.json").is_file():
         return dequantized
-    if not (folder / "config.json").is_file():
-        with _aside(folder) as aside, _reading(file):
-            gguf_file.read_config(file).save_pretrained(aside)
+    if not (folder / mark).is_file():
+        with _aside(folder, mark) as aside, _reading(file):
+            make(aside)
     return folder
 
 
@@ -162,15 +168,15 @@ def _gguf_folder(file: Path, kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Where to make a folder that holds a config.json, unless another process makes it first."""
+def _aside(folder: Path, mark: str) -> Iterator[Path]:
+    """Where to make a folder that holds a file `mark`, unless another process makes it first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix="making-", ignore_cleanup_errors=True) as aside:
         yield Path(aside)
         try:
             Path(aside).replace(folder)
         except OSError:
-            if not (folder / "config.json").is_file():
+            if not (folder / mark).is_file():
                 raise
 
 

@@ -64,11 +64,11 @@ HEADS_OF = {"gemma2": 46, "gemma3_text": 62}  # layers of the one size that llam
 def convert(file: Path, folder: Path) -> None:
     """Write the file's model and tokenizer as a Hugging Face folder. Raises ModelError where something that the file
     says cannot be carried over, and what transformers, gguf and tokenizers like where they cannot read it."""
-    where, config = {"gguf_file": file.name}, read_config(file)
+    config = read_config(file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch leaves on
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             file.parent,
-            **where,
+            gguf_file=file.name,
             config=config,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
@@ -78,10 +78,16 @@ def convert(file: Path, folder: Path) -> None:
         if faulty := sorted(map(str, info[kind])):
             raise ModelError(f"{len(faulty)} {kind.replace('_', ' ')} in its tensors, the first is {faulty[0]:.80}")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
+    write_tokenizer(file, folder)
+
+
+def write_tokenizer(file: Path, folder: Path) -> None:
+    """Write the file's tokenizer, and the tokens that end an answer into the generation config, where that lacks some.
+    Raises what transformers, gguf and tokenizers like where they cannot read it."""
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     ends = end_tokens(file)
-    if len(ends) > 1:
-        note = folder / "generation_config.json"
+    note = folder / "generation_config.json"
+    if len(ends) > 1 or (ends and not note.is_file()):
         generation = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         note.write_text(json.dumps(generation | {"eos_token_id": ends}, indent=2) + "\n")
 

@@ -73,11 +73,10 @@ class Source:
                 digest.update(type(self.skeleton()).__module__.encode())
         return digest.hexdigest()
 
-    def tokenizer(self, **where: str) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; raises ModelError where there is none. `where`: `gguf_file`, where it is in a file of
-        that kind and not yet in one of its own."""
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer; raises ModelError where there is none."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **where)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(
                 f"model.name_or_path: {self.name}: no tokenizer could be loaded: {one_line(error)}"

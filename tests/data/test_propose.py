@@ -52,6 +52,35 @@ def test_a_label_on_an_answer_is_asked_about_with_the_answer() -> None:
     assert keys["label"] == "label"
 
 
+def test_what_names_or_dates_a_row_is_not_shown_whatever_it_is_called() -> None:
+    rows = [
+        {
+            "Ticket ID": f"T-{i}",
+            "Received": f"2026-01-{i % 28 + 1:02}",
+            "seen": f"1.{i % 12 + 1}.2026 10:{i:02}",
+            "Request": asked(i),
+            "Note": ["", "checked", "see manual"][i % 3],
+            "Intent": "ab"[i % 2],
+        }
+        for i in range(40)
+    ]
+    found = propose(rows, "rows.csv")
+    assert (found.keys["prompt"], found.keys["label"]) == ("Request: {Request}\nIntent:", "Intent")
+    assert found.left_out == ["Ticket ID", "Received", "seen", "Note"]
+    sums = keys_of(a=str, b=lambda i: f"{i * i}", answer=lambda i: f"{i + i * i}")  # that is all there is to ask with
+    assert sums["prompt"] == "A: {a}\nB: {b}\nAnswer:"
+
+
+def test_few_values_in_the_last_field_are_classes_though_its_name_says_nothing() -> None:
+    keys = keys_of(Text1=asked, Text2=lambda i: f"and {i} is", Urteil=lambda i: ["ja", "nein"][i % 2], id=str)
+    assert (keys["label"], keys["choices"]) == ("Urteil", {"ja": "ja", "nein": "nein"})
+    assert keys["prompt"] == "Text1: {Text1}\nText2: {Text2}\nUrteil:"
+    keys = keys_of(said=asked, mood=lambda i: ["ja", "nein"][i % 2], meant=lambda i: f"it is {i}")
+    assert (keys["task"], keys["answer"]) == ("answer", "{meant}")
+    keys = keys_of(source=lambda i: f"the line of words {i}", target=lambda i: f"eine Zeile {i}")
+    assert keys["prompt"] == "Source: {source}\nTarget:"
+
+
 def test_a_topic_is_not_what_is_answered_where_there_is_an_answer() -> None:
     keys = keys_of(instruction=asked, response=lambda i: f"it is {i}", category=lambda i: "ab"[i % 2])
     assert (keys["task"], keys["answer"]) == ("answer", "{response}")
@@ -131,7 +160,8 @@ def test_fields_that_say_nothing_are_refused_with_the_keys_to_fill() -> None:
 
 def test_fields_of_which_nothing_is_made_are_named() -> None:
     rows = [
-        {"id": i, "text": asked(i), "text2": f"{i}", "answers": {"text": [f"it is {i}"], "at": [i]}} for i in range(40)
+        {"id": i, "text": asked(i), "text2": f"so {i}", "answers": {"text": [f"it is {i}"], "at": [i]}}
+        for i in range(40)
     ]
     found = propose(rows, "rows.jsonl")
     assert found.keys["answer"] == "{answers.text.0}"

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from cola.export.outcome import outcomes
+from cola.files import pip_install
 from cola.link import adapters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -739,5 +740,5 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
         exit_code, stderr = json.loads(line)
         assert exit_code == 2, (words, stderr)
         [said] = stderr.strip().splitlines()
-        assert "quantization: nf4 needs the package bitsandbytes: pip install 'chain-of-lora[quantized]'" in said, words
+        assert "nf4 needs the package bitsandbytes: " + pip_install("'chain-of-lora[quantized]'") in said, words
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from conftest import SIZES, tiny_tokenizer
 
 from cola.data.encode import tokenizer_fingerprint
 from cola.errors import ModelError
-from cola.link.find import find_model, find_tokenizer
+from cola.link.find import find_model, find_tokenizer, gguf_tokenizer
 from cola.recipe import recipe
 
 TIED = {**SIZES, "tie_word_embeddings": True}
@@ -200,6 +200,7 @@ def test_every_end_token_of_a_header_ends_an_answer(tmp_path: Path) -> None:
     file = write(tmp_path / "tiny.gguf", "llama", make("Llama"), turn)
     settings = recipe.Model(name_or_path=str(file))
     from_file, ends = find_tokenizer(settings)
+    assert from_file.name_or_path == str(gguf_tokenizer(file))  # which is read and not made the next time
     assert ends == find_model(settings).ends() == [0, 2]
     again, ends = find_tokenizer(settings)  # by what the file has become in between
     assert ends == [0, 2]

@@ -17,6 +17,7 @@ from runs import cola
 from typer.testing import Result
 
 from cola.compare.records import Spread, Summary
+from cola.files import pip_install
 from cola.recipe.schema import Tracking
 from cola.report import tracking
 from cola.report.group_report import KNOT_PANELS, Comparison, group_report
@@ -345,9 +346,8 @@ def test_without_the_extra_a_report_names_it(run_folder: Path, monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     said = cola("report", run_folder, "--wandb")
     assert said.exit_code == 2
-    assert said.output.strip() == (
-        "error: a W&B Report needs the package wandb_workspaces: pip install 'chain-of-lora[report]'"
-    )
+    command = pip_install("'chain-of-lora[report]'")
+    assert said.output.strip() == f"error: a W&B Report needs the package wandb_workspaces: {command}"
 
 
 def test_where_tracking_is_off_nothing_is_sent_and_that_is_said(
