@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from cola.data.chat import after_answer
-from cola.data.render import Label, Rendered, render
+from cola.data.labels import Label
+from cola.data.render import Rendered, render
 from cola.data.sources import Pool
 from cola.errors import DataError
 from cola.files import file_digest, sha256

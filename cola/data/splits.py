@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cola.data.chat import DAY, asks_for_the_date
 from cola.data.encode import Encoded, Encoder, Example, fingerprint_of, tokenizer_fingerprint
-from cola.data.render import golds_of
+from cola.data.labels import golds_of
 from cola.data.sources import Pool, open_pools, shuffled
 from cola.errors import DataError
 from cola.files import cache_dir, sha256, write_text

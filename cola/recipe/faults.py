@@ -127,6 +127,9 @@ def _got(path: tuple[str, ...], faults: list[Located], marks: Marks) -> str:
         return ""
     line, written = marks.get(path, Mark(0))
     got = f"; got {quoted(node) if written is None else plain(written) or 'nothing'}"
+    if "string_type" in nodes and isinstance(node, dict):
+        quotes = "in quotes" if line else f"in two pairs of quotes, {dotted_key(path)}='\"...\"'"  # the shell takes one
+        return f"{got}, which is a mapping to YAML; a text with a colon or braces is written {quotes}"
     if "string_type" in nodes and written and not isinstance(node, dict | list):
         quotes = f'"{plain(written)}"'
         quotes = quotes if line else f"{dotted_key(path)}='{quotes}'"  # the shell takes one pair away

@@ -98,6 +98,15 @@ LABELS = {("data", "choices"), ("data", "choice_labels")}
 KINDS = {"int": "a number", "float": "a number", "bool": "true or false", "null": "nothing"}
 
 
+# What PyYAML says -> what is mostly meant, and whether it is found where what is read begins, not where that fails.
+ADVICE = {
+    "mapping values are not allowed here": ("; a text with a colon in it is written in quotes", False),
+    "found character '\\t' that cannot start any token": ("; lines are indented by blanks, not by tabs", False),
+    "could not find expected ':'": ("; has this line lost its colon?", True),
+    "found unexpected end of stream": ("; the quote that opens here is never closed", True),
+}
+
+
 def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, Marks]:
     """The YAML document and the place of every key and list item, whose keys begin with `base`."""
     marks: Marks = {}
@@ -149,9 +158,11 @@ def parse_yaml(text: str, where: str, base: tuple[str, ...] = ()) -> tuple[Any, 
         note(node, base)
         return loader.construct_document(node), marks
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        problem = plain(error.problem or error.context, 200)
+        advice, is_about_beginning = ADVICE.get(problem, ("", False)) if not base else ("", False)
+        mark = (error.context_mark if is_about_beginning else None) or error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise RecipeError(f"{where}{place}: not valid YAML: {plain(error.problem or error.context, 200)}") from None
+        raise RecipeError(f"{where}{place}: not valid YAML: {problem}{advice}") from None
     finally:
         loader.dispose()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cola.compare.scope import overlap_note
 from cola.data.fields import fill, lookup
+from cola.data.labels import label_of
 from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
 from cola.files import need_package, package_file
@@ -92,7 +93,8 @@ def _check_data(recipe: Recipe) -> list[str]:
 
 
 def _check_files(data: Data) -> None:
-    """The fields that the recipe names, in the first rows of each file, and whether there are rows enough."""
+    """The fields that the recipe names and what labels mean, in the first rows of each file; and whether there are rows
+    enough."""
     templates = {f"data.{key}": getattr(data, key) for key in ("prompt", "answer", "text")}
     fields = {f"data.{key}": getattr(data, key) for key in ("label", "group", "choices", "choice_labels")}
     templates = {key: template for key, template in templates.items() if template is not None}
@@ -100,6 +102,9 @@ def _check_files(data: Data) -> None:
     pools = open_pools(data)
     for pool in {id(pool): pool for pool in pools.values()}.values():
         _check_rows(pool, templates, fields)
+        if data.task == "multiple_choice":
+            for number in range(min(pool.size or 0, FIRST_ROWS)):
+                label_of(pool.row(number), f"{pool.name} row {number + 1}", data)
         wanted = {split: getattr(data.rows, split) or 0 for split in SPLITS if pools[split] is pool}
         if pool.size is not None and sum(wanted.values()) > pool.size:
             told = " and ".join(f"{number} for {split}" for split, number in wanted.items() if number)

@@ -170,11 +170,11 @@ def test_a_dry_run_knows_a_local_model_that_is_missing(recipe_file: Path, name: 
 
 
 def test_a_label_outside_the_choices_names_the_row(recipe_file: Path) -> None:
-    line = refused(
-        recipe_file, "data.task=multiple_choice", "data.answer=null", "data.choices=[pink, grey]", "data.label=answer"
-    )
-    assert "is none of the choices: pink, grey" in line
-    assert "colours.jsonl:" in line
+    choice = ["data.task=multiple_choice", "data.answer=null", "data.choices=[pink, grey]", "data.label=answer"]
+    for command, place in (([], "colours.jsonl:"), (["--dry-run"], "colours.jsonl row 1: ")):
+        line = refused(*command, recipe_file, *choice)
+        assert "is none of the choices: pink, grey" in line
+        assert place in line
 
 
 def test_a_folder_without_safetensors_is_not_unpickled(recipe_file: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cola/")}
     there = [path for path in (ROOT / "cola").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -43,7 +42,6 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(wheel: Path) 
     assert held == wanted
 
 
-@pytest.mark.slow
 def test_an_installed_wheel_writes_a_recipe_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()

@@ -86,6 +86,19 @@ def test_malformed_yaml_is_refused_with_its_line_and_column(read: Read, text: st
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: plain\nmodel:\n\tname_or_path: x\n", "3:1: .* by blanks, not by tabs"),
+        ("data:\n  prompt: Say: {what}\n", "2:14: .* a text with a colon in it is written in quotes"),
+        ('name: "plain\nseeds: [0]\nmodel: x\n', "1:7: .* the quote that opens here is never closed"),
+        ("name: plain\nseeds [0]\nmodel: x\n", "2:1: .* has this line lost its colon"),
+    ],
+)
+def test_what_is_often_wrong_in_yaml_is_said_where_it_begins(read: Read, text: str, said: str) -> None:
+    assert re.search(rf"plain\.yaml:{said}", fault(read, text))
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing but a remark\n"])
 def test_an_empty_file_is_refused_as_empty(read: Read, text: str) -> None:
     assert "plain.yaml: the file is empty" in fault(read, text)
@@ -724,7 +737,11 @@ def test_epochs_and_steps_replace_one_another(read: Read) -> None:
         ("seeds.-1=1", "-1 is no place in a list of 2"),
         ("seeds.0.x=1", "seeds.0"),
         ("seeds.0.x.y=1", "seeds.0"),
-        ("arms.lroa=null", "there is no such arm; the arms are lora, chain3"),
+        ("arms.lroa=null", "there is no such arm; the arms are lora, chain3; did you mean lora?"),
+        (
+            "data.prompt=Ask: {q}",
+            "a mapping to YAML; a text with a colon or braces is written in two pairs of quotes, ",
+        ),
         ("training.epochs=many", "training.epochs: input should be a valid number"),
         ("training..epochs=1", "training."),
     ],
