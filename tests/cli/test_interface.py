@@ -3,6 +3,8 @@ diff. Write it anew: python tests/cli/test_interface.py > tests/cli/interface.tx
 """
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from enum import EnumType
@@ -13,6 +15,8 @@ import pytest
 from typer.main import get_command
 
 from cola.cli.app import app
+
+ROOT = Path(__file__).parents[2]
 
 
 def interface() -> str:
@@ -37,6 +41,24 @@ def interface() -> str:
 
 def test_the_interface_is_the_one_that_is_written_down() -> None:
     assert interface() == Path(__file__).with_name("interface.txt").read_text()
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The commands of cola in a page's blocks, as words, without what is said of them."""
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    lines = [*re.findall(r"^    (cola .*)", text, re.MULTILINE), *blocks.splitlines()]
+    bare = (re.sub(r"^\w+=\S+ ", "", re.split(r" & |\s&$|;| {2,}", line)[0]) for line in lines)
+    return [shlex.split(line) for line in bare if line.startswith("cola ")]
+
+
+def test_every_command_that_a_page_shows_can_be_typed() -> None:
+    shown = [words for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for words in commands_in(page.read_text())]
+    assert len(shown) > 50
+    for _, *words in shown:
+        command: Any = get_command(app)
+        while hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        command.make_context("cola", words)  # raises where there is no such option, or one is wanted
 
 
 @pytest.mark.parametrize(
