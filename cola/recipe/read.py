@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cola.errors import RecipeError, did_you_mean, listed, plain, quoted
+from cola.errors import QUOTED, RecipeError, did_you_mean, listed, plain, quoted
 from cola.recipe.arms import Arm
 from cola.recipe.checks import check_recipe
 from cola.recipe.data_section import SOURCES
@@ -105,7 +105,7 @@ def _override(raw: dict, override: str, marks: Marks) -> None:
         node[_index(node, last, shown)] = value
     elif keys[:-1] == ["arms"] and value is None:
         if last not in node:
-            there = f"the arms are {listed(node)}{did_you_mean(last, node)}"
+            there = f"the arms are {listed(node)}{did_you_mean(last[:QUOTED], map(plain, node))}"
             raise RecipeError(f"override {quoted(override)}: there is no such arm; {there}")
         del node[last]
     else:

@@ -14,7 +14,7 @@ from cola.cli import new
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGE = (Path(__file__).parents[2] / "docs/tutorial.md").read_text()
-INSTALLS = ("python -m venv", "pip install")  # which test_wheel.py does
+INSTALLS = ("python -m venv", "pip install")  # which download; test_wheel.py installs the wheel alone
 
 
 def test_every_block_of_the_tutorial_does_what_the_page_says(
