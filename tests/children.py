@@ -24,6 +24,11 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "children"])
 
 KILLED = -signal.SIGKILL
+PASSED = (
+    "COLA_CACHE",
+    "TRACKIO_DIR",
+    "MLFLOW_TRACKING_URI",
+)  # a forked child has the environment in which the fork server began
 
 
 def kill_at_call(number: int, function: Callable[..., Any], half_way: bool = False) -> Callable[..., Any]:
@@ -71,8 +76,11 @@ def command(words: list[str], said: Path, cache: str, drawn: bool = False) -> No
     app(words)
 
 
-def ended_at(place: str, number: int, words: list[str], said: Path, cache: str, drawn: bool) -> None:
+def ended_at(place: str, number: int, words: list[str], said: Path, passed: dict[str, str], drawn: bool) -> None:
     """The command, killed or stopped at the n-th time that it comes to a place."""
+    for name in PASSED:
+        os.environ.pop(name, None)
+    os.environ.update(passed)
     match place:
         case "fsync":
             os.fsync = kill_at_call(number, os.fsync)
@@ -99,12 +107,13 @@ def ended_at(place: str, number: int, words: list[str], said: Path, cache: str, 
             evaluate.Evaluator.__call__ = stop_at_call(number, evaluate.Evaluator.__call__)
         case "score":
             evaluate.Evaluator.__call__ = kill_at_call(number, evaluate.Evaluator.__call__)
-    command(words, said, cache, drawn)
+    command(words, said, passed["COLA_CACHE"], drawn)
 
 
 def start(words: list[str], said: Path, place: str = "nothing", number: int = 0, drawn: bool = False) -> Any:
     """Begin a command, which is killed or stopped at the n-th time that it comes to a place."""
-    arguments = (place, number, words, said, os.environ["COLA_CACHE"], drawn)
+    passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+    arguments = (place, number, words, said, passed, drawn)
     process = processes.Process(target=ended_at, args=arguments)
     process.start()
     return process

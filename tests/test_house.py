@@ -24,7 +24,9 @@ ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "repor
 SEAMS = {
     "peft": {"link/adapters.py"},
     "pandas": {"cli/notebook.py"},
-    "wandb": {"report/tracking.py"},
+    "wandb": {"report/to_wandb.py"},
+    "trackio": {"report/to_trackio.py"},
+    "mlflow": {"report/to_mlflow.py"},
     "wandb_workspaces": {"report/group_report.py"},
     "reasoning_gym": {"data/sources.py"},
     "typer": {"cli/app.py", "cli/models.py", "cli/store.py"},
@@ -94,7 +96,7 @@ def test_results_are_read_without_torch() -> None:
     names = [name for name in FILES if name.split("/")[0] in WITHOUT_TORCH]
     names += [name for name in FILES if name.startswith("tree/") and name != "tree/states.py"]
     code = "import sys\n" + "".join(f"import {module_of(name)}\n" for name in names)
-    code += "import cola.cli.app\nassert not {'torch', 'transformers', 'wandb', 'wandb_workspaces'} & set(sys.modules)"
+    code += "import cola.cli.app\nassert not {'torch', 'transformers', 'wandb', 'wandb_workspaces', 'trackio', 'mlflow'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

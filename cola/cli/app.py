@@ -185,10 +185,12 @@ def report(
             help="Two arms to compare too, though no recipe names them; may be repeated. Shown, never claimed.",
         ),
     ] = None,
-    wandb: Annotated[
+    track: Annotated[
         bool,
         Option(
-            "--wandb", help="Send the comparison to W&B, and where W&B is online, create a W&B Report of the group."
+            "--track",
+            help="Send the comparison to the recipe's tracker, and where that is W&B, online, create a W&B Report of "
+            "the group.",
         ),
     ] = False,
 ) -> None:
@@ -198,25 +200,21 @@ def report(
     Several runs make one report: each data set is a task, and runs on the same data are more seeds of it.
     """
     pairs = [_pair(words) for words in contrast or ()]
-    if wandb:
-        from cola.files import need_package
-
-        need_package("wandb_workspaces", "a W&B Report", "report")
     with no_garbage():
         from cola.cli.show import report_ablation, report_run, report_tasks
 
     if len(run_folders) > 1:
-        if wandb:
-            raise ColaError("--wandb is for one run or ablation: W&B has a group for each")
+        if track:
+            raise ColaError("--track is for one run or ablation: a tracker has a group for each")
         report_tasks(run_folders, to, pairs)
     elif to is not None:
         raise ColaError("--to is for the report of several runs; that of one is in its folder")
     elif not (run_folders[0] / "ablation.json").is_file():
-        report_run(run_folders[0], pairs, wandb)
+        report_run(run_folders[0], pairs, track)
     elif pairs:
         raise ColaError("--contrast is for runs; name a point of the ablation, or several")
     else:
-        report_ablation(run_folders[0], wandb)
+        report_ablation(run_folders[0], track)
 
 
 def compare(
@@ -232,8 +230,8 @@ def compare(
 
 
 def doctor() -> None:
-    """Say what cola finds here: versions, devices, threads, cache and store, W&B and the hub; and what is missing, with
-    the command that brings it.
+    """Say what cola finds here: versions, devices, threads, cache and store, trackers and the hub; and what is missing,
+    with the command that brings it.
 
     Exit code: 0, or 1 where something that cola needs is missing or too old. No key, user's or host's name is shown.
     """

@@ -22,7 +22,8 @@ from cola.files import BUNDLED, cache_dir, pip_install, store_path
 from cola.recipe.schema import Tracking
 from cola.report.numbers import size
 from cola.report.terminal import Terminal
-from cola.report.tracking import has_api_key, mode_of
+from cola.report.to_mlflow import URI
+from cola.report.to_wandb import has_api_key, mode_of_wandb
 from cola.tree.made import machine
 from cola.tree.prune import size_of
 
@@ -31,6 +32,8 @@ EXTRAS = {
     "quantized": "nf4 and int8 bases",
     "lm-eval": "lm-evaluation-harness's tasks",
     "report": "W&B Reports",
+    "trackio": "runs sent to trackio",
+    "mlflow": "runs sent to MLflow",
 }
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 HUB_SECONDS = 3.0
@@ -48,6 +51,8 @@ def check(terminal: Terminal) -> int:
         ("cache", _folder(cache_dir())),
         ("store", _folder(store_path())),
         ("W&B", _wandb()),
+        ("trackio", _trackio()),
+        ("MLflow", _mlflow()),
         ("hub", _hub()),
     ]
     for head, text in lines:
@@ -165,7 +170,22 @@ def _wandb() -> str:
     """What `tracking.wandb: auto` comes to."""
     key = "an API key is configured" if has_api_key() else "no API key is configured (wandb login does it)"
     asked = " by WANDB_MODE" if os.environ.get("WANDB_MODE") else ""
-    return f"{mode_of(Tracking())}{asked}; {key}"
+    return f"{mode_of_wandb(Tracking())}{asked}; {key}"
+
+
+def _trackio() -> str:
+    """Where `tracking.tracker: trackio` keeps runs."""
+    if _version("trackio") is None:
+        return "not installed"
+    place = os.environ.get("TRACKIO_DIR")
+    return f"in {_anonymous(Path(place))}, by TRACKIO_DIR" if place else "in its own folder (TRACKIO_DIR sets another)"
+
+
+def _mlflow() -> str:
+    """Where `tracking.tracker: mlflow` keeps runs; the address may hold a password, or a host's name."""
+    if _version("mlflow-skinny") is None:
+        return "not installed"
+    return f"as {URI} says" if os.environ.get(URI) else f"in each run folder ({URI} sets another place)"
 
 
 def _hub() -> str:

@@ -1,4 +1,4 @@
-"""What the commands say at the end: tables, what the numbers allow to be said, the page, and what W&B was sent."""
+"""What the commands say at the end: tables, what the numbers allow to be said, the page, what a tracker was sent."""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cola.compare.ablation import read_ablation
-from cola.compare.records import Ablation, Summary, Wandb
+from cola.compare.records import Ablation, Summary, Tracked
 from cola.compare.summary import summarize
 from cola.compare.tasks import summarize_tasks
 from cola.errors import RunFolderError
-from cola.files import make_new
+from cola.files import make_new, need_package
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Tracking
@@ -21,7 +21,8 @@ from cola.report.page import comparison_of, comparison_of_ablation, write_ablati
 from cola.report.table import Table
 from cola.report.tables import ablation_notes, ablation_table, knots_table, named_tables, task_tables
 from cola.report.terminal import Terminal
-from cola.report.tracking import Tracker, sync_command
+from cola.report.to_mlflow import URI
+from cola.report.tracking import TITLES, Tracker, command_after, need_tracker
 from cola.report.verdict import OF_P, contrast_sentence, verdict
 from cola.tree.run_folder import RunFolder
 
@@ -58,20 +59,23 @@ def print_all(tables: Iterable[Table], lines: Iterable[str], terminal: Terminal)
         terminal.say(line)
 
 
-def report_run(path: Path, later: list[tuple[str, str]], wandb: bool) -> None:
+def report_run(path: Path, later: list[tuple[str, str]], track: bool) -> None:
     """Summarize a run anew, with contrasts that no recipe names, and print and send what that gives."""
     folder = RunFolder.open(path)
     recipe = read_recipe(folder.recipe_file)
+    if track:
+        _need_to_send(recipe.tracking)
     folder.check_results()
-    uploaded_by = Wandb(mode=None, sync=sync_command(folder.path))
-    summary = summarize(recipe, folder, later).model_copy(update={"wandb": uploaded_by})
+    settings, group = recipe.tracking, _group_of(folder.path)
+    kept = Tracked(tracker=settings.tracker, mode=None, command=command_after(settings, group, folder.path))
+    summary = summarize(recipe, folder, later).model_copy(update={"tracking": kept})
     folder.write("summary.json", summary)
     terminal = Terminal()
     print_results(folder, summary, terminal)
-    if wandb:
+    if track:
         track_run(recipe, folder, summary, terminal, publish=True)
     else:
-        say_sync(folder.path, terminal)
+        say_tracking(settings, group, folder.path, terminal)
 
 
 def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]]) -> None:
@@ -93,31 +97,49 @@ def print_ablation(folder: Path, summary: Ablation, terminal: Terminal) -> None:
     print_all([ablation_table(summary)], lines, terminal)
 
 
-def report_ablation(path: Path, wandb: bool) -> None:
+def report_ablation(path: Path, track: bool) -> None:
     """Print an ablation from its ablation.json, build its page anew, and send it. Raises RunFolderError if it holds no
     results yet."""
     summary = read_ablation(path, Ablation)
     if summary is None:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")
+    if track and (settings := _tracking_of(path)) is not None:
+        _need_to_send(settings)
     terminal = Terminal()
     print_ablation(path, summary, terminal)
-    if wandb:
+    if track:
         track_ablation(path, summary, terminal, publish=True)
 
 
 def track_run(recipe: Recipe, folder: RunFolder, summary: Summary, terminal: Terminal, publish: bool = False) -> None:
-    """Send a run's comparison to W&B; a point of an ablation is in the ablation's group."""
-    above = folder.path.resolve().parent.parent  # ABLATION/points/POINT
-    group = above.name if (above / "ablation.json").is_file() else None
-    config = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    """Send a run's comparison to its tracker; a point of an ablation is in the ablation's group."""
+    config, group = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}, _group_of(folder.path)
     _send(recipe.tracking, group, folder.path, lambda: comparison_of(folder, summary), config, terminal, publish)
 
 
+def _group_of(run: Path) -> str | None:
+    """The name of the ablation that a run is a point of."""
+    above = run.resolve().parent.parent  # ABLATION/points/POINT
+    return above.name if (above / "ablation.json").is_file() else None
+
+
 def track_ablation(folder: Path, summary: Ablation, terminal: Terminal, publish: bool) -> None:
-    """Send an ablation's comparison to W&B, as its points' recipe says."""
-    if recipes := sorted(folder.glob("points/*/recipe.yaml")):
-        settings = read_recipe(recipes[0]).tracking
+    """Send an ablation's comparison to the tracker, as its points' recipe says."""
+    if (settings := _tracking_of(folder)) is not None:
         _send(settings, None, folder, lambda: comparison_of_ablation(folder, summary), {}, terminal, publish)
+
+
+def _tracking_of(ablation: Path) -> Tracking | None:
+    """Where the runs of an ablation's points are sent; None where it has none yet."""
+    recipes = sorted(ablation.glob("points/*/recipe.yaml"))
+    return read_recipe(recipes[0]).tracking if recipes else None
+
+
+def _need_to_send(settings: Tracking) -> None:
+    """Raises ModelError where what sends a comparison is not installed, of W&B what makes its Report too."""
+    need_tracker(settings)
+    if settings.tracker == "wandb":
+        need_package("wandb_workspaces", "a W&B Report", "report")
 
 
 def _send(
@@ -129,24 +151,30 @@ def _send(
     terminal: Terminal,
     publish: bool,
 ) -> None:
+    title = TITLES[settings.tracker]
     try:
         tracker, comparison = Tracker(settings, group, path, terminal.warn), drawn()
         if publish and tracker.mode == "off":
             terminal.warn("W&B is off, by tracking.wandb in the recipe or by WANDB_MODE: nothing was sent")
         tracker.compare(comparison, config)
         if tracker.mode == "online":
-            terminal.say(f"W&B      online, group {tracker.group}")
+            terminal.say(f"{title:<9}online, group {tracker.group}")
             if publish and (url := tracker.publish(comparison)) is not None:
-                terminal.say(f"W&B      Report: {url}")
+                terminal.say(f"{title:<9}Report: {url}")
+        elif tracker.mode == URI:
+            terminal.say(f"{title:<9}at {URI}, group {tracker.group}")
         else:
-            say_sync(path, terminal)
+            say_tracking(settings, group, path, terminal)
             if publish and tracker.mode == "offline":
                 terminal.say("W&B      a Report needs the runs online: upload them, then the same command with a key")
-    except KeyboardInterrupt:  # leaves W&B, and nothing else: the results are written and said
-        terminal.warn("interrupted while W&B was being sent the comparison; cola report RUN --wandb sends it again")
+    except KeyboardInterrupt:  # leaves the tracker, and nothing else: the results are written and said
+        terminal.warn(
+            f"interrupted while {title} was being sent the comparison; cola report RUN --track sends it again"
+        )
 
 
-def say_sync(path: Path, terminal: Terminal) -> None:
-    """How to upload what W&B kept offline, where there is something."""
-    if (sync := sync_command(path)) is not None:
-        terminal.say(f"W&B      offline; upload with: {sync}")
+def say_tracking(settings: Tracking, group: str | None, path: Path, terminal: Terminal) -> None:
+    """How to upload what W&B kept offline, or to look at what another tracker keeps, where there is something."""
+    if (command := command_after(settings, group, path)) is not None:
+        what = "offline; upload with" if settings.tracker == "wandb" else "look at it with"
+        terminal.say(f"{TITLES[settings.tracker]:<9}{what}: {command}")

@@ -240,9 +240,13 @@ class ArmSpectra(Record):
     with_full: WithFullRow | None = Field(description="of each update with full fine-tuning's; null without it")
 
 
-class Wandb(Record):
-    mode: Text | None = Field(description="of W&B; null where it is off")
-    sync: Text | None = Field(description="the command that sends what was kept")
+class Tracked(Record):
+    tracker: Text = Field(description="`wandb`, `trackio` or `mlflow`")
+    mode: Text | None = Field(
+        description="W&B's `online`, `offline` or `off`; `local`, or `MLFLOW_TRACKING_URI`; `off` too where the "
+        "tracker failed; null where the command that wrote this sent nothing"
+    )
+    command: Text | None = Field(description="sends to W&B what was kept offline, or shows what another tracker keeps")
 
 
 class StoreUse(Record):
@@ -280,7 +284,7 @@ class Summary(Record):
         description="what is to be said beside the tables, arms that were not made with the same versions, device or "
         "dtype among it"
     )
-    wandb: Wandb | None = None
+    tracking: Tracked | None = None
     store: StoreUse | None = None
 
 

@@ -1,4 +1,4 @@
-"""From a run's results to every number that the terminal, the page and W&B show; docs/numbers.md says what each is.
+"""From a run's results to every number that terminal, page and tracker show; docs/numbers.md says what each is.
 
 Nothing is drawn, so that a contrast has the same digits in every report that shows it. No torch.
 """

@@ -33,7 +33,9 @@ class Recipe(Section):
     """A whole comparison."""
 
     name: str = Field(
-        max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run folder and the W&B group."
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Names the run folder and the group at the tracker.",
     )
     model: Model
     data: Data

@@ -263,11 +263,28 @@ class Comparison(Section):
     lora: str | None = optional("The arm from which `closed` counts. Default: the one named `lora`.")
 
 
-class Tracking(Section):
-    """Weights & Biases; the run folder holds everything with or without it."""
+TrackerName: TypeAlias = Literal["wandb", "trackio", "mlflow"]
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
-        default="auto", description="`auto`: online where an API key is configured, else offline."
+
+class Tracking(Section):
+    """Where curves and final numbers are sent; the run folder holds everything with or without it."""
+
+    tracker: TrackerName = Field(
+        default="wandb",
+        description="`wandb`: Weights & Biases. `trackio`: in its folder on this machine. `mlflow`: in the run folder, "
+        "or at MLFLOW_TRACKING_URI. The last two are extras: `pip install 'chain-of-lora[trackio]'`, or `[mlflow]`.",
     )
-    project: str = Field(default="cola", description="W&B project.")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto",
+        description="Of W&B. `auto`: online where an API key is configured, else offline. `off`: nothing is sent, "
+        "unless another `tracker` is named.",
+    )
+    project: str = Field(default="cola", description="W&B's or trackio's project, MLflow's experiment.")
     entity: str | None = optional("W&B entity (user or team).")
+
+    @model_validator(mode="after")
+    def _one_tracker(self) -> Self:
+        if self.tracker != "wandb" and (self.wandb in ("online", "offline") or self.entity is not None):
+            key = f"wandb: {self.wandb}" if self.wandb in ("online", "offline") else "entity"
+            raise ValueError(f"{key} is about W&B and has no effect with tracker: {self.tracker}: remove one of them")
+        return self

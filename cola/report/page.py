@@ -186,9 +186,9 @@ def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
 
 
 def comparison_of(folder: RunFolder, summary: Summary) -> Comparison:
-    """What W&B is sent of a run whose page is written."""
+    """What a tracker is sent of a run whose page is written."""
     # Where the store and the run lie on this machine says who works on it.
-    told = summary.model_dump(exclude_unset=True, exclude={"store", "wandb"})
+    told = summary.model_dump(exclude_unset=True, exclude={"store", "tracking"})
     return Comparison(
         numbers=comparison_numbers(summary),
         lines=verdict(summary),
@@ -204,8 +204,8 @@ def _written_figures(folder: Path) -> dict[str, str]:
 
 
 def comparison_of_ablation(folder: Path, summary: Ablation) -> Comparison:
-    """What W&B is sent of an ablation whose page is written. Its arms are those of all points, so that no mean over
-    them says anything."""
+    """What a tracker is sent of an ablation whose page is written. Its arms are those of all points, so that no mean
+    over them says anything."""
     return Comparison(
         numbers={"verdict": "\n".join(ablation_notes(summary))},
         lines=ablation_notes(summary),

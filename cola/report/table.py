@@ -97,3 +97,15 @@ def _latex(text: str) -> str:
     """A text that LaTeX sets as it stands; a minus before a number is a minus and no hyphen."""
     text = re.sub(r"(?<![\w.)])-(?=\.?\d)", "−", text)
     return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def typed_rows(table: Table) -> list[list[Any]]:
+    """A table's rows for a tracker, which sorts and draws a column of numbers: one whose every cell is a plain number
+    or a dash holds numbers and None, any other keeps its text. The first column names the rows and stays text."""
+    typed = [
+        [cell.value for cell in column]
+        if number and all(cell.alone or cell.text == NONE for cell in column)
+        else [cell.text for cell in column]
+        for number, column in enumerate(zip(*table.cells, strict=True))
+    ]
+    return [list(row) for row in zip(*typed, strict=True)]

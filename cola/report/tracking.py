@@ -1,50 +1,49 @@
-"""Weights & Biases: one group per run, one W&B run per arm and seed and one for their comparison. The only file that
-imports wandb.
+"""Runs sent to a tracker: one group per run, one run at the tracker per arm and seed and one for their comparison.
 
 Whatever goes wrong in it costs a warning and the rest of the tracking, never the training. Fixed names, of an arm and
-seed:
+seed, whichever the tracker:
 
     train/loss  train/grad_norm  train/learning_rate  train/tokens_per_second    per optimizer step (`step`)
     validation/loss  validation/score                                            at evaluation points
     knot/{relative_size,unchanged,error,cosine}_{median,max,min}  knot/drift_*    at knots
-    final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        in the summary
+    final/{train,validation,test}_{loss,score}  gap/loss  gap/acc  gap/ft        at the end
     general/loss  general/forgetting                                             likewise
 
-docs/wandb.md has those of the comparison, and what its artifact holds.
+docs/trackers.md has those of the comparison, and what goes with it.
 """
 
-import contextlib
 import json
-import netrc
-import os
 import re
 import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from cola.compare.records import Summary
 from cola.errors import one_line
-from cola.files import write_text
+from cola.files import need_package, write_text
 from cola.recipe.schema import Tracking
-from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison, group_report, within
+from cola.report.group_report import ARM_MEANS, COMPARISON, OF_CONTRAST, Comparison
 from cola.report.numbers import choice_share
-from cola.report.table import NONE, Table
+from cola.report.sink import Note, Place, Sink
+from cola.report.to_mlflow import ToMlflow, local_store, mode_of_mlflow
+from cola.report.to_trackio import ToTrackio
+from cola.report.to_wandb import ToWandb, mode_of_wandb, sync_command
 from cola.report.verdict import verdict
-from cola.tree.run_folder import WANDB_NOTE
+from cola.tree.run_folder import TRACKER_NOTES
 
-INIT_SECONDS = 60.0
-FINISH_SECONDS = 120.0
-COPIES = "WANDB_DATA_DIR"
+TITLES = {"wandb": "W&B", "trackio": "trackio", "mlflow": "MLflow"}
+EXTRAS = {"trackio": ["trackio"], "mlflow": ["mlflow", "sqlalchemy", "alembic"]}  # the packages that each needs
+SECRET = re.compile(r"//[^/\s@]+@")  # in an address: a name, and perhaps a password
+LONGEST = 10_000  # characters of an error in which one is looked for
 
 T = TypeVar("T")
 
 
 def comparison_numbers(summary: Summary) -> dict[str, float | str]:
-    """A run's summary.json under W&B's fixed names; what is not known has no name."""
+    """A run's summary.json under a tracker's fixed names; what is not known has no name."""
     found: dict[str, Any] = {}
     for name, arm in summary.arms.items():
         found |= {f"arm/{name}/{key}": spread.mean for key in ARM_MEANS if (spread := getattr(arm, key)) is not None}
@@ -61,44 +60,41 @@ def comparison_numbers(summary: Summary) -> dict[str, float | str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def typed_rows(table: Table) -> list[Iterable[Any]]:
-    """A table's rows for W&B, which sorts and draws a column of numbers: one whose every cell is a plain number or a
-    dash holds numbers and None, any other keeps its text. The first column names the rows and stays text."""
-    typed = [
-        [cell.value for cell in column]
-        if number and all(cell.alone or cell.text == NONE for cell in column)
-        else [cell.text for cell in column]
-        for number, column in enumerate(zip(*table.cells, strict=True))
-    ]
-    return [list(row) for row in zip(*typed, strict=True)]
-
-
-def has_api_key() -> bool:
-    """Whether W&B would find a key: in WANDB_API_KEY or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def mode_of(settings: Tracking) -> str:
-    """`online`, `offline` or `off`; WANDB_MODE decides where the recipe leaves it to `auto`."""
-    if settings.wandb != "auto":
-        return settings.wandb
-    asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("disabled", "dryrun", "offline", "online"):
-        return {"disabled": "off", "dryrun": "offline"}.get(asked, asked)
-    return "online" if has_api_key() else "offline"
+    """`off`, or where the tracker's runs are kept first: W&B's `online` or `offline`; `local`, or a variable's name."""
+    match settings.tracker:
+        case "wandb":
+            return mode_of_wandb(settings)
+        case "trackio":
+            return ToTrackio.mode
+        case "mlflow":
+            return mode_of_mlflow()
 
 
-def sync_command(folder: Path) -> str | None:
-    """How to upload what a run or an ablation kept offline; None where there is nothing."""
-    places = [place for place in ("wandb/offline-run-*", "points/*/wandb/offline-run-*") if any(folder.glob(place))]
-    return f"wandb sync {' '.join(str(folder / place) for place in places)}" if places else None
+def need_tracker(settings: Tracking) -> None:
+    """Raises ModelError where the tracker that a recipe names is not installed."""
+    for package in EXTRAS.get(settings.tracker, ()):
+        need_package(package, f"tracking.tracker: {settings.tracker}", settings.tracker)
+
+
+def home_of(group: str | None, folder: Path) -> Path:
+    """The folder of a run's group: its own, or that of the ablation whose point it is."""
+    return folder.resolve().parent.parent if group else folder
+
+
+def command_after(settings: Tracking, group: str | None, folder: Path) -> str | None:
+    """How to upload what W&B kept offline, or to look at what another tracker keeps here; None where there is nothing
+    of a run or an ablation, or it is elsewhere."""
+    if settings.tracker == "wandb":
+        return sync_command(folder)
+    note = TRACKER_NOTES[settings.tracker]
+    if not any(any(folder.glob(place)) for place in (note, f"arms/*/*/{note}", f"points/*/arms/*/*/{note}")):
+        return None
+    if settings.tracker == "trackio":
+        return f"trackio show --project {shlex.quote(settings.project)}"
+    if mode_of_mlflow() != "local":
+        return None
+    return f"mlflow ui --backend-store-uri {shlex.quote(local_store(home_of(group, folder)))}"
 
 
 class NoTracker:
@@ -113,228 +109,128 @@ class NoTracker:
     def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None: ...
 
 
-@dataclass
-class _Note:
-    """What a folder keeps of its W&B run between sessions."""
-
-    id: str
-    session: str = ""  # its folder's name
-    began: int = 0  # the last step that was sent before this session
-    logged: int = 0  # the last step that was sent
-    clean: bool = True  # whether the session came to its end
-
-
 class Tracker:
-    """Sends one run at a time to W&B; after the first failure it is silent."""
+    """Sends one run at a time to a tracker; after the first failure it is silent."""
 
     def __init__(self, settings: Tracking, group: str | None, folder: Path, warn: Callable[[str], None]) -> None:
-        self.settings = settings
         self.group = group or folder.name
         self.prefix = f"{folder.name} " if group else ""  # tells the points of an ablation apart
+        self.title = TITLES[settings.tracker]
         self.folder = folder
         self.warn = warn
-        self.mode = mode_of(settings)
-        self.run: Any = None
+        self.sink = _sink(
+            settings, Place(settings.project, self.group, f"{self.prefix}{self.group}", folder, home_of(group, folder))
+        )
+        self.mode = self.sink.mode
+        self.is_open = False  # whether the tracker has a run open
         self.opens: Callable[[], None] | None = None  # opens the run of the arm and seed at hand, until that is done
-        self.entity: str | None = None  # to whom the last online run belongs
-        self.note, self.note_path = _Note(""), folder / WANDB_NOTE
+        self.note_name = TRACKER_NOTES[settings.tracker]
+        self.note, self.note_path = Note(""), folder / self.note_name
         self.waiting: dict[int, dict[str, float]] = {}
 
     def start(self, arm: str, seed: int, folder: Path, config: dict[str, Any]) -> None:
-        """What comes next is of this arm and seed: of a new W&B run, or of the one that its folder names. It is opened
-        when there is something to send, since the first one takes seconds, for which no first step need wait."""
+        """What comes next is of this arm and seed: of a new run, or of the one that its folder names. It is opened when
+        there is something to send, since the first one takes seconds, for which no first step need wait."""
         if self.mode == "off":
             return
         self.waiting = {}
-        self._guard(lambda: self._open_note(folder))
+        self._guard(lambda: self._read_note(folder))
+        self.opens = (lambda: self._open(f"{arm}-seed{seed}", arm, config)) if self.mode != "off" else None
 
-        def opens() -> None:
-            self._init(f"{arm}-seed{seed}", arm, config)
-            self.run.define_metric("step")
-            self.run.define_metric("*", step_metric="step")
+    def _read_note(self, folder: Path, anew: bool = False) -> None:
+        """Who the folder's run at the tracker is, and the last step that is safely there."""
+        self.note_path = folder / self.note_name
+        try:
+            self.note = Note(**json.loads(self.note_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self.note = Note(secrets.token_hex(4))
+        self.sink.recover(self.note, anew)
 
-        self.opens = opens if self.mode != "off" else None
-
-    def _init(self, name: str, job_type: str, config: dict[str, Any]) -> None:
-        """Open the W&B run that the note names."""
-        import wandb
-
-        self.run = wandb.init(
-            project=self.settings.project,
-            entity=self.settings.entity,
-            id=self.note.id,
-            resume="allow",
-            group=self.group,
-            name=f"{self.prefix}{name}",
-            job_type=job_type,
-            config=config,
-            dir=str(self.folder),
-            mode="online" if self.mode == "online" else "offline",
-            reinit="finish_previous",
-            settings=wandb.Settings(
-                init_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,  # a server lost in mid-run must not hold up the next arm
-                silent=True,
-                console="off",
-                x_disable_meta=True,  # the machine is in provenance.json; host and user names are nobody's business
-                x_disable_machine_info=True,
-                x_save_requirements=False,  # they are there too, and W&B would read all that is installed for each run
-                host="",
-            ),
-        )
-        if self.mode == "online" and self.run.resumed:
-            self.note.logged = self.run.step - 1  # the server knows what has arrived
-        self.entity = self.run.entity
-        self.note.began, self.note.session = self.note.logged, Path(self.run.settings.sync_dir).name
+    def _open(self, name: str, job_type: str, config: dict[str, Any]) -> None:
+        self.sink.open(self.note, f"{self.prefix}{name}", job_type, config)
+        self.is_open = True
+        self.note.began = self.note.logged
         self._write_note(clean=False)
 
-    def compare(self, comparison: Comparison, config: dict[str, Any]) -> bool:
-        """Send what a whole group found, as a W&B run of its own; sent again, it takes the place of what was there.
-        Returns whether it was sent, or kept for `wandb sync`."""
-        if self.mode == "off":
-            return False
-
-        def send() -> None:
-            import wandb
-
-            self._open_note(self.folder, anew=True)
-            self._init(COMPARISON, COMPARISON, config)
-            self.note.logged += 1
-            tables = {
-                f"table/{name}": wandb.Table(columns=[*table.columns], data=typed_rows(table))
-                for name, table in comparison.tables.items()
-            }
-            figures = {
-                f"figure/{name}": wandb.Html(figure, inject=False, data_is_not_path=True)
-                for name, figure in comparison.figures.items()
-            }
-            self.run.summary.update(comparison.numbers)
-            with self._copies_here():
-                self.run.log({**tables, **figures}, step=self.note.logged)
-                self.run.log_artifact(self._artifact(comparison.files))
-            self.run.finish()
-            self._write_note(clean=True)
-            self.run = None
-
-        self._guard(send)
-        return self.mode != "off"
-
-    def _artifact(self, files: Mapping[str, str | Path]) -> Any:
-        import wandb
-
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.prefix}{self.group}")[:100]
-        artifact = wandb.Artifact(f"{name}-report", type="report")
-        for name, file in files.items():
-            if isinstance(file, str):
-                with artifact.new_file(name, encoding="utf-8") as opened:
-                    opened.write(file)
-            elif file.is_dir():
-                for path in sorted(file.iterdir()):  # add_dir would say so on the terminal
-                    artifact.add_file(str(path), f"{name}/{path.name}", skip_cache=True)
-            else:
-                artifact.add_file(str(file), name, skip_cache=True)
-        return artifact
-
-    @contextlib.contextmanager
-    def _copies_here(self) -> Iterator[None]:
-        """W&B copies what an artifact holds, and syncs the copies: they belong beside the W&B run in the run folder and
-        not in the user's home. It asks its environment where, and knows no other way to be told."""
-        before = {COPIES: os.environ[COPIES]} if COPIES in os.environ else {}
-        os.environ[COPIES] = str(Path(self.run.settings.sync_dir).absolute() / "copies")
-        try:
-            yield
-        finally:
-            del os.environ[COPIES]
-            os.environ.update(before)
-
-    def publish(self, comparison: Comparison) -> str | None:
-        """Create a W&B Report of the group that `compare` has sent; returns its address, None where that failed."""
-
-        def create() -> str:
-            title = f"{self.prefix}{self.group}"
-            report = group_report(comparison, self.group, title, self.settings.project, self.entity or "")
-            return within(FINISH_SECONDS, lambda: report.save().url)
-
-        return self._guard(create)
+    def _write_note(self, clean: bool) -> None:
+        self.note.clean = clean
+        write_text(self.note_path, json.dumps(asdict(self.note)))
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Points of curves at an optimizer step, in the order of steps; one that was sent before is not sent again."""
-        if (self.run is None and self.opens is None) or step <= self.note.logged:
+        if (not self.is_open and self.opens is None) or step <= self.note.logged:
             return
         if any(waiting < step for waiting in self.waiting):
             self._send()
         self.waiting.setdefault(step, {}).update({name: v for name, v in metrics.items() if v is not None})
 
     def _send(self) -> None:
-        """One row of W&B's history for all that is known of a step; the run is opened for the first."""
+        """One row of the tracker's history for all that is known of a step; the run is opened for the first."""
         if self.opens is not None:
             opens, self.opens = self.opens, None
             self._guard(opens)
         for step, metrics in self.waiting.items():
-            if self.run is not None and step > self.note.logged:  # which a server knows better than the note
+            if self.is_open and step > self.note.logged:  # which the tracker may know better than the note
                 self.note.logged = step
-                self._guard(lambda step=step, metrics=metrics: self.run.log({"step": step, **metrics}, step=step))
+                self._guard(lambda step=step, metrics=metrics: self.sink.log(step, metrics))
         self.waiting = {}
 
-    def _open_note(self, folder: Path, anew: bool = False) -> None:
-        """Who the folder's W&B run is, and the last step that is safely there.
-
-        A session that was killed offline has lost what W&B had not written yet, thousands of rows perhaps: its part is
-        thrown away, unless it was uploaded, and its steps are sent again. `anew`: and so is any other's, since this
-        session sends everything.
-        """
-        self.note_path = folder / WANDB_NOTE
-        try:
-            self.note = _Note(**json.loads(self.note_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            self.note = _Note(secrets.token_hex(4))
-        self._sweep()
-        if (anew or not self.note.clean) and self.mode == "offline":
-            part = self.folder / "wandb" / self.note.session
-            if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
-                # Renamed first: W&B's own process outlives a kill by a moment, and may still be writing there.
-                with contextlib.suppress(FileNotFoundError):
-                    part = part.rename(part.with_name(f"killed-{part.name}"))
-                shutil.rmtree(part, ignore_errors=True)
-                self.note.logged = self.note.began
-
-    def _write_note(self, clean: bool) -> None:
-        self.note.clean = clean
-        write_text(self.note_path, json.dumps(asdict(self.note)))
-        if clean:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what a session left that was killed before W&B had begun its file: `wandb sync` cannot read it."""
-        for part in self.folder.glob("wandb/offline-run-*"):
-            if not any(part.glob("*.wandb")):
-                shutil.rmtree(part, ignore_errors=True)
-
     def finish(self, summary: Mapping[str, Any], status: str = "ok") -> None:
-        """End the W&B run, with its final numbers in the summary; `status` is the result's. The last step of an
-        interrupted run may have more to come (its validation): it is sent when the run goes on."""
+        """End the run, with its final numbers; `status` is the result's. The last step of an interrupted run may have
+        more to come (its validation): it is sent when the run goes on."""
         if status != "interrupted":
             self._send()
         self.opens = None
-        if self.run is None:
+        if self.is_open:
+            self._guard(lambda: self._end(summary, status))
+        self.is_open = False
+
+    def _end(self, numbers: Mapping[str, Any], status: str) -> None:
+        known = {name: value for name, value in numbers.items() if value is not None}
+        self.sink.end(known, status, self.note.logged)
+        self._write_note(clean=True)
+
+    def compare(self, comparison: Comparison, config: dict[str, Any]) -> None:
+        """Send what a whole group found, as a run of its own; sent again, it takes the place of what was there."""
+        if self.mode == "off":
             return
 
-        def end() -> None:
-            self.run.summary.update({name: value for name, value in summary.items() if value is not None})
-            self.run.finish(exit_code=0 if status == "ok" else 1)
-            self._write_note(clean=True)
+        def send() -> None:
+            self._read_note(self.folder, anew=True)
+            self._open(COMPARISON, COMPARISON, config)
+            self.note.logged += 1
+            self.sink.compare(comparison, self.note.logged)
+            self._end(comparison.numbers, "ok")
 
-        self._guard(end)
-        self.run = None
+        self._guard(send)
+        self.is_open = False
+
+    def publish(self, comparison: Comparison) -> str | None:
+        """Create a W&B Report of the group that `compare` has sent; returns its address, None where that failed."""
+        sink = self.sink
+        assert isinstance(sink, ToWandb)  # the one that is ever online
+        return self._guard(lambda: sink.publish(comparison))
 
     def _guard(self, action: Callable[[], T]) -> T | None:
-        """What an action returns; None where it fails, and W&B is off from then on."""
+        """What an action returns; None where it fails, and the tracker is off from then on."""
         try:
             return action()
-        # wandb, its service process and the network fail in many ways, and none of them may stop training.
+        # Trackers' libraries, their processes and the network fail in many ways, and none of them may stop training.
         except Exception as error:
-            reason = one_line(error, 200)
-            self.warn(f"W&B failed and is off for the rest of this run ({reason}); results are in {self.folder}")
-            self.run = None
+            reason = SECRET.sub("//***@", one_line(error, LONGEST))[:200]
+            self.warn(
+                f"{self.title} failed and is off for the rest of this run ({reason}); results are in {self.folder}"
+            )
+            self.is_open = False
             self.mode = "off"
             return None
+
+
+def _sink(settings: Tracking, place: Place) -> Sink:
+    match settings.tracker:
+        case "wandb":
+            return ToWandb(settings, place)
+        case "trackio":
+            return ToTrackio(place)
+        case "mlflow":
+            return ToMlflow(place)

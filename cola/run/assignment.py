@@ -135,7 +135,7 @@ class Assignment:
             partial(peaks, self.accelerator.device, process),
         )
         self.measured = bench.measurements(job)
-        # Of an arm, a seed and a final state W&B is told once, and of a trial nothing.
+        # Of an arm, a seed and a final state the tracker is told once, and of a trial nothing.
         state = job.arm, job.seed, self.lineage.names[-1]
         self.tracker = NoTracker() if job.trial or state in bench.tracked else bench.tracker
         bench.tracked.add(state)

@@ -4,7 +4,7 @@
     train     the rest is made, link by link                           training.py, loaded.py
     select    the last step, or the best look at validation            course.py
     score     every split and the general text, by the tied model      scoring.py
-    record    the weights that are kept, result.json, W&B              result.py
+    record    the weights that are kept, result.json, the tracker       result.py
 
 What is fixed before it begins is its assignment (assignment.py). The model is loaded only for what the store has not.
 """

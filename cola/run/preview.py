@@ -22,7 +22,7 @@ from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
 from cola.report.numbers import count, size
 from cola.report.table import NONE, Shown, Table
 from cola.report.terminal import Terminal
-from cola.report.tracking import mode_of
+from cola.report.tracking import TITLES, mode_of, need_tracker
 
 FIRST_ROWS = 100  # of a file, that are looked at
 
@@ -30,6 +30,7 @@ FIRST_ROWS = 100  # of a file, that are looked at
 def preview(recipe: Recipe, terminal: Terminal) -> None:
     """Print the plan; a ColaError where a local path is missing, a local file cannot be read or lacks a field or rows,
     an arm's links do not fit the budget, or target_modules match nothing in a model whose config is on this disk."""
+    need_tracker(recipe.tracking)
     unchecked, matched = [], recipe.training.match
     known = (recipe.data.rows.train is not None or recipe.training.steps is not None) and matched == "steps"
     if matched != "steps":
@@ -72,7 +73,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     rule = "the last step" if score.checkpoint == "last" else f"the best on validation by {score.select_by}"
     if score.train_rows is not None:
         terminal.say(f"train is scored on {score.train_rows} rows")
-    terminal.say(f"scored checkpoint: {rule}; W&B: {mode_of(recipe.tracking)}; output: {recipe.output} ({free} free)")
+    tracker = f"{TITLES[recipe.tracking.tracker]}: {mode_of(recipe.tracking)}"
+    terminal.say(f"scored checkpoint: {rule}; {tracker}; output: {recipe.output} ({free} free)")
     for part in unchecked:
         terminal.say(f"not checked without weights or network: {part}")
 

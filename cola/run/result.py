@@ -1,4 +1,4 @@
-"""What a job leaves in its run folder: the weights that are kept, the record of its result, what W&B is sent."""
+"""What a job leaves in its run folder: the weights that are kept, the record of its result, what a tracker is sent."""
 
 import shutil
 from dataclasses import asdict
@@ -125,7 +125,7 @@ def _at_edge(recipe: Recipe, job: Job) -> list[str]:
 
 
 def tracked_config(given: Assignment) -> dict[str, Any]:
-    """The config of the job's W&B run."""
+    """The config of the job's run at a tracker."""
     meta = given.bench.meta
     return {
         "arm": given.job.arm,
@@ -139,7 +139,7 @@ def tracked_config(given: Assignment) -> dict[str, Any]:
 
 
 def tracked_numbers(given: Assignment, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The final numbers under W&B's fixed names."""
+    """The final numbers under a tracker's fixed names."""
     if given.job.trial:
         return {}
     summary = {f"final/{split}_{key}": evaluation[split][key] for split in given.splits for key in ("loss", "score")}

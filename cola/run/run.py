@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from time import perf_counter, sleep
 from typing import Literal
 
-from cola.compare.records import StoreUse, Summary, Wandb
+from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
@@ -16,7 +16,7 @@ from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.report.tracking import NoTracker, Tracker, mode_of, sync_command
+from cola.report.tracking import NoTracker, Tracker, command_after, mode_of, need_tracker
 from cola.run.announce import say_cautions, say_plan
 from cola.run.assignment import Bench
 from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
@@ -49,13 +49,14 @@ def run(
         folder: The run's, locked by the caller.
         terminal: Told of the plan, progress and warnings.
         signals: Installed by the caller; None: for the time of this call.
-        group: W&B group, where the run is a point of an ablation. Default: the run folder's name.
-        tracked: Arms, seeds and final states that W&B has been sent, by other points of the ablation; added to.
+        group: At the tracker, where the run is a point of an ablation. Default: the run folder's name.
+        tracked: Arms, seeds and final states that the tracker has been sent, by other points of the ablation; added to.
         siblings: The recipes of the ablation's other points: states are kept where those part from this one.
 
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
+    need_tracker(recipe.tracking)
     materials = gather(recipe, terminal)
     store = Store(store_path(recipe.store), terminal.warn)
     meta, used = check_folder(materials, folder, store, terminal), folder.references()
@@ -84,7 +85,11 @@ def run(
     summary = summarize(recipe, folder).model_copy(
         update={
             "interrupted": interrupted,
-            "wandb": Wandb(mode=tracker.mode, sync=sync_command(folder.path)),
+            "tracking": Tracked(
+                tracker=recipe.tracking.tracker,
+                mode=tracker.mode,
+                command=command_after(recipe.tracking, group, folder.path),
+            ),
             "store": StoreUse(path=str(store.path), bytes=size_of(store.path)),
         }
     )

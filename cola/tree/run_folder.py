@@ -15,19 +15,20 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from cola.errors import RunFolderError, plain
 from cola.files import load_json, write_text
 from cola.recipe.plan import Job, choice_text
+from cola.recipe.schema import TrackerName
 from cola.tree import records
 from cola.tree.made import Made, Provenance
 from cola.tree.shapes import Record, fault_of
 
 RESULTS = "arms/*/seed-*/result.json"
-WANDB_NOTE = "wandb.json"
+TRACKER_NOTES = {name: f"{name}.json" for name in get_args(TrackerName)}  # who a folder's run at the tracker is
 FORMAT = 4  # of result.json and summary.json, see docs/results.md
 MADE_WITH = tuple(Made.model_fields)  # what a state or a measurement says of its making
 
@@ -140,13 +141,13 @@ class RunFolder:
         return read_rows(self.job(trial) / "scores" / "validation.jsonl", records.ScoreRow)
 
     def start_job(self, job: Job) -> Path:
-        """The job's folder without what an unfinished attempt left, but for the identity of its W&B run."""
+        """The job's folder without what an unfinished attempt left, but for the identity of its run at a tracker."""
         path = self.job(job)
         path.mkdir(parents=True, exist_ok=True)
         for left in path.iterdir():
             if left.is_dir():
                 shutil.rmtree(left)
-            elif left.name != WANDB_NOTE:
+            elif left.name not in TRACKER_NOTES.values():
                 left.unlink()
         return path
 

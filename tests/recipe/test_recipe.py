@@ -281,7 +281,7 @@ TOP, TRAINING, ARM, DATA = "seeds:", "  batch_size: 8", "{links: 3", "  task: an
         (TRAINING, "warmup_ratio", "training.warmup_steps"),
         (TRAINING, "lr", "training.learning_rate"),
         (TRAINING, "gradient_clipping", "training.max_grad_norm"),
-        (TOP, "report_to", "tracking.wandb"),
+        (TOP, "report_to", "tracking.tracker"),
         (TOP, "wandb_project", "tracking.project"),
         (DATA, "cutoff_len", "data.max_length"),
         (DATA, "dataset_name", "data.hub"),

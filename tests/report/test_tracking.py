@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
 def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "tracking.wandb=offline")
-    assert summary.wandb.mode == "offline"
-    assert summary.wandb.sync == f"wandb sync {folder.path}/wandb/offline-run-*"
+    assert summary.tracking.mode == "offline"
+    assert summary.tracking.command == f"wandb sync {folder.path}/wandb/offline-run-*"
     runs = {}
     for path in folder.path.glob("wandb/offline-run-*"):
         mine = records(path)
@@ -53,9 +53,9 @@ def test_a_server_that_is_down_costs_a_warning_and_no_result(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
-    monkeypatch.setattr("cola.report.tracking.INIT_SECONDS", 3.0)
+    monkeypatch.setattr("cola.report.to_wandb.INIT_SECONDS", 3.0)
     _, summary = go(recipe_file, "tracking.wandb=auto", "arms.full=null")
-    assert summary.wandb.mode == "off"
+    assert summary.tracking.mode == "off"
     assert all(arm.states == {0: "ok"} for arm in summary.arms.values())
 
 
@@ -78,11 +78,11 @@ def test_a_first_step_waits_for_no_wandb_and_what_is_stopped_there_leaves_nothin
     for status in ("interrupted", "ok"):
         tracker.start("lora", 0, tmp_path, {"arm": "lora"})
         tracker.log(1, {"train/loss": 1.0})
-        assert tracker.run is None
+        assert not tracker.is_open
         assert not any(tmp_path.iterdir())
         if status == "ok":
             tracker.log(2, {"train/loss": 0.5})
-            assert tracker.run is not None
+            assert tracker.is_open
         tracker.finish({"gap/loss": 0.1}, status)
     assert not said
     [part] = tmp_path.glob("wandb/offline-run-*")

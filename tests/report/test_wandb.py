@@ -19,12 +19,12 @@ from typer.testing import Result
 from cola.compare.records import Spread, Summary
 from cola.files import pip_install
 from cola.recipe.schema import Tracking
-from cola.report import tracking
+from cola.report import to_wandb
 from cola.report.group_report import KNOT_PANELS, Comparison, group_report
 from cola.report.numbers import number, small, spread
 from cola.report.page import comparison_of
-from cola.report.table import NONE, Shown, Table
-from cola.report.tracking import Tracker, comparison_numbers, typed_rows
+from cola.report.table import NONE, Shown, Table, typed_rows
+from cola.report.tracking import Tracker, comparison_numbers
 from cola.tree.run_folder import RunFolder
 
 pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
@@ -240,21 +240,21 @@ def test_the_page_is_an_artifact_whose_copies_lie_in_the_run_folder(finished: tu
     assert all(part in path.parents for path in files.values())
     assert files["report.html"].read_text() == (folder / "report.html").read_text()
     told, summary = (json.loads(path.read_text()) for path in (files["summary.json"], folder / "summary.json"))
-    assert told == {key: value for key, value in summary.items() if key not in ("store", "wandb")}
+    assert told == {key: value for key, value in summary.items() if key not in ("store", "tracking")}
     assert not list((folder.parent / "home").rglob("staging"))
 
 
 @pytest.mark.slow
 def test_sent_again_it_is_the_same_run_and_takes_the_place_of_what_was_not_uploaded(run_folder: Path) -> None:
     [before] = parts(run_folder)
-    said = cola("report", run_folder, "--wandb")
+    said = cola("report", run_folder, "--track")
     assert said.exit_code == 0, said.output
     assert "a Report needs the runs online: upload them" in said.output
     [after] = parts(run_folder)
     assert after != before
     next(after.glob("*.wandb")).with_suffix(".wandb.synced").touch()  # as `wandb sync` does
     time.sleep(1.1)  # W&B names a part by the second
-    assert cola("report", run_folder, "--wandb").exit_code == 0
+    assert cola("report", run_folder, "--track").exit_code == 0
     both = parts(run_folder)
     assert both[0] == after
     steps = [[r["history"]["item"]["_step"] for r in records(part) if r["type"] == "history"] for part in both]
@@ -280,7 +280,7 @@ def test_an_ablation_has_one_comparison_and_a_point_its_own_when_asked(recipe_fi
     assert "<svg" in (part / "files" / final["figure/ablation.path"]).read_text()
     assert not list(folder.glob("points/*/wandb.json"))
     point = next(folder.glob("points/*"))
-    assert cola("report", point, "--wandb").exit_code == 0
+    assert cola("report", point, "--track").exit_code == 0
     [run] = [record["run"] for record in records(parts(point)[0]) if record["type"] == "run"]
     assert (run["run_group"], run["display_name"]) == (folder.name, f"{point.name} comparison")
 
@@ -300,8 +300,8 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """A W&B at a port where nobody listens, or that takes connections and never answers."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")  # of what is still waiting when the tests end
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 2.0)
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 2.0)
+    monkeypatch.setattr(to_wandb, "INIT_SECONDS", 2.0)
+    monkeypatch.setattr(to_wandb, "FINISH_SECONDS", 2.0)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if request.param == "silent":
@@ -313,7 +313,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.mark.slow
 def test_a_server_that_is_down_or_silent_costs_a_bounded_wait_and_one_warning(server: None, run_folder: Path) -> None:
     began = time.monotonic()
-    said = cola("report", run_folder, "--wandb")
+    said = cola("report", run_folder, "--track")
     assert time.monotonic() - began < 20
     assert said.exit_code == 0, said.output
     assert said.output.count("warning:") == 1
@@ -324,7 +324,7 @@ def test_a_server_that_is_down_or_silent_costs_a_bounded_wait_and_one_warning(se
 def test_a_report_that_cannot_be_saved_is_one_warning(server: None, comparison: Comparison, tmp_path: Path) -> None:
     warnings: list[str] = []
     tracker = Tracker(Tracking(wandb="online"), None, tmp_path, warnings.append)
-    tracker.entity = "me"
+    tracker.sink.entity = "me"
     assert tracker.publish(comparison) is None
     [warning] = warnings
     assert warning.startswith("W&B failed and is off for the rest of this run (")
@@ -336,7 +336,7 @@ def test_ctrl_c_leaves_wandb_and_nothing_else(run_folder: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Tracker, "compare", pressed)
-    said = cola("report", run_folder, "--wandb")
+    said = cola("report", run_folder, "--track")
     assert said.exit_code == 0, said.output
     assert "warning: interrupted while W&B was being sent the comparison" in said.output
 
@@ -344,7 +344,7 @@ def test_ctrl_c_leaves_wandb_and_nothing_else(run_folder: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_without_the_extra_a_report_names_it(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    said = cola("report", run_folder, "--wandb")
+    said = cola("report", run_folder, "--track")
     assert said.exit_code == 2
     command = pip_install("'chain-of-lora[report]'")
     assert said.output.strip() == f"error: a W&B Report needs the package wandb_workspaces: {command}"
@@ -355,7 +355,7 @@ def test_where_tracking_is_off_nothing_is_sent_and_that_is_said(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     before = parts(run_folder)
-    said = cola("report", run_folder, "--wandb")
+    said = cola("report", run_folder, "--track")
     assert said.exit_code == 0
     assert "warning: W&B is off" in said.output
     assert parts(run_folder) == before

@@ -636,7 +636,7 @@ def test_a_damaged_note_of_a_wandb_run_begins_a_new_one(recipe_file: Path, damag
     note.write_text(damage)
     opened, recipe = open_run(folder.path)
     summary = run(recipe, opened, Terminal(Console(file=io.StringIO())))
-    assert summary.wandb.mode == "offline"
+    assert summary.tracking.mode == "offline"
     assert summary.arms["base"].states == {0: "ok"}
 
 
