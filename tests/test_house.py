@@ -96,7 +96,8 @@ def test_results_are_read_without_torch() -> None:
     names = [name for name in FILES if name.split("/")[0] in WITHOUT_TORCH]
     names += [name for name in FILES if name.startswith("tree/") and name != "tree/states.py"]
     code = "import sys\n" + "".join(f"import {module_of(name)}\n" for name in names)
-    code += "import cola.cli.app\nassert not {'torch', 'transformers', 'wandb', 'wandb_workspaces', 'trackio', 'mlflow'} & set(sys.modules)"
+    code += "import cola.cli.app\n"
+    code += "assert not {'torch', 'transformers', 'wandb', 'wandb_workspaces', 'trackio', 'mlflow'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

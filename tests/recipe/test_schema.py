@@ -52,6 +52,7 @@ def test_every_recipe_that_is_written_here_fits_the_schema(path: Path) -> None:
         ("links: 1", "alpha: 2r, knot: {merge: no, optimizer: {prune_random: 0.5}}"),
         ("epochs: 2", "epochs: 2, learning_rate: {search: [1e-3, 1e-4]}, warmup_steps: 0.1, max_grad_norm: null"),
         ("seeds: [0]", "seeds: [0]\nevaluation: {general_text: off, every: 5}\ntracking: {wandb: off}"),
+        ("seeds: [0]", "seeds: [0]\ntracking: {tracker: mlflow, wandb: off, project: mine}"),
     ],
 )
 def test_a_spelling_that_the_reader_takes_fits_the_schema(old: str, new: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Sent:
     points: dict[str, list[tuple[int, float]]]  # steps and values of each curve
     final: dict[str, Any]
     files: set[str]
+    ended: bool
 
 
 def of_trackio(folder: Path, project: str = "cola") -> list[Sent]:
@@ -40,10 +41,11 @@ def of_trackio(folder: Path, project: str = "cola") -> list[Sent]:
     found = {}
     for run, name, step, text in database.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id"):
         config = configs[run]
-        sent = found.setdefault(run, Sent(name, config["_Group"], config, {}, {}, set()))
+        sent = found.setdefault(run, Sent(name, config["_Group"], config, {}, {}, set(), False))
         for key, value in json.loads(text).items():
             sent.points.setdefault(key, []).append((step, value))
             sent.final[key] = value
+            sent.ended |= key.startswith(("gap/", "contrast/"))
     for run, manifest in database.execute(
         "SELECT run_id, manifest FROM run_artifact_links l JOIN artifact_versions v ON v.id = l.artifact_version_id"
     ):
@@ -59,7 +61,6 @@ def of_mlflow(folder: Path, project: str = "cola") -> list[Sent]:
     experiment = client.get_experiment_by_name(project)
     found = []
     for run in client.search_runs([experiment.experiment_id]):
-        assert run.info.status == "FINISHED"
         assert run.info.user_id in (None, "", "unknown")
         points = {
             name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
@@ -73,7 +74,9 @@ def of_mlflow(folder: Path, project: str = "cola") -> list[Sent]:
         config = json.loads((folder / "mlflow/artifacts" / run.info.run_id / "artifacts/config.json").read_text())
         config["job_type"] = run.data.tags["job_type"]
         final = {**run.data.metrics, **run.data.tags}
-        found.append(Sent(run.info.run_name, run.data.tags["group"], config, points, final, files))
+        found.append(
+            Sent(run.info.run_name, run.data.tags["group"], config, points, final, files, run.info.status == "FINISHED")
+        )
     return found
 
 
@@ -94,6 +97,7 @@ def check_sent(tracker: str, folder: Path, arms: list[str]) -> None:
     sent = READ[tracker](folder)
     assert sorted(one.name for one in sent) == sorted(["comparison", *(f"{arm}-seed0" for arm in arms)])
     assert {one.group for one in sent} == {folder.name}
+    assert all(one.ended for one in sent)
     runs = {one.name: one for one in sent}
     for arm in arms:
         mine = runs[f"{arm}-seed0"]
@@ -177,7 +181,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_result(
 
 
 ALONE = """
-import os, socket, sys
+import os, signal, socket, sys, time
 from pathlib import Path
 
 def lookup(host, *_, **__):
@@ -189,26 +193,36 @@ from cola.recipe.schema import Tracking
 from cola.report.tracking import Tracker, command_after
 
 settings, folder, said = Tracking(tracker=sys.argv[1]), Path(sys.argv[2]), []
-for session in range(2):
+for n_steps, status in ((int(n), status) for n, status in (word.split(":") for word in sys.argv[3:])):
     tracker = Tracker(settings, None, folder, said.append)
     tracker.start("lora", 0, folder, {"arm": "lora", "seed": 0})
-    for step in range(1, 4 + session):
+    for step in range(1, n_steps + 1):
         tracker.log(step, {"train/loss": 1.0 / step, "train/grad_norm": None})
-    tracker.finish({"gap/loss": 0.25}, "interrupted" if session == 0 else "ok")
+        if status == "killed" and step in (3, 4):
+            time.sleep(1.2)  # longer than rows are kept back
+    if status == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    tracker.finish({"gap/loss": 0.25}, status)
 print(said, os.environ.get("MLFLOW_DISABLE_TELEMETRY"), command_after(settings, None, folder))
 """
 
 
-def test_a_tracker_goes_on_with_its_run_and_asks_for_nothing_on_the_network_though_a_token_is_there(
+def test_a_killed_session_goes_on_in_its_run_and_asks_for_nothing_on_the_network_though_a_token_is_there(
     tracker: str, tmp_path: Path
 ) -> None:
     kept = {name: os.environ[name] for name in ("PATH", "TRACKIO_DIR")}  # not what tells MLflow that this is a test
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, tracker, str(tmp_path)],
-        env={**kept, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_TOKEN": "hf_" + "x" * 34, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    kept |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_TOKEN": "hf_" + "x" * 34, "HOME": str(tmp_path)}
+
+    def sessions(*words: str) -> subprocess.CompletedProcess[str]:
+        told = [sys.executable, "-c", ALONE, tracker, str(tmp_path), *words]
+        return subprocess.run(told, env=kept, capture_output=True, text=True)
+
+    done = sessions("5:killed")
+    assert (done.returncode, done.stdout) == (KILLED, ""), done.stderr
+    [sent] = READ[tracker](tmp_path)
+    assert not sent.ended
+    assert {1, 2, 3} <= {step for step, _ in sent.points["train/loss"]}
+    done = sessions("5:interrupted", "6:ok")
     assert done.returncode == 0, done.stderr
     shown = {
         "trackio": "trackio show --project cola",
@@ -217,7 +231,8 @@ def test_a_tracker_goes_on_with_its_run_and_asks_for_nothing_on_the_network_thou
     assert done.stdout == f"[] {'true' if tracker == 'mlflow' else None} {shown[tracker]}\n", done.stdout
     [sent] = READ[tracker](tmp_path)
     assert (sent.name, sent.group, sent.config["arm"]) == ("lora-seed0", tmp_path.name, "lora")
-    assert [step for step, _ in sent.points["train/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in sent.points["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert sent.ended
     assert sent.final["gap/loss"] == 0.25
 
 

@@ -265,7 +265,7 @@ HARMLESS: dict[str, Change] = {
     "select_by": put("evaluation", "select_by", value="score"),
     "batch_tokens": put("evaluation", "batch_tokens", value=64),
     "comparison": compare,
-    "tracking": put("tracking", "project", value="another"),
+    "tracking": put("tracking", value={"tracker": "trackio", "project": "another"}),
     "name": put("name", value="another"),
     "drift": put("knot", "max_drift", value=0.5),
     "the knots of each arm": spell_knots,
