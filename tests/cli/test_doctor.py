@@ -34,6 +34,8 @@ def test_what_is_there_is_said_and_no_name_or_secret(monkeypatch: pytest.MonkeyP
         "COLA_STORE": str(other),
         "WANDB_API_KEY": "5ecret" * 8,
         "HF_TOKEN": "hf_5ecret",
+        "TRACKIO_DIR": str(home / "trackio"),
+        "MLFLOW_TRACKING_URI": "http://jane_doe:5ecret@mlflow.example",
     }.items():
         monkeypatch.setenv(name, value)
     result = cola("doctor")
@@ -43,6 +45,8 @@ def test_what_is_there_is_said_and_no_name_or_secret(monkeypatch: pytest.MonkeyP
     assert line(result.stdout, "store").startswith(f"{tmp_path}/scratch/USER/store, not there yet, ")
     assert line(result.stdout, "W&B") == "online; an API key is configured"
     assert "a token is configured" in line(result.stdout, "hub")
+    assert line(result.stdout, "trackio") in ("not installed", "in ~/trackio, by TRACKIO_DIR")
+    assert line(result.stdout, "MLflow") in ("not installed", "as MLFLOW_TRACKING_URI says")
     for secret in ("jane_doe", "5ecret", socket.gethostname()):
         assert secret not in result.stdout
 
