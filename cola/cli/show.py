@@ -66,8 +66,8 @@ def report_run(path: Path, later: list[tuple[str, str]], track: bool) -> None:
     if track:
         _need_to_send(recipe.tracking)
     folder.check_results()
-    settings, group = recipe.tracking, _group_of(folder.path)
-    kept = Tracked(tracker=settings.tracker, mode=None, command=command_after(settings, group, folder.path))
+    command = command_after(recipe.tracking, _group_of(folder.path), folder.path)
+    kept = Tracked(tracker=recipe.tracking.tracker, mode=None, command=command)
     summary = summarize(recipe, folder, later).model_copy(update={"tracking": kept})
     folder.write("summary.json", summary)
     terminal = Terminal()
@@ -75,7 +75,7 @@ def report_run(path: Path, later: list[tuple[str, str]], track: bool) -> None:
     if track:
         track_run(recipe, folder, summary, terminal, publish=True)
     else:
-        say_tracking(settings, group, folder.path, terminal)
+        say_tracking(kept, terminal)
 
 
 def report_tasks(paths: list[Path], to: Path | None, later: list[tuple[str, str]]) -> None:
@@ -164,7 +164,8 @@ def _send(
         elif tracker.mode == URI:
             terminal.say(f"{title:<9}at {URI}, group {tracker.group}")
         else:
-            say_tracking(settings, group, path, terminal)
+            command = command_after(settings, group, path)
+            say_tracking(Tracked(tracker=settings.tracker, mode=tracker.mode, command=command), terminal)
             if publish and tracker.mode == "offline":
                 terminal.say("W&B      a Report needs the runs online: upload them, then the same command with a key")
     except KeyboardInterrupt:  # leaves the tracker, and nothing else: the results are written and said
@@ -173,8 +174,8 @@ def _send(
         )
 
 
-def say_tracking(settings: Tracking, group: str | None, path: Path, terminal: Terminal) -> None:
+def say_tracking(tracked: Tracked | None, terminal: Terminal) -> None:
     """How to upload what W&B kept offline, or to look at what another tracker keeps, where there is something."""
-    if (command := command_after(settings, group, path)) is not None:
-        what = "offline; upload with" if settings.tracker == "wandb" else "look at it with"
-        terminal.say(f"{TITLES[settings.tracker]:<9}{what}: {command}")
+    if tracked is not None and tracked.command is not None:
+        what = "offline; upload with" if tracked.tracker == "wandb" else "look at it with"
+        terminal.say(f"{TITLES[tracked.tracker]:<9}{what}: {tracked.command}")

@@ -62,18 +62,15 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
 
     with Signals().installed() as signals:
         summary = run_recipe(recipe, folder, terminal, signals)
-    from cola.cli.show import (
-        print_results,
-        say_tracking,
-        track_run,
-    )  # with what draws, for which no first step has to wait
+    # With what draws, for which no first step has to wait.
+    from cola.cli.show import print_results, say_tracking, track_run
 
     print_results(folder, summary, terminal)
     # One that stopped goes on later, and is compared then; a tracker that failed once would only be waited for again.
     if not summary.interrupted and summary.tracking and summary.tracking.mode != "off":
         track_run(recipe, folder, summary, terminal)
     else:
-        say_tracking(recipe.tracking, None, folder.path, terminal)
+        say_tracking(summary.tracking, terminal)
     command = f"the same command, or: cola run --resume {folder.path}"
     if summary.interrupted:
         terminal.say(f"interrupted; all that was trained is kept. Go on with {command}")

@@ -31,27 +31,22 @@ class Place:
 
 
 class Sink(Protocol):
-    """Takes one run at a time. It raises whatever goes wrong, which is Tracker's to deal with; times are steps."""
+    """Takes one run at a time. It raises whatever goes wrong, which is Tracker's to deal with."""
 
     mode: str
 
     def recover(self, note: Note, anew: bool) -> None:
         """Before a run is opened: what a killed session left that is not whole is thrown away, and with `anew` what any
         session left, since this one sends everything; `note.logged` is then the last step that is not sent again."""
-        ...
 
     def open(self, note: Note, name: str, job_type: str, config: dict[str, Any]) -> None:
         """Open the run that the note names, or begin it. What the tracker knows better of `note.logged` it corrects."""
-        ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """All that is known of a step; steps rise."""
-        ...
 
     def compare(self, comparison: Comparison, step: int) -> None:
         """Tables, figures and files of a whole group, in the open run."""
-        ...
 
     def end(self, numbers: Mapping[str, float | str], status: str, step: int) -> None:
         """End the run with its final numbers; `status` as a result has it, `step` the last one."""
-        ...

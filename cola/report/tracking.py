@@ -36,7 +36,7 @@ from cola.tree.run_folder import TRACKER_NOTES
 
 TITLES = {"wandb": "W&B", "trackio": "trackio", "mlflow": "MLflow"}
 EXTRAS = {"trackio": ["trackio"], "mlflow": ["mlflow", "sqlalchemy", "alembic"]}  # the packages that each needs
-SECRET = re.compile(r"//[^/\s@]+@")  # in an address: a name, and perhaps a password
+SECRET = re.compile(r"//\S+@")  # of an address: a name, and perhaps a password
 LONGEST = 10_000  # characters of an error in which one is looked for
 
 T = TypeVar("T")
@@ -147,6 +147,7 @@ class Tracker:
         self.sink.recover(self.note, anew)
 
     def _open(self, name: str, job_type: str, config: dict[str, Any]) -> None:
+        self._write_note(clean=False)  # a process that is killed while the run is begun must find it again
         self.sink.open(self.note, f"{self.prefix}{name}", job_type, config)
         self.is_open = True
         self.note.began = self.note.logged

@@ -85,16 +85,20 @@ def run(
     summary = summarize(recipe, folder).model_copy(
         update={
             "interrupted": interrupted,
-            "tracking": Tracked(
-                tracker=recipe.tracking.tracker,
-                mode=tracker.mode,
-                command=command_after(recipe.tracking, group, folder.path),
-            ),
+            "tracking": _tracked(recipe, tracker, group, folder),
             "store": StoreUse(path=str(store.path), bytes=size_of(store.path)),
         }
     )
     folder.write("summary.json", summary)
     return summary
+
+
+def _tracked(recipe: Recipe, tracker: Tracker | NoTracker, group: str | None, folder: RunFolder) -> Tracked:
+    """What became of the sending; a tracker that failed may have nothing to look at, but what W&B kept can be sent."""
+    settings = recipe.tracking
+    failed = tracker.mode == "off" and settings.tracker != "wandb"
+    command = None if failed else command_after(settings, group, folder.path)
+    return Tracked(tracker=settings.tracker, mode=tracker.mode, command=command)
 
 
 def _stopped(bench: Bench, jobs: list[Job]) -> bool:

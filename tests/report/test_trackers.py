@@ -169,7 +169,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_result(
 ) -> None:
     (tmp_path / "trackio").write_text("where a folder must be")
     said = tmp_path / "said.txt"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:5ecret@127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p@5ecret@127.0.0.1:9")  # the discard port: nobody listens
     words = [*SHORT, *LORA_ONLY, f"tracking.tracker={tracker}"]
     assert end(start(["run", str(recipe_file), *words], said)) == 0, said.read_text()
     text = said.read_text()
