@@ -100,7 +100,7 @@ def outcome(run_folder: Path) -> Outcome:
                 files[name] = path.read_text()
             elif path.name == "metrics.jsonl":
                 rows = read_jsonl(path)
-                files[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+                files[name] = [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
             elif path.name == "ledger.jsonl":
                 files[name] = read_jsonl(path)
             elif path.name == "result.json":

@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 # From the ground up: a room imports those before it, and nothing of those after it.
-GROUND = {"errors", "files", "environment"}
+GROUND = {"errors", "files", "environment", "clock"}
 ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "report", "run", "export", "cli"]
 
 # Foreign libraries that are imported in one place only.

@@ -18,7 +18,7 @@ from cola.tree.records import Result
 from cola.tree.run_folder import RunFolder, read_json, read_jsonl
 
 COST = ("learning_rate", "scored_step", "steps", "reused_steps", "tokens", "flops", "num_trainable_params")
-COST += ("train_seconds", "total_seconds")
+COST += ("train_seconds", "total_seconds", "train_cpu_seconds", "total_cpu_seconds")
 
 
 def run_recipe(recipe: str | Path, overrides: Mapping[str, Any], run_folder: str | Path | None = None) -> "Run":

@@ -22,6 +22,7 @@ from cola.tree.records import Chosen, Result, TrainInfo
 from cola.tree.run_folder import RunFolder, choice_file, damaged_file
 
 COSTS = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
+CPU = ("train_cpu_seconds", "total_cpu_seconds")  # which earlier versions did not note
 # Of a knot's numbers over seeds.
 MEANS = ("relative_size_median", "unchanged_median")
 WORST = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
@@ -106,6 +107,7 @@ def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
         **state,
         **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in keys},
         **{key: float(np.mean([getattr(info, key) for info in infos])) for key in COSTS},
+        **{key: None if None in (known := [getattr(i, key) for i in infos]) else float(np.mean(known)) for key in CPU},
         **compared,
         seeds=seeds,
         scored_step=[info.scored_step for info in infos],

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from cola.clock import Clock
 from cola.data.batches import MicroBatch
 from cola.errors import NoGradient, NonFiniteLoss
 from cola.link.adapters import trainable
@@ -37,6 +37,7 @@ class Step:
     tokens: int  # read, prompts included, padding not
     target_tokens: int  # those that the loss is taken on
     seconds: float
+    cpu_seconds: float
     without_gradient: int  # trained tensors that have had none in this link yet (A of a pair at its first step)
     cleared: float | None  # share of the optimizer's moments that were zero as a link began; None at its other steps
     rows: list[str]  # their ids, in the order of the micro-batches
@@ -82,7 +83,7 @@ def tune(
     for place, micro_batches in enumerate(batches, start=done):
         if not model.training:  # a look was taken; to walk through all modules is a share of a short step
             model.train()
-        started, step, learning_rate = perf_counter(), link.first_step + place + 1, link.learning_rates[place]
+        clock, step, learning_rate = Clock(), link.first_step + place + 1, link.learning_rates[place]
         torch.manual_seed(derived_seed("dropout", link.seed, place))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["ratio"]
@@ -92,8 +93,8 @@ def tune(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
-        seconds = perf_counter() - started
-        on_step(Step(step, loss, norm, learning_rate, tokens, targets, seconds, silent, cleared, rows), optimizer)
+        took = clock.read()
+        on_step(Step(step, loss, norm, learning_rate, tokens, targets, *took, silent, cleared, rows), optimizer)
         cleared = None
     model.eval()
     return optimizer

@@ -17,7 +17,9 @@ WORDS = {
     "forgetting": "loss on the general text after training − before",
     "difference": "on test, paired by seed and example, from the arm's first value; more is better",
     "wall clock": "of training, knots and scoring from the base on, whichever session did it, with all else that the "
-    "machine did meanwhile in it: no finding. CPU time is not recorded",
+    "machine did meanwhile in it: no finding. CPU time stands beside it where it was recorded",
+    "CPU time": "of the same, of all threads of the process together: what else the machine did is not in it, and "
+    "nor is what a GPU did",
     "± and [ ]": "one standard deviation over seeds; 95 % interval",
     "p": "as the interval: for other seeds and other test examples, with one seed for other examples alone (the level "
     "at which the interval ends at 0)",

@@ -1,7 +1,7 @@
 """The numbers of a summary as tables, the same in the terminal, on the page and in the README. No torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cola.compare import records
@@ -21,7 +21,6 @@ TO_FULL: Columns = {
 COST: Columns = {
     "trained": lambda arm: numbers.count(arm.num_trainable_params),
     "steps": lambda arm: numbers.number(arm.steps, ".0f"),
-    "wall clock": lambda arm: numbers.duration(arm.total_seconds),
 }
 RANKS: Columns = {
     "rank": lambda update: numbers.rounded(update.rank),
@@ -67,10 +66,20 @@ def _cost_columns(arms: dict[str, records.ArmSummary]) -> Columns:
         "FLOPs": lambda arm: numbers.count(arm.flops),
         "learning rate": lambda arm: numbers.value_range(arm.learning_rate),
         "scored at step": lambda arm: numbers.value_range(arm.scored_step),
-        "wall clock": COST["wall clock"],
+        **_times(arms.values()),
     }
     if any(arm.peak_memory for arm in arms.values()):
         columns["memory"] = lambda arm: numbers.size(arm.peak_memory)
+    return columns
+
+
+def _times(arms: Iterable[records.ArmSummary | records.AblationRow]) -> Columns:
+    """Wall clock, and beside it the CPU time where it was noted of any arm."""
+    columns: Columns = {"wall clock": lambda arm: numbers.duration(arm.total_seconds)}
+    if any(arm.total_cpu_seconds is not None for arm in arms):
+        columns["CPU time"] = lambda arm: (
+            "not recorded" if arm.total_cpu_seconds is None else numbers.duration(arm.total_cpu_seconds)
+        )
     return columns
 
 
@@ -305,7 +314,7 @@ def ablation_table(summary: records.Ablation) -> Table:
     if summary.metric != "perplexity":
         columns[f"test {summary.metric}"] = lambda row: numbers.spread(row.test_score)
         columns["gap_acc"] = lambda row: numbers.spread(row.gap_acc, signed=True)
-    columns |= {"difference": lambda row: numbers.interval(row.difference), **TO_FULL, **COST}
+    columns |= {"difference": lambda row: numbers.interval(row.difference), **TO_FULL, **COST, **_times(summary.rows)}
     title = f"{summary.name}: {' × '.join(keys)}, {numbers.matched_text(summary.matched)}"
     title += numbers.sample_text(summary.train_sample)
     table = Table(title, ["arm", *keys, *columns], [])

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from cola.chain import Knot
+from cola.clock import Took
 from cola.link.drift import Drift
 from cola.link.residual import Applied
 from cola.measure.scores import ExampleScore, mean_loss, mean_score
@@ -98,8 +99,8 @@ def selection_key(select_by: str, loss: float, score: float | None) -> tuple[flo
     return (score if select_by == "score" and score is not None else 0.0, -loss)
 
 
-def knot_record(given: Assignment, number: int, knot: Knot, seconds: float) -> dict[str, Any]:
-    """What result.json and ledger.jsonl say of a knot that tied the link of that number, from 0, in so many seconds."""
+def knot_record(given: Assignment, number: int, knot: Knot, took: Took) -> dict[str, Any]:
+    """What result.json and ledger.jsonl say of a knot that tied the link of that number, from 0; `took`: how long."""
     link = given.links[number]
     return {
         "link": number + 1,
@@ -109,7 +110,7 @@ def knot_record(given: Assignment, number: int, knot: Knot, seconds: float) -> d
         **{f"drift_{name}": value for name, value in asdict(knot.drift).items()},
         **_over_matrices(list(knot.applied.values())),
         "matrices": {name: asdict(applied) for name, applied in knot.applied.items()},
-        "seconds": seconds,
+        **took._asdict(),
     }
 
 

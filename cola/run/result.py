@@ -5,6 +5,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from cola.clock import cpu_total
 from cola.files import each_once
 from cola.link import adapters
 from cola.recipe.plan import Job, Link
@@ -62,7 +63,7 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
     cost = cost_of(given.bench.meter, given.links, given.order, given.job.seed)  # whenever they were trained
     # With what, and in how much memory, the segments were made, in this session or an earlier one.
     segments = [segment.record for step in given.cuts if (segment := given.states.get(step)) is not None]
-    train_seconds = sum(step["seconds"] for step in steps)
+    parts = [*steps, *given.measured.took, *course.knots]
     return {
         "learning_rate": max((max(link.learning_rates) for link in given.links), default=None),
         "choice": dict(given.job.choice),
@@ -85,9 +86,11 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "without_gradient": min((step["without_gradient"] for step in steps), default=0),
         "num_trainable_params": given.n_trained,
         "num_total_params": given.bench.materials.skeleton.num_parameters(),
-        "train_seconds": train_seconds,
+        "train_seconds": sum(step["seconds"] for step in steps),
         # What the result costs, whichever session made its parts.
-        "total_seconds": train_seconds + given.measured.seconds + sum(knot["seconds"] for knot in course.knots),
+        "total_seconds": sum(part["seconds"] for part in parts),
+        "train_cpu_seconds": cpu_total(steps),
+        "total_cpu_seconds": cpu_total(parts),
         "accelerator_memory_max": _peak(segments, "accelerator"),
         "process_memory_max": _peak(segments, "process"),
         "links": [link_record(link) | {"cleared": steps[link.first_step]["cleared"]} for link in given.links],

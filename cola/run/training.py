@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from time import perf_counter
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
 from cola.chain import Chain
+from cola.clock import Clock
 from cola.data.batches import training_batches
 from cola.link.drift import Outputs
 from cola.link.moments import Moments, carried, read_moments
@@ -32,17 +32,17 @@ class NothingLeft(Exception):
 def train(given: Assignment, course: Course, loaded: Loaded) -> None:
     """Make what the course lacks: the rest of the link at hand, and all links after it. Interrupted where the user
     stopped it, and a checkpoint is kept; a ColaError where the arm has diverged, or a knot moved what it should not."""
-    trainer, tuned = Trainer(given, course, loaded, Keeper(given, course)), perf_counter()
+    trainer, tuned = Trainer(given, course, loaded, Keeper(given, course)), Clock()
 
     def tune_link(_chain: Chain, link: Link) -> None:
         nonlocal tuned
         trainer.tune(link)
-        tuned = perf_counter()
+        tuned = Clock()
 
     try:
         for knot in loaded.run(len(course.knots), tune_link, trainer.probe, trainer.gradients):
             number = len(course.knots)
-            record = knot_record(given, number, knot, perf_counter() - tuned)
+            record = knot_record(given, number, knot, tuned.read())
             check_drift(given, record)
             given.measured.keep_knot(given.links[number].last_step, record)
             given.bench.write_references()

@@ -109,6 +109,11 @@ class Knot(Record):
     cosine_median: Number | None = Field(description="between the two")
     cosine_min: Number | None = Field(description="likewise, the smallest")
     seconds: Seconds = Field(description="that tying took")
+    cpu_seconds: Seconds | None = Field(
+        default=None,
+        description="CPU time of the process meanwhile, all its threads together and no GPU's; absent where a version "
+        "of cola that did not note it tied the link",
+    )
 
 
 class Look(Record):
@@ -160,6 +165,12 @@ class TrainInfo(Record):
     num_total_params: Parameters = Field(description="of the base")
     train_seconds: Seconds = Field(description="of all steps, whichever session made them")
     total_seconds: Seconds = Field(description="the same with scoring and knots; loading and writing not included")
+    train_cpu_seconds: Seconds | None = Field(
+        default=None,
+        description="of all steps the CPU time of the process, all its threads together and no GPU's: other load on "
+        "the machine is not in it; null, or absent, where a part is from a version of cola that did not note it",
+    )
+    total_cpu_seconds: Seconds | None = Field(default=None, description="the same with scoring and knots")
     accelerator_memory_max: Bytes | None = Field(
         default=None,
         description="most that was allocated on the GPU from the job's start to the last state that was kept, in "

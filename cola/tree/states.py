@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from cola.clock import Clock, Took, cpu_total
 from cola.files import digest, each_once
 from cola.link import adapters
 from cola.link.moments import Moments
@@ -122,6 +123,7 @@ class States:
             "last_step": step,
             "towards": towards,
             "seconds": sum(row["seconds"] for row in rows),
+            "cpu_seconds": cpu_total(rows),
             "memory": self.peaks(),
             "made": self.made,
         }
@@ -165,13 +167,13 @@ class Measurements:
     tie: dict[str, Any]  # what tying a link means: merged how, and which share of it where another link follows
     made: dict[str, Any]  # with what this session makes them
     used: set[str]  # names of all that were asked for; shared with the run's other jobs
-    _seconds: dict[str, float] = field(default_factory=dict)
+    _took: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def seconds(self) -> float:
-        """What these scores took to compute, whenever that was."""
-        return sum(self._seconds.values())
+    def took(self) -> list[dict[str, Any]]:
+        """How long each of these scores took to compute, whenever that was: `seconds`, and `cpu_seconds` if noted."""
+        return list(self._took.values())
 
     @property
     def made_with(self) -> list[dict[str, Any]]:
@@ -196,9 +198,9 @@ class Measurements:
         if (record := self.store.recall(circumstances)) is None:
             with lock(self.store.path, digest(circumstances)):
                 if (record := self.store.recall(circumstances)) is None:
-                    started = perf_counter()
+                    clock = Clock()
                     scores = list(map(asdict, compute()))
-                    record = {"scores": scores, "seconds": perf_counter() - started, "made": self.made}
+                    record = {"scores": scores, **clock.read()._asdict(), "made": self.made}
                     self.store.remember(circumstances, record)
         return self._read(circumstances, record)
 
@@ -241,7 +243,8 @@ class Measurements:
 
     def _read(self, circumstances: dict[str, Any], record: dict[str, Any]) -> list[ExampleScore]:
         name = digest(self._used(circumstances))
-        self._seconds[name], self._made[name] = record["seconds"], record["made"]
+        self._took[name] = {key: record[key] for key in Took._fields if key in record}
+        self._made[name] = record["made"]
         return [ExampleScore(**row) for row in record["scores"]]
 
 

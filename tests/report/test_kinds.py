@@ -4,6 +4,7 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from summaries import contrast, curves_of, many, quickstart, write_run
 from test_page import structure, written
 from test_tasks import task, three_tasks
 
+from cola.clock import Clock, cpu_total
 from cola.compare.records import Ablation, Interval, Summary
 from cola.compare.tasks import summarize_tasks
 from cola.report.curves import curve_of, curves_figure, leads_over_lora
@@ -231,10 +233,25 @@ def test_every_word_of_the_house_that_a_page_uses_is_explained_at_its_column_and
     assert "<dt>difference</dt>" not in page
 
 
-def test_a_wall_clock_is_called_one() -> None:
+def test_the_cpu_time_stands_beside_the_wall_clock_where_it_was_recorded() -> None:
     summary = quickstart()
-    assert "wall clock" in page_tables(summary, {})["cost"].columns
+    assert "CPU time" not in page_tables(summary, {})["cost"].columns  # that run is from before
     assert "no finding" in WORDS["wall clock"]
+    lora = summary.arms["lora"].model_copy(update={"total_seconds": 100.0, "total_cpu_seconds": 61.2})
+    cost = page_tables(summary.model_copy(update={"arms": {**summary.arms, "lora": lora}}), {})["cost"]
+    at = cost.columns.index("wall clock")
+    assert cost.columns[at + 1] == "CPU time"
+    rows = {row[0]: row[at + 1] for row in cost.texts}
+    assert rows == {"lora": "1 min 1 s"} | dict.fromkeys(("base", "chain3", "full"), "not recorded")
+
+
+def test_cpu_time_is_not_what_a_process_waits_for() -> None:
+    clock = Clock()
+    sleep(0.05)
+    took = clock.read()
+    assert took.seconds >= 0.05 > 0.04 > took.cpu_seconds
+    assert cpu_total([took._asdict(), {"seconds": 1.0}]) is None
+    assert cpu_total([took._asdict()] * 2) == 2 * took.cpu_seconds
 
 
 # --- several tasks --------------------------------------------------------------------------------------------------

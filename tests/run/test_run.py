@@ -46,6 +46,12 @@ def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> Non
     assert [r["link"] for r in steps] == [1, 1, 2, 2, 3, 3]
     rates = [1e-2 * (1 - i / 6) for i in range(6)]
     assert [r["learning_rate"] for r in steps] == pytest.approx(rates)
+    info = result(folder, "chain3")["train_info"]
+    for clock in ("seconds", "cpu_seconds"):  # of steps, knots and scores
+        assert info[f"train_{clock}"] == pytest.approx(sum(r[clock] for r in steps))
+        assert info[f"total_{clock}"] > info[f"train_{clock}"] + sum(knot[clock] for knot in info["knots"])
+    assert summary.arms["chain3"].total_cpu_seconds == info["total_cpu_seconds"]
+    assert {"wall clock", "CPU time"} <= set(named_tables(summary)["cost"].columns)
     assert summary.arms["lora"].test_loss.mean < summary.arms["base"].test_loss.mean
 
 

@@ -62,6 +62,8 @@ def test_a_store_of_an_earlier_commit_is_found_whole_and_nothing_is_made_anew(tm
     for arm in golden:
         info = json.loads((folder.path / f"arms/{arm}/seed-0/result.json").read_text())["train_info"]
         assert info["reused_steps"] == info["steps"] == (0 if arm == "base" else 6)
+        assert info["total_cpu_seconds"] is None  # that commit noted none
+        assert info["total_seconds"] > 0
 
 
 def make(folder: Path, work: Path, code: Path) -> None:
