@@ -275,6 +275,7 @@ def many(arms: int = 30, seeds: int = 6) -> Summary:
             "flops": 0.0 if name == "base" else 1.07e13 if name == "full" else 7.4e12 * (1 + number % 5),
             "train_seconds": 60.0,
             "total_seconds": 27.0 + 9 * number,
+            "total_cpu_seconds": 20.0 + 9 * number,
             "scored_step": [90],
             "learning_rate": [6e-4, 3e-4] if number % 7 == 3 else [6e-4],
             "base": {"dtype": "bfloat16" if number % 9 == 8 else "float32", "quantization": None},

@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
 
 from cola.compare.records import ArmSummary, Contrast, Difference, Summary, TaskContrast, TasksSummary
 from cola.report.drawing import (
@@ -29,7 +29,11 @@ from cola.report.drawing import (
     settle,
     window,
 )
-from cola.report.numbers import interval
+from cola.report.marks import belong_rows, of, say
+from cola.report.numbers import count, duration, interval, size, spread
+from cola.report.table import Cell
+
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def hero_figure(summary: Summary | TasksSummary) -> Figure | None:
     for number, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
         _hero_panel(axes, {name: task.seeds.get(name, []) for name in arms}, trained or set(arms), look)
         axes.set_yticks(range(len(arms)), list(names.values()) if number % columns == 0 else [""] * len(arms))
+        belong_rows(axes, arms)
         axes.set_title(titles[task.label])
         axes.set_xlabel(f"test {metric}")
     if primary:
@@ -100,12 +105,15 @@ def _hero_panel(axes: Axes, seeds: dict[str, list[float]], trained: set[str], lo
         if name not in means:
             continue
         mean, edge = edge_text(means[name], ends, f"{means[name]:.3f}")
-        if edge:
-            axes.annotate(edge, (mean, row), va="center", ha="left" if mean == ends[0] else "right")
-            continue
-        axes.plot(seeds[name], [row] * len(seeds[name]), "o", color=look[name].colour, ms=4.5, alpha=0.45, mew=0)
-        axes.plot(mean, row, "|", color=look[name].colour, ms=13, mew=2.6)
-        axes.annotate(f"{mean:.3f}", (1, row), (5, 0), axes.get_yaxis_transform(), "offset points", va="center")
+        with of(axes, name):
+            if edge:
+                axes.annotate(edge, (mean, row), va="center", ha="left" if mean == ends[0] else "right")
+                continue
+            axes.plot(seeds[name], [row] * len(seeds[name]), "o", color=look[name].colour, ms=4.5, alpha=0.45, mew=0)
+            axes.plot(mean, row, "|", color=look[name].colour, ms=13, mew=2.6)
+            axes.annotate(f"{mean:.3f}", (1, row), (5, 0), axes.get_yaxis_transform(), "offset points", va="center")
+        say(axes, name, [(value, row, f"{name}, a seed: {value:.4f}") for value in seeds[name]])
+        say(axes, name, [(mean, row, f"{name}, mean of {len(seeds[name])}: {mean:.4f}")])
     axes.set(xlim=ends, ylim=(len(seeds) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(3))
@@ -151,8 +159,12 @@ def gaps_figure(summary: Summary) -> Figure | None:
     panels, labels = figure.subplots(1, 2), {gap: formula, f"test_{score}": f"test {metric}"}
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for name, arm in arms.items():
-            draw_seeds(axes, [(at[name], value) for value in seed_values(arm, key)], look[name])
-            axes.plot(at[name], getattr(arm, key).mean, look[name].marker, c=look[name].colour, ms=7, mec=INK, mew=0.6)
+            mean = getattr(arm, key).mean
+            with of(axes, name):
+                draw_seeds(axes, [(at[name], value) for value in seed_values(arm, key)], look[name])
+                axes.plot(at[name], mean, look[name].marker, c=look[name].colour, ms=7, mec=INK, mew=0.6)
+            says = f"{name}, {arm.links} links: {label} {spread(getattr(arm, key))}"
+            say(axes, name, [(at[name], mean, says)])
         axes.set(xlabel="links", ylabel=label)
         axes.set_xticks(lengths)
         axes.set_xlim(min(at.values()) - 0.4 * step, max(at.values()) + 0.4 * step)
@@ -178,15 +190,20 @@ def train_test_figure(summary: Summary) -> Figure | None:
         arm, colour = arms[name], look[name].colour
         means = [getattr(arm, f"{split}_{key}").mean for split in ("train", "test")]
         x, edge = edge_text(means[1], ends, f"train {means[0]:.3f}, test {means[1]:.3f}")
-        if edge:
-            axes.annotate(edge, (x, row), va="center", ha="left" if x == ends[0] else "right")
-            continue
-        axes.plot(means, [row, row], color=colour, linewidth=2, alpha=0.5, zorder=2)
-        for split, mean, face, marker in zip(("train", "test"), means, ("none", colour), ("o", "s"), strict=True):
-            seeds = seed_values(arm, f"{split}_{key}")
-            axes.plot(seeds, [row] * len(seeds), marker, ms=2.5, color=colour, mfc=face, alpha=0.6, mew=0.6, zorder=1)
-            axes.plot(mean, row, marker, ms=6, mec=colour, mfc=face, mew=1.4, zorder=3)
+        with of(axes, name):
+            if edge:
+                axes.annotate(edge, (x, row), va="center", ha="left" if x == ends[0] else "right")
+                continue
+            axes.plot(means, [row, row], color=colour, linewidth=2, alpha=0.5, zorder=2)
+            for split, mean, face, marker in zip(SPLITS, means, ("none", colour), ("o", "s"), strict=True):
+                seeds = seed_values(arm, f"{split}_{key}")
+                form: dict[str, Any] = {"mfc": face, "color": colour}
+                axes.plot(seeds, [row] * len(seeds), marker, ms=2.5, alpha=0.6, mew=0.6, zorder=1, **form)
+                axes.plot(mean, row, marker, ms=6, mew=1.4, zorder=3, **form)
+        texts = [f"{name}, {split}: {spread(getattr(arm, f'{split}_{key}'))}" for split in SPLITS]
+        say(axes, name, [(mean, row, text) for mean, text in zip(means, texts, strict=True)])
     axes.set_yticks(range(len(ordered)), list(clipped(ordered).values()))
+    belong_rows(axes, ordered)
     axes.set(xlim=ends, ylim=(-0.7, len(ordered) - 0.3), xlabel=metric)
     axes.tick_params(axis="y", length=0)
     kinds = [("o", "none", "train"), ("s", INK, "test"), ("", INK, "between them: the gap")]
@@ -219,11 +236,12 @@ def losses_figure(summary: Summary) -> Figure | None:
     axes = figure.subplots()
     for name, arm in arms.items():
         pairs = list(zip(seed_values(arm, "train_loss"), seed_values(arm, "test_loss"), strict=True))
-        draw_seeds(axes, pairs, look[name])
-        colour, mark = look[name].colour, look[name].marker
-        axes.plot(
-            _values(arm, "train_loss")[0], _values(arm, "test_loss")[0], mark, color=colour, ms=8, mec=INK, mew=0.6
-        )
+        train, test = _values(arm, "train_loss")[0], _values(arm, "test_loss")[0]
+        with of(axes, name):
+            draw_seeds(axes, pairs, look[name])
+            axes.plot(train, test, look[name].marker, color=look[name].colour, ms=8, mec=INK, mew=0.6)
+        say(axes, name, [(x, y, f"{name}, a seed: train {x:.3f}, test {y:.3f}") for x, y in pairs])
+        say(axes, name, [(train, test, f"{name}: train {spread(arm.train_loss)}, test {spread(arm.test_loss)}")])
     axes.set(xlabel="train loss, nats per target token", ylabel="test loss")
     axes.margins(0.1)
     arm_legend(figure, look, _seed_mark(arms))
@@ -239,42 +257,63 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def costs_of(summary: Summary) -> tuple[str, dict[str, tuple[float, float]]]:
-    """The name of the cost, and each arm's cost and test number, of which more is better: minus the loss of a text."""
-    arms = scored_arms(summary)
-    key, _ = metric_of(summary)
-    known = all(math.isfinite(arm.flops or math.nan) for arm in arms.values() if arm.links)
-    clock = "wall clock of training and scoring, seconds"
-    cost, label = ("flops", "training FLOPs") if known else ("total_seconds", clock)
-    sign = -1 if key == "loss" else 1
-    return label, {name: (getattr(arm, cost), sign * getattr(arm, f"test_{key}").mean) for name, arm in arms.items()}
+@dataclass(frozen=True)
+class Price:
+    """One of the costs that scores can be set against."""
+
+    label: str  # of its axis
+    of: Callable[[ArmSummary], float | None]
+    shown: Callable[[float], Cell]
+    tick: Formatter | str
 
 
-def cost_figure(summary: Summary) -> Figure | None:
-    """Cost against the test number; a line joins the trained arms than which none is both better and no dearer."""
-    label, found = costs_of(summary)
+PRICES = {
+    "cost": Price("training FLOPs", lambda arm: arm.flops, count, EngFormatter()),
+    "cost-cpu": Price("CPU time, seconds", lambda arm: arm.total_cpu_seconds, duration, "{x:g}"),
+    "cost-time": Price("wall clock, seconds", lambda arm: arm.total_seconds, duration, "{x:g}"),
+    "cost-memory": Price("peak memory, bytes", lambda arm: arm.peak_memory, size, EngFormatter()),
+    "cost-parameters": Price("trained parameters", lambda arm: arm.num_trainable_params, count, EngFormatter()),
+}
+
+
+def costs_of(summary: Summary, kind: str) -> dict[str, tuple[float, float]]:
+    """Each trained arm's cost and test number, of which more is better (minus the loss of a text); empty where the cost
+    of one is not known, or there are less than two."""
     arms = {name: arm for name, arm in scored_arms(summary).items() if arm.links}
-    if len(arms) < 2:
+    (key, _), price = metric_of(summary), PRICES[kind].of
+    sign = -1 if key == "loss" else 1
+    paid = {n: cost for n, arm in arms.items() if (cost := price(arm)) is not None and math.isfinite(cost)}
+    if len(paid) < max(2, len(arms)):
+        return {}
+    return {name: (cost, sign * getattr(arms[name], f"test_{key}").mean) for name, cost in paid.items()}
+
+
+def cost_figure(kind: str, summary: Summary) -> Figure | None:
+    """Cost against the test number; a line joins the arms than which none is both better and no dearer."""
+    if not (found := costs_of(summary, kind)):
         return None
-    (key, metric), look = metric_of(summary), looks_of(summary)
-    sign, front = -1 if key == "loss" else 1, pareto({name: found[name] for name in arms})
+    (key, metric), price, arms = metric_of(summary), PRICES[kind], summary.arms
+    look, sign, front = looks_of(summary), -1 if key == "loss" else 1, pareto(found)
     figure = new_figure(3.6)
     axes = figure.subplots()
-    at = {name: (found[name][0], sign * found[name][1]) for name in arms}
+    at = {name: (cost, sign * number) for name, (cost, number) in found.items()}
     if max(paid := [cost for cost, _ in at.values()]) > 10 * min(paid) > 0:
         axes.set_xscale("log")
     steps = [at[name] for name in front]
     axes.step([x for x, _ in steps], [y for _, y in steps], color=INK, where="post", linewidth=1, alpha=0.6)
     for name, (x, y) in at.items():
-        draw_seeds(axes, [(x, value) for value in seed_values(arms[name], f"test_{key}")], look[name], ".")
         face = look[name].colour if name in front else "none"
-        axes.plot(x, y, look[name].marker, ms=8, mec=look[name].colour, mfc=face, mew=1.4, zorder=3)
-    axes.set(xlabel=label, ylabel=f"test {metric}")
+        with of(axes, name):
+            draw_seeds(axes, [(x, value) for value in seed_values(arms[name], f"test_{key}")], look[name], ".")
+            axes.plot(x, y, look[name].marker, ms=8, mec=look[name].colour, mfc=face, mew=1.4, zorder=3)
+        test = spread(getattr(arms[name], f"test_{key}"))
+        say(axes, name, [(x, y, f"{name}: {price.shown(x)} {price.label.split(',')[0]}, test {metric} {test}")])
+    axes.set(xlabel=price.label, ylabel=f"test {metric}")
     axes.margins(x=0.14, y=0.12)
-    axes.xaxis.set_major_formatter(EngFormatter() if label.endswith("FLOPs") else "{x:g}")
+    axes.xaxis.set_major_formatter(price.tick)
     if key == "loss":
         axes.invert_yaxis()  # better is higher, as with a score
     filled = {"linestyle": "", "marker": "o", "color": INK, "ms": 7}
     marks = [{**filled, "label": "on the Pareto front (of means)"}, {**filled, "mfc": "none", "label": "not on it"}]
-    arm_legend(figure, {name: look[name] for name in at}, [*marks, *_seed_mark(arms)])
+    arm_legend(figure, {name: look[name] for name in at}, [*marks, *_seed_mark({name: arms[name] for name in at})])
     return settle(figure)

@@ -21,14 +21,14 @@ from cola.report.drawing import (
     draw_seeds,
     explain,
     gap_of,
-    looks,
     looks_of,
     new_figure,
     settle,
     turn_ticks,
     window,
 )
-from cola.report.numbers import choice_share, value_text
+from cola.report.marks import belong, of, say
+from cola.report.numbers import choice_share, value_text, values_text
 
 BESIDE = (0, (4, 1.5))  # dash of lora's line in the other panels
 
@@ -54,11 +54,20 @@ def choices_figure(summary: Summary) -> Figure | None:
         panels = grid[row * len(kinds) : (row + 1) * len(kinds), column]
         share = choice_share(search)
         resampled = "not resampled" if share is None else f"{share:.0%} of resamples"
-        panels[0].set_title(f"{shown[arm]}\n{resampled}")
+        belong((arm,), panels[0].set_title(f"{shown[arm]}\n{resampled}"))
         for axes, (key, label) in zip(panels, kinds.items(), strict=True):
             if alike and arm != "lora" and "lora" in searches:
-                _line(axes, searches["lora"], key, color=GREY, linewidth=1, linestyle=BESIDE)
-            _draw_choices(axes, search, key, look[arm], alike)
+                with of(axes, arm, "lora"):
+                    _line(axes, searches["lora"], key, color=GREY, linewidth=1, linestyle=BESIDE)
+            with of(axes, arm):
+                _draw_choices(axes, search, key, look[arm], alike)
+            texts = [values_text(trial.values) for trial in search.choices[0].trials]
+            tried = zip(_places(search)[0], _tried(search, key)[0], texts, strict=True)
+            say(
+                axes,
+                arm,
+                [(x, y, f"{arm}, {text}: validation {label} {y:.4f}") for x, y, text in tried if y is not None],
+            )
             drawn[key].append(axes)
             if column == 0:
                 axes.set_ylabel(label)
@@ -70,8 +79,9 @@ def choices_figure(summary: Summary) -> Figure | None:
     for key, panels in drawn.items():
         if alike:
             _align(panels, searches.values())
-        for axes, search in zip(panels, searches.values(), strict=True):
-            _cross_out(axes, search, key)
+        for axes, (arm, search) in zip(panels, searches.items(), strict=True):
+            with of(axes, arm):
+                _cross_out(axes, search, key)
     for axes in grid[-len(kinds) :, len(searches) - columns * (blocks - 1) :].flat:
         axes.set_visible(False)
     rules = " or ".join(sorted({kinds.get(search.select_by, search.select_by) for search in searches.values()}))
@@ -194,7 +204,7 @@ def ablation_figure(summary: Ablation) -> Figure | None:
     at = _positions(points)
     settings = [", ".join(values.values()) for values in points]
     ticks = [clipped(settings, 16)[setting] for setting in settings]
-    look = looks(dict.fromkeys(row.arm for row in rows), {row.arm for row in rows if not row.links})
+    look = looks_of(summary)
     figure = new_figure(3.3, 3 * len(panels))
     for axes, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _panel(axes, rows, dict(zip(map(str, points), at, strict=True)), key, look)
@@ -205,7 +215,10 @@ def ablation_figure(summary: Ablation) -> Figure | None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     ncols = min(len(unique), max(1, int(9 / (0.6 + 0.075 * max(map(len, unique))))))
-    figure.legend(unique.values(), unique, loc="outside lower center", ncols=ncols)
+    legend = figure.legend(unique.values(), unique, loc="outside lower center", ncols=ncols)
+    by_label = {label: arm for arm, label in clipped(look).items()}
+    for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+        belong((by_label.get(text.get_text(), ""),), text, *([handle] if handle else []))
     return settle(figure)
 
 
@@ -213,7 +226,11 @@ def _panel(axes: Axes, rows: list[AblationRow], at: dict[str, float], key: str, 
     """Every arm in one panel, on an axis that shows what the values do."""
     names = clipped(row.arm for row in rows)
     numbers = {row.arm: _numbers(row, key) for row in rows if row.values is None}
-    moving = [(row.arm, at[str(row.values)], of_row) for row in rows if row.values and (of_row := _numbers(row, key))]
+    moving = [
+        (row.arm, row.label, at[str(row.values)], of_row)
+        for row in rows
+        if row.values and (of_row := _numbers(row, key))
+    ]
     seen = [number for *_, of_row in moving for number in of_row] or list(itertools.chain(*numbers.values()))
     if not seen:
         return
@@ -221,21 +238,29 @@ def _panel(axes: Axes, rows: list[AblationRow], at: dict[str, float], key: str, 
     axes.set_ylim(ends)
     for arm, (level, *_) in ((arm, of_arm) for arm, of_arm in numbers.items() if of_arm):
         if ends[0] <= level <= ends[1]:
-            axes.axhline(level, color=look[arm].colour, linestyle=look[arm].dash, linewidth=1.4, label=names[arm])
+            with of(axes, arm):
+                axes.axhline(level, color=look[arm].colour, linestyle=look[arm].dash, linewidth=1.4, label=names[arm])
+            say(axes, arm, [(x, level, f"{arm}: {level:.4g}") for x in at.values()])
         else:
             arrow, place = ("▾", 0.02) if level < ends[0] else ("▴", 0.92)
-            axes.annotate(f"{arrow} {names[arm]} {level:.3g}", (0.02, place), xycoords="axes fraction", color=GREY)
+            with of(axes, arm):
+                axes.annotate(f"{arrow} {names[arm]} {level:.3g}", (0.02, place), xycoords="axes fraction", color=GREY)
     if key == "difference":
         axes.axhline(0, color=INK, linewidth=0.8)
-    for arm in dict.fromkeys(arm for arm, _, _ in moving):
-        mine = [(x, of_row) for of, x, of_row in moving if of == arm]
+    for arm in dict.fromkeys(arm for arm, *_ in moving):
+        mine = [(label, x, of_row) for whose, label, x, of_row in moving if whose == arm]
         style: dict[str, Any] = {"color": look[arm].colour, "marker": look[arm].marker, "label": names[arm]}
-        axes.plot([x for x, _ in mine], [of_row[0] for _, of_row in mine], lw=1.8, ms=6, **style)
-        if key == "difference":
-            ends_of = [(x, *(of_row[1:] or of_row * 2)) for x, of_row in mine]
-            axes.vlines(*zip(*ends_of, strict=True), color=look[arm].colour)
-        else:
-            draw_seeds(axes, [(x, number) for x, of_row in mine for number in of_row[1:]], look[arm], alpha=0.5)
+        with of(axes, arm):
+            axes.plot([x for _, x, _ in mine], [of_row[0] for *_, of_row in mine], lw=1.8, ms=6, **style)
+            if key == "difference":
+                ends_of = [(x, *(of_row[1:] or of_row * 2)) for _, x, of_row in mine]
+                axes.vlines(*zip(*ends_of, strict=True), color=look[arm].colour)
+            else:
+                draw_seeds(axes, [(x, number) for _, x, of_row in mine for number in of_row[1:]], look[arm], alpha=0.5)
+        rest = "95 % interval" if key == "difference" else "seeds"
+        for label, x, (first, *others) in mine:
+            more = f"; {rest} {', '.join(f'{number:.3f}' for number in others)}" if others else ""
+            say(axes, arm, [(x, first, f"{arm}, {label}: {first:.4g}{more}")])
     axes.margins(x=0.08)
 
 

@@ -21,6 +21,7 @@ from cola.report.drawing import (
     settle,
     window,
 )
+from cola.report.marks import belong, of, say, some
 from cola.tree.records import MetricRow
 
 Points = list[tuple[int, float]]  # a loss at each of some steps
@@ -110,9 +111,14 @@ def curves_figure(summary: Summary, curves: Curves) -> Figure | None:
         for other, dash in beside.items():
             if other != name:
                 line = _smooth(drawn[other].train, [])
-                axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, linestyle=dash)
-        _draw_curve(axes, curve, look[name].colour)
-        axes.set_title(shown[name])
+                with of(axes, name, other):
+                    axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, linestyle=dash)
+        with of(axes, name):
+            _draw_curve(axes, curve, look[name].colour)
+        belong((name,), axes.set_title(shown[name]))
+        train = some(_smooth(curve.train, []) if curve.train else [])
+        say(axes, name, [(x, y, f"{name}, step {x:g}: train {y:.4f}, smoothed") for x, y in train])
+        say(axes, name, [(x, y, f"{name}, step {x}: validation {y:.4f}") for x, y in curve.validation])
     log_scale(panels[0])
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     figure.supylabel("loss, nats per target token", fontsize=9)
@@ -122,8 +128,9 @@ def curves_figure(summary: Summary, curves: Curves) -> Figure | None:
     ]
     marks += [{"linestyle": "", "label": "knot", **_ring(INK)}] if any(curve.knots for curve in drawn.values()) else []
     if len(drawn) > 1:
-        of = beside.items()
-        marks += [{"color": GREY, "lw": 1, "linestyle": dash, "label": f"train of {other}"} for other, dash in of]
+        marks += [
+            {"color": GREY, "lw": 1, "linestyle": dash, "label": f"train of {name}"} for name, dash in beside.items()
+        ]
     explain(figure, marks, 3)
     return settle(figure)
 
@@ -159,7 +166,8 @@ def minibatches_figure(summary: Summary, curves: Curves) -> Figure | None:
         axes.plot(*zip(*mean, strict=True), color=look[name].colour, linewidth=1.6)
         rings = [(step, lead) for step, lead in mean if step in knots]
         axes.plot([x for x, _ in rings], [y for _, y in rings], linestyle="", **_ring(look[name].colour))
-        axes.set_title(shown[name])
+        belong((name,), axes.set_title(shown[name]), *axes.lines[1:])  # the first one is the level of 0
+        say(axes, name, [(x, y, f"{name}, step {x:g}: {y:+.4f} against lora, smoothed") for x, y in some(mean)])
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     low, high = window([0.0, *later])
     panels[0].set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))

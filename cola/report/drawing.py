@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from cola.compare.records import Ablation, ArmSummary, Summary, TasksSummary
 from cola.files import file_digest, write_bytes
+from cola.report.marks import Drawing, belong, marked
 
 # Drawn with, and what stands for it on a dark ground: 3 : 1 and more against white and against the page's black, and as
 # far apart as ten colours get with and without red and green (Machado 2009, distances in OKLab).
@@ -62,12 +63,16 @@ WIDE = 7.2  # inches: a page of two columns
 LEAST = 0.85  # of its width a figure keeps on a page, so that its smallest text, 8 points, is 9 pixels on a phone
 
 
-def svg(figure: Figure, prefix: str) -> str:
+def svg(figure: Figure, prefix: str, classes: Mapping[str, str] | None = None) -> str:
     """A figure as an SVG element for a page: lines and text in the page's colours, ids that begin with the prefix.
 
-    It is as wide as it was drawn, or a little narrower where its place is; the page's styles join and end its lines.
+    It is as wide as it was drawn, or a little narrower where its place is; the page's styles join and end its lines and
+    give it its fonts. `classes`: each arm's, of what is drawn of it.
     """
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", _svg(figure), count=1, flags=re.DOTALL)  # for all `*`
+    text = re.sub(r" font-family: [^;]+;|\s(?=\n)", "", text)
+    text = re.sub(r' transform="rotate\(-0 [^"]+"', "", re.sub(r">\s+<", "><", text))
+    text = marked(text, figure, classes or {})
     text = re.sub(r'<g id="[^"]+">', "<g>", text)  # named for an editor
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)  # two figures may hold the same marker
     for number, colour in enumerate(COLOURS):
@@ -141,8 +146,11 @@ def looks(names: Iterable[str], untrained: Container[str] = ()) -> dict[str, Loo
     return {n: Look(GREY, "o", DASHES[0]) if n in untrained else Look(*next(cycles)) for n in names}
 
 
-def looks_of(summary: Summary | TasksSummary) -> dict[str, Look]:
+def looks_of(summary: Summary | TasksSummary | Ablation) -> dict[str, Look]:
     """Those of its arms, the same in every figure of a page."""
+    if isinstance(summary, Ablation):
+        rows = [row for row in summary.rows if row.n_seeds]
+        return looks(dict.fromkeys(row.arm for row in rows), {row.arm for row in rows if not row.links})
     return looks(summary.arms, [name for name, arm in summary.arms.items() if not arm.links])
 
 
@@ -191,9 +199,9 @@ def gap_of(summary: Summary | Ablation) -> tuple[str, str]:
     return key, f"{key} = {of}"
 
 
-def new_figure(height: float, width: float = WIDE) -> Figure:
+def new_figure(height: float, width: float = WIDE) -> Drawing:
     """An empty figure, in inches."""
-    return Figure(figsize=(width, height), layout="constrained")
+    return Drawing(figsize=(width, height), layout="constrained")
 
 
 def settle(figure: Figure) -> Figure:
@@ -240,10 +248,12 @@ def draw_seeds(
     axes.plot(x, y, marker or look.marker, color=look.colour, ms=3, alpha=alpha, mew=0)
 
 
-def explain(figure: Figure, marks: Iterable[dict[str, Any]], columns: int) -> None:
-    """A legend below the panels of what the marks mean."""
+def explain(figure: Figure, marks: Iterable[dict[str, Any]], columns: int, arms: Sequence[str] = ()) -> None:
+    """A legend below the panels of what the marks mean; `arms`: whose the first ones are."""
     handles = [figure.axes[0].plot([], [], **mark)[0] for mark in marks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    for arm, handle, text in zip(arms, legend.legend_handles, legend.get_texts(), strict=False):
+        belong((arm,), text, *([handle] if handle else []))
 
 
 def turn_ticks(axes: Axes, degrees: float) -> None:
@@ -260,4 +270,4 @@ def arm_legend(figure: Figure, shown: Mapping[str, Look], more: Iterable[dict[st
     marks += more
     columns = max(1, int(figure.get_figwidth() / (0.45 + 0.075 * max(len(mark["label"]) for mark in marks))))
     figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(marks) / columns))
-    explain(figure, marks, min(columns, len(marks)))
+    explain(figure, marks, min(columns, len(marks)), list(shown))

@@ -5,6 +5,7 @@ A caption is for everyone; a sentence with the numbers, `says`, for who does not
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.report.charts import (
+    PRICES,
     cost_figure,
     costs_of,
     gaps_figure,
@@ -112,9 +114,10 @@ def _gaps(summary: Summary) -> str:
     return f"{gap} and test {metric} against the number of links{sample}: {_some(said)}."
 
 
-def _cost(summary: Summary) -> str:
-    label, points = costs_of(summary)
-    return f"Test number against {label}. On the Pareto front, by their means, cheapest first: {_some(pareto(points))}."
+def _cost(kind: str, summary: Summary) -> str:
+    price, points = PRICES[kind], costs_of(summary, kind)
+    said = [f"{name} at {price.shown(points[name][0])}" for name in pareto(points)]
+    return f"Test number against {price.label}. On the Pareto front, by their means, cheapest first: {_some(said)}."
 
 
 def _knots(summary: Summary) -> str:
@@ -230,15 +233,20 @@ FIGURES = {
         _gaps,
         gaps_figure,
     ),
-    "cost": Kind(
-        "Cost against test",
-        {
-            "": "What an arm's training cost against what it brings. Filled are the trained arms than which none is "
-            "both better and no dearer, by their means: it is no test of a difference."
-        },
-        _cost,
-        cost_figure,
-    ),
+    **{
+        kind: Kind(
+            f"Test against {price.label.split(',')[0]}",
+            {
+                "": "What an arm cost against what it brings. Filled are the trained arms than which none is both "
+                "better and no dearer, by their means: it is no test of a difference.",
+                "wall clock": "Wall clock has in it what else the machine did: no finding.",
+                "peak memory": "The largest over seeds.",
+            },
+            partial(_cost, kind),
+            partial(cost_figure, kind),
+        )
+        for kind, price in PRICES.items()
+    },
     "knots": Kind(
         "Knot ledger",
         {

@@ -9,7 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from cola.compare.records import Contrast, Summary, TaskContrast, TasksSummary
 from cola.report.drawing import INK, Look, clipped, edge_text, looks_of, new_figure, settle, window
-from cola.report.numbers import p_value
+from cola.report.marks import belong, of, say
+from cola.report.numbers import interval, p_value
 
 ROLES = {"primary": "primary, named beforehand", "secondary": "secondary", "later": "not named before: no claim"}
 
@@ -48,6 +49,7 @@ def _forest(
     axes: Axes, contrasts: list[Contrast | TaskContrast], ends: tuple[float, float], look: dict[str, Look]
 ) -> None:
     place, ticks = 0.0, []
+    rows: dict[float, tuple[str, str]] = {}
     shown = clipped([arm for contrast in contrasts for arm in (contrast.first, contrast.second)], 20)
     for role, heading in ROLES.items():
         mine = [contrast for contrast in contrasts if contrast.role == role]
@@ -57,7 +59,12 @@ def _forest(
         for contrast in mine:
             place -= 1
             ticks.append((place, f"{shown[contrast.first]} − {shown[contrast.second]}"))
-            _forest_row(axes, contrast, place, ends, look)
+            rows[place] = contrast.first, contrast.second
+            with of(axes, *rows[place]):
+                _forest_row(axes, contrast, place, ends, look)
+            name = f"{contrast.first} − {contrast.second}"
+            value = contrast.value or 0.0  # the others are left out
+            say(axes, rows[place], [(value, place, f"{name}: {interval(contrast)}, {p_text(contrast)}")])
         place -= 1.4
     axes.set_xlim(ends)
     axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -67,8 +74,10 @@ def _forest(
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    for text in axes.get_yticklabels():
-        if text.get_text() in ROLES.values():
+    for (y, _), text in zip(ticks, axes.get_yticklabels(), strict=True):
+        if y in rows:
+            belong(rows[y], text)
+        else:
             text.set_fontweight("bold")
 
 
@@ -88,9 +97,9 @@ def _forest_row(
         if low is not None and high is not None:
             axes.plot([low, high], [y, y], color=colour, linewidth=2.2 if claim else 1.3, solid_capstyle="butt")
         axes.plot(value, y, marker, color=colour, ms=size, mfc=colour if claim else "none", mew=1.4, zorder=3)
-    interval = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
+    numbers = f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ", no interval")
     form: dict[str, Any] = {"va": "center", "fontsize": 8, "weight": "bold" if claim else "normal"}
-    for text, place in ((interval.replace("-", "−"), 8), (p_text(contrast), 140)):
+    for text, place in ((numbers.replace("-", "−"), 8), (p_text(contrast), 140)):
         axes.annotate(text, (1, y), (place, 0), axes.get_yaxis_transform(), "offset points", **form)
 
 

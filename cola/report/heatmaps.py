@@ -1,6 +1,5 @@
 """What each link added and what is in common, as heat maps whose cells have their numbers in them, and the spectra."""
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from cola.report.drawing import (
     panels_of,
     settle,
 )
+from cola.report.marks import belong, belong_rows, of, say, some
 
 Cells = list[list[float | None]]  # by row and column; None is left empty
 
@@ -35,7 +35,7 @@ class Heat:
 
     title: str
     columns: list[str]
-    rows: list[str]
+    arms: list[str]  # a row each
     cells: Cells
     written: Callable[[float], str]  # a number as it stands in its cell
     shade: Callable[[float], float] = float  # how dark its cell is, 0 to 1
@@ -43,16 +43,19 @@ class Heat:
 
 def _draw_heat(axes: Axes, heat: Heat) -> None:
     # Grey rectangles before whatever ground there is: readable on white and on black, no arm's colour, and no image.
-    for (row, line), column in itertools.product(enumerate(heat.cells), range(len(heat.columns))):
-        if (number := line[column]) is None:
-            continue
-        alpha = 0.06 + 0.64 * min(1.0, max(0.0, heat.shade(number)))
-        axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=GREY, alpha=alpha, linewidth=0))
-        axes.text(column, row, heat.written(number), ha="center", va="center_baseline", fontsize=8)
+    for row, (arm, line) in enumerate(zip(heat.arms, heat.cells, strict=True)):
+        with of(axes, arm):
+            for column, number in enumerate(line):
+                if number is None:
+                    continue
+                alpha = 0.06 + 0.64 * min(1.0, max(0.0, heat.shade(number)))
+                axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=GREY, alpha=alpha, linewidth=0))
+                axes.text(column, row, heat.written(number), ha="center", va="center_baseline", fontsize=8)
     axes.set_xlim(-0.55, len(heat.columns) - 0.45)
-    axes.set_ylim(len(heat.rows) - 0.45, -0.55)
+    axes.set_ylim(len(heat.arms) - 0.45, -0.55)
     axes.set_xticks(range(len(heat.columns)), heat.columns)
-    axes.set_yticks(range(len(heat.rows)), heat.rows)
+    axes.set_yticks(range(len(heat.arms)), list(clipped(heat.arms).values()))
+    belong_rows(axes, heat.arms)
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -65,7 +68,7 @@ def knots_figure(summary: Summary) -> Figure | None:
     if sum(map(len, arms.values())) < 2:
         return None  # one number is no map
     n_links = max(knot.link for knots in arms.values() for knot in knots)
-    links, names = range(1, n_links + 1), list(clipped(arms).values())
+    links, names = range(1, n_links + 1), list(arms)
     columns = list(map(str, links))
 
     def cells(number: Callable[[KnotLedger], float | None]) -> Cells:
@@ -129,8 +132,10 @@ def spectra_figure(summary: Summary) -> Figure | None:
             positive = [number if number > 0 else math.nan for number in numbers]
             style: dict[str, Any] = {"color": look[name].colour} | lines[label]
             axes.plot(range(1, len(positive) + 1), positive, **style, marker="." if len(positive) < 10 else "", ms=4)
-            shown[{"all weights": "full fine-tuning"}.get(label, label)] = {"color": INK} | lines[label]
-        axes.set_title(names[name])
+            shown[title := {"all weights": "full fine-tuning"}.get(label, label)] = {"color": INK} | lines[label]
+            points = [(float(n), value) for n, value in enumerate(positive, 1) if value > 0]
+            say(axes, name, [(x, y, f"{name}, {title}, value {x:g}: {y:.3g} of the largest") for x, y in some(points)])
+        belong((name,), axes.set_title(names[name]), *axes.lines)
     log_scale(panels[0])
     panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-6))
     panels[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -150,7 +155,6 @@ def overlap_figure(summary: Summary) -> Figure | None:
     found = {name: about.overlap for name, about in summary.spectra.items() if about.overlap}
     if not found:
         return None
-    names = clipped(found)
     full = {name: shared for name in found if (shared := summary.spectra[name].with_full)}
     most = max(len(part.labels) for part in found.values())
     labels: list[str] = list(dict.fromkeys(label for part in full.values() for label in part.labels))
@@ -170,7 +174,7 @@ def overlap_figure(summary: Summary) -> Figure | None:
         if columns:
             chance = sorted({_share(part.random) for part in parts.values() if part.random is not None})
             by = " to ".join(dict.fromkeys([chance[0], chance[-1]])) if chance else "nothing learned"
-            maps.append(Heat(f"{title}\nby chance: {by}", columns, list(names.values()), cells, _share))
+            maps.append(Heat(f"{title}\nby chance: {by}", columns, list(found), cells, _share))
     n_columns = sum(len(heat.columns) for heat in maps)
     if n_columns * len(found) < 2:
         return None

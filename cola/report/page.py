@@ -24,8 +24,9 @@ from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.compare.scope import scope_sentence
 from cola.errors import RunFolderError
 from cola.files import write_text
+from cola.report.charts import PRICES
 from cola.report.curves import Curves
-from cola.report.drawing import COLOURS, Figure, save, svg
+from cola.report.drawing import COLOURS, Figure, looks_of, save, svg
 from cola.report.facts import facts_of, holds_of
 from cola.report.figures import FIGURES, drawn, figures_of, told_of
 from cola.report.glossary import WORDS, words_of
@@ -144,14 +145,15 @@ def _write_page(
     **more: Any,
 ) -> Path:
     """Write a page from its template, and its figures and tables as files beside it; returns its path."""
+    arms = looks_of(summary)
     for name, table in tables.items():
         write_text(path.parent / "tables" / f"{name}.csv", table.csv())
         write_text(path.parent / "tables" / f"{name}.tex", table.latex(name))
-    shown = {}
+    shown, classes = {}, {arm: f"of-{number}" for number, arm in enumerate(arms)}
     for name, figure in figures.items():
         for suffix in ("svg", "pdf"):
             save(figure, path.parent / "figures" / f"{name}.{suffix}")
-        drawing = svg(figure, name)
+        drawing = svg(figure, name, classes)
         shown[name] = {**told_of(name, drawing, summary, curves), "svg": Markup(drawing)}
     for name in set(FIGURES) - set(figures):  # what earlier results had data for
         for suffix in ("svg", "pdf"):
@@ -166,6 +168,12 @@ def _write_page(
     )
     environment.globals |= {"script": Markup(script), "policy": POLICY.format(digest), "colours": COLOURS}
     more |= {"words": WORDS, "glossary": words_of(tables.values(), "contrasts" in tables)}
+    pairs = {} if isinstance(summary, Ablation) else {(one.first, one.second) for one in summary.contrasts}
+    # A row of a table goes with the arm, or either of the two, that its first cell names.
+    more["rows"] = classes | {f"{one} − {two}": f"{classes[one]} {classes[two]}" for one, two in pairs}
+    numbers = {colour: n for n, colour in enumerate(COLOURS)}
+    more["arms"] = {arm: (n, numbers.get(look.colour)) for n, (arm, look) in enumerate(arms.items())}
+    more["prices"] = [name for name in figures if name in PRICES]
     page = environment.get_template(template).render(tables=tables, figures=shown, **more)
     write_text(path, page)
     return path

@@ -27,11 +27,12 @@ from test_tasks import three_tasks
 
 from cola.compare.records import Ablation, Interval, Spread, Summary
 from cola.compare.tasks import summarize_tasks
-from cola.report.charts import costs_of, pareto
-from cola.report.drawing import Look, clipped, looks, save, svg
+from cola.report.charts import PRICES, costs_of, pareto
+from cola.report.drawing import Look, clipped, looks, new_figure, save, settle, svg
 from cola.report.figures import FIGURES, figures_of
 from cola.report.forest import p_text
 from cola.report.heatmaps import _percent
+from cola.report.marks import of, say
 from cola.report.numbers import count, duration, given, interval, number, p_value, size, small, spread, value_range
 from cola.report.page import page_states, write_ablation, write_report, write_tasks
 from cola.report.table import NONE, Cell, Table
@@ -41,7 +42,7 @@ from cola.tree.run_folder import FORMAT
 pytestmark = pytest.mark.drawn
 
 CHROMIUM = shutil.which("chromium")
-OF_QUICKSTART = [name for name in FIGURES if name != "gaps"]  # its chains are of one length
+OF_QUICKSTART = [name for name in FIGURES if name not in ("gaps", "cost-cpu")]  # one length, and no CPU time
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -77,14 +78,6 @@ def structure(page: Path) -> Structure:
     parser.close()
     assert parser.open == []
     return parser
-
-
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of four arms and one seed, and an unfinished one of twelve arms and six."""
-    folder = tmp_path_factory.mktemp("pages")
-    found = {"quickstart": quickstart(), "many": many(12)}
-    return {name: write_report(write_run(folder / name, summary)) for name, summary in found.items()}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "many"])
@@ -176,8 +169,13 @@ def test_a_pdf_holds_its_words_as_text_and_the_fonts_of_their_letters(tmp_path: 
     assert {font["name"].getDebugName(1) for font in fonts} == {"DejaVu Sans"}
 
 
-def test_the_same_results_give_the_same_bytes(pages: dict[str, Path], tmp_path: Path) -> None:
-    again = write_report(write_run(tmp_path / "quickstart", quickstart())).parent
+def test_the_same_results_give_the_same_bytes_without_torch(pages: dict[str, Path], tmp_path: Path) -> None:
+    again = write_run(tmp_path / "quickstart", quickstart()).path
+    code = "import sys; from pathlib import Path; from cola.tree.run_folder import RunFolder;"
+    code += f"from cola.report.page import write_report; write_report(RunFolder(Path({str(again)!r})));"
+    code += "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for path in sorted(pages["quickstart"].parent.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (again / path.relative_to(pages["quickstart"].parent)).read_bytes(), path
@@ -354,14 +352,34 @@ def test_the_pareto_front_has_nothing_that_another_beats() -> None:
     assert pareto(points) == ["a", "b", "e"]
 
 
-def test_time_stands_in_for_flops_that_are_missing() -> None:
+def test_a_score_is_set_against_every_cost_that_is_known_of_all_trained_arms() -> None:
     summary = quickstart()
-    label, points = costs_of(summary)
-    assert (label, points["lora"][0]) == ("training FLOPs", summary.arms["lora"].flops)
+    lora = summary.arms["lora"]
+    costs = {kind: costs_of(summary, kind) for kind in PRICES}
+    assert [kind for kind, points in costs.items() if not points] == ["cost-cpu"]
+    assert set(costs["cost"]) == {"lora", "chain3", "full"}
+    paid = {kind: points["lora"][0] for kind, points in costs.items() if points}
+    assert list(paid.values()) == [lora.flops, lora.total_seconds, lora.peak_memory, lora.num_trainable_params]
     summary.arms["chain3"] = summary.arms["chain3"].model_copy(update={"flops": math.nan})
-    label, points = costs_of(summary)
-    assert label == "wall clock of training and scoring, seconds"
-    assert points["base"][0] == summary.arms["base"].total_seconds
+    assert not costs_of(summary, "cost")
+
+
+def test_a_figure_says_its_points_and_whose_its_marks_are_to_a_page_alone(tmp_path: Path) -> None:
+    figure = new_figure(2)
+    axes = figure.subplots()
+    with of(axes, "b"):
+        axes.plot([0, 2], [0, 4], "o")
+    axes.plot([0, 2], [4, 0])
+    axes.set(xlim=(0, 2), ylim=(0, 4))
+    say(axes, "b", [(1, 1, "b & <1>"), (5, 1, "beyond the axis")])
+    save(settle(figure), tmp_path / "plain.svg")
+    assert "circle" not in (tmp_path / "plain.svg").read_text()
+    page = svg(figure, "x", {"a": "of-0", "b": "of-1"})
+    [(left, top, says)] = re.findall(r'<circle class="of-1" cx="(.*?)" cy="(.*?)" r="5"><title>(.*?)</title>', page)
+    assert says == "b &amp; &lt;1&gt;"
+    [group] = re.findall(r'<g class="of-1">(.*?)</g></g>', page, re.DOTALL)
+    (x0, y0), (x1, y1) = ([*map(float, place)] for place in re.findall(r'x="([\d.]+)" y="([\d.]+)"', group))
+    assert (float(left), float(top)) == pytest.approx(((x0 + x1) / 2, y0 + (y1 - y0) / 4), abs=0.1)
 
 
 def test_the_primary_contrast_has_its_own_p_and_the_others_holms() -> None:
@@ -429,15 +447,6 @@ def test_a_text_is_judged_by_its_loss_in_every_figure() -> None:
     assert "loss" not in tables  # it is the first one
     assert "gap_loss" in tables["arms"].columns
     assert "gap_acc" not in tables["seeds"].columns
-
-
-def test_the_report_is_built_without_torch(pages: dict[str, Path]) -> None:
-    code = "import sys; from pathlib import Path; from cola.tree.run_folder import RunFolder;"
-    code += "from cola.report.page import write_report;"
-    code += f"write_report(RunFolder(Path({str(pages['quickstart'].parent)!r})));"
-    code += "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -584,6 +593,48 @@ class TestInABrowser:
                 assert opened.column("cost", number + 1) == expected[::-1]
             assert opened.page.locator("table[aria-labelledby=table-cost] [aria-sort]").count() == 1
 
+    @pytest.mark.parametrize("with_script", [True, False])
+    def test_an_arm_is_switched_off_in_all_figures_and_tables(
+        self, chromium: Any, pages: dict[str, Path], with_script: bool
+    ) -> None:
+        with Opened(chromium, pages["quickstart"], java_script_enabled=with_script) as opened:
+            number = list(quickstart().arms).index("chain3")
+            marks = opened.page.locator(f"figure:visible g.of-{number}:visible")
+            row = opened.page.locator("table[aria-labelledby=table-arms] tbody tr", has_text="chain3")
+            at_first = marks.count()
+            assert at_first > 20
+            assert row.is_visible()
+            opened.page.locator(f"#arm-{number}").uncheck()
+            assert marks.count() == 0
+            assert row.is_hidden()
+            assert opened.page.locator("table[aria-labelledby=table-arms] tbody tr:visible").count() == 3
+            opened.page.locator(f"#arm-{number}").check()
+            assert marks.count() == at_first
+
+    def test_a_point_says_its_numbers_under_the_pointer_and_by_the_keyboard(
+        self, chromium: Any, pages: dict[str, Path]
+    ) -> None:
+        score = quickstart().arms["lora"].test_score.mean
+        with Opened(chromium, pages["quickstart"]) as opened:
+            tip, figure = opened.page.locator("#tip"), opened.page.locator("#figure-hero .wide")
+            assert tip.is_hidden()
+            opened.page.locator(f"#figure-hero circle[data-says^='lora, mean of 1: {score:.4f}']").hover()
+            assert tip.inner_text() == f"lora, mean of 1: {score:.4f}"
+            figure.focus()
+            told = []
+            for _ in range(3):
+                opened.page.keyboard.press("ArrowRight")
+                told.append(tip.inner_text())
+            assert len(set(told)) == 3
+            opened.page.keyboard.press("ArrowLeft")
+            assert tip.inner_text() == told[1]
+            opened.page.keyboard.press("Escape")
+            assert tip.is_hidden()
+            assert opened.page.locator("#figure-hero circle title").count() == 0  # else the browser shows it once more
+            assert opened.said == []
+        with Opened(chromium, pages["quickstart"], java_script_enabled=False) as opened:
+            assert f"lora, mean of 1: {score:.4f}" in opened.page.locator("#figure-hero title").all_text_contents()
+
     def test_every_stop_of_the_keyboard_has_a_name(self, chromium: Any, pages: dict[str, Path]) -> None:
         with Opened(chromium, pages["quickstart"]) as opened:
             opened.page.keyboard.press("Tab")
@@ -600,13 +651,17 @@ class TestInABrowser:
     ) -> None:
         with Opened(chromium, kinds[name], width=width) as opened:
             opened.page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
-            assert opened.page.evaluate("document.documentElement.scrollWidth") == width
-            # The size of a figure's letters on the screen.
-            sizes = opened.page.locator("figure svg text").evaluate_all(
-                "all => all.map(e => { const m = e.getScreenCTM(); "
-                "return parseFloat(getComputedStyle(e).fontSize) * Math.hypot(m.a, m.b); })"
-            )
-            assert min(sizes) >= 9
+            # The size of a figure's letters on the screen; of several costs one is shown.
+            for number in range(max(1, opened.page.locator("[name=cost]").count())):
+                if name in ("quickstart", "many"):
+                    opened.page.locator("[name=cost]").nth(number).check()
+                    assert opened.page.locator(".choice figure:visible").count() == 1
+                sizes = opened.page.locator("figure:visible svg text").evaluate_all(
+                    "all => all.map(e => { const m = e.getScreenCTM(); "
+                    "return parseFloat(getComputedStyle(e).fontSize) * Math.hypot(m.a, m.b); })"
+                )
+                assert min(sizes) >= 9
+                assert opened.page.evaluate("document.documentElement.scrollWidth") == width
             # Heads that are wider than their columns would be printed over each other.
             wide = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
             assert opened.page.locator("thead th").evaluate_all(wide) == []

@@ -44,3 +44,41 @@ addEventListener("beforeprint", () => {
 addEventListener("afterprint", () => {
   for (const fold of folded) fold.open = false;
 });
+
+// The numbers of a figure's points: at the pointer, and by the arrow keys where a figure has the focus. A point has them
+// in its title, which a browser shows without this script, if late and without keys.
+const tip = document.getElementById("tip");
+let told = null;
+function tell(point) {
+  told?.classList.remove("at");
+  told = point;
+  tip.hidden = !point;
+  if (!point) return;
+  point.classList.add("at");
+  tip.textContent = point.dataset.says;
+  const box = point.getBoundingClientRect();
+  const left = Math.max(0, Math.min(box.right + 4, document.documentElement.clientWidth - tip.offsetWidth));
+  tip.style.left = `${left + scrollX}px`;
+  tip.style.top = `${Math.max(0, box.top - tip.offsetHeight - 4) + scrollY}px`;
+}
+for (const figure of document.querySelectorAll("figure")) {
+  const points = [...figure.querySelectorAll(".points circle")];
+  for (const point of points) {
+    point.dataset.says = point.textContent;
+    point.replaceChildren();
+  }
+  figure.addEventListener("pointerover", (event) => tell(event.target.closest(".points circle")));
+  figure.addEventListener("pointerleave", () => tell(null));
+  figure.addEventListener("focusout", () => tell(null));
+  figure.querySelector(".wide").addEventListener("keydown", (event) => {
+    if (event.key === "Escape") tell(null);
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const shown = step ? points.filter((point) => getComputedStyle(point).visibility === "visible") : [];
+    if (!shown.length) return;
+    event.preventDefault();
+    const at = shown.indexOf(told);
+    const next = shown[at < 0 ? (step > 0 ? 0 : shown.length - 1) : (at + step + shown.length) % shown.length];
+    next.scrollIntoView({ block: "nearest", inline: "nearest" });
+    tell(next);
+  });
+}
