@@ -240,7 +240,7 @@ FIGURES = {
                 "": "What an arm cost against what it brings. Filled are the trained arms than which none is both "
                 "better and no dearer, by their means: it is no test of a difference.",
                 "wall clock": "Wall clock has in it what else the machine did: no finding.",
-                "peak memory": "The largest over seeds.",
+                "peak memory": "Memory is the largest of any seed.",
             },
             partial(_cost, kind),
             partial(cost_figure, kind),
