@@ -150,8 +150,8 @@ class ArmNumbers(ArmState, Generic[S]):
     flops: Number = Field(default=0, description="likewise")
     train_seconds: Seconds = Field(default=0, description="likewise")
     total_seconds: Seconds = Field(default=0, description="likewise")
-    train_cpu_seconds: Seconds | None = Field(default=None, description="likewise; null where a seed has none")
-    total_cpu_seconds: Seconds | None = Field(default=None, description="likewise; null where a seed has none")
+    train_cpu_seconds: Seconds | None = Field(default=None, description="likewise; absent where a seed has none")
+    total_cpu_seconds: Seconds | None = Field(default=None, description="likewise; absent where a seed has none")
     scored_step: list[Step] = Field(default=[], description="of each seed")
     learning_rate: list[Number | None] = Field(default=[], description="of each seed")
     peak_memory: Number | None = Field(

@@ -107,7 +107,7 @@ def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
         **state,
         **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in keys},
         **{key: float(np.mean([getattr(info, key) for info in infos])) for key in COSTS},
-        **{key: None if None in (known := [getattr(i, key) for i in infos]) else float(np.mean(known)) for key in CPU},
+        **{key: float(np.mean(known)) for key in CPU if None not in (known := [getattr(info, key) for info in infos])},
         **compared,
         seeds=seeds,
         scored_step=[info.scored_step for info in infos],
