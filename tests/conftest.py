@@ -300,3 +300,15 @@ output: {shared}
 """,
             )
     return Path(shutil.copytree(shared / "run", tmp_path_factory.mktemp("many-arms") / "run"))
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of a finished run of four arms and one seed, and of an unfinished one of twelve arms and six."""
+    from summaries import many, quickstart, write_run
+
+    from cola.report.page import write_report
+
+    folder = tmp_path_factory.mktemp("pages")
+    found = {"quickstart": quickstart(), "many": many(12)}
+    return {name: write_report(write_run(folder / name, summary)) for name, summary in found.items()}
