@@ -24,6 +24,9 @@ DOORS = {
     "Chain": "cola.chain",
     "run_chain": "cola.chain",
     "Base": "cola.link.base",
+    "Factors": "cola.link.ideas.door",
+    "Matrix": "cola.link.ideas.door",
+    "Trained": "cola.link.ideas.door",
     "Outputs": "cola.link.drift",
     "Link": "cola.recipe.plan",
     "Lora": "cola.recipe.methods",
@@ -45,11 +48,15 @@ class _Runnable(ModuleType):
     """The room `cola.run` under whose name a recipe is run, too."""
 
     def __call__(
-        self, recipe: str | Path, overrides: Mapping[str, Any] | None = None, run_folder: str | Path | None = None
+        self,
+        recipe: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        run_folder: str | Path | None = None,
+        allow_code: bool = False,
     ) -> "Run":
         from cola.cli.notebook import run_recipe
 
-        return run_recipe(recipe, overrides or {}, run_folder)
+        return run_recipe(recipe, overrides or {}, run_folder, allow_code)
 
 
 importlib.import_module("cola.run").__class__ = _Runnable

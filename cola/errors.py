@@ -114,5 +114,9 @@ class MomentsNotKept(ColaError):
     """A knot is to hand on an optimizer's state that is not there."""
 
 
+class IdeaError(ColaError, ValueError):
+    """What fills a joint of a link may not run, raised an error, or gave what is of no use there."""
+
+
 class KnotDrift(ColaError, ArithmeticError):
     """Tying a knot changed the model's outputs by more than rounding can explain."""

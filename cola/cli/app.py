@@ -95,6 +95,11 @@ def new(
         recipes.propose(recipe, data, recipes.BUNDLED if model is None else model, Terminal())
 
 
+AllowCode = Annotated[
+    bool, Option("--allow-code", help="Let Python code of your own run that the recipe names (init: ./my_idea.py:name).")
+]
+
+
 def run(
     recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
     overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example arms.chain3.links=4")] = None,
@@ -107,6 +112,7 @@ def run(
     resume: Annotated[
         Path | None, Option(help="Go on with the run in this folder: what it holds is not trained again.")
     ] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Train and compare every arm of a recipe, and report.
 
@@ -122,11 +128,11 @@ def run(
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        code = train.resume(resume)
+        code = train.resume(resume, allow_code)
     elif recipe is None:
         raise ColaError("name a recipe, for example one that cola new has written: cola run mine.yaml")
     else:
-        code = train.run(recipe, overrides, run_folder, dry_run)
+        code = train.run(recipe, overrides, run_folder, dry_run, allow_code)
     raise typer.Exit(code)
 
 
@@ -143,6 +149,7 @@ def ablate(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Check and show the plan of every point; train nothing.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
 
@@ -151,7 +158,7 @@ def ablate(
     """
     from cola.cli import train
 
-    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run))
+    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code))
 
 
 def show_data(

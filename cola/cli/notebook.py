@@ -21,13 +21,19 @@ COST = ("learning_rate", "scored_step", "steps", "reused_steps", "tokens", "flop
 COST += ("train_seconds", "total_seconds", "train_cpu_seconds", "total_cpu_seconds")
 
 
-def run_recipe(recipe: str | Path, overrides: Mapping[str, Any], run_folder: str | Path | None = None) -> "Run":
+def run_recipe(
+    recipe: str | Path,
+    overrides: Mapping[str, Any],
+    run_folder: str | Path | None = None,
+    allow_code: bool = False,
+) -> "Run":
     """Run a recipe as `cola run` does, and read what came of it.
 
     Args:
         recipe: Its file.
         overrides: By dotted key, `{"arms.chain3.links": 4}`; None leaves an arm out.
         run_folder: The run's own folder; default: a new one under the recipe's output.
+        allow_code: Let code of your own run that the recipe names.
 
     Raises:
         ColaError: the recipe, its data or its model cannot be used.
@@ -37,7 +43,7 @@ def run_recipe(recipe: str | Path, overrides: Mapping[str, Any], run_folder: str
     from cola.recipe.read import read_recipe
 
     said = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]  # JSON is YAML
-    code, path = train(read_recipe(recipe, said), Path(run_folder) if run_folder else None)
+    code, path = train(read_recipe(recipe, said), Path(run_folder) if run_folder else None, allow_code)
     if code == RESUMABLE:
         raise KeyboardInterrupt("the same call goes on")
     return load(path)

@@ -15,7 +15,9 @@ from cola.tree.run_folder import RunFolder
 from cola.tree.run_holder import lock_run, take_run, unfinished_run
 
 
-def run(path: Path, overrides: list[str] | None, run_folder: Path | None, dry_run: bool) -> int:
+def run(
+    path: Path, overrides: list[str] | None, run_folder: Path | None, dry_run: bool, allow_code: bool = False
+) -> int:
     """Train a recipe, or show its plan; returns the exit code."""
     recipe = read_recipe(path, overrides)
     if dry_run:
@@ -24,12 +26,13 @@ def run(path: Path, overrides: list[str] | None, run_folder: Path | None, dry_ru
 
             preview(recipe, Terminal())
         return 0
-    return train(recipe, run_folder)[0]
+    return train(recipe, run_folder, allow_code)[0]
 
 
-def train(recipe: Recipe, run_folder: Path | None) -> tuple[int, Path]:
+def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False) -> tuple[int, Path]:
     """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code and
-    the run's folder."""
+    the run's folder. `allow_code`: the user's own that the recipe names may run."""
+    _need_leave(recipe, allow_code)
     text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
     if run_folder is None:
         with unfinished_run(text, named) as before:
@@ -42,10 +45,18 @@ def train(recipe: Recipe, run_folder: Path | None) -> tuple[int, Path]:
         return _train(recipe, folder, fresh), folder.path
 
 
-def resume(path: Path) -> int:
+def _need_leave(recipe: Recipe, allow_code: bool) -> None:
+    if recipe.own_code:
+        from cola.run.code import need_leave
+
+        need_leave(recipe, allow_code)
+
+
+def resume(path: Path, allow_code: bool = False) -> int:
     """Go on with the run in a folder; returns the exit code."""
     folder = RunFolder.open(path)
     recipe = read_recipe(folder.recipe_file)
+    _need_leave(recipe, allow_code)
     with lock_run(path):
         return _train(recipe, folder, fresh=False)
 
@@ -81,7 +92,7 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
     return 1 if summary.same_outputs else 0  # said among the results
 
 
-def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool) -> int:
+def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool, allow_code: bool = False) -> int:
     """Go on with the last ablation of these points, where it did not come to its end, or begin one; returns the exit
     code."""
     terminal, points = Terminal(), points_of(path, keys, paired)
@@ -92,6 +103,8 @@ def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool) -> int:
             terminal.say(point.label)
             preview(point.recipe, terminal)
         return 0
+    for point in points:
+        _need_leave(point.recipe, allow_code)
     with take_ablation(points) as folder:
         terminal.say(f"{len(points)} {'points' if len(points) > 1 else 'point'} → {folder}")
         with no_garbage():

@@ -119,7 +119,7 @@ def _lora_config(settings: Lora, names: list[str] | str) -> LoraConfig:
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] - PEFT types it int and computes with floats
         lora_dropout=settings.dropout,
         target_modules=names,
-        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
+        init_lora_weights="gaussian" if settings.init.name == "gaussian" else True,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias="none",
@@ -147,7 +147,7 @@ def peft_config(settings: Settings) -> dict[str, Any] | None:
 def _with_virtual_tokens(model: PreTrainedModel, settings: VirtualTokens) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         return model
-    config = settings.model_dump()
+    config = settings.model_dump(exclude={"optimizer"})
     if isinstance(settings, Prefix | PTuning):
         config["encoder_hidden_size"] = settings.encoder_hidden_size or text_config(model).hidden_size
     try:
@@ -194,7 +194,7 @@ def read_pair(model: nn.Module) -> LinkWeights:
 @torch.no_grad()
 def _read(layer: LoraLayer) -> Pair:
     A_RI, B_OR = factors_of(layer)
-    scale = float(layer.scaling[ADAPTER])
+    scale = scale_of(layer)
     pair = Pair(A_RI.to("cpu", torch.float32, copy=True), B_OR.to("cpu", torch.float32, copy=True), scale)
     if ADAPTER in layer.lora_magnitude_vector:
         base: Any = layer.get_base_layer()
@@ -205,6 +205,19 @@ def _read(layer: LoraLayer) -> Pair:
         pair = replace(pair, rows_O=rows_O, magnitude_O=magnitude_O.float().cpu().clone())
     taken = getattr(layer, "taken_out", None)
     return pair if taken is None else pair.without(taken)
+
+
+def scale_of(layer: LoraLayer) -> float:
+    """alpha / rank of an attached pair, or what rsLoRA makes of it."""
+    return float(layer.scaling[ADAPTER])
+
+
+def parameters_of(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of an attached pair, as they are trained."""
+    A_RI, B_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    assert isinstance(A_RI, nn.Parameter)
+    assert isinstance(B_OR, nn.Parameter)
+    return A_RI, B_OR
 
 
 def factors_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:

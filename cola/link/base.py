@@ -76,6 +76,10 @@ class Base:
 
         self._beside[name] = module.register_forward_hook(add)
 
+    def keeps_beside(self, name: str) -> bool:
+        """Whether what was learned lies beside a module's weight, which is the base's own."""
+        return self.quantized or name in self._beside
+
     def matrix(self, name: str) -> Tensor | None:
         """The weight as the files have it, seen as (O, I)."""
         stored = self.stored(name)

@@ -1,4 +1,4 @@
-"""AdamW's state: read, put back, and what a knot does to it.
+"""An optimizer's state: read, put back, and what a knot does to it.
 
 The traps that a knot must not fall into (arXiv 2307.05695's code and its descendants): zeroing the moments and leaving
 Adam's step count makes the next updates up to 6.6 times too large, since the bias correction is gone; pruning the two
@@ -7,25 +7,46 @@ other. So a fresh optimizer is a new one, pruning has one mask for both, and wha
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from cola.errors import MomentsNotCleared, MomentsNotKept
+from cola.errors import IdeaError, MomentsNotCleared, MomentsNotKept
 from cola.recipe.arms import Prune
 from cola.recipe.resolved import Rules
 
-Moments = dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter; scaler/KEY under fp16
+# NAME.KEY of each parameter, of AdamW exp_avg, exp_avg_sq and step; number/NAME.KEY where it is a plain number, and
+# group/I.KEY of a group of parameters; scaler/KEY under fp16.
+Moments = dict[str, Tensor]
+
+
+SET_ANEW = {"lr", "ratio"}  # of a group of parameters: by the schedule, and by the link
 
 
 def read_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator) -> Moments:
-    """The optimizer's state, and the gradient scaler's under fp16, as tensors on the CPU."""
-    moments = {}
+    """The optimizer's state, and the gradient scaler's under fp16, as tensors on the CPU. IdeaError where it holds what
+    is neither tensor nor number."""
+    moments, adam = {}, optimizer.optimizer
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.optimizer.state.get(parameter, {}).items():
-            moments[f"{name}.{key}"] = value.detach().cpu().contiguous()
+        for key, value in adam.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                moments[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            elif isinstance(value, bool | int | float):
+                moments[f"number/{name}.{key}"] = torch.tensor(value, dtype=_exact(value))
+            elif value is not None:
+                raise IdeaError(
+                    f"optimizer: {type(adam).__name__} remembers {key} as a {type(value).__name__}, which cannot be "
+                    "kept: tensors and numbers can"
+                )
+    for number, group in enumerate(adam.param_groups):
+        for key, value in group.items():
+            counts = isinstance(value, bool | int | float) and key not in SET_ANEW
+            if counts and value != adam.defaults.get(key):
+                moments[f"group/{number}.{key}"] = torch.tensor(value, dtype=_exact(value))
     if accelerator.scaler is not None:
         scaler = accelerator.scaler.state_dict()
         moments |= {f"scaler/{key}": torch.tensor(value, dtype=torch.float64) for key, value in scaler.items()}
@@ -34,11 +55,17 @@ def read_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator:
 
 def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator, moments: Moments) -> None:
     """Give the optimizer a state that was read before."""
-    for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := moments.get(f"{name}.{key}")) is not None:
-                # The fused AdamW keeps its step count where its weights are.
-                optimizer.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+    adam, parameters = optimizer.optimizer, dict(model.named_parameters())
+    for where, value in moments.items():
+        kind, slash, rest = where.partition("/")
+        name, _, key = (rest if slash else where).rpartition(".")
+        if kind == "group":
+            adam.param_groups[int(name)][key] = value.item()
+        elif kind == "number":
+            adam.state[parameters[name]][key] = value.item()
+        elif name in parameters:
+            # The fused AdamW keeps its step count where its weights are.
+            adam.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
     if accelerator.scaler is not None:
         scaler = accelerator.scaler.state_dict()
         # Whole numbers come back from their tensors as such: PyTorch insists on it.
@@ -72,13 +99,28 @@ def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
     return kept
 
 
+def _exact(number: bool | float) -> torch.dtype:
+    """A tensor's dtype that gives the number back as it was."""
+    return torch.bool if isinstance(number, bool) else torch.int64 if isinstance(number, int) else torch.float64
+
+
+def first_moment(state: Mapping[str, Any]) -> Tensor | None:
+    """What an optimizer remembers of a parameter's gradients; None where that is nothing."""
+    return next((value for value in state.values() if isinstance(value, Tensor) and value.ndim), None)
+
+
 def share_cleared(parameters: list[nn.Parameter], optimizer: AcceleratedOptimizer) -> float:
-    """The share of the entries whose two moments are both zero, or not there yet."""
+    """The share of the entries whose moments are all zero, or not there yet. Where a moment has another shape than its
+    parameter, all of the parameter's entries go by whether it is zero throughout."""
     zero = torch.zeros((), dtype=torch.long)
     for parameter in parameters:
         state = optimizer.optimizer.state.get(parameter, {})
-        some = "exp_avg" in state
-        zero = zero + (((state["exp_avg"] == 0) & (state["exp_avg_sq"] == 0)).sum() if some else parameter.numel())
+        moments = [value for value in state.values() if isinstance(value, Tensor) and value.ndim]
+        if all(moment.shape == parameter.shape for moment in moments):
+            clear = torch.stack([moment == 0 for moment in moments]).all(0).sum() if moments else parameter.numel()
+        else:
+            clear = parameter.numel() * (torch.stack([moment.any() for moment in moments]).sum() == 0)
+        zero = zero + clear
     return int(zero) / sum(parameter.numel() for parameter in parameters)  # the device is waited for once
 
 

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from cola.clock import Clock
 from cola.data.batches import MicroBatch
-from cola.errors import NoGradient, NonFiniteLoss
+from cola.errors import IdeaError, NoGradient, NonFiniteLoss
+from cola.link import adapters
 from cola.link.adapters import trainable
 from cola.link.forward import logits_at
-from cola.link.moments import Moments, check_cleared, set_moments, share_cleared
+from cola.link.ideas import door
+from cola.link.moments import Moments, check_cleared, first_moment, set_moments, share_cleared
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link, derived_seed
 
@@ -73,10 +75,10 @@ def tune(
         NonFiniteLoss, NoGradient: from `_Watch`; the weights are those of the step before.
         MomentsNotCleared: the knot before cleared less than it was to.
     """
-    optimizer = _fresh_adamw(model, link, accelerator, betas=betas, eps=epsilon, weight_decay=weight_decay)
+    optimizer = _fresh_optimizer(model, link, accelerator, betas=betas, epsilon=epsilon, weight_decay=weight_decay)
     if moments is not None:
         set_moments(model, optimizer, accelerator, moments)
-    parameters = trainable(model)
+    parameters, own = trainable(model), _numbers_of(optimizer.optimizer)
     cleared = None if done else check_cleared(share_cleared(parameters, optimizer), link.knot)
     watch = _Watch(parameters, optimizer if done else None, may_skip=accelerator.scaler is not None)
     model.train()
@@ -97,19 +99,41 @@ def tune(
         on_step(Step(step, loss, norm, learning_rate, tokens, targets, *took, silent, cleared, rows), optimizer)
         cleared = None
     model.eval()
+    after = _numbers_of(optimizer.optimizer)
+    if loose := [key for key in after if own.get(key, 0) != after[key]]:
+        raise IdeaError(
+            f"optimizer: {link.settings.optimizer} keeps {loose[0]} outside of its state, so that a link which is "
+            "stopped could not go on: keep it in state[parameter], or in a group of parameters"
+        )
     return optimizer
 
 
-def _fresh_adamw(model: PreTrainedModel, link: Link, accelerator: Accelerator, **settings: Any) -> AcceleratedOptimizer:
-    """A new optimizer: a link begins without moments and with Adam's step count at zero (COLA, Figure 1), unless it is
-    given some."""
+def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Numbers that an optimizer has as attributes."""
+    return {key: value for key, value in vars(optimizer).items() if isinstance(value, int | float)}
+
+
+def _fresh_optimizer(
+    model: PreTrainedModel, link: Link, accelerator: Accelerator, **settings: Any
+) -> AcceleratedOptimizer:
+    """A new optimizer, the link's: it begins without moments (COLA, Figure 1), unless it is given some. IdeaError where
+    it is none, or leaves out what the link trains."""
     # What an earlier part of the job prepared must not be unscaled and stepped along, nor its moments kept alive.
     accelerator.free_memory()
     if accelerator.scaler is not None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
-    # Fused: one pass over each tensor. For all weights of a small model the plain one takes as long as a short batch.
-    adamw = torch.optim.AdamW(_groups(model, link), lr=0.0, fused=True, **settings)
-    optimizer = accelerator.prepare_optimizer(adamw)
+    idea, layers = link.settings.optimizer, adapters.pair_layers(model)
+    pairs = [door.TrainedPair(n, *adapters.parameters_of(one), adapters.scale_of(one)) for n, one in layers.items()]
+    trained = door.Trained(_groups(model, link), pairs, n_steps=len(link.learning_rates), **settings)
+    made = door.function_of(idea)(trained)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise IdeaError(f"optimizer: {idea} gave a {type(made).__name__}; a torch.optim.Optimizer is expected")
+    taken = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken]:
+        raise IdeaError(f"optimizer: {idea} leaves out {len(left)} of the trained tensors, the first is {left[0]}")
+    for group in made.param_groups:
+        group.setdefault("ratio", 1.0)
+    optimizer = accelerator.prepare_optimizer(made)
     assert isinstance(optimizer, AcceleratedOptimizer)
     return optimizer
 
@@ -157,7 +181,7 @@ class _Watch:
     ) -> None:
         state = {} if optimizer is None else optimizer.optimizer.state
         self.parameters = parameters
-        self.silent = _where_zero(parameters, [state.get(p, {}).get("exp_avg") for p in parameters])  # no gradient yet
+        self.silent = _where_zero(parameters, [first_moment(state.get(p, {})) for p in parameters])  # no gradient yet
         self.may_skip, self.skipped = may_skip, 0
 
     def look(self, step: int, loss: float, norm: float, rows: Sequence[str]) -> int:
@@ -195,7 +219,7 @@ def _where_zero(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor | N
 
 
 def _groups(model: PreTrainedModel, link: Link) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: all alike, or LoRA+'s, in which B and whatever is a vector learn faster than A."""
+    """Parameter groups: all alike, or LoRA+'s, in which B and whatever is a vector learn faster than A."""
     ratio = link.settings.loraplus_lr_ratio if isinstance(link.settings, Lora) else 1.0
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in named if ratio != 1 and ("lora_B" in name or p.ndim == 1)]

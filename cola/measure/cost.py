@@ -31,7 +31,7 @@ from cola.recipe.plan import Link
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
 COUNT_VERSION = 1  # part of the name of a remembered count: raise it when the counting changes
-SHAPELESS = {"init", "init_batches", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"}
+SHAPELESS = {"init", "init_batches", "optimizer", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"}
 
 Lengths: TypeAlias = Sequence[tuple[int, int]]  # of rows: tokens, and target tokens among them
 

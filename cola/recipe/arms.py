@@ -8,7 +8,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from cola.errors import quoted
-from cola.recipe.methods import Activation, Init, Part, Placement
+from cola.recipe.ideas import Init, Optimizer
+from cola.recipe.methods import Activation, Part, Placement
 from cola.recipe.schema import (
     MOST_LINKS,
     Dtype,
@@ -52,10 +53,11 @@ class LinkSettings(Section):
         "lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with standard "
         "deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; `orthogonal`: "
         "rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right singular vectors "
-        "of the full gradient. None changes the function."
+        "of the full gradient. None of these changes the function. Or a function of your own: `./my_idea.py:name`."
     )
     init_batches: Steps | None = optional(
-        "lora: batches, the link's first, whose gradient `init: gradient` takes. Default: 8."
+        "lora: batches, the link's first, whose full gradient the start is given. Default: 8 for `init: gradient`; for "
+        "a start of your own none, so that it is given no gradient."
     )
     use_rslora: bool | None = optional("lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`.")
     use_dora: bool | None = optional("lora: train the length of each row of the weight too (DoRA). Default: `false`.")
@@ -77,6 +79,9 @@ class LinkSettings(Section):
     prefix_projection: bool | None = optional("prefix: learn it through a two-layer network. Default: `false`.")
     encoder_hidden_size: Width | None = optional(
         "prefix with projection, p_tuning: width of the encoder. Default: the model's."
+    )
+    optimizer: Optimizer | None = optional(
+        "What takes the steps: `adamw`, or a function of your own: `./my_idea.py:name`. Default: `adamw`."
     )
     learning_rate: Rate | None = optional("Peak learning rate. Default: training.learning_rate.")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
+from cola.recipe.ideas import TAKEN_OUT
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
@@ -146,7 +147,7 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
             given = getattr(arm, key) is not None or getattr(entry, key) is not None
             if given and key not in (*type(link).model_fields, "method", "learning_rate"):
                 raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
-        if isinstance(link, Lora) and link.init_batches and link.init != "gradient":
+        if isinstance(link, Lora) and link.init_batches and not link.takes_gradient:
             raise ValueError(f"arms.{name}.init_batches has no effect with init: {link.init}: remove it")
         if isinstance(link, Prefix):
             if link.encoder_hidden_size and not link.prefix_projection:
@@ -187,10 +188,10 @@ def _check_base(name: str, resolved: ResolvedArm) -> None:
                 f"arms.{name}.use_dora: DoRA rescales the rows of the weight, so it cannot be kept {why}; use a "
                 "dense base and merge: exact, or leave use_dora out"
             )
-        if isinstance(link, Lora) and link.init == "pissa":
+        if isinstance(link, Lora) and link.init.name in TAKEN_OUT:
             why = f"with {quantization} codes" if quantization else f"with knot.merge: {merge}"
             raise ValueError(
-                f"arms.{name}.init: pissa takes the pair out of the frozen weight, which cannot be done {why}; use "
+                f"arms.{name}.init: {link.init} takes the pair out of the frozen weight, which cannot be done {why}; use "
                 "init: default"
             )
 

@@ -44,7 +44,7 @@ MEANT = {
     "training.schedule": "lr_scheduler lr_scheduler_type",
     "training.warmup_steps (below 1 it is a fraction)": "warmup_ratio",
     "training.max_grad_norm": "gradient_clipping",
-    "no key: the optimizer is AdamW": "optim optimizer",
+    "optimizer (under link or an arm)": "optim",
     "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len",
     "data.hub or data.files": "dataset datasets",
     "data.hub": "dataset_name",

@@ -6,15 +6,15 @@ A new method is a class here and a line in METHODS, its keys in `arms.LinkSettin
 
 from typing import Any, ClassVar, Literal
 
+from cola.recipe.ideas import ADAMW, BY_GRADIENT, DEFAULT, Init, Optimizer
 from cola.recipe.schema import Section
 
-Init = Literal["default", "gaussian", "pissa", "orthogonal", "gradient"]
 Targets = Literal["all-linear"] | tuple[str, ...]  # every linear layer but the head, or the names of some
 Part = Literal["embeddings", "head"]
 Placement = Literal["pfeiffer", "houlsby"]
 Activation = Literal["relu", "gelu", "silu"]
 
-INIT_BATCHES = 8  # whose gradient `init: gradient` takes, where a recipe does not say
+INIT_BATCHES = 8  # whose gradient a start along it takes, where a recipe does not say
 
 
 class Settings(Section):
@@ -26,6 +26,8 @@ class Settings(Section):
     merges: ClassVar[bool] = False  # what it trained can be added to the weights, so that a plain model holds it
     file: ClassVar[str]  # what its weights are saved as
 
+    optimizer: Optimizer = ADAMW
+
     @property
     def virtual_tokens(self) -> int:
         """Virtual tokens that it puts before each row."""
@@ -33,11 +35,11 @@ class Settings(Section):
 
     def record(self) -> dict[str, Any]:
         """The method and its settings as JSON, without those that leave something to the model or have no effect."""
-        said = {key: value for key, value in self.model_dump(mode="json").items() if key not in _IDLE_AT_0 or value}
-        return {"method": self.method, **said}
+        values = self.model_dump(mode="json").items()
+        return {"method": self.method, **{key: value for key, value in values if _UNSAID.get(key) != value}}
 
 
-_IDLE_AT_0 = {"init_batches", "encoder_hidden_size"}
+_UNSAID = {"init_batches": 0, "encoder_hidden_size": 0, "optimizer": "adamw"}
 
 
 class Lora(Settings):
@@ -52,11 +54,16 @@ class Lora(Settings):
     alpha: float
     dropout: float = 0.0
     target_modules: Targets = "all-linear"
-    init: Init = "default"
-    init_batches: int = 0  # above 0 with `init: gradient` only
+    init: Init = DEFAULT
+    init_batches: int = 0  # above 0 where the start looks at the full gradient
     use_rslora: bool = False
     use_dora: bool = False
     loraplus_lr_ratio: float = 1.0
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether its start may look at the full gradient."""
+        return self.init.name in BY_GRADIENT or self.init.file is not None
 
 
 class Full(Settings):

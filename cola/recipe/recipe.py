@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cola.recipe.arms import SEARCHABLE, Arm, KnotRules, LinkSettings
 from cola.recipe.data_section import Data
+from cola.recipe.ideas import Idea
 from cola.recipe.methods import Lora
 from cola.recipe.resolved import ResolvedArm, resolve
 from cola.recipe.schema import (
@@ -89,6 +90,29 @@ class Recipe(Section):
         """All low-rank links that some arm may train."""
         variants = itertools.chain.from_iterable(map(self.variants, self.arms))
         return [link for variant in variants for link in variant.links if isinstance(link, Lora)]
+
+    @property
+    def ideas(self) -> dict[str, list[Idea]]:
+        """What fills the joints of the arms, at every choice of their searches, by the key that says it."""
+        found: dict[str, list[Idea]] = {}
+        for arm in self.arms:
+            for variant in self.variants(arm):
+                said = [(f"arms.{arm}.{key}", value) for link in variant.links for key, value in link]
+                said += [(f"arms.{arm}.knot.{key}", value) for key, value in variant.rules]
+                for where, value in said:
+                    if isinstance(value, Idea) and value not in found.setdefault(where, []):
+                        found[where].append(value)
+        return found
+
+    @property
+    def own_code(self) -> dict[str, list[tuple[str, Idea]]]:
+        """The files of the user's own that these ideas lie in, and who names what of them."""
+        files: dict[str, list[tuple[str, Idea]]] = {}
+        for where, ideas in self.ideas.items():
+            for idea in ideas:
+                if idea.file is not None:
+                    files.setdefault(idea.file, []).append((where, idea))
+        return files
 
     def searches_of(self, arm: str) -> dict[str, Search]:
         """What is searched for an arm, in the order of the keys here; empty for one without links."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cola.recipe.arms import Arm, KnotRules, LinkSettings, OneLink, Prune
+from cola.recipe.ideas import BY_GRADIENT
 from cola.recipe.methods import INIT_BATCHES, METHODS, Lora, Settings
 from cola.recipe.schema import Dtype, Model, Quantization, Section, Training
 
@@ -79,7 +80,7 @@ def _link_settings(entry: OneLink, arm: Arm, link: LinkSettings) -> Settings:
     said = {key: value for key in kind.model_fields if (value := _nearest(key, *sections)) is not None}
     if kind is Lora:
         said["alpha"] = _alpha(sections, said.get("rank", Lora.model_fields["rank"].default))
-        if said.get("init") == "gradient":
+        if "init" in said and said["init"].name in BY_GRADIENT:
             said.setdefault("init_batches", INIT_BATCHES)
     return kind(**said)
 

@@ -1,5 +1,7 @@
 """A recipe written out: resolved, with every value that a run goes by."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from pydantic import BaseModel
 
 from cola.recipe.arms import Arm, LinkSettings
 from cola.recipe.data_section import Files
+from cola.recipe.ideas import Idea
+from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import resolve
 from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
@@ -41,22 +45,24 @@ def resolved_values(recipe: Recipe, base: Path) -> Recipe:
     training = recipe.training
     if isinstance(rate := training.learning_rate, Search):
         training = training.model_copy(update={"learning_rate": _with_seeds(rate, [recipe.unscored_seed])})
-    arms = {name: _explicit_arm(recipe, name) for name in recipe.arms}
+    arms = {name: _explicit_arm(recipe, name, partial(find_path, base=base)) for name in recipe.arms}
     # The arms now say all of it: keeping it for all arms too would be a second place to change, without effect.
     parts = {"data": data.model_copy(update=update), "model": model, "knot": knot, "training": training}
     parts |= {"arms": arms, "link": LinkSettings(), "evaluation": evaluation}
     return recipe.model_copy(update=parts)
 
 
-def _explicit_arm(recipe: Recipe, name: str) -> Arm:
-    """An arm that says every setting of its links itself, but those that a search is still to choose."""
+def _explicit_arm(recipe: Recipe, name: str, find: Callable[[str], str]) -> Arm:
+    """An arm that says every setting of its links itself, but those that a search is still to choose; `find`: where a
+    file of the user's own lies."""
     arm, resolved, searches = recipe.arms[name], recipe.resolved(name), recipe.searches_of(name)
     if not resolved.links:
         return arm
     # What is searched has no value yet, nor has what follows from it.
     follows = {"rank": "alpha", "init": "init_batches"}
     unknown = {*searches, *(follows[key] for key in follows.keys() & searches)}
-    known = [{key: v for key, v in link.record().items() if key not in unknown} for link in resolved.links]
+    known = [_said_by(link, find) for link in resolved.links]
+    known = [{key: value for key, value in said.items() if key not in unknown} for said in known]
     update: dict[str, Any] = known[0]
     if isinstance(arm.links, list):
         links = [entry.model_copy(update=said) for entry, said in zip(arm.links, known, strict=True)]
@@ -66,10 +72,22 @@ def _explicit_arm(recipe: Recipe, name: str) -> Arm:
         shared = recipe.link.alpha
         update["alpha"] = arm.alpha or (shared if isinstance(shared, str) else None)
     seeds = recipe.search_seeds(name)
-    update["search"] = {key: _with_seeds(search, seeds) for key, search in searches.items()} or None
+    update["search"] = {key: _with_seeds(_found(search, find), seeds) for key, search in searches.items()} or None
     update["learning_rate"] = None if "learning_rate" in searches else recipe.learning_rate_of(name)
     update["quantization"] = resolved.base.quantization or arm.quantization
     return arm.model_copy(update=update)
+
+
+def _said_by(link: Settings, find: Callable[[str], str]) -> dict[str, Any]:
+    """The settings of a link as an arm says them."""
+    ideas = {key: value.found(find) for key, value in link if isinstance(value, Idea)}
+    return {key: ideas.get(key, value) for key, value in link.record().items()}
+
+
+def _found(search: Search, find: Callable[[str], str]) -> Search:
+    """A search whose files of the user's own are named by where they lie."""
+    named = [value if not isinstance(value, str) else Idea(name=value).found(find).name for value in search.search]
+    return search.model_copy(update={"search": named})
 
 
 def _with_seeds(search: Search, seeds: list[int]) -> Search:

@@ -99,8 +99,9 @@ def selection_key(select_by: str, loss: float, score: float | None) -> tuple[flo
     return (score if select_by == "score" and score is not None else 0.0, -loss)
 
 
-def knot_record(given: Assignment, number: int, knot: Knot, took: Took) -> dict[str, Any]:
-    """What result.json and ledger.jsonl say of a knot that tied the link of that number, from 0; `took`: how long."""
+def knot_record(given: Assignment, number: int, knot: Knot, moved: float | None, took: Took) -> dict[str, Any]:
+    """What result.json and ledger.jsonl say of a knot that tied the link of that number, from 0. `moved`: change of the
+    outputs by the link's start; `took`: how long."""
     link = given.links[number]
     return {
         "link": number + 1,
@@ -109,18 +110,25 @@ def knot_record(given: Assignment, number: int, knot: Knot, took: Took) -> dict[
         "merge": given.measured.tie["merge"] if knot.applied else None,
         **{f"drift_{name}": value for name, value in asdict(knot.drift).items()},
         **_over_matrices(list(knot.applied.values())),
+        **({} if moved is None else {"start_moved": moved}),
         "matrices": {name: asdict(applied) for name, applied in knot.applied.items()},
         **took._asdict(),
     }
 
 
-def check_drift(given: Assignment, record: dict[str, Any]) -> None:
-    """Raise KnotDrift where a knot moved more than rounding explains, unless its rules move the outputs themselves."""
-    (rules, base), followed = (given.arm.rules, given.arm.base), record["link"] < len(given.links)
-    moves = rules.merge == "naive" or (rules.merge_fraction < 1 and followed)
+def allowed_drift(given: Assignment) -> float:
+    """Relative change of a logit that rounding explains in the base's number format."""
+    base = given.arm.base
     # On a GPU int8 products round the activations too, so that rounding moves codes.
     coarse = base.quantization == "int8" and given.accelerator.device.type == "cuda"
-    allowed = rules.max_drift or (math.inf if moves else MAX_DRIFT["float16" if coarse else base.dtype])
+    return MAX_DRIFT["float16" if coarse else base.dtype]
+
+
+def check_drift(given: Assignment, record: dict[str, Any]) -> None:
+    """Raise KnotDrift where a knot moved more than rounding explains, unless its rules move the outputs themselves."""
+    rules, followed = given.arm.rules, record["link"] < len(given.links)
+    moves = rules.merge == "naive" or (rules.merge_fraction < 1 and followed)
+    allowed = rules.max_drift or (math.inf if moves else allowed_drift(given))
     Drift(**{key: record[f"drift_{key}"] for key in Drift.__dataclass_fields__}).check(allowed)
 
 

@@ -1,6 +1,6 @@
 """What a recipe is run with: base, data, scoring, the run's folder; found and tried before anything is trained."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 
 import torch
@@ -43,6 +43,7 @@ class Materials:
     evaluator: Evaluator
     device: torch.device
     counts: dict[Settings, int]  # parameters that each link of an arm trains
+    code: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of the user's own code
 
 
 def gather(recipe: Recipe, terminal: Terminal) -> Materials:
@@ -178,6 +179,7 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
         **provenance(),
         device=device,
         recipe=RecipeDigest(sha256=file_digest(folder.recipe_file)),
+        code=materials.code,
         model=Model(name=source.name, revision=source.revision, sha256=source.fingerprint()),
         data=Data(sha256=splits.fingerprint, notes=splits.notes),
         rows=splits.sizes,

@@ -192,7 +192,7 @@ def _trains(links: Sequence[Settings]) -> str:
         return NONE
 
     def along(values: list[Any]) -> str:
-        texts = [v if isinstance(v, str) else ", ".join(v) if isinstance(v, tuple) else f"{v:g}" for v in values]
+        texts = [", ".join(v) if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         return texts[0] if len(set(texts)) == 1 else " → ".join(texts)
 
     match links[0]:
@@ -210,6 +210,12 @@ def _trains(links: Sequence[Settings]) -> str:
     kinds += [f"LoRA+ {first.loraplus_lr_ratio:g}"] if first.loraplus_lr_ratio != 1 else []
     kinds += [f"init {inits}"] if inits != "default" else []
     return ", ".join([f"a pair of rank {rank}, alpha {alpha}, on {modules}", *kinds])
+
+
+def _optimizers(links: Sequence[Settings]) -> list[str]:
+    """What takes the steps, where that is not AdamW."""
+    names = each_once([str(link.optimizer) for link in links])
+    return [] if names == [str(ADAMW)] else [f"steps by {' → '.join(names)}"]
 
 
 def _knots(rules: Rules) -> str:

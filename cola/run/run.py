@@ -12,6 +12,7 @@ from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RunFolderError
 from cola.files import digest, store_path
+from cola.link.ideas.door import place_of
 from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
@@ -19,6 +20,7 @@ from cola.report.terminal import Terminal
 from cola.report.tracking import NoTracker, Tracker, command_after, mode_of, need_tracker
 from cola.run.announce import say_cautions, say_plan
 from cola.run.assignment import Bench
+from cola.run.code import admit_code
 from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
@@ -57,7 +59,8 @@ def run(
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     need_tracker(recipe.tracking)
-    materials = gather(recipe, terminal)
+    code = admit_code(recipe, folder)
+    materials = replace(gather(recipe, terminal), code=code)
     store = Store(store_path(recipe.store), terminal.warn)
     meta, used = check_folder(materials, folder, store, terminal), folder.references()
     selfcheck, ready = check_bases(materials, store, used, terminal)
@@ -66,7 +69,7 @@ def run(
     ways = Ways(**dict(selfcheck.ways))
     recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
     materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
-    planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type)
+    planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type, code)
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
     say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
@@ -178,7 +181,7 @@ def _do(bench: Bench, job: Job) -> None:
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
                 f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
             ) from error
-        reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{place_of(error)}"
         _record_end(bench, job, "failed", started, reason)
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, "".join(traceback.format_exception(error)))

@@ -17,9 +17,10 @@ from cola.link.train import Step, full_gradients, tune
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
 from cola.run.assignment import Assignment
-from cola.run.course import Course, check_drift, knot_record
+from cola.run.course import Course, allowed_drift, check_drift, knot_record
 from cola.run.find import deepest, recall
 from cola.run.interrupt import Interrupted
+from cola.run.laws import Laws
 from cola.run.loaded import Loaded
 from cola.run.scoring import score_attached
 from cola.tree.locks import lock
@@ -33,16 +34,20 @@ def train(given: Assignment, course: Course, loaded: Loaded) -> None:
     """Make what the course lacks: the rest of the link at hand, and all links after it. Interrupted where the user
     stopped it, and a checkpoint is kept; a ColaError where the arm has diverged, or a knot moved what it should not."""
     trainer, tuned = Trainer(given, course, loaded, Keeper(given, course)), Clock()
+    laws = Laws(trainer.probe, allowed_drift(given))
 
-    def tune_link(_chain: Chain, link: Link) -> None:
+    def tune_link(chain: Chain, link: Link) -> None:
         nonlocal tuned
+        laws.check_start(chain.model, link)
+        frozen = laws.frozen(chain.model, link)
         trainer.tune(link)
+        laws.check_frozen(chain.model, link, frozen)
         tuned = Clock()
 
     try:
-        for knot in loaded.run(len(course.knots), tune_link, trainer.probe, trainer.gradients):
+        for knot in loaded.run(len(course.knots), tune_link, laws.probe, trainer.gradients):
             number = len(course.knots)
-            record = knot_record(given, number, knot, tuned.read())
+            record = knot_record(given, number, knot, laws.moved, tuned.read())
             check_drift(given, record)
             given.measured.keep_knot(given.links[number].last_step, record)
             given.bench.write_references()

@@ -124,6 +124,9 @@ class Provenance(Record):
     machine: Machine
     device: Device
     recipe: RecipeDigest
+    code: dict[str, Text] = Field(
+        default={}, description="SHA-256 of each file of the user's own code", json_schema_extra={"key": "FILE"}
+    )
     model: Model
     data: Data
     rows: dict[str, Rows] = Field(

@@ -108,6 +108,9 @@ class Knot(Record):
     error_max: Relative | None = Field(description="likewise")
     cosine_median: Number | None = Field(description="between the two")
     cosine_min: Number | None = Field(description="likewise, the smallest")
+    start_moved: Relative | None = Field(
+        default=None, description="change of the outputs by a start that says that it moves them, by the largest logit"
+    )
     seconds: Seconds = Field(description="that tying took")
     cpu_seconds: Seconds | None = Field(
         default=None,

@@ -15,13 +15,14 @@ No torch, no files.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from cola.files import canonical, digest
 from cola.recipe.arms import Prune
+from cola.recipe.ideas import ADAMW
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Job, Link
 from cola.recipe.resolved import Rules
@@ -31,9 +32,11 @@ from cola.recipe.schema import Training
 TRAINING_VERSION = 4
 
 # Settings of a link that its name has in other words: the modules by their full names, the start, the rates.
-ELSEWHERE = {"method", "target_modules", "init", "init_batches", "loraplus_lr_ratio"}
+ELSEWHERE = {"method", "target_modules", "init", "init_batches", "optimizer", "loraplus_lr_ratio"}
 
 Causes = dict[str, Any]
+Code = Mapping[str, str]
+NO_CODE: Code = {}
 
 
 def root_causes(base_sha256: str, dtype: str, device: str, quantization: str | None = None) -> Causes:
@@ -91,6 +94,7 @@ def lineage(
     modules_of: Callable[[Link], Sequence[str] | None],
     digests: Sequence[str],
     buffers: Sequence[str] = (),
+    code: Code = NO_CODE,
 ) -> Lineage:
     """Name every state of a path from `root_causes` on.
 
@@ -99,6 +103,7 @@ def lineage(
         modules_of: Full names of the modules that a link adapts, however the recipe spells them; None for all weights.
         digests: Of the micro-batches of each step.
         buffers: Of the model's state, which are kept where all weights are.
+        code: SHA-256 of each file whose functions the links take.
     """
     names, headers, steps = [digest(root)], [], []
     for number, link in enumerate(links):
@@ -108,11 +113,11 @@ def lineage(
             "method": link.settings.method,
             "settings": {key: value for key, value in link.settings.record().items() if key not in ELSEWHERE},
             "modules": modules_of(link),
-            "start": _start(link, number, batches, root["dtype"]),
+            "start": _start(link, number, batches, root["dtype"], code),
             "seed": link.seed,
             "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root),
             "optimizer": {
-                "name": "AdamW",
+                "name": "AdamW" if link.settings.optimizer == ADAMW else link.settings.optimizer.cause(code),
                 "betas": list(training.betas),
                 "epsilon": training.epsilon,
                 "weight_decay": training.weight_decay,
@@ -129,15 +134,15 @@ def lineage(
     return Lineage(root, links, headers, steps, names)
 
 
-def _start(link: Link, number: int, digests: Sequence[str], dtype: str) -> Causes:
+def _start(link: Link, number: int, digests: Sequence[str], dtype: str, code: Code) -> Causes:
     """How the link's weights are drawn; orthogonal to nothing is the default draw."""
     if link.keeps_pair:
         return {"init": "kept"}
     if not isinstance(link.settings, Lora):
         return {"init": "default"}
-    init = link.settings.init
+    init = link.settings.init.cause(code)
     start: Causes = {"init": "default" if init == "orthogonal" and not number else init}
-    if init == "gradient":
+    if link.settings.init_batches:
         start["batches"] = list(digests[: link.settings.init_batches])
         start |= {"scaled": True} if dtype == "float16" else {}  # before it was, small gradients were lost
     return start

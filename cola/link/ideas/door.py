@@ -1,0 +1,180 @@
+"""The door of the joints: what an idea is given, what it gives back, and how a recipe's name of one becomes a function.
+
+cola's own ideas and a user's come in by it alike: a function in a file, whose options are its keyword-only arguments.
+A user's file is read once, its bytes are what the states' names hold the SHA-256 of, and nothing of it runs before
+`admit` was called, which a command does where it is told to (`--allow-code`).
+
+Axes: I input features, O output features, R rank.
+"""
+
+import hashlib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError, create_model
+from torch import Generator, Tensor, nn
+
+from cola.errors import IdeaError, listed, one_line
+from cola.link.residual import Pair
+from cola.recipe.ideas import Idea
+
+_admitted: dict[str, ModuleType | bytes] = {}  # files of ideas: what they say, until it has run
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix, as a start is given it: a function of a matrix that returns A (R, I), A and B (O, R), `Factors`, or
+    None where PEFT's own draw stays."""
+
+    name: str  # of its module
+    scale: float  # alpha / rank: the pair adds scale * B @ A
+    rank: int
+    earlier: Sequence[Pair]  # what the links before have added to it
+    generator: Generator  # seeded by the link, the same for all its matrices
+    _weight: Callable[[], Tensor]
+    _gradient_OI: Tensor | None
+
+    @cached_property
+    def weight_OI(self) -> Tensor:
+        """The weight with all that is tied so far, float32, on the model's device."""
+        return self._weight()
+
+    @property
+    def gradient_OI(self) -> Tensor:
+        """The full gradient of the mean loss per target token, float32, over the first `init_batches` batches of the
+        link; IdeaError where the recipe says none."""
+        if self._gradient_OI is None:
+            raise IdeaError("a start that looks at the gradient needs init_batches: how many of the link's batches")
+        return self._gradient_OI
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a pair begins with. With B not zero the pair would change the function: so scale * B @ A is taken out of the
+    frozen weight, or, where `moves`, the function is changed by it."""
+
+    A_RI: Tensor
+    B_OR: Tensor | None = None
+    moves: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedPair:
+    """A pair that is trained, as an optimizer is given it."""
+
+    name: str  # of its module
+    A_RI: nn.Parameter
+    B_OR: nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a link trains, as an optimizer is given it: a function of it that returns a `torch.optim.Optimizer`.
+
+    cola sets the learning rate of each group before each step (`ratio` times the schedule's). What the optimizer
+    remembers lies in `state[parameter]`, as tensors and numbers, or as numbers in a group: that is kept and put back.
+    """
+
+    groups: list[dict[str, Any]]  # of parameters, each with its `ratio`, as PyTorch's optimizers take them
+    pairs: Sequence[TrainedPair]  # of a low-rank link; empty for another
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    n_steps: int  # of the link
+
+
+def admit(path: str, source: bytes) -> None:
+    """Let the code of a file run, as it was read."""
+    _admitted[path] = source
+
+
+def function_of(idea: Idea) -> Callable[..., Any]:
+    """What an idea's name stands for, with its options set; IdeaError where its file may not run, does not, or has no
+    such function or options."""
+    if idea.file is None:
+        module = importlib.import_module(f"cola.link.ideas.{idea.name}")
+        return _with_options(getattr(module, idea.name), idea)
+    module = _admitted.get(idea.file)
+    if module is None:
+        raise IdeaError(f"{idea} is code of {idea.file}, which may not run here")
+    if isinstance(module, bytes):
+        _admitted[idea.file] = module = _run(idea.file, module)
+    function = getattr(module, idea.function, None)
+    if not inspect.isfunction(function):
+        known = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
+        raise IdeaError(f"{idea.file} has no function {idea.function}; it has {listed(known) or 'none'}")
+    return _with_options(function, idea)
+
+
+def _run(path: str, source: bytes) -> ModuleType:
+    """A file as a module."""
+    module = ModuleType(f"cola_idea_{hashlib.sha256(source).hexdigest()[:16]}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for what an annotation means
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+    except Exception as error:
+        place = f":{error.lineno}" if isinstance(error, SyntaxError) else place_of(error, path)
+        raise IdeaError(f"{path}{place}: {type(error).__name__}: {one_line(error)}") from error
+    return module
+
+
+def _with_options(function: Callable[..., Any], idea: Idea) -> Callable[..., Any]:
+    """A function with an idea's options, checked by the types of its keyword-only arguments as strictly as a recipe's
+    keys."""
+    asked = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {
+        p.name: (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
+        for p in asked
+    }
+    model = create_model("Options", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+    try:
+        options = dict(model.model_validate(dict(idea.options)))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise IdeaError(
+            f"{idea.name}: option {'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}; its "
+            f"options are {listed(fields) or 'none'}"
+        ) from None
+    return lambda *given: function(*given, **options)
+
+
+def place_of(error: BaseException, path: str | None = None) -> str:
+    """`:LINE` where an error passed through a file, or `, FILE:LINE` of whichever admitted file it passed through last;
+    empty where it passed through none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _admitted]
+    if path is not None:
+        return f":{frames[-1].lineno}" if frames else ""
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def factors_of(given: Any, idea: Idea, matrix: Matrix, n_out: int, n_in: int) -> Factors | None:
+    """What a start gave back for a matrix, checked; IdeaError says what was expected of it."""
+    if given is None:
+        return None
+    if isinstance(given, Tensor):
+        given = Factors(given)
+    if isinstance(given, tuple) and len(given) == 2:
+        given = Factors(*given)
+    if not isinstance(given, Factors):
+        raise IdeaError(
+            f"init: {idea} gave a {type(given).__name__} for {matrix.name}; A, (A, B), Factors or None is expected"
+        )
+    for letter, tensor, shape in (("A", given.A_RI, (matrix.rank, n_in)), ("B", given.B_OR, (n_out, matrix.rank))):
+        if tensor is None and letter == "B":
+            continue
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise IdeaError(f"init: {idea} gave {letter} as {found} for {matrix.name}; {shape} is expected")
+        if not tensor.isfinite().all():
+            raise IdeaError(f"init: {idea} gave {letter} with NaN or infinity for {matrix.name}")
+    return given

@@ -1,0 +1,146 @@
+"""Ideas: what fills a joint of a link, by a word for one of cola's own, by file and function for one of the user's.
+
+    init: gradient                                    a word
+    init: {lora_one: {gamma: 32}}                     a word and its options
+    init: ./my_idea.py:fourier                        a function in a file
+    init: {./my_idea.py:fourier: {frequencies: 8}}    the same with options
+
+Here are the words of each joint and their options, all that a recipe has to know; what they do lies in
+`cola/link/ideas`, a file each. A file's code runs only where a command is told that it may. No torch.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from cola.errors import did_you_mean, listed, quoted
+from cola.recipe.schema import LONGEST_PATH, Section
+
+Scalar = bool | int | float | str
+OWN = r"(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)"  # a file and a function in it
+
+
+class Options(Section):
+    """What can be set of an idea; by itself nothing."""
+
+
+STARTS: dict[str, type[Options]] = dict.fromkeys(("default", "gaussian", "pissa", "orthogonal", "gradient"), Options)
+BY_PEFT = {"default", "gaussian"}  # starts that PEFT draws as it makes a pair
+BY_GRADIENT = {"gradient"}  # starts of cola's own that look at the full gradient
+OF_SINGULAR_VECTORS = {"gradient", "pissa"}  # of which a matrix has so many
+TAKEN_OUT = {"pissa"}  # whose pair is taken out of the frozen weight
+OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options}
+
+
+@dataclass(frozen=True)
+class Idea:
+    """One idea, with the value of every option that it has."""
+
+    name: str  # a word, or FILE.py:FUNCTION
+    options: tuple[tuple[str, Scalar], ...] = ()
+
+    def __str__(self) -> str:
+        """As a table shows it: a file without its folders."""
+        name = self.name.rpartition("/")[2]
+        return f"{name}({', '.join(f'{key}={value}' for key, value in self.options)})" if self.options else name
+
+    @property
+    def file(self) -> str | None:
+        """The file that it lies in; None for one of cola's own."""
+        found = re.fullmatch(OWN, self.name)
+        return found["file"] if found else None
+
+    @property
+    def function(self) -> str:
+        """The function that it is."""
+        return self.name.rpartition(":")[2]
+
+    def found(self, find: Callable[[str], str]) -> "Idea":
+        """The same with its file where `find` says that it lies."""
+        return self if self.file is None else replace(self, name=f"{find(self.file)}:{self.function}")
+
+    def spelled(self) -> str | dict[str, Any]:
+        """As a recipe writes it."""
+        return {self.name: dict(self.options)} if self.options else self.name
+
+    def cause(self, code: Mapping[str, str]) -> str | dict[str, Any]:
+        """What it does, as a cause of a state; `code`: SHA-256 of each file. Neither path nor time is among it."""
+        if self.file is None:
+            return self.spelled()
+        return {"function": self.function, "code": code[self.file], "options": dict(self.options)}
+
+
+@dataclass(frozen=True, eq=False)  # pydantic asks for its hash, and a mapping has none
+class OneOf:
+    """Reads an idea of a joint, and refuses what is none: `kind` in words, the options of each of cola's own."""
+
+    kind: str
+    words: Mapping[str, type[Options]]
+
+    def read(self, value: Any) -> Idea:
+        """An idea as a recipe writes it; a ValueError says what is wrong with it."""
+        if isinstance(value, Idea):
+            return value
+        options: Any = {}
+        if isinstance(value, dict) and len(value) == 1:
+            ((value, options),) = value.items()
+        if not isinstance(value, str):
+            raise ValueError(f"a {self.kind} is a word, or a word with its options below it ({{word: {{key: value}}}})")
+        if not isinstance(options, dict | None):
+            raise ValueError(f"{value}: its options are a mapping of keys, not {quoted(options)}")
+        if re.fullmatch(OWN, value):
+            return Idea(name=value, options=_plain(value, options or {}))
+        if value.endswith(".py") or ".py:" in value:
+            raise ValueError(f"a {self.kind} of your own is a file and a function in it, ./my_idea.py:name; got {value!r}")
+        if value not in self.words:
+            near = did_you_mean(value, self.words)
+            raise ValueError(f"{quoted(value)} is no {self.kind}; these are: {listed(self.words)}{near}")
+        try:
+            read = self.words[value].model_validate(options or {})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where, what = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+            known = listed(self.words[value].model_fields) or "it has none"
+            more = f" ({known})" if fault["type"] == "extra_forbidden" else ""
+            raise ValueError(f"{value}: {where}: {what[0].lower()}{what[1:]}{more}") from None
+        return Idea(name=value, options=tuple(read))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Read by `read`, written as it is spelled."""
+        written = core_schema.plain_serializer_function_ser_schema(Idea.spelled)
+        return core_schema.no_info_plain_validator_function(self.read, serialization=written)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """A word, a function in a file, or either with options."""
+        with_options = {word: kind.model_json_schema() for word, kind in self.words.items() if kind.model_fields}
+        mapping = {"properties": with_options, "patternProperties": {f"^{_ANY_OWN}$": {"type": "object"}}}
+        return {
+            "anyOf": [
+                {"enum": list(self.words), "type": "string"},
+                {"type": "string", "pattern": f"^{_ANY_OWN}$"},
+                {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False, **mapping},
+            ]
+        }
+
+
+_ANY_OWN = re.sub(r"\?P<\w+>", "", OWN)  # as JSON Schema writes it
+
+
+def _plain(name: str, options: dict[Any, Any]) -> tuple[tuple[str, Scalar], ...]:
+    """Options of a user's own idea, which its function checks as it is loaded."""
+    if len(name) > LONGEST_PATH:
+        raise ValueError(f"a path has {LONGEST_PATH} characters at most")
+    for key, value in options.items():
+        if not (isinstance(key, str) and key.isidentifier() and isinstance(value, Scalar)):
+            raise ValueError(f"{name}: an option is a name and a number, a text, true or false; got {quoted({key: value})}")
+    return tuple(sorted(options.items()))
+
+
+Init = Annotated[Idea, OneOf("start", STARTS)]
+Optimizer = Annotated[Idea, OneOf("optimizer", OPTIMIZERS)]
+DEFAULT, ADAMW = Idea(name="default"), Idea(name="adamw")
