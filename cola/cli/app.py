@@ -96,7 +96,8 @@ def new(
 
 
 AllowCode = Annotated[
-    bool, Option("--allow-code", help="Let Python code of your own run that the recipe names (init: ./my_idea.py:name).")
+    bool,
+    Option("--allow-code", help="Let Python code of your own run that the recipe names (init: ./my_idea.py:name)."),
 ]
 
 

@@ -220,6 +220,11 @@ def parameters_of(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     return A_RI, B_OR
 
 
+def parameter_names(module: str) -> tuple[str, str]:
+    """What the model calls A and B of the pair that is attached to a module."""
+    return f"{module}.lora_A.{ADAPTER}.weight", f"{module}.lora_B.{ADAPTER}.weight"
+
+
 def factors_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """A and B of an attached pair, to be read or written."""
     return weight_of(layer.lora_A, ADAPTER), weight_of(layer.lora_B, ADAPTER)

@@ -7,7 +7,7 @@ other. So a fresh optimizer is a new one, pruning has one mask for both, and wha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from cola.errors import IdeaError, MomentsNotCleared, MomentsNotKept
+from cola.link import adapters
+from cola.link.ideas import door
+from cola.link.residual import LinkWeights
 from cola.recipe.arms import Prune
+from cola.recipe.ideas import Idea
 from cola.recipe.resolved import Rules
 
 # NAME.KEY of each parameter, of AdamW exp_avg, exp_avg_sq and step; number/NAME.KEY where it is a plain number, and
@@ -73,16 +77,29 @@ def set_moments(model: nn.Module, optimizer: AcceleratedOptimizer, accelerator: 
         accelerator.scaler.load_state_dict(known)
 
 
-def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
-    """What the next link's optimizer begins with, after a link of the same weights that ended with `moments`; None: a
-    fresh one. `seed`: of the next link, for random pruning. Raises MomentsNotKept where there is nothing to be handed
-    on."""
+def carried(
+    moments: Moments | None, rules: Rules, seed: int, pairs: Callable[[], tuple[LinkWeights, LinkWeights]] | None = None
+) -> Moments | None:
+    """What the next link's optimizer begins with, after a link of the same matrices that ended with `moments`; None: a
+    fresh one.
+
+    Args:
+        seed: Of the next link, for random pruning.
+        pairs: For a rule of its own: the pair of the link before, and the one that was drawn for the next.
+
+    Raises:
+        MomentsNotKept: there is nothing to be handed on.
+        IdeaError: a rule gave what is no state.
+    """
     if not rules.hands_on:
         return None
     if moments is None:
         raise MomentsNotKept(
             "the optimizer's state at the end of the link before, which the knot hands on, is not there"
         )
+    if isinstance(rules.optimizer, Idea):
+        assert pairs is not None
+        return moments | _by_rule(moments, rules.optimizer, *pairs())
     if not isinstance(rules.optimizer, Prune):
         return moments
     kept = dict(moments)
@@ -97,6 +114,22 @@ def carried(moments: Moments | None, rules: Rules, seed: int) -> Moments | None:
             mask[order[: math.ceil(rules.optimizer.share * first.numel())]] = False
             kept[key], kept[f"{key}_sq"] = first * mask.view_as(first), second * mask.view_as(second)
     return kept
+
+
+def _by_rule(moments: Moments, idea: Idea, before: LinkWeights, after: LinkWeights) -> Moments:
+    """The states of all pairs as a rule makes them anew."""
+    rule, made = door.function_of(idea), {}
+    for name, pair in after.items():
+        places = [f"{parameter}." for parameter in adapters.parameter_names(name)]
+        A, B = (
+            {key.removeprefix(place): value for key, value in moments.items() if key.startswith(place)}
+            for place in places
+        )
+        own, _ = before[name].split(len(pair.A_RI))
+        matrix = door.HandedOn(name, own, pair, A, B)
+        for place, state in zip(places, door.states_of(rule(matrix), idea, matrix), strict=True):
+            made |= {f"{place}{key}": value.contiguous() for key, value in state.items()}
+    return made
 
 
 def _exact(number: bool | float) -> torch.dtype:

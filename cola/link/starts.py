@@ -76,8 +76,8 @@ def draw(
         if factors.B_OR is not None:
             B_OR.copy_(factors.B_OR)
             if not factors.moves:
-                own = residual.Pair(*(factor.to("cpu", copy=True) for factor in (A_RI, B_OR)), scale)
-                adapters.take_out(layer, own)
+                copies = A_RI.to("cpu", copy=True), B_OR.to("cpu", copy=True)
+                adapters.take_out(layer, residual.Pair(*copies, scale))
     hold_out(model, base, learned)
 
 

@@ -40,6 +40,7 @@ class Step:
     target_tokens: int  # those that the loss is taken on
     seconds: float
     cpu_seconds: float
+    update_norm: float | None  # ||scale B A||_F over all matrices, after the update; None where there is no pair
     without_gradient: int  # trained tensors that have had none in this link yet (A of a pair at its first step)
     cleared: float | None  # share of the optimizer's moments that were zero as a link began; None at its other steps
     rows: list[str]  # their ids, in the order of the micro-batches
@@ -75,7 +76,10 @@ def tune(
         NonFiniteLoss, NoGradient: from `_Watch`; the weights are those of the step before.
         MomentsNotCleared: the knot before cleared less than it was to.
     """
-    optimizer = _fresh_optimizer(model, link, accelerator, betas=betas, epsilon=epsilon, weight_decay=weight_decay)
+    pairs = _trained_pairs(model)
+    optimizer = _fresh_optimizer(
+        model, link, accelerator, pairs, betas=betas, epsilon=epsilon, weight_decay=weight_decay
+    )
     if moments is not None:
         set_moments(model, optimizer, accelerator, moments)
     parameters, own = trainable(model), _numbers_of(optimizer.optimizer)
@@ -95,8 +99,9 @@ def tune(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
-        took = clock.read()
-        on_step(Step(step, loss, norm, learning_rate, tokens, targets, *took, silent, cleared, rows), optimizer)
+        size, took = update_norm(pairs), clock.read()
+        told = Step(step, loss, norm, learning_rate, tokens, targets, *took, size, silent, cleared, rows)
+        on_step(told, optimizer)
         cleared = None
     model.eval()
     after = _numbers_of(optimizer.optimizer)
@@ -113,8 +118,33 @@ def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {key: value for key, value in vars(optimizer).items() if isinstance(value, int | float)}
 
 
+def _trained_pairs(model: PreTrainedModel) -> list[door.TrainedPair]:
+    layers = adapters.pair_layers(model).items()
+    return [door.TrainedPair(n, *adapters.parameters_of(layer), adapters.scale_of(layer)) for n, layer in layers]
+
+
+@torch.no_grad()
+def update_norm(pairs: Sequence[door.TrainedPair]) -> float | None:
+    """||scale B A||_F over all matrices, from the small products B^T B and A A^T, in one go for all of a shape; None
+    where there is no pair. The device is waited for once."""
+    alike: dict[tuple[torch.Size, torch.Size], list[door.TrainedPair]] = {}
+    for pair in pairs:
+        alike.setdefault((pair.A_RI.shape, pair.B_OR.shape), []).append(pair)
+    squares = []
+    for group in alike.values():
+        A_NRI, B_NOR = torch.stack([pair.A_RI for pair in group]), torch.stack([pair.B_OR for pair in group])
+        scales_N = torch.tensor([pair.scale for pair in group], device=A_NRI.device)
+        of_each_N = ((A_NRI @ A_NRI.mT) * (B_NOR.mT @ B_NOR)).sum((1, 2)).clamp(min=0)
+        squares.append((scales_N.square() * of_each_N).sum())
+    return math.sqrt(torch.stack(squares).sum().item()) if squares else None
+
+
 def _fresh_optimizer(
-    model: PreTrainedModel, link: Link, accelerator: Accelerator, **settings: Any
+    model: PreTrainedModel,
+    link: Link,
+    accelerator: Accelerator,
+    pairs: Sequence[door.TrainedPair],
+    **settings: Any,
 ) -> AcceleratedOptimizer:
     """A new optimizer, the link's: it begins without moments (COLA, Figure 1), unless it is given some. IdeaError where
     it is none, or leaves out what the link trains."""
@@ -122,8 +152,7 @@ def _fresh_optimizer(
     accelerator.free_memory()
     if accelerator.scaler is not None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
-    idea, layers = link.settings.optimizer, adapters.pair_layers(model)
-    pairs = [door.TrainedPair(n, *adapters.parameters_of(one), adapters.scale_of(one)) for n, one in layers.items()]
+    idea = link.settings.optimizer
     trained = door.Trained(_groups(model, link), pairs, n_steps=len(link.learning_rates), **settings)
     made = door.function_of(idea)(trained)
     if not isinstance(made, torch.optim.Optimizer):

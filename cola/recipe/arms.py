@@ -8,7 +8,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from cola.errors import quoted
-from cola.recipe.ideas import Init, Optimizer
+from cola.recipe.ideas import Handover, Init, Optimizer, Until
 from cola.recipe.methods import Activation, Part, Placement
 from cola.recipe.schema import (
     MOST_LINKS,
@@ -83,6 +83,12 @@ class LinkSettings(Section):
     optimizer: Optimizer | None = optional(
         "What takes the steps: `adamw`, or a function of your own: `./my_idea.py:name`. Default: `adamw`."
     )
+    until: Until | None = optional(
+        "lora: a rule by which a link may end before its steps are made, and the next one begins: `{update_stops: "
+        "{tolerance: 0.01, every: 10}}`: once the norm of its update has changed by less than that share of itself "
+        "over so many steps (AROMA); or a function of your own: `./my_idea.py:name`. The last link makes all the steps "
+        "that are left. Goes with `knot.schedule: run`. Default: none."
+    )
     learning_rate: Rate | None = optional("Peak learning rate. Default: training.learning_rate.")
 
     @field_validator("alpha", mode="before")
@@ -152,10 +158,11 @@ class KnotRules(Section):
         "Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move (PLoRA, "
         "LoRASC). The last link is kept whole. Default: 1."
     )
-    optimizer: Literal["fresh", "keep", "zero"] | Prune | None = optional(
+    optimizer: Literal["fresh", "keep", "zero"] | Prune | Handover | None = optional(
         "AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set to zero, "
         "which comes to the same; `keep`: as it is; `{prune_magnitude: 0.9}` or `{prune_random: 0.9}`: a part of the "
-        "moments cleared. Default: `fresh`."
+        "moments cleared; `reproject`: what the moments say of the directions of the new pair (LoFT's algebra); or a "
+        "function of your own: `./my_idea.py:name`. Default: `fresh`."
     )
     schedule: Literal["run", "link"] | None = optional(
         "`run`: one schedule of the learning rate over all steps, knots inside it; `link`: restarted at every knot. "

@@ -136,6 +136,13 @@ def _check_arm(recipe: Recipe, name: str) -> None:
     _check_base(name, resolved)
     _check_merge_fraction(name, resolved)
     _check_handed_on(name, resolved)
+    if any(resolved.untils[:-1]) and resolved.rules.schedule != "run":
+        raise ValueError(
+            f"arms.{name}.until: a link that ends early leaves its steps to those after it, so there must be one "
+            "schedule over all of them: say knot.schedule: run"
+        )
+    if arm.until and len(resolved.links) == 1:
+        raise ValueError(f"arms.{name}.until has no effect on one link, which makes all the steps: remove it")
 
 
 def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpointing: bool) -> None:
@@ -145,7 +152,8 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
     for entry, link in zip(arm.entries, own, strict=False):
         for key in LinkSettings.model_fields:
             given = getattr(arm, key) is not None or getattr(entry, key) is not None
-            if given and key not in (*type(link).model_fields, "method", "learning_rate"):
+            known = (*type(link).model_fields, "method", "learning_rate", *(["until"] if link.is_pair else []))
+            if given and key not in known:
                 raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
         if isinstance(link, Lora) and link.init_batches and not link.takes_gradient:
             raise ValueError(f"arms.{name}.init_batches has no effect with init: {link.init}: remove it")
@@ -191,8 +199,8 @@ def _check_base(name: str, resolved: ResolvedArm) -> None:
         if isinstance(link, Lora) and link.init.name in TAKEN_OUT:
             why = f"with {quantization} codes" if quantization else f"with knot.merge: {merge}"
             raise ValueError(
-                f"arms.{name}.init: {link.init} takes the pair out of the frozen weight, which cannot be done {why}; use "
-                "init: default"
+                f"arms.{name}.init: {link.init} takes the pair out of the frozen weight, which cannot be done {why}; "
+                "use init: default"
             )
 
 

@@ -12,14 +12,15 @@ Here are the words of each joint and their options, all that a recipe has to kno
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from cola.errors import did_you_mean, listed, quoted
-from cola.recipe.schema import LONGEST_PATH, Section
+from cola.errors import RecipeError, did_you_mean, listed, quoted
+from cola.recipe.schema import LONGEST_PATH, Section, Steps
 
 Scalar = bool | int | float | str
 OWN = r"(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)"  # a file and a function in it
@@ -34,6 +35,17 @@ BY_PEFT = {"default", "gaussian"}  # starts that PEFT draws as it makes a pair
 BY_GRADIENT = {"gradient"}  # starts of cola's own that look at the full gradient
 OF_SINGULAR_VECTORS = {"gradient", "pissa"}  # of which a matrix has so many
 TAKEN_OUT = {"pissa"}  # whose pair is taken out of the frozen weight
+
+
+class UpdateStops(Options):
+    """Of `update_stops`."""
+
+    tolerance: float = Field(default=0.01, gt=0, lt=1)  # change of the update's norm, as a share of it
+    every: Steps = 10  # steps between two looks
+
+
+ENDS: dict[str, type[Options]] = {"update_stops": UpdateStops}
+HANDOVERS: dict[str, type[Options]] = {"reproject": Options}
 OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options}
 
 
@@ -96,7 +108,9 @@ class OneOf:
         if re.fullmatch(OWN, value):
             return Idea(name=value, options=_plain(value, options or {}))
         if value.endswith(".py") or ".py:" in value:
-            raise ValueError(f"a {self.kind} of your own is a file and a function in it, ./my_idea.py:name; got {value!r}")
+            raise ValueError(
+                f"a {self.kind} of your own is a file and a function in it, ./my_idea.py:name; got {value!r}"
+            )
         if value not in self.words:
             near = did_you_mean(value, self.words)
             raise ValueError(f"{quoted(value)} is no {self.kind}; these are: {listed(self.words)}{near}")
@@ -131,16 +145,32 @@ class OneOf:
 _ANY_OWN = re.sub(r"\?P<\w+>", "", OWN)  # as JSON Schema writes it
 
 
+def read_code(file: str, where: str) -> bytes:
+    """What a file of the user's own says, which the key `where` names; RecipeError where it cannot be read."""
+    try:
+        source = Path(file).read_bytes()
+        source.decode()
+    except OSError as error:
+        raise RecipeError(f"{where}: {file}: {(error.strerror or 'cannot be read').lower()}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{where}: {file}: Python code is UTF-8 text, and this is none") from None
+    return source
+
+
 def _plain(name: str, options: dict[Any, Any]) -> tuple[tuple[str, Scalar], ...]:
     """Options of a user's own idea, which its function checks as it is loaded."""
     if len(name) > LONGEST_PATH:
         raise ValueError(f"a path has {LONGEST_PATH} characters at most")
     for key, value in options.items():
         if not (isinstance(key, str) and key.isidentifier() and isinstance(value, Scalar)):
-            raise ValueError(f"{name}: an option is a name and a number, a text, true or false; got {quoted({key: value})}")
+            raise ValueError(
+                f"{name}: an option is a name and a number, a text, true or false; got {quoted({key: value})}"
+            )
     return tuple(sorted(options.items()))
 
 
 Init = Annotated[Idea, OneOf("start", STARTS)]
 Optimizer = Annotated[Idea, OneOf("optimizer", OPTIMIZERS)]
+Handover = Annotated[Idea, OneOf("rule for the optimizer at a knot", HANDOVERS)]
+Until = Annotated[Idea, OneOf("rule for the end of a link", ENDS)]
 DEFAULT, ADAMW = Idea(name="default"), Idea(name="adamw")

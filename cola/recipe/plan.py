@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from cola.errors import RecipeError
+from cola.recipe.ideas import Idea
 from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
@@ -24,6 +25,7 @@ class Link:
     first_step: int = 0  # steps of the run before it
     learning_rates: tuple[float, ...] = ()  # of each of its optimizer steps
     seed: int  # of its weights' first draw and of its dropout
+    until: Idea | None = None  # by which it may end before its last step; None for the last link
 
     @property
     def last_step(self) -> int:
@@ -54,13 +56,21 @@ def steps_per_epoch(training: Training, n_train: int) -> int:
 
 
 def plan_arm(
-    recipe: Recipe, arm: str, seed: int, n_train: int, choice: Choice = (), total: int | None = None
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    n_train: int,
+    choice: Choice = (),
+    total: int | None = None,
+    ended: tuple[int, ...] = (),
 ) -> list[Link]:
     """The links of one arm and seed, for so many training examples.
 
     Args:
         choice: Values chosen by a search; without any, the first that it tries.
         total: Optimizer steps of the arm, where they are matched to another arm's cost; default: the budget's.
+        ended: Steps of the run after which its first links have ended by their rules; the last link makes what the
+            others leave.
 
     Raises:
         RecipeError: the links' own lengths do not add up to the run's steps, there are more steps than a run may have,
@@ -80,6 +90,9 @@ def plan_arm(
             "training.steps, raise training.batch_size, or take fewer links"
         )
     _check_warmups(arm, lengths, training, rules)
+    for number, end in enumerate(ended):
+        lengths[-1] += sum(lengths[: number + 1]) - end
+        lengths[number] = end - sum(lengths[:number])
     links = [
         Link(
             settings=resolved.links[number],
@@ -88,11 +101,12 @@ def plan_arm(
             learning_rates=tuple(peaks[number] * factor for factor in factors),
             # The first link's draw depends on the seed alone, so LoRA and a chain start from the same pair.
             seed=derived_seed("link", seed, number),
+            until=resolved.untils[number] if number < len(lengths) - 1 else None,
         )
         for number, factors in enumerate(_factors(lengths, training, rules))
     ]
     for number, link in enumerate(links, 1):
-        if not any(link.learning_rates):  # the first step of a warm-up has none
+        if not any(link.learning_rates) and not ended:  # the first step of a warm-up has none
             raise RecipeError(
                 f"arms.{arm}.links: link {number} has one step, the first of a warm-up, whose learning rate is 0, so "
                 "it would learn nothing; give it more steps, or leave out the warm-up"
@@ -203,6 +217,7 @@ class Job:
     seed: int
     choice: Choice = ()
     trial: bool = False
+    ended: tuple[int, ...] = ()  # steps after which its first links have ended by their rules
 
     @property
     def label(self) -> str:

@@ -99,6 +99,7 @@ class Recipe(Section):
             for variant in self.variants(arm):
                 said = [(f"arms.{arm}.{key}", value) for link in variant.links for key, value in link]
                 said += [(f"arms.{arm}.knot.{key}", value) for key, value in variant.rules]
+                said += [(f"arms.{arm}.until", until) for until in variant.untils]
                 for where, value in said:
                     if isinstance(value, Idea) and value not in found.setdefault(where, []):
                         found[where].append(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cola.recipe.arms import Arm, KnotRules, LinkSettings, OneLink, Prune
-from cola.recipe.ideas import BY_GRADIENT
+from cola.recipe.ideas import BY_GRADIENT, Handover, Idea
 from cola.recipe.methods import INIT_BATCHES, METHODS, Lora, Settings
 from cola.recipe.schema import Dtype, Model, Quantization, Section, Training
 
@@ -21,7 +21,7 @@ class Rules(Section):
     merge: Literal["exact", "naive", "no"] = "exact"
     pair: Literal["fresh", "keep"] = "fresh"
     merge_fraction: float = 1.0
-    optimizer: Literal["fresh", "keep", "zero"] | Prune = "fresh"
+    optimizer: Literal["fresh", "keep", "zero"] | Prune | Handover = "fresh"
     schedule: Literal["run", "link"] = "run"
     warmup_steps: float = 0.0
     max_drift: float | None = None
@@ -49,6 +49,7 @@ class ResolvedArm:
     """What an arm trains, with nothing left to be worked out; no links: the untrained base."""
 
     links: tuple[Settings, ...]
+    untils: tuple[Idea | None, ...]  # of each link, by what it may end early
     rules: Rules
     base: BaseFormat
 
@@ -60,6 +61,7 @@ def resolve(arm: Arm, link: LinkSettings, knot: KnotRules, model: Model, trainin
         quantization = "nf4"
     return ResolvedArm(
         links=tuple(_link_settings(entry, arm, link) for entry in arm.entries),
+        untils=tuple(_nearest("until", entry, arm, link) for entry in arm.entries),
         rules=_rules(arm.knot, knot, training),
         base=BaseFormat(arm.dtype or model.dtype, None if quantization == "none" else quantization),
     )

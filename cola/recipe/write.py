@@ -41,7 +41,12 @@ def resolved_values(recipe: Recipe, base: Path) -> Recipe:
     # Without an arm's own rules, what holds at every knot.
     rules = resolve(Arm(), recipe.link, recipe.knot, recipe.model, recipe.training).rules
     keys = ("merge", "pair", "merge_fraction", "optimizer", "schedule")
-    knot = recipe.knot.model_copy(update={key: getattr(rules, key) for key in keys})
+    said = {key: getattr(rules, key) for key in keys}
+    said = {
+        key: value.found(partial(find_path, base=base)) if isinstance(value, Idea) else value
+        for key, value in said.items()
+    }
+    knot = recipe.knot.model_copy(update=said)
     training = recipe.training
     if isinstance(rate := training.learning_rate, Search):
         training = training.model_copy(update={"learning_rate": _with_seeds(rate, [recipe.unscored_seed])})
@@ -66,6 +71,7 @@ def _explicit_arm(recipe: Recipe, name: str, find: Callable[[str], str]) -> Arm:
     update: dict[str, Any] = known[0]
     if isinstance(arm.links, list):
         links = [entry.model_copy(update=said) for entry, said in zip(arm.links, known, strict=True)]
+        links = [e.model_copy(update={"until": e.until.found(find)}) if e.until else e for e in links]
         update = {"links": links}
     if "rank" in searches and "alpha" not in searches:
         # Written beside the rank that is still to be chosen, or as a multiple of any.
@@ -75,6 +81,10 @@ def _explicit_arm(recipe: Recipe, name: str, find: Callable[[str], str]) -> Arm:
     update["search"] = {key: _with_seeds(_found(search, find), seeds) for key, search in searches.items()} or None
     update["learning_rate"] = None if "learning_rate" in searches else recipe.learning_rate_of(name)
     update["quantization"] = resolved.base.quantization or arm.quantization
+    if (until := arm.until or recipe.link.until) is not None and "until" not in searches:
+        update["until"] = until.found(find)
+    if isinstance(arm.knot.optimizer, Idea):
+        update["knot"] = arm.knot.model_copy(update={"optimizer": arm.knot.optimizer.found(find)})
     return arm.model_copy(update=update)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cola.errors import IdeaError, RecipeError, RunChanged
 from cola.link.ideas import door
-from cola.recipe.ideas import Idea
+from cola.recipe.ideas import Idea, read_code
 from cola.recipe.recipe import Recipe
 from cola.tree.run_folder import RunFolder
 
@@ -16,7 +16,7 @@ def need_leave(recipe: Recipe, allowed: bool) -> None:
     """Raise RecipeError where a recipe names code of the user's and the command does not allow it to run, IdeaError
     where it may and does not, or has no such functions or options."""
     for file, named in recipe.own_code.items():
-        source = read_code(recipe, file)
+        source = read_code(file, named[0][0])
         if not allowed:
             where, idea = named[0]
             raise RecipeError(
@@ -35,32 +35,19 @@ def _admit(file: str, source: bytes, named: list[tuple[str, Idea]]) -> None:
             raise IdeaError(f"{where}: {error}") from error
 
 
-def read_code(recipe: Recipe, file: str) -> bytes:
-    """What a file of ideas says; RecipeError where it cannot be read."""
-    where, _ = recipe.own_code[file][0]
-    try:
-        source = Path(file).read_bytes()
-        source.decode()
-    except OSError as error:
-        raise RecipeError(f"{where}: {file}: {(error.strerror or 'cannot be read').lower()}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{where}: {file}: Python code is UTF-8 text, and this is none") from None
-    return source
-
-
 def admit_code(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
     """Let the code that a recipe names run, and keep a copy of it in the run folder; returns the SHA-256 of each file.
 
     A RunChanged where a file is not what it was as the run began, an IdeaError where one does not run, or has no such
     function or options.
     """
-    sources = {file: read_code(recipe, file) for file in recipe.own_code}
+    sources = {file: read_code(file, named[0][0]) for file, named in recipe.own_code.items()}
     digests = {file: hashlib.sha256(source).hexdigest() for file, source in sources.items()}
     before = folder.provenance()
     for file, digest in digests.items():
         if before is not None and before.code.get(file) != digest:
             raise RunChanged(
-                f"{folder.path}: {file} is not what it was when this run began (its copy is in {folder.path / COPIES}); "
+                f"{folder.path}: {file} is not what it was when this run began (a copy is in {folder.path / COPIES}): "
                 "put it back, or start a new run"
             )
         _admit(file, sources[file], recipe.own_code[file])

@@ -11,6 +11,7 @@ import numpy as np
 from cola.chain import Knot
 from cola.clock import Took
 from cola.link.drift import Drift
+from cola.link.ideas.door import Seen, function_of
 from cola.link.residual import Applied
 from cola.measure.scores import ExampleScore, mean_loss, mean_score
 from cola.recipe.schema import Evaluation
@@ -19,12 +20,23 @@ from cola.run.assignment import Assignment
 MAX_DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}  # what rounding can explain, see knot.max_drift
 
 
+SEEN = tuple(Seen.__dataclass_fields__)
+
+
 @dataclass(frozen=True)
 class Best:
     """The best evaluation point so far."""
 
     key: tuple[float, float]
     step: int
+
+
+class LinkEnded(Exception):
+    """A link has ended by its rule, after this step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 @dataclass
@@ -47,7 +59,7 @@ class Course:
         return self.best.step if self.best else self.given.n_steps
 
     def note_step(self, record: dict[str, Any], made: bool = False) -> None:
-        """One more step is there: made now, or found."""
+        """One more step is there: made now, or found. LinkEnded where its link ends with it, by its rule."""
         given, self.at = self.given, record["step"]
         number, n_links = given.lineage.link_of(self.at) + 1, len(given.links)
         self.steps.append(record)
@@ -55,8 +67,17 @@ class Course:
         name = f"link {number}/{n_links}" if n_links > 1 else "training"
         given.bench.progress.step(name, record["loss"], record["tokens"], record["seconds"], made)
         curves = {f"train/{key}": record[key] for key in ("loss", "grad_norm", "learning_rate")}
+        if record.get("update_norm") is not None:
+            curves["train/update_norm"] = record["update_norm"]
         curves["train/tokens_per_second"] = record["tokens"] / max(record["seconds"], 1e-9)
         given.tracker.log(self.at, curves)
+        link = given.links[number - 1]
+        if link.until is not None and number > len(given.job.ended) and self.at < link.last_step:
+            unlogged: dict[str, Any] = {"update_norm": None}  # by an earlier version
+            rows = (unlogged | row for row in self.steps[link.first_step :])
+            seen = [Seen(**{key: row[key] for key in SEEN}) for row in rows]
+            if function_of(link.until)(seen):
+                raise LinkEnded(self.at)
 
     def note_look(self, step: int, scores: list[ExampleScore]) -> None:
         """Validation was scored after a step."""

@@ -13,18 +13,34 @@ from time import perf_counter
 
 from cola.recipe.plan import Job
 from cola.run.assignment import Assignment, Bench
-from cola.run.course import Course
+from cola.run.course import Course, LinkEnded
 from cola.run.find import deepest, recall
 from cola.run.loaded import Loaded
 from cola.run.result import hand_out, result_record, tracked_config, tracked_numbers
 from cola.run.scoring import evaluate
+from cola.run.search import note_end
 from cola.run.training import train
 
 
 def do_job(bench: Bench, job: Job) -> None:
     """Find or train, select, score, record a job whose searched values are chosen. Interrupted where the user stopped
-    it; a ColaError where the arm has diverged, a knot moved what it should not, or the base is not what it was."""
-    given, started = Assignment(bench, job), perf_counter()
+    it; a ColaError where the arm has diverged, a knot moved what it should not, or the base is not what it was.
+
+    Where a link ends by its rule, the job has another course from there on: it is begun again, and finds all that it
+    has trained.
+    """
+    while True:
+        given = Assignment(bench, job)
+        try:
+            _do(given)
+            return
+        except LinkEnded as link:
+            given.tracker.finish({}, "interrupted")  # and goes on
+            job = note_end(bench, job, link.step)
+
+
+def _do(given: Assignment) -> None:
+    bench, job, started = given.bench, given.job, perf_counter()
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
     loaded = Loaded(given)
     try:

@@ -44,9 +44,9 @@ class Laws:
             self.moved = change
         elif not change <= self.allowed:
             raise IdeaError(
-                f"init: {idea} moved a logit by {change:.2g} of the largest logit where {self.allowed:.2g} is rounding: "
-                "it changes the weight it was given, or what it took out could not be taken out of this base; a start "
-                "that means to change the function returns Factors(A, B, moves=True)"
+                f"init: {idea} moved a logit by {change:.2g} of the largest logit where {self.allowed:.2g} is "
+                "rounding: what it took out could not be taken out of this base, or it changed a weight; a start that "
+                "means to change the function returns Factors(A, B, moves=True)"
             )
 
     def frozen(self, model: PreTrainedModel, link: Link) -> list[Tensor]:

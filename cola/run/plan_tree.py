@@ -75,7 +75,7 @@ class Planner:
 
         @cache
         def lineage_of(job: Job) -> Lineage:
-            links = plan_arm(recipe, job.arm, job.seed, n_train, job.choice, budget.steps(job))
+            links = plan_arm(recipe, job.arm, job.seed, n_train, job.choice, budget.steps(job), job.ended)
             base = recipe.resolved(job.arm).base
             root = root_causes(self.source.fingerprint(), base.dtype, self.device, base.quantization)
             of_steps = digests_of(job.seed, links[-1].last_step if links else 0)

@@ -11,9 +11,10 @@ from cola.data.fields import fill, lookup
 from cola.data.labels import label_of
 from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
-from cola.files import need_package, package_file
+from cola.files import each_once, need_package, package_file
 from cola.recipe.arms import Prune
 from cola.recipe.data_section import Data
+from cola.recipe.ideas import ADAMW, Idea, read_code
 from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
 from cola.recipe.plan import jobs_of, plan_arm, room_of, tuned_as_a_whole
 from cola.recipe.recipe import Recipe
@@ -41,6 +42,9 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     links = {arm: plan_arm(recipe, arm, recipe.seeds[0], recipe.data.rows.train or 1) for arm in recipe.arms if known}
     steps = {arm: [len(link.learning_rates) for link in links[arm]] for arm in links} if known else None
     unchecked += _check_data(recipe)
+    for file, named in recipe.own_code.items():
+        read_code(file, named[0][0])
+        unchecked.append(f"the code of {file}, which a dry run does not run")
     for arm in recipe.arms:
         if (quantization := recipe.resolved(arm).base.quantization) is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
@@ -175,7 +179,7 @@ def plan_table(recipe: Recipe, steps: dict[str, list[int]] | None, parameters: d
             [
                 name,
                 str(len(links)),
-                ", ".join([*base, _trains(links)]) + knots,
+                ", ".join([*base, _trains(links), *_optimizers(links)]) + knots,
                 ("+".join(map(str, steps[name])) or "0") if steps is not None else "by epochs",
                 rates if links else NONE,
                 count(parameters[name]) if parameters else "?",
@@ -215,7 +219,7 @@ def _trains(links: Sequence[Settings]) -> str:
 def _optimizers(links: Sequence[Settings]) -> list[str]:
     """What takes the steps, where that is not AdamW."""
     names = each_once([str(link.optimizer) for link in links])
-    return [] if names == [str(ADAMW)] else [f"steps by {' → '.join(names)}"]
+    return [] if names in ([], [str(ADAMW)]) else [f"steps by {' → '.join(names)}"]
 
 
 def _knots(rules: Rules) -> str:
@@ -228,6 +232,8 @@ def _knots(rules: Rules) -> str:
     if isinstance(rules.optimizer, Prune):
         how = "by magnitude" if rules.optimizer.prune_magnitude else "at random"
         parts.append(f"{rules.optimizer.share:.1%} of the moments pruned {how}")
+    elif isinstance(rules.optimizer, Idea):
+        parts.append(f"optimizer's state by {rules.optimizer}")
     elif rules.hands_on:
         parts.append("optimizer kept")
     if rules.schedule == "link":

@@ -9,6 +9,7 @@ import numpy as np
 
 from cola.compare.choice import choose
 from cola.errors import ColaError
+from cola.files import digest
 from cola.recipe.plan import Job, trials_of
 from cola.run.assignment import Bench
 from cola.tree.records import Chosen, Trial
@@ -21,6 +22,39 @@ def with_choice(bench: Bench, job: Job) -> Job:
     The choice is made once and written down, so that a trial which is tried again cannot change it between seeds.
     A ColaError where not all trials have ended, or none of them came to its end.
     """
+    return with_ends(bench, _chosen(bench, job))
+
+
+def with_ends(bench: Bench, job: Job) -> Job:
+    """The job with what is known of where its links have ended by their rules."""
+    if not any(link.until for link in bench.tree.lineage(job).links):
+        return job
+    circumstances = _ends_of(bench, job)
+    bench.used["measured"].add(digest(circumstances))
+    known = bench.store.recall(circumstances)
+    return replace(job, ended=tuple(known["ended"])) if known else job
+
+
+def note_end(bench: Bench, job: Job, step: int) -> Job:
+    """The job of which one more link has ended, after this step; the store remembers it."""
+    job = replace(job, ended=(*job.ended, step))
+    bench.store.remember(_ends_of(bench, job), {"ended": list(job.ended)})
+    return job
+
+
+def _ends_of(bench: Bench, job: Job) -> dict[str, Any]:
+    """What the ends of a job's links depend on: all that it would train without any rule, and the rules."""
+    path = bench.tree.lineage(replace(job, ended=()))
+    rules = [link.until and link.until.cause(bench.materials.code) for link in path.links]
+    return {
+        "measured": "ends",
+        "state": path.names[-1],
+        "ends": [link.last_step for link in path.links],
+        "until": rules,
+    }
+
+
+def _chosen(bench: Bench, job: Job) -> Job:
     search = None if job.trial else bench.recipe.search_of(job.arm)
     if search is None:
         return job

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from cola.chain import Chain
 from cola.clock import Clock
 from cola.data.batches import training_batches
+from cola.link import adapters
 from cola.link.drift import Outputs
 from cola.link.moments import Moments, carried, read_moments
 from cola.link.train import Step, full_gradients, tune
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
 from cola.run.assignment import Assignment
-from cola.run.course import Course, allowed_drift, check_drift, knot_record
+from cola.run.course import Course, LinkEnded, allowed_drift, check_drift, knot_record
 from cola.run.find import deepest, recall
 from cola.run.interrupt import Interrupted
 from cola.run.laws import Laws
@@ -116,7 +117,9 @@ class Trainer:
             self._look_if_due()
             return moments
         if link.knot is not None and link.knot.hands_on:
-            return carried(self.given.states.moments(link.first_step), link.knot, link.seed)
+            states, model = self.given.states, self.loaded.chain.model
+            pairs = lambda: (states.pair(link.first_step), adapters.read_pair(model))  # noqa: E731 - of a rule alone
+            return carried(states.moments(link.first_step), link.knot, link.seed, pairs)
         return None
 
     def _advance(self, link: Link, stop: int, moments: Moments | None) -> Moments | None:
@@ -141,7 +144,11 @@ class Trainer:
 
     def _on_step(self, stop: int, step: Step, optimizer: AcceleratedOptimizer) -> None:
         bench, course, model = self.given.bench, self.course, self.loaded.chain.model
-        course.note_step(asdict(step), made=True)
+        try:
+            course.note_step(asdict(step), made=True)
+        except LinkEnded:
+            self.keeper.keep_end(model, optimizer)
+            raise
         if course.at == stop:
             self.keeper.keep_end(model, optimizer)
         elif self.given.states.checkpoint_due():

@@ -22,7 +22,7 @@ from typing import Any
 
 from cola.files import canonical, digest
 from cola.recipe.arms import Prune
-from cola.recipe.ideas import ADAMW
+from cola.recipe.ideas import ADAMW, Idea
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Job, Link
 from cola.recipe.resolved import Rules
@@ -115,7 +115,7 @@ def lineage(
             "modules": modules_of(link),
             "start": _start(link, number, batches, root["dtype"], code),
             "seed": link.seed,
-            "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root),
+            "knot": None if link.knot is None else knot_causes(link.knot, "quantization" in root, code),
             "optimizer": {
                 "name": "AdamW" if link.settings.optimizer == ADAMW else link.settings.optimizer.cause(code),
                 "betas": list(training.betas),
@@ -148,12 +148,14 @@ def _start(link: Link, number: int, digests: Sequence[str], dtype: str, code: Co
     return start
 
 
-def knot_causes(rules: Rules, quantized: bool) -> Causes:
+def knot_causes(rules: Rules, quantized: bool, code: Code = NO_CODE) -> Causes:
     """What a knot does to the weights and to the optimizer, each effect in one spelling: moments and step count set to
     zero are a fresh optimizer."""
     optimizer: Any = rules.optimizer if rules.hands_on else "fresh"
     if isinstance(optimizer, Prune):
         optimizer = optimizer.model_dump(exclude_none=True)
+    elif isinstance(optimizer, Idea):
+        optimizer = optimizer.cause(code)
     resets = {"optimizer": optimizer}
     if rules.keeps_pair:
         return {"pair": "keep", **resets}  # untied again where the next link begins, however it was tied
@@ -186,7 +188,9 @@ class Tree:
 
     def cuts(self, job: Job) -> list[int]:
         """Steps of the job after which its state is kept."""
-        return [step for step, name in enumerate(self.lineage(job).names) if step and name in self._cuts]
+        path = self.lineage(job)
+        ends = {link.last_step for link in path.links}
+        return [step for step, name in enumerate(path.names) if step and (name in self._cuts or step in ends)]
 
     def goes_on(self, name: str) -> bool:
         """Whether some job trains on from a state with the optimizer as it is there, or ties it and goes on."""

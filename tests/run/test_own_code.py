@@ -1,10 +1,11 @@
-"""Ideas in a user's own file: starts and optimizers, and what they may not do. Run: pytest tests/run/test_own_code.py"""
+"""Ideas in a user's own file: what they may do, and what not. Run: pytest tests/run/test_own_code.py"""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs import SHORT, assert_one_line, go, result, wide_cola
+from runs import SHORT, assert_one_line, go, read_jsonl, result, wide_cola
 
 from cola.errors import RecipeError
 from cola.recipe.read import read_recipe
@@ -221,7 +222,7 @@ def test_an_idea_that_is_none_is_refused_with_its_line(
     tmp_path: Path, mine: Path, recipe_text: str, said: str, told: str
 ) -> None:
     recipe = arms(tmp_path, recipe_text, own=f"{{init: {said}}}")
-    with pytest.raises(RecipeError, match="arms.own.init") as refused:
+    with pytest.raises(RecipeError, match=r"arms\.own\.init") as refused:
         read_recipe(recipe)
     assert told in str(refused.value)
 
@@ -241,3 +242,36 @@ def test_what_a_file_does_not_offer_is_said_before_anything_is_trained(
     answer = wide_cola("run", arms(tmp_path, recipe_text, own=f"{{init: {said}}}"), *SHORT, "--allow-code")
     assert_one_line(answer)
     assert told in answer.output
+
+
+def test_a_link_that_ends_by_its_rule_leaves_its_steps_to_the_last(
+    tmp_path: Path, mine: Path, recipe_text: str
+) -> None:
+    mine.write_text(f"{MINE}\n\ndef after(steps, *, n: int):\n    return len(steps) == n\n")
+    recipe = arms(
+        tmp_path,
+        recipe_text,
+        chain="{links: [{steps: 2}, {steps: 1}, {steps: 9}]}",
+        rule="{links: [{until: {./mine.py:after: {n: 2}}}, {until: {./mine.py:after: {n: 1}}}, {}]}",
+        still="{links: 3, until: {update_stops: {tolerance: 0.9, every: 1}}}",
+    )
+    steps = [one if one != "training.steps=4" else "training.steps=12" for one in SHORT]
+    folder, summary = go(recipe, *steps, "training.schedule=constant", "evaluation.every=link")
+    assert not [arm.errors for arm in summary.arms.values() if arm.errors]
+    chain, rule = (result(folder, arm)["train_info"] for arm in ("chain", "rule"))
+    assert [link["last_step"] for link in rule["links"]] == [2, 3, 12]
+    assert rule["segments"] == chain["segments"]  # the same steps, found and not made again
+    assert rule["reused_steps"] == 12
+    still = result(folder, "still")["train_info"]
+    rows = read_jsonl(folder.path / "arms/still/seed-0/metrics.jsonl")
+    norms = [row["update_norm"] for row in rows if row["kind"] == "step"]
+    first = 0
+    for link in still["links"][:-1]:
+        mine_only, first = norms[first : link["last_step"]], link["last_step"]
+        grown = [abs(now - then) / now for then, now in pairwise(mine_only)]
+        assert all(share >= 0.9 for share in grown[:-1])
+        assert grown[-1] < 0.9 or len(mine_only) == 4
+    assert still["links"][0]["last_step"] < 4
+    again, _ = go(recipe, *steps, "training.schedule=constant", "evaluation.every=link")
+    assert result(again, "still")["train_info"]["segments"] == still["segments"]
+    assert result(again, "still")["train_info"]["reused_steps"] == 12

@@ -92,6 +92,35 @@ class Trained:
     n_steps: int  # of the link
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was logged of one step of a link, as a rule for its end is given it: a function of all of them so far that
+    says whether the link ends here."""
+
+    step: int  # of the run
+    loss: float  # nats per target token over the step's rows, before the update
+    grad_norm: float  # L2, before clipping
+    learning_rate: float
+    update_norm: (
+        float | None
+    )  # Frobenius norm of scale * B @ A over all matrices, after it; None where there is no pair
+
+
+State = dict[str, Tensor]  # what an optimizer remembers of a parameter, by its own names
+
+
+@dataclass(frozen=True)
+class HandedOn:
+    """One matrix at a knot, as a rule for the optimizer is given it: a function of it that returns the new pair's
+    states of A and B, with the same names."""
+
+    name: str  # of its module
+    before: Pair  # of the link that was tied
+    after: Pair  # as it was drawn for the next
+    A: State  # as the link before left them
+    B: State
+
+
 def admit(path: str, source: bytes) -> None:
     """Let the code of a file run, as it was read."""
     _admitted[path] = source
@@ -155,6 +184,25 @@ def place_of(error: BaseException, path: str | None = None) -> str:
     if path is not None:
         return f":{frames[-1].lineno}" if frames else ""
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def states_of(given: Any, idea: Idea, matrix: HandedOn) -> tuple[State, State]:
+    """What a rule for the optimizer gave back for a matrix, checked; IdeaError says what was expected of it."""
+    if not (isinstance(given, tuple) and len(given) == 2):
+        raise IdeaError(f"knot.optimizer: {idea} gave a {type(given).__name__}; the states of A and of B are expected")
+    for letter, state, before in (("A", given[0], matrix.A), ("B", given[1], matrix.B)):
+        if state.keys() != before.keys():
+            raise IdeaError(
+                f"knot.optimizer: {idea} gave {listed(state) or 'nothing'} for {letter} of {matrix.name}; "
+                f"{listed(before)} are expected"
+            )
+        for key, tensor in state.items():
+            if tensor.shape != before[key].shape or not tensor.isfinite().all():
+                raise IdeaError(
+                    f"knot.optimizer: {idea} gave {key} as {tuple(tensor.shape)} for {letter} of {matrix.name}; finite "
+                    f"numbers of shape {tuple(before[key].shape)} are expected"
+                )
+    return given
 
 
 def factors_of(given: Any, idea: Idea, matrix: Matrix, n_out: int, n_in: int) -> Factors | None:
