@@ -40,8 +40,16 @@ def copy(path: Path, name: str, terminal: Terminal) -> None:
     # Editors are not told of a schema that lies in a checkout.
     text = re.sub(rf"^(# yaml-language-server.*\n)?name: {name}$", f"name: {_named(path)}", texts[name], flags=re.M)
     shown = _shown(path)
+    code = re.findall(r"(?m)^[^#\n]*\./(\w+\.py):", text)
+    for file in code:
+        _check_free(path.parent / file, ".py")
     _write(path, text.replace(f"recipes/{name}.yaml", shown))
-    terminal.say(f"{shown} is written. What it trains on: cola data {shown}. To run it: cola run {shown}")
+    for file in code:
+        _write(path.parent / file, (RECIPES / file).read_text(encoding="utf-8"), ".py")
+    beside, allow = (f", and {' and '.join(code)} beside it", " --allow-code") if code else ("", "")
+    terminal.say(
+        f"{shown} is written{beside}. What it trains on: cola data {shown}. To run it: cola run {shown}{allow}"
+    )
 
 
 def propose(path: Path, data: Path, model: str, terminal: Terminal) -> None:
@@ -115,16 +123,16 @@ def _beside(file: Path, recipe: Path) -> str:
     return f"./{whole.relative_to(folder)}" if inside else str(whole)
 
 
-def _check_free(path: Path) -> None:
-    if path.suffix not in (".yaml", ".yml"):
+def _check_free(path: Path, *suffixes: str) -> None:
+    if path.suffix not in (suffixes or (".yaml", ".yml")):
         raise ColaError(f"{path}: a recipe's file ends in .yaml, for example: cola new {path.stem or 'mine'}.yaml")
     if os.path.lexists(path):
         raise ColaError(f"{path} is there already and is left as it is; name another file, or remove it")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, *suffixes: str) -> None:
     """A new file, which no other has made in the meantime."""
-    _check_free(path)
+    _check_free(path, *suffixes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         file.write(text)

@@ -77,7 +77,7 @@ def commands(name: str) -> list[list[str]]:
     for start in starts:
         # An argument goes on over the end of a line inside quotes; words that are no override end a command.
         words = shlex.split(re.split(r"\n(?!\s+prompt:)", text[start:])[0].split("(")[0])
-        found.append([word for word in words if word != "--dry-run"])
+        found.append([word for word in words if word not in ("--dry-run", "--allow-code")])
     return found
 
 

@@ -38,11 +38,20 @@ PLACES = ("fsync", "rename", "replace", "rmtree", "knot", "half a knot", "logits
 N_KILLS = 3  # of each variant of a recipe; the variants begin two places apart, so each place is met in one or more
 
 
+OWN = Path(__file__).parents[1] / "own_ideas.py"
 VARIANTS = {
     "last": ["link.dropout=0.1", "training.schedule=constant", "evaluation.every=2", *CHOICE],
     "best": ["evaluation.checkpoint=best", "evaluation.every=1", "training.learning_rate=3e-2", "link.dropout=0.1"],
     "search": ["training.learning_rate={search: [1e-3, 1e-2]}", "arms.full.learning_rate=null", *CHOICE],
     "knots": ["knot={optimizer: {prune_random: 0.5}, merge_fraction: 0.5}", "link.init=orthogonal", *CHOICE],
+    "own": [
+        f"link.init={OWN}:step",
+        "link.init_batches=2",
+        f"arms.lora.optimizer={OWN}:heavy_ball",
+        "arms.chain3.until={update_stops: {tolerance: 0.9, every: 1}}",
+        "arms.chain3.knot.optimizer=reproject",
+        *CHOICE,
+    ],
     "forgetful": ["keep_full_weights=false", "arms.lora=null", "comparison.primary=null", *CHOICE],
 }
 
@@ -66,7 +75,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
         # A round is one run, killed until it is through.
         rounds += 1
         output, store = tmp_path / f"killed-{rounds}", tmp_path / f"store-{rounds}"
-        command = ["run", str(recipe), *overrides, f"output={output}", f"store={store}"]
+        command = ["run", str(recipe), *overrides, f"output={output}", f"store={store}", "--allow-code"]
         code = KILLED
         while code == KILLED:
             place = places[len(kills)] if len(kills) < N_KILLS else "nothing"
