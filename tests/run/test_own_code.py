@@ -56,7 +56,7 @@ def test_starts_and_an_optimizer_of_ones_own_are_trained_beside_colas(
 
 
 def test_code_runs_only_where_the_command_allows_it(tmp_path: Path, mine: Path, recipe_text: str) -> None:
-    mine.write_text(f"open({str(tmp_path / 'has-run')!r}, 'w')\n{MINE}")
+    mine.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'has-run')!r}).touch()\n{MINE}")
     recipe = arms(tmp_path, recipe_text, along="{init: './mine.py:along'}")
     told = wide_cola("run", recipe, *SHORT)
     assert_one_line(told)
