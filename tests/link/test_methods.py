@@ -39,6 +39,7 @@ from cola.errors import ModelError, NoGradient, NonFiniteLoss, RecipeError
 from cola.link import adapters, starts
 from cola.link.base import Base
 from cola.link.forward import logits_at
+from cola.link.ideas.gradient import top_right_vectors
 from cola.link.model import Source
 from cola.link.targets import target_names
 from cola.link.train import full_gradients, tune
@@ -360,7 +361,7 @@ def test_top_right_vectors_are_those_of_an_svd(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(n, 25, generator=generator, dtype=torch.float64)).Q for n in shape)
     matrix = (left * 0.8 ** torch.arange(25)) @ right.T + 1e-3 * torch.randn(shape, generator=generator)
-    rows = starts.top_right_vectors(matrix.float(), 4, torch.Generator().manual_seed(1)).double()
+    rows = top_right_vectors(matrix.float(), 4, torch.Generator().manual_seed(1)).double()
     top = torch.linalg.svd(matrix).Vh[:4]
     assert torch.allclose((rows @ top.T).abs(), torch.eye(4, dtype=torch.float64), atol=1e-4)
     assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()  # one sign, whatever the library gives

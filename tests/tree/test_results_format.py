@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXPERIMENTS, STUDY = Path(__file__).parents[2] / "experiments", "001-does-chaining-pay/results"
 PAGE = (Path(__file__).parents[2] / "docs/results.md").read_text(encoding="utf-8")
+OWN = Path(__file__).parents[1] / "own_ideas.py"
 # What the words in capital letters stand for.
 STANDS_FOR = {
     "SPLIT": set(SPLITS),
@@ -30,6 +31,7 @@ STANDS_FOR = {
     "RULE": set(Rules.model_fields),
     "SETTING": set(LinkSettings.model_fields),
     "PACKAGE": set(PACKAGES),
+    "FILE": {str(OWN)},
 }
 
 
@@ -50,7 +52,7 @@ data:
 training: {{epochs: 2, batch_size: 8, learning_rate: {{search: [1e-3, 1e-2]}}}}
 arms:
   base: {{links: 0}}
-  chain2: {{links: 2}}
+  chain2: {{links: 2, init: "{OWN}:step", init_batches: 1}}
   full: {{method: full}}
 evaluation: {{general_text: {prose}, keep_prompts: true}}
 seeds: [0]
