@@ -1,6 +1,7 @@
 """Ideas as a user writes them, in a file of their own."""
 
 import torch
+
 from cola import Factors
 
 
@@ -12,7 +13,7 @@ def along(matrix, *, length: float = 1.0):
 
 def step(matrix):
     """A step of gradient descent, in the pair."""
-    U_OK, S_K, V_KI = torch.linalg.svd(matrix.gradient_OI, full_matrices=False)
+    U_OK, _, V_KI = torch.linalg.svd(matrix.gradient_OI, full_matrices=False)
     return Factors(V_KI[: matrix.rank], -0.1 * U_OK[:, : matrix.rank], moves=True)
 
 
