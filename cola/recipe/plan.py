@@ -13,7 +13,7 @@ from cola.recipe.ideas import Idea
 from cola.recipe.methods import Settings
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
-from cola.recipe.schema import MOST_STEPS, Choice, Search, Training
+from cola.recipe.schema import LATE_DECAY, MOST_STEPS, Choice, Search, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +115,19 @@ def plan_arm(
 
 
 def _check_warmups(arm: str, lengths: list[int], training: Training, rules: Rules) -> None:
-    """A warm-up must leave steps of its scope for what comes after it."""
+    """A warm-up must leave steps of its scope for what comes after it, a late decay among them."""
     scopes = [(sum(lengths) if rules.schedule == "run" else lengths[0], training.warmup_steps, "training")]
     scopes += [(length, rules.warmup_steps, f"arms.{arm}.knot") for length in lengths[1:]]
-    for scope, warmup, section in scopes:
+    decay = training.decay_steps or 0
+    for number, (scope, warmup, section) in enumerate(scopes):
         if warmup >= scope:
             raise RecipeError(
                 f"{section}.warmup_steps: {warmup:g} of {scope} steps leave none for the rest of the schedule"
+            )
+        if (rules.schedule == "link" or not number) and decay >= 1 and decay > scope - _warmup(warmup, scope):
+            raise RecipeError(
+                f"training.decay_steps: {decay:g} of {scope} steps, of which the warm-up takes "
+                f"{_warmup(warmup, scope)}, are more than are left; lower it, or give a fraction"
             )
 
 
@@ -171,6 +177,12 @@ def _warmup(warmup_steps: float, scope: int) -> int:
     return min(round(warmup_steps * scope), scope - 1) if warmup_steps < 1 else int(warmup_steps)
 
 
+def _decay(training: Training, scope: int) -> int:
+    """Steps of a late decay, one at least."""
+    steps = training.decay_steps or LATE_DECAY
+    return max(1, round(steps * scope)) if steps < 1 else int(steps)
+
+
 def schedule(training: Training, n_steps: int, warmup_steps: float) -> list[float]:
     """Factors of the peak learning rate for the steps of a scope, by the formulas of transformers'
     `get_linear_schedule_with_warmup` and its siblings, so that the first step of a warm-up has learning rate 0."""
@@ -183,6 +195,9 @@ def schedule(training: Training, n_steps: int, warmup_steps: float) -> list[floa
             return rising + [1.0 - step / rest for step in range(rest)]
         case "cosine":
             return rising + [0.5 * (1.0 + math.cos(math.pi * (step / rest))) for step in range(rest)]
+        case "wsd":
+            decay = min(_decay(training, n_steps), rest)
+            return rising + [1.0] * (rest - decay) + [1.0 - step / decay for step in range(decay)]
 
 
 def evaluation_steps(recipe: Recipe, links: list[Link], n_train: int) -> list[int]:

@@ -4,12 +4,22 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cola.errors import quoted
 from cola.files import each_once
 
 SPLITS = ("train", "validation", "test")
+LATE_DECAY = 0.2  # of the steps, under `schedule: wsd`
 SAMPLE = "sample"  # as a general text: the one that comes with cola
 TRIAL_SEEDS = 1000  # where seeds begin that a search takes for itself: far from those that people score
 
@@ -47,9 +57,9 @@ def _path(name: str) -> str:
     return name
 
 
-def _whole_or_fraction(steps: float) -> float:
+def _whole_or_fraction(steps: float, info: ValidationInfo) -> float:
     if steps >= 1 and steps != int(steps):
-        raise ValueError("warmup_steps is a whole number, or a fraction below 1")
+        raise ValueError(f"{info.field_name} is a whole number, or a fraction below 1")
     return steps
 
 
@@ -67,6 +77,7 @@ Width = Annotated[Whole, Field(gt=0, le=WIDEST)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 LinkCount = Annotated[Whole, Field(ge=0, le=MOST_LINKS)]
 WarmUp = Annotated[float, Field(ge=0, le=MOST_STEPS), AfterValidator(_whole_or_fraction)]
+Decay = Annotated[float, Field(gt=0, le=MOST_STEPS), AfterValidator(_whole_or_fraction)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -182,7 +193,15 @@ class Training(Section):
     learning_rate: Rate = Field(
         default=2e-4, description="Peak learning rate, or `{search: [...]}` to choose it per arm on validation."
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="Shape after the warm-up.")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="linear",
+        description="Shape after the warm-up. `linear`, `cosine`: falls to 0 all the way; `wsd` (warm-up, stable, "
+        "decay): constant, and falls to 0 in a line over the last `decay_steps`.",
+    )
+    decay_steps: Decay | None = optional(
+        "With `schedule: wsd`: steps of the decay; below 1: a fraction of the scope's steps, of which the warm-up "
+        f"takes its own first. Default: {LATE_DECAY}."
+    )
     warmup_steps: WarmUp = Field(
         default=0,
         description="Steps of linear warm-up, the first of them at rate 0; below 1: a fraction of the scope's steps, "
@@ -195,9 +214,11 @@ class Training(Section):
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Self:
+    def _consistent(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the budget as epochs or as steps, one of them")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_steps has no effect with schedule: {self.schedule}: remove it, or say wsd")
         if self.match != "steps" and self.protocol == "grow":
             raise ValueError(f"match: {self.match} is about arms of one budget; protocol: grow gives it to each link")
         return self

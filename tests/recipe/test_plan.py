@@ -16,6 +16,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
     get_scheduler,
+    get_wsd_schedule,
 )
 
 from cola.errors import RecipeError
@@ -185,6 +186,40 @@ def test_the_names_mean_what_they_mean_to_transformers_trainer(ours: str, theirs
         n_train=24,
     )
     assert link.learning_rates == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize(("decay", "steps"), [(None, 10), (0.5, 25), (0.001, 1), (1, 1), (12, 12)])
+def test_a_late_decay_is_the_one_of_transformers(warmup: int, decay: float | None, steps: int) -> None:
+    ours = schedule(Training(steps=50, schedule="wsd", decay_steps=decay), 50, warmup)
+    made = reference(lambda o: get_wsd_schedule(o, warmup, steps, 50, decay_type="linear"), 50)
+    assert ours == pytest.approx(made, abs=1e-12)
+    assert ours.count(1.0) == 50 - warmup - steps + 1
+
+
+def test_a_late_decay_over_all_steps_is_the_linear_schedule_and_no_decay_is_longer_than_what_is_left() -> None:
+    linear = schedule(Training(steps=50), 50, 5)
+    assert schedule(Training(steps=50, schedule="wsd", decay_steps=45), 50, 5) == linear
+    assert schedule(Training(steps=50, schedule="wsd", decay_steps=0.99), 50, 5) == linear
+    # One decay at the end of the run, or one at the end of each link.
+    training = {"steps": 9, "schedule": "wsd", "decay_steps": 3, "learning_rate": 1.0}
+    for scope, falls in (("run", {9}), ("link", {3, 6, 9})):
+        planned = recipe({"chain": {"links": 3}}, training=training, knot={"schedule": scope})
+        rates = [rate for link in plan_arm(planned, "chain", 0, 24) for rate in link.learning_rates]
+        assert {step for step, rate in enumerate(rates, 1) if rate == pytest.approx(1 / 3)} == falls
+    for scope, longest in (("run", 8), ("link", 2)):
+        keys = {**training, "warmup_steps": 1, "decay_steps": longest}
+        plan_arm(recipe({"chain": {"links": 3}}, training=keys, knot={"schedule": scope}), "chain", 0, 24)
+        keys["decay_steps"] = longest + 1
+        with pytest.raises(RecipeError, match=rf"training\.decay_steps: {longest + 1} of {longest + 1} steps"):
+            plan_arm(recipe({"chain": {"links": 3}}, training=keys, knot={"schedule": scope}), "chain", 0, 24)
+
+
+def test_a_decay_without_its_schedule_and_half_a_step_of_it_are_refused() -> None:
+    with pytest.raises(ValueError, match="decay_steps has no effect with schedule: linear"):
+        Training(steps=9, decay_steps=2)
+    with pytest.raises(ValueError, match="decay_steps is a whole number, or a fraction below 1"):
+        Training(steps=9, schedule="wsd", decay_steps=1.5)
 
 
 def test_a_constant_schedule_without_warm_up_is_constant() -> None:

@@ -332,6 +332,7 @@ HARMFUL: dict[str, tuple[Change, frozenset[str]]] = {
     "learning_rate": (put("training", "learning_rate", value=0.011), LOW_RANK),
     "learning_rate of an arm": (for_arm("full", learning_rate=0.0011), frozenset({"full"})),
     "schedule": (put("training", "schedule", value="cosine"), ROLES),
+    "a late decay": (lambda case, rng: case.training.update({"schedule": "wsd", "decay_steps": 0.3}), ROLES),
     "warmup_steps": (put("training", "warmup_steps", value=1), ROLES),
     "knot.schedule": (put("knot", "schedule", value="link"), CHAIN),
     "knot.warmup_steps": (put("knot", "warmup_steps", value=1), CHAIN),
