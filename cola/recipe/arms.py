@@ -81,7 +81,8 @@ class LinkSettings(Section):
         "prefix with projection, p_tuning: width of the encoder. Default: the model's."
     )
     optimizer: Optimizer | None = optional(
-        "What takes the steps: `adamw`, or a function of your own: `./my_idea.py:name`. Default: `adamw`."
+        "What takes the steps: `adamw`; full: `galore`: AdamW in a subspace of each matrix's gradient, `{galore: "
+        "{rank: 8, refresh: 200, scale: 0.25}}`; or a function of your own: `./my_idea.py:name`. Default: `adamw`."
     )
     until: Until | None = optional(
         "lora: a rule by which a link may end before its steps are made, and the next one begins: `{update_stops: "

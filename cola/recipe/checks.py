@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.ideas import TAKEN_OUT
+from cola.recipe.ideas import OF_WHOLE, TAKEN_OUT
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
@@ -157,6 +157,11 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
                 raise ValueError(f"arms.{name}.{key} has no effect with method {link.method}: remove it")
         if isinstance(link, Lora) and link.init_batches and not link.takes_gradient:
             raise ValueError(f"arms.{name}.init_batches has no effect with init: {link.init}: remove it")
+        if link.optimizer.name in OF_WHOLE and not link.is_whole:
+            raise ValueError(
+                f"arms.{name}.optimizer: {link.optimizer.name} works in a subspace of a whole weight's gradient, and "
+                f"method {link.method} trains none: use it with method: full"
+            )
         if isinstance(link, Prefix):
             if link.encoder_hidden_size and not link.prefix_projection:
                 raise ValueError(f"arms.{name}.encoder_hidden_size has no effect without prefix_projection: true")

@@ -20,7 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from cola.errors import RecipeError, did_you_mean, listed, quoted
-from cola.recipe.schema import LONGEST_PATH, Section, Steps
+from cola.recipe.schema import LONGEST_PATH, Positive, Section, Steps, Width
 
 Scalar = bool | int | float | str
 OWN = r"(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)"  # a file and a function in it
@@ -46,7 +46,18 @@ class UpdateStops(Options):
 
 ENDS: dict[str, type[Options]] = {"update_stops": UpdateStops}
 HANDOVERS: dict[str, type[Options]] = {"reproject": Options}
-OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options}
+
+
+class GaLore(Options):
+    """Of `galore`."""
+
+    rank: Width = 8  # of the subspace of each matrix
+    refresh: Steps = 200  # steps from one subspace to the next
+    scale: Positive = 0.25  # of the update
+
+
+OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options, "galore": GaLore}
+OF_WHOLE = {"galore"}  # optimizers of whole weights, which a pair has no use for
 
 
 @dataclass(frozen=True)

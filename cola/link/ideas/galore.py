@@ -1,0 +1,60 @@
+"""`optimizer: galore`: full weights whose AdamW works in a subspace of the gradient (GaLore, arXiv 2403.03507).
+
+Of each matrix W (O x I) with gradient G the top `rank` singular vectors P of the side that is shorter are taken from
+G at the first step and every `refresh` steps after it (section 4.2, algorithm 2):
+
+    O >= I:  P (rank x I) from the right,  R = G P^T,  W <- W - lr * scale * adam(R) P
+    O <  I:  P (O x rank) from the left,   R = P^T G,  W <- W - lr * scale * P adam(R)
+
+adam(R) is AdamW's direction, whose two moments are of R's shape: that and P is all that is remembered, in place of two
+matrices of W's. The side, the scale of 0.25 and the 200 steps are those of the authors' code
+(https://github.com/jiaweizzhao/GaLore/blob/1317b5f7/galore_torch/galore_projector.py). What is no matrix is AdamW's. So
+are the embeddings and the head in the authors' scripts; here they are matrices as all others (`freeze` leaves them
+out).
+
+Traps: the rate counts times `scale`, and an entry of W moves by a small part of what an entry of R does, so a rate that
+suits AdamW is too small. Gradients are of W's size still: what is saved is the moments. And the moments stay as they
+are when P is taken anew, though they belong to the directions before (as in the authors' code).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.link.ideas.adam import adam_direction
+from cola.link.ideas.door import Trained
+
+
+def galore(trained: Trained, *, rank: int, refresh: int, scale: float) -> torch.optim.Optimizer:
+    """A fresh GaLore, without subspaces and moments."""
+    return GaLore(trained, rank, refresh, scale)
+
+
+class GaLore(torch.optim.Optimizer):
+    """AdamW in a subspace for matrices, AdamW for the rest."""
+
+    def __init__(self, trained: Trained, rank: int, refresh: int, scale: float) -> None:
+        super().__init__(trained.groups, {"lr": 0.0})
+        self.trained, self.rank, self.refresh, self.scale = trained, rank, refresh, scale
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                step = self._projected if parameter.ndim == 2 else adam_direction
+                direction = step(self.state[parameter], parameter.grad, self.trained)
+                parameter.mul_(1 - group["lr"] * self.trained.weight_decay).add_(direction, alpha=-group["lr"])
+
+    def _projected(self, state: dict[str, Any], gradient_OI: Tensor, trained: Trained) -> Tensor:
+        """The direction of a matrix, from that in the subspace."""
+        P, from_right = state.pop("projection", None), gradient_OI.shape[0] >= gradient_OI.shape[1]
+        if P is None or state["step"] % self.refresh == 0:
+            U, _, V = torch.linalg.svd(gradient_OI, full_matrices=False)
+            P = (V[: self.rank] if from_right else U[:, : self.rank]).contiguous()
+        inside = adam_direction(state, gradient_OI @ P.T if from_right else P.T @ gradient_OI, trained)
+        state["projection"] = P
+        return self.scale * (inside @ P if from_right else P @ inside)
