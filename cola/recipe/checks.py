@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.ideas import OF_WHOLE, TAKEN_OUT
+from cola.recipe.ideas import OF_PAIRS, OF_WHOLE, TAKEN_OUT
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
@@ -161,6 +161,11 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
             raise ValueError(
                 f"arms.{name}.optimizer: {link.optimizer.name} works in a subspace of a whole weight's gradient, and "
                 f"method {link.method} trains none: use it with method: full"
+            )
+        if link.optimizer.name in OF_PAIRS and not link.is_pair:
+            raise ValueError(
+                f"arms.{name}.optimizer: {link.optimizer.name} is about low-rank pairs, and method {link.method} "
+                "trains none: use it with method: lora"
             )
         if isinstance(link, Prefix):
             if link.encoder_hidden_size and not link.prefix_projection:

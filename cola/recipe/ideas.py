@@ -20,7 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from cola.errors import RecipeError, did_you_mean, listed, quoted
-from cola.recipe.schema import LONGEST_PATH, Positive, Section, Steps, Width
+from cola.recipe.schema import LONGEST_PATH, MOST_STEPS, Positive, Section, Steps, Whole, Width
 
 Scalar = bool | int | float | str
 OWN = r"(?P<file>[^:]+\.py):(?P<function>[A-Za-z_][A-Za-z0-9_]*)"  # a file and a function in it
@@ -56,7 +56,14 @@ class GaLore(Options):
     scale: Positive = 0.25  # of the update
 
 
-OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options, "galore": GaLore}
+class RefLoRA(Options):
+    """Of `reflora`."""
+
+    warmup: Whole = Field(default=0, ge=0, le=MOST_STEPS)  # steps of plain AdamW before it
+
+
+OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options, "galore": GaLore, "reflora": RefLoRA}
+OF_PAIRS = {"reflora"}  # optimizers of low-rank pairs
 OF_WHOLE = {"galore"}  # optimizers of whole weights, which a pair has no use for
 
 
