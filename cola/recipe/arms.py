@@ -81,9 +81,10 @@ class LinkSettings(Section):
         "prefix with projection, p_tuning: width of the encoder. Default: the model's."
     )
     optimizer: Optimizer | None = optional(
-        "What takes the steps: `adamw`; full: `galore`: AdamW in a subspace of each matrix's gradient, `{galore: "
-        "{rank: 8, refresh: 200, scale: 0.25}}`; lora: `reflora`: AdamW along the gradients of the balanced pair, `{reflora: "
-        "{warmup: 0}}`; or a function of your own: `./my_idea.py:name`. Default: `adamw`."
+        "What takes the steps: `adamw`. For full: `galore`: AdamW in a subspace of each matrix's gradient, `{galore: "
+        "{rank: 8, refresh: 200, scale: 0.25}}`. For lora: `lora_muon`: Muon's step of the product, whose rate is of "
+        "another kind; `reflora`: AdamW along the gradients of the balanced pair, `{reflora: {warmup: 0}}`. Or a "
+        "function of your own: `./my_idea.py:name`. Default: `adamw`."
     )
     until: Until | None = optional(
         "lora: a rule by which a link may end before its steps are made, and the next one begins: `{update_stops: "

@@ -62,8 +62,8 @@ class RefLoRA(Options):
     warmup: Whole = Field(default=0, ge=0, le=MOST_STEPS)  # steps of plain AdamW before it
 
 
-OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options, "galore": GaLore, "reflora": RefLoRA}
-OF_PAIRS = {"reflora"}  # optimizers of low-rank pairs
+OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options, "galore": GaLore, "lora_muon": Options, "reflora": RefLoRA}
+OF_PAIRS = {"lora_muon", "reflora"}  # optimizers of low-rank pairs
 OF_WHOLE = {"galore"}  # optimizers of whole weights, which a pair has no use for
 
 
