@@ -12,7 +12,8 @@ import torch
 
 from cola.errors import ModelError
 
-TRAINED_BYTES = 16  # of each parameter: in float32 with its gradient and AdamW's two moments
+TRAINED_BYTES = 8  # of each parameter: in float32 with its gradient
+MOMENTS_BYTES = 8  # AdamW's two; another optimizer may remember less
 PROCESS = Path("/proc/self")
 
 
@@ -27,13 +28,14 @@ def restart_peaks(device: torch.device) -> bool:
     return True
 
 
-def need_memory(n_trained: int, device: torch.device) -> None:
+def need_memory(n_trained: int, device: torch.device, by_adamw: bool) -> None:
     """Raise ModelError where the parameters that a link trains have no room, which is the least that its training
-    takes."""
-    room, wanted = memory_of(device), TRAINED_BYTES * n_trained
+    takes; `by_adamw`: with AdamW's moments, where that is what takes the steps."""
+    room, wanted = memory_of(device), (TRAINED_BYTES + by_adamw * MOMENTS_BYTES) * n_trained
     if wanted > room:
+        what = "gradients and AdamW's moments" if by_adamw else "gradients"
         raise ModelError(
-            f"{n_trained} trained parameters take {wanted / 1e9:.1f} GB with their gradients and AdamW's moments, and "
+            f"{n_trained} trained parameters take {wanted / 1e9:.1f} GB with their {what}, and "
             f"there are {room / 1e9:.1f} GB: lower rank (or bottleneck, num_virtual_tokens, encoder_hidden_size), or "
             "name fewer target_modules"
         )

@@ -159,7 +159,7 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
             raise ValueError(f"arms.{name}.init_batches has no effect with init: {link.init}: remove it")
         if link.optimizer.name in OF_WHOLE and not link.is_whole:
             raise ValueError(
-                f"arms.{name}.optimizer: {link.optimizer.name} works in a subspace of a whole weight's gradient, and "
+                f"arms.{name}.optimizer: {link.optimizer.name} is about the gradients of whole weights, and "
                 f"method {link.method} trains none: use it with method: full"
             )
         if link.optimizer.name in OF_PAIRS and not link.is_pair:

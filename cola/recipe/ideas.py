@@ -62,9 +62,23 @@ class RefLoRA(Options):
     warmup: Whole = Field(default=0, ge=0, le=MOST_STEPS)  # steps of plain AdamW before it
 
 
-OPTIMIZERS: dict[str, type[Options]] = {"adamw": Options, "galore": GaLore, "lora_muon": Options, "reflora": RefLoRA}
+class Apollo(Options):
+    """Of `apollo`."""
+
+    rank: Width = 8  # of the sketch of each matrix
+    refresh: Steps = 200  # steps from one sketch to the next
+    scale: Positive = 1.0  # its square root multiplies the update
+
+
+OPTIMIZERS: dict[str, type[Options]] = {
+    "adamw": Options,
+    "galore": GaLore,
+    "apollo": Apollo,
+    "lora_muon": Options,
+    "reflora": RefLoRA,
+}
 OF_PAIRS = {"lora_muon", "reflora"}  # optimizers of low-rank pairs
-OF_WHOLE = {"galore"}  # optimizers of whole weights, which a pair has no use for
+OF_WHOLE = {"galore", "apollo"}  # optimizers of whole weights, which a pair has no use for
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cola.link.text_part import text_config
 from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.memory import need_memory
 from cola.measure.selfcheck import VERSION, Subject, self_check, slowest
+from cola.recipe.ideas import ADAMW
 from cola.recipe.methods import Settings
 from cola.recipe.plan import jobs_of, plan_arm, room_of
 from cola.recipe.recipe import Recipe
@@ -95,7 +96,7 @@ def _check_arms(
                         raise ModelError("full fine-tuning in float16 needs a GPU; set dtype: float32")
                     if settings not in counts:
                         counts[settings] = adapters.count_parameters(skeleton, settings)
-                        need_memory(counts[settings], device)
+                        need_memory(counts[settings], device, settings.optimizer == ADAMW)
                 starts.check_room(skeleton, links[:1] if rules.keeps_pair else links)
             except (ModelError, ValueError) as error:
                 raise ModelError(f"arms.{arm}: {error}") from None

@@ -156,7 +156,7 @@ def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
         try:
             starts.check_room(skeleton, links[:1] if resolved.rules.keeps_pair else links)
             counts[arm] = max((adapters.count_parameters(skeleton, link) for link in set(links)), default=0)
-            need_memory(counts[arm], device)
+            need_memory(counts[arm], device, all(link.optimizer == ADAMW for link in links))
         except (ModelError, ValueError) as error:
             raise ModelError(f"arms.{arm}: {error}") from None
     return counts, targets.all_linear_notes(skeleton, {arm: resolved.links for arm, resolved in arms.items()})

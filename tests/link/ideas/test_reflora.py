@@ -1,12 +1,16 @@
 """RefLoRA against the factorization that it stands for. Run: pytest tests/link/ideas/test_reflora.py"""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cut import of, trained
 from torch import Tensor, nn
 
+from cola.errors import RecipeError
 from cola.link.ideas.door import TrainedPair
 from cola.link.ideas.reflora import reflora
+from cola.recipe.read import read_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +52,12 @@ def test_a_pair_that_has_no_balanced_factorization_yet_is_left_to_adamw() -> Non
         assert torch.allclose(g_B, G @ A.T, atol=1e-4)
         assert torch.allclose(g_A, zero.T @ G, atol=1e-4)
     assert torch.allclose(gradients_after(A, B, G, warmup=1)[1], G @ A.T, atol=1e-4)
+
+
+def test_an_optimizer_of_pairs_is_refused_where_there_are_none(recipe_file: Path) -> None:
+    for word in ("reflora", "lora_muon"):
+        with pytest.raises(RecipeError, match=rf"arms\.full\.optimizer: {word} .* method full trains none"):
+            read_recipe(recipe_file, [f"arms.full.optimizer={word}"])
 
 
 def test_a_link_goes_on_as_if_it_had_not_stopped_and_is_another_than_adamws() -> None:
