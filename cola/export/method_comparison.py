@@ -19,6 +19,7 @@ from cola.errors import ModelError, listed
 from cola.export.outcome import Outcome
 from cola.files import folder_aside
 from cola.link import adapters
+from cola.recipe.ideas import ADAMW
 from cola.recipe.methods import Lora
 from cola.report.terminal import Terminal
 from cola.tree.made import Made, Provenance
@@ -108,6 +109,7 @@ def _train_config(outcome: Outcome) -> dict[str, Any]:
     optimizer = {"lr": outcome.info.learning_rate, "weight_decay": training.weight_decay}
     optimizer |= {"betas": list(training.betas), "eps": training.epsilon}
     plus = first.loraplus_lr_ratio if isinstance(first, Lora) else 1.0
+    adamw = "AdamW" if plus == 1.0 else "lora+"
     return {
         "model_id": recipe.model.name_or_path,
         "dtype": {None: outcome.dtype, "nf4": "int4"}.get(outcome.quantization, outcome.quantization),
@@ -121,7 +123,7 @@ def _train_config(outcome: Outcome) -> dict[str, Any]:
         "query_template": recipe.data.prompt or recipe.data.text,
         "seed": outcome.job.seed,
         "grad_norm_clip": training.max_grad_norm or 0,
-        "optimizer_type": "AdamW" if plus == 1.0 else "lora+",
+        "optimizer_type": adamw if first.optimizer == ADAMW else str(first.optimizer),
         "optimizer_kwargs": optimizer if plus == 1.0 else optimizer | {"loraplus_lr_ratio": plus},
         "lr_scheduler": None if training.schedule == "constant" else training.schedule,
         # accelerate has no float16 autocast on a CPU.
