@@ -114,9 +114,11 @@ def check_room(skeleton: PreTrainedModel, links: Sequence[Settings]) -> None:
                     f"init: orthogonal: link {number} has rank {pair.rank} and the links before it take {before} of "
                     f"the {room} input directions of {name}; lower rank or the number of links"
                 )
-            if pair.init.name in OF_SINGULAR_VECTORS and pair.rank > room:
+            times = OF_SINGULAR_VECTORS.get(pair.init.name, 0)
+            if times * pair.rank > room:
+                twice = f", of which it takes {times} for each rank" if times > 1 else ""
                 raise ModelError(
-                    f"init: {pair.init}: {name} is {n_out} x {n_in} and has {room} singular vectors, so rank "
+                    f"init: {pair.init}: {name} is {n_out} x {n_in} and has {room} singular vectors{twice}, so rank "
                     f"{pair.rank} is too large; lower it, or use init: default"
                 )
             used[name] = before + pair.rank * (2 if pair.init.name in TAKEN_OUT else 1)  # with what was taken out

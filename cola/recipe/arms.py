@@ -53,11 +53,13 @@ class LinkSettings(Section):
         "lora: first draw of the pair. `default`: PEFT's (A Kaiming-uniform, B zero); `gaussian`: A with standard "
         "deviation 1 / rank; `pissa`: the weight's top singular vectors, taken out of the frozen weight; `orthogonal`: "
         "rows of A orthogonal to those of all earlier links; `gradient`: rows of A are the top right singular vectors "
-        "of the full gradient. None of these changes the function. Or a function of your own: `./my_idea.py:name`."
+        "of the full gradient; `{lora_ga: {gamma: 16, version: peft}}`: A and B from its first and next singular "
+        "vectors, taken out of the frozen weight. None of these changes the function. `{lora_one: {gamma: 128}}` does: "
+        "A and B are a step along the gradient. Or a function of your own: `./my_idea.py:name`."
     )
     init_batches: Steps | None = optional(
-        "lora: batches, the link's first, whose full gradient the start is given. Default: 8 for `init: gradient`; for "
-        "a start of your own none, so that it is given no gradient."
+        "lora: batches, the link's first, whose full gradient the start is given. Default: 8 for `gradient`, "
+        "`lora_one` and `lora_ga`; for a start of your own none, so that it is given no gradient."
     )
     use_rslora: bool | None = optional("lora: scale by alpha / sqrt(rank) (rsLoRA). Default: `false`.")
     use_dora: bool | None = optional("lora: train the length of each row of the weight too (DoRA). Default: `false`.")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
@@ -30,11 +30,28 @@ class Options(Section):
     """What can be set of an idea; by itself nothing."""
 
 
-STARTS: dict[str, type[Options]] = dict.fromkeys(("default", "gaussian", "pissa", "orthogonal", "gradient"), Options)
+class LoraOne(Options):
+    """Of `lora_one`."""
+
+    gamma: Positive = 128.0  # one over the largest singular value of B A
+
+
+class LoraGa(Options):
+    """Of `lora_ga`."""
+
+    gamma: Positive = 16.0  # the larger, the smaller the pair
+    version: Literal["peft", "authors"] = "peft"  # whose formula
+
+
+STARTS: dict[str, type[Options]] = {
+    **dict.fromkeys(("default", "gaussian", "pissa", "orthogonal", "gradient"), Options),
+    "lora_one": LoraOne,
+    "lora_ga": LoraGa,
+}
 BY_PEFT = {"default", "gaussian"}  # starts that PEFT draws as it makes a pair
-BY_GRADIENT = {"gradient"}  # starts of cola's own that look at the full gradient
-OF_SINGULAR_VECTORS = {"gradient", "pissa"}  # of which a matrix has so many
-TAKEN_OUT = {"pissa"}  # whose pair is taken out of the frozen weight
+BY_GRADIENT = {"gradient", "lora_one", "lora_ga"}  # starts of cola's own that look at the full gradient
+OF_SINGULAR_VECTORS = {"gradient": 1, "pissa": 1, "lora_one": 1, "lora_ga": 2}  # so many times the rank of them
+TAKEN_OUT = {"pissa", "lora_ga"}  # whose pair is taken out of the frozen weight
 
 
 class UpdateStops(Options):
