@@ -1,4 +1,4 @@
-"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft."""
+"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft, but for an optimizer."""
 
 import copy
 import json

@@ -164,8 +164,8 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
             )
         if link.optimizer.name in OF_PAIRS and not link.is_pair:
             raise ValueError(
-                f"arms.{name}.optimizer: {link.optimizer.name} is about low-rank pairs, and method {link.method} "
-                "trains none: use it with method: lora"
+                f"arms.{name}.optimizer: {link.optimizer.name} trains the two factors of a pair together, and method "
+                f"{link.method} has none: use it with method: lora"
             )
         if isinstance(link, Prefix):
             if link.encoder_hidden_size and not link.prefix_projection:

@@ -87,14 +87,21 @@ class Apollo(Options):
     scale: Positive = 1.0  # its square root multiplies the update
 
 
+class Riemannian(Options):
+    """Of `riemannian`."""
+
+    damping: Positive = 0.01  # added to the diagonal of the other factor's product
+
+
 OPTIMIZERS: dict[str, type[Options]] = {
     "adamw": Options,
     "galore": GaLore,
     "apollo": Apollo,
     "lora_muon": Options,
     "reflora": RefLoRA,
+    "riemannian": Riemannian,
 }
-OF_PAIRS = {"lora_muon", "reflora"}  # optimizers of low-rank pairs
+OF_PAIRS = {"lora_muon", "reflora", "riemannian"}  # optimizers of the two factors of a pair together
 OF_WHOLE = {"galore", "apollo"}  # optimizers of whole weights, which a pair has no use for
 
 

@@ -394,6 +394,11 @@ def test_a_wrong_value_is_shown(read: Read) -> None:
         ),
         ("{links: 3}", "{links: [{method: full, rank: 4}]}", "arms.chain3.rank has no effect with method full"),
         ("{links: 3}", "{rank: 4, links: [{method: full}]}", "arms.chain3.rank has no effect with method full"),
+        (
+            "{links: 3}",
+            "{method: full, optimizer: riemannian}",
+            "arms.chain3.optimizer: riemannian trains the two factors",
+        ),
         ("{links: 3}", "{links: 0, rank: 4}", "trains nothing, so 'rank' has no effect"),
         ("{links: 3}", "{links: [], learning_rate: 1}", "trains nothing, so 'learning_rate' has no effect"),
         ("{links: 3}", "{links: [{learning_rate: {search: [1, 2]}}]}", "for the whole arm, not for one link"),
