@@ -1,4 +1,5 @@
-"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft, but for an optimizer."""
+"""Attach, read, detach, save and load a link's trainable weights. The only file that imports peft, but for PEFT's
+optimizer in `ideas`."""
 
 import copy
 import json
