@@ -24,6 +24,7 @@ from study import page as study_page
 from cola.compare import ablation
 from cola.compare.records import Summary
 from cola.recipe import arms, data_section, recipe, schema, yaml12
+from cola.recipe.ideas import Idea
 from cola.report.tables import named_tables
 from cola.report.verdict import verdict
 
@@ -124,6 +125,8 @@ def kind(annotation: Any) -> str:
         return kind(get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
+    if annotation is Idea:
+        return "word \\| `FILE.py:FUNCTION` \\| either with options"
     return {str: "text", int: "whole number", float: "number", bool: "`true` \\| `false`"}.get(
         annotation, str(annotation)
     )

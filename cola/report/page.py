@@ -170,7 +170,9 @@ def _write_page(
     more |= {"words": WORDS, "glossary": words_of(tables.values(), "contrasts" in tables)}
     pairs = {} if isinstance(summary, Ablation) else {(one.first, one.second) for one in summary.contrasts}
     # A row of a table goes with the arm, or either of the two, that its first cell names.
-    more["rows"] = classes | {f"{one} − {two}": f"{classes[one]} {classes[two]}" for one, two in pairs}
+    more["rows"] = classes | {
+        f"{one} − {two}": f"{classes[one]} {classes[two]}" for one, two in pairs if {one, two} <= classes.keys()
+    }
     numbers = {colour: n for n, colour in enumerate(COLOURS)}
     more["arms"] = {arm: (n, numbers.get(look.colour)) for n, (arm, look) in enumerate(arms.items())}
     more["prices"] = [name for name in figures if name in PRICES]

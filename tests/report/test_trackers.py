@@ -14,6 +14,7 @@ from children import KILLED, end, start
 from runs import CHOICE, LORA_ONLY, SHORT, assert_one_line, cola, result, write_recipe
 
 from cola.compare.records import Summary
+from cola.files import pip_install
 from cola.report.tracking import comparison_numbers
 from cola.tree.run_folder import RunFolder, read_json, read_jsonl
 
@@ -251,6 +252,6 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_trained(
     for words in (["--dry-run"], []):
         told = cola("run", recipe_file, *words, f"tracking.tracker={name}")
         assert told.exit_code == 2
-        assert told.output.splitlines()[-1] == (
-            f"error: tracking.tracker: {name} needs the package {name}: pip install 'chain-of-lora[{name}]'"
-        )
+        remedy = pip_install(f"'chain-of-lora[{name}]'")
+        said = f"error: tracking.tracker: {name} needs the package {name}: {remedy}"
+        assert told.output.splitlines()[-1] == said

@@ -56,7 +56,7 @@ def test_a_pair_that_has_no_balanced_factorization_yet_is_left_to_adamw() -> Non
 
 def test_an_optimizer_of_pairs_is_refused_where_there_are_none(recipe_file: Path) -> None:
     for word in ("reflora", "lora_muon"):
-        with pytest.raises(RecipeError, match=rf"arms\.full\.optimizer: {word} .* method full trains none"):
+        with pytest.raises(RecipeError, match=rf"arms\.full\.optimizer: {word} .* method full has none"):
             read_recipe(recipe_file, [f"arms.full.optimizer={word}"])
 
 
