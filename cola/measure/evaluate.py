@@ -40,7 +40,7 @@ from cola.recipe.data_section import Data
 # everything else scores to the bit as under 2, and keeps that name.
 EVALUATION_VERSION = 3
 
-PROBE_ROWS, PROBE_TARGETS = 16, 4  # validation rows whose logits tell what a knot changed, and targets of each
+PROBE_ROWS, PROBE_TARGETS = 4, 4  # validation rows whose logits tell what a knot changed, and targets of each
 
 Decoding: TypeAlias = Literal["cached", "padded", "alike", "plain"]
 
