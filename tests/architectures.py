@@ -24,7 +24,7 @@ from cola.data.batches import collate, training_row
 from cola.data.encode import Example
 from cola.errors import ColaError
 from cola.export import tensors
-from cola.link import adapters
+from cola.link import adapter_files, adapters
 from cola.link.base import Base
 from cola.link.drift import Outputs
 from cola.link.find import find_model
@@ -208,12 +208,12 @@ def examined(name: str, arm: str, folder: Path, tokenizer: hf.PreTrainedTokenize
     expected = logits(chain.model)
     load = hf.AutoModelForCausalLM.from_pretrained
     if arm == "full":
-        adapters.save(folder / "full", chain.model, links_of(arm)[0].settings, str(base), source.skeleton())
+        adapter_files.save(folder / "full", chain.model, links_of(arm)[0].settings, str(base), source.skeleton())
         plain = load(folder / "full")
     elif arm == "base":
         plain = load(base)
     else:
-        adapters.save_pair(folder / arm, stacked(chain.learned), str(base), source.skeleton())
+        adapter_files.save_pair(folder / arm, stacked(chain.learned), str(base), source.skeleton())
         check_loaded(expected, peft.PeftModel.from_pretrained(load(base), folder / arm))
         merged = Chain(model := source.load("float32", torch.device("cpu")), Base(model, source.files), chain.rules)
         retie(merged, chain.learned)

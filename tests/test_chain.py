@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2ForC
 from cola.chain import Chain, extend, run_chain, tie_knot
 from cola.data.batches import MicroBatch, collate
 from cola.errors import KnotDrift, ModelError
-from cola.link import adapters, residual
+from cola.link import adapter_files, adapters, residual
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs
 from cola.link.targets import target_names
@@ -306,7 +306,7 @@ def test_a_saved_knot_is_a_peft_adapter(tmp_path: Path) -> None:
     extend(chain, link(), no_gradients)
     tune_with(batches(5))(chain, link())
     expected = logits(model)
-    adapters.save(tmp_path, model, link().settings, "some/base", tiny_model())
+    adapter_files.save(tmp_path, model, link().settings, "some/base", tiny_model())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
@@ -322,7 +322,7 @@ def test_a_knot_on_some_of_the_layers_is_saved_for_those_alone(tmp_path: Path) -
     extend(chain, link(target_modules=[one]), no_gradients)
     tune_with(batches(5))(chain, link())
     expected = logits(model)
-    adapters.save(tmp_path, model, link().settings, "some/base", tiny_model())
+    adapter_files.save(tmp_path, model, link().settings, "some/base", tiny_model())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [one]
     assert torch.allclose(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected, atol=1e-6)
 

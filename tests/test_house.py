@@ -22,7 +22,7 @@ ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "repor
 
 # Foreign libraries that are imported in one place only.
 SEAMS = {
-    "peft": {"link/adapters.py", "link/ideas/riemannian.py"},
+    "peft": {"link/from_peft.py", "link/ideas/riemannian.py"},
     "pandas": {"cli/notebook.py"},
     "wandb": {"report/to_wandb.py"},
     "trackio": {"report/to_trackio.py"},

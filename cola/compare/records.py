@@ -108,9 +108,7 @@ class KnotLedger(Record):
     """One knot that tied a pair, over seeds: the mean of what was learned, the worst of what was lost."""
 
     link: Count = Field(description="from 1")
-    merge: Text = Field(
-        description="as in `train_info.knots[]`, and so are the rest: means of sizes, the worst of losses"
-    )
+    merge: Text = Field(description="as in `train_info.knots[]`, as are the rest: means of sizes, the worst of losses")
     fraction: Share | None = Field(description="share of the pair that was kept")
     cleared: Share = Field(description="of AdamW's moments that were zero as the link began")
     relative_size_median: Relative

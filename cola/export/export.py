@@ -32,7 +32,7 @@ from cola.export.outcome import Outcome
 from cola.export.score import NOTE
 from cola.export.vllm import serving
 from cola.files import folder_aside, need_package, sha256
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.link.accelerator import make_accelerator, quiet_libraries
 from cola.link.base import Base
 from cola.link.drift import Drift
@@ -160,7 +160,7 @@ class _Writing:
         if any(pair.rows_O is not None for pair in learned[0].values()):
             _copy(link, folder, self.outcome.base_name)
         else:
-            adapters.save_pair(folder, stacked(learned), self.outcome.base_name, self.outcome.source.skeleton())
+            adapter_files.save_pair(folder, stacked(learned), self.outcome.base_name, self.outcome.source.skeleton())
 
     def _compressed(self, learned: Residual, rank: int) -> Residual:
         """The chain as one pair of a lower rank; says what that keeps and how it scores."""

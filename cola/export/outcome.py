@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cola.chain import Chain, retie
 from cola.errors import ModelError, RunFolderError, did_you_mean, listed, quoted
-from cola.link import adapters, residual
+from cola.link import adapter_files, adapters, residual
 from cola.link.base import Base
 from cola.link.find import find_model
 from cola.link.model import Source
@@ -118,7 +118,7 @@ class Outcome:
         pairs = []
         for folder in self.link_folders():
             try:
-                pairs.append(adapters.load_pair(folder))
+                pairs.append(adapter_files.load_pair(folder))
             except (SafetensorError, ValueError, KeyError, OSError) as error:
                 raise ModelError(f"the link in {folder} is damaged ({error}); run the recipe anew") from error
         return pairs
@@ -169,9 +169,9 @@ class Outcome:
         if not folder.is_dir():
             raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
         if not isinstance(self.links[0], Adapter):
-            return adapters.load_adapter(model, folder)
+            return adapter_files.load_adapter(model, folder)
         model = adapters.attach(model, self.links[0], seed=0)
-        adapters.put_back(folder, model, self.links[0])
+        adapter_files.put_back(folder, model, self.links[0])
         adapters.detach(model)
         return model
 

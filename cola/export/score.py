@@ -13,7 +13,7 @@ from cola import environment
 from cola.data.splits import load_splits
 from cola.errors import ModelError
 from cola.export.outcome import Outcome, outcomes
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_adapter, find_model
 from cola.link.model import Source, check_fit
@@ -174,7 +174,7 @@ def _of_adapter(folder: Path, name: str, data: Recipe, loading: Loading) -> Targ
     quantization = loading.quantization or (note.quantization if note else None)
 
     def load(device: torch.device) -> PreTrainedModel:
-        return adapters.load_adapter(source.load(dtype, device, quantization), folder)
+        return adapter_files.load_adapter(source.load(dtype, device, quantization), folder)
 
     return Target(_label(name), source, dtype, load, virtual, note.trained if note else None)
 

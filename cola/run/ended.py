@@ -10,7 +10,7 @@ from typing import Any
 
 from cola.errors import ColaError, StoreError
 from cola.files import digest
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.link.residual import LinkWeights, added
 from cola.measure.learned import Learned
 from cola.recipe.plan import Job, evaluation_steps, trials_of, tuned_as_a_whole
@@ -126,7 +126,7 @@ class SpectrumFiles:
     def _pair(self, state: str) -> LinkWeights:
         if (folder := self._weights(state)) is None:
             raise FileNotFoundError(f"the state {state} has gone from the store")
-        return adapters.load_pair(folder)
+        return adapter_files.load_pair(folder)
 
     def _weights(self, state: str) -> Path | None:
         """Where a state lies, its checksums verified; None where its weights are gone."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from cola.clock import cpu_total
 from cola.files import each_once
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
 from cola.run.assignment import Assignment
@@ -34,7 +34,7 @@ def hand_out(given: Assignment, scored_step: int) -> None:
         folder.mkdir(parents=True)
         segment = given.states.there(step)
         for file in segment.record["files"]:
-            if adapters.is_export(file):
+            if adapter_files.is_export(file):
                 copy_out(segment.folder / file, folder / file, large=full and file.endswith(".safetensors"))
         if full:
             given.evaluator.tokenizer.save_pretrained(folder)

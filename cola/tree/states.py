@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cola.clock import Clock, Took, cpu_total
 from cola.files import digest, each_once
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.link.moments import Moments
 from cola.link.residual import LinkWeights
 from cola.measure.scores import ExampleScore
@@ -70,11 +70,11 @@ class States:
 
     def pair(self, step: int) -> LinkWeights:
         """The low-rank pair of a state that is there; empty for another method."""
-        return adapters.load_pair(self.there(step).folder) if self._settings(step).is_pair else {}
+        return adapter_files.load_pair(self.there(step).folder) if self._settings(step).is_pair else {}
 
     def put_back(self, model: PreTrainedModel, step: int) -> Moments | None:
         """Give the attached weights the values of a state that is there; returns the optimizer's state, if kept."""
-        adapters.put_back(self.there(step).folder, model, self._settings(step))
+        adapter_files.put_back(self.there(step).folder, model, self._settings(step))
         return self.moments(step)
 
     def moments(self, step: int) -> Moments | None:
@@ -112,7 +112,7 @@ class States:
         link = lineage.links[number]
 
         def write(folder: Path) -> None:
-            adapters.save(folder, model, link.settings, self.base_name, self.skeleton)
+            adapter_files.save(folder, model, link.settings, self.base_name, self.skeleton)
             if moments is not None:
                 save_file(moments, folder / "optimizer.safetensors")
             (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

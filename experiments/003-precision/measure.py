@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cola.run.training
 from cola.chain import Chain, run_chain
-from cola.link import adapters
+from cola.link import adapter_files, adapters
 from cola.link.accelerator import quiet_libraries
 from cola.link.base import Base
 from cola.link.drift import Outputs
@@ -188,7 +188,7 @@ def one_format(source: Source, links: list[Path], dtype: str, quantization: str 
         model, Base(model, source.files, quantization is not None), read_recipe(LINKS).resolved("chain").rules
     )
     plan = plan_arm(read_recipe(LINKS), "chain", 0, 640)
-    pairs = list(map(adapters.load_pair, links))
+    pairs = list(map(adapter_files.load_pair, links))
     knots = run_chain(
         chain,
         plan,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmu
 
 from cola.chain import Chain, extend, tie_knot
 from cola.errors import MomentsNotCleared
-from cola.link import adapters
+from cola.link import adapter_files, adapters
 from cola.link.base import Base
 from cola.link.moments import Moments, carried, check_cleared, read_moments
 from cola.link.targets import target_names
@@ -264,7 +264,7 @@ def test_a_naive_merge_is_pefts_in_place_link_by_link(tmp_path: Path) -> None:
         carrier = tiny_model()
         adapters.attach(carrier, what(), 0)
         adapters.set_pair(carrier, pair)
-        adapters.save(tmp_path / str(number), carrier, what(), "some/base", tiny_model())
+        adapter_files.save(tmp_path / str(number), carrier, what(), "some/base", tiny_model())
         model = PeftModel.from_pretrained(model, tmp_path / str(number)).merge_and_unload()
     for name, tensor in model.state_dict().items():
         assert torch.equal(chain.model.state_dict()[name], tensor), name

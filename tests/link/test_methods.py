@@ -36,7 +36,7 @@ from cola.chain import Chain, extend, run_chain, tie_knot
 from cola.data.batches import MicroBatch, collate
 from cola.data.encode import Example
 from cola.errors import ModelError, NoGradient, NonFiniteLoss, RecipeError
-from cola.link import adapters, starts
+from cola.link import adapter_files, adapters, starts
 from cola.link.base import Base
 from cola.link.forward import logits_at
 from cola.link.ideas.gradient import top_right_vectors
@@ -156,7 +156,7 @@ def test_a_variant_is_pefts_step_for_step_and_tied_it_is_pefts_merge(variant: st
     extend(chain, own, gradients)
     tuner(losses)(chain, own)
     trained = logits(chain.model)
-    adapters.save(tmp_path, chain.model, own.settings, "some/base", tiny_model())
+    adapter_files.save(tmp_path, chain.model, own.settings, "some/base", tiny_model())
     tie_knot(chain, outputs(tiny_model()), outputs, more_to_come=False)
 
     reference = plain_peft(settings, own.seed)
@@ -214,7 +214,7 @@ def test_a_chain_of_a_variant_is_pefts_merge_repeated(variant: str, tmp_path: Pa
     def tune_and_save(chain: Chain, own: Link) -> None:
         tuner()(chain, own)
         folders.append(tmp_path / str(own.first_step))
-        adapters.save(folders[-1], chain.model, own.settings, "some/base", tiny_model())
+        adapter_files.save(folders[-1], chain.model, own.settings, "some/base", tiny_model())
 
     knots = list(run_chain(chain, links(3, **VARIANTS[variant]), tune_and_save, outputs, gradients))
     model: Any = tiny_model()
@@ -244,11 +244,11 @@ def test_a_pissa_link_that_is_put_back_is_the_one_that_was_kept(tmp_path: Path) 
     list(run_chain(chain, own[:1], tuner(), outputs, gradients))
     extend(chain, own[1], gradients)
     tuner()(chain, own[1])
-    adapters.save(tmp_path, chain.model, own[1].settings, "some/base", tiny_model())
+    adapter_files.save(tmp_path, chain.model, own[1].settings, "some/base", tiny_model())
     again = chain_of(tiny_model())
     list(run_chain(again, own[:1], tuner(), outputs, gradients))
     extend(again, own[1], gradients)
-    adapters.put_back(tmp_path, again.model, own[1].settings)
+    adapter_files.put_back(tmp_path, again.model, own[1].settings)
     starts.hold_out(again.model, again.base, again.learned)
     assert torch.equal(logits(again.model), logits(chain.model))
 
@@ -437,10 +437,10 @@ def test_bottlenecks_are_put_back_as_they_were_kept(tmp_path: Path) -> None:
     own, chain = link("adapter", bottleneck=5), chain_of(tiny_model())
     extend(chain, own, gradients)
     tuner()(chain, own)
-    adapters.save(tmp_path, chain.model, own.settings, "some/base", tiny_model())
+    adapter_files.save(tmp_path, chain.model, own.settings, "some/base", tiny_model())
     again = chain_of(tiny_model())
     extend(again, own, gradients)
-    adapters.put_back(tmp_path, again.model, own.settings)
+    adapter_files.put_back(tmp_path, again.model, own.settings)
     assert torch.equal(logits(again.model), logits(chain.model))
     assert json.loads((tmp_path / "bottleneck.json").read_text())["bottleneck"] == 5
 
@@ -502,7 +502,7 @@ def virtual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     extend(chain, own, gradients)
     tuner(losses)(chain, own)
     folder = tmp_path_factory.mktemp("virtual")
-    adapters.save(folder, chain.model, own.settings, "some/base", tiny_model())
+    adapter_files.save(folder, chain.model, own.settings, "some/base", tiny_model())
     reference = plain_virtual(request.param, own.seed)
     assert losses == pytest.approx(train_plainly(reference, own), rel=1e-5)
     return request.param, chain.model, reference, PeftModel.from_pretrained(tiny_model(), folder)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cola.data.encode import Example
 from cola.errors import ModelError
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.link.adapters import kept_buffers, whole_state
 from cola.link.forward import logits_at
 from cola.link.model import Source
@@ -382,7 +382,7 @@ def test_what_is_kept_of_full_fine_tuning_is_all_of_the_state_dict(name: str, tm
     model, full = make(name), Full()
     for buffer in kept_buffers(model):
         model.get_buffer(buffer).copy_(torch.randn(model.get_buffer(buffer).shape))
-    adapters.save(tmp_path, model, full, "base", model)
+    adapter_files.save(tmp_path, model, full, "base", model)
     loaded, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -390,7 +390,7 @@ def test_what_is_kept_of_full_fine_tuning_is_all_of_the_state_dict(name: str, tm
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     other = make(name)
-    adapters.put_back(tmp_path, other, full)
+    adapter_files.put_back(tmp_path, other, full)
     assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in model.state_dict().items())
     assert load_file(tmp_path / "model.safetensors").keys() == whole_state(model).keys()
     assert bool(kept_buffers(model)) == (name == "glm4")

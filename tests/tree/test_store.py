@@ -25,7 +25,7 @@ from runs import wide_cola as cola
 from cola.data.splits import load_splits
 from cola.errors import StoreError
 from cola.files import digest
-from cola.link import adapters
+from cola.link import adapter_files
 from cola.link.find import find_model
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
@@ -706,7 +706,7 @@ def test_segments_are_peft_adapters_and_rebuild_the_trained_chain(recipe_file: P
         with torch.no_grad():
             beside = theirs(ids).logits
             theirs = theirs.merge_and_unload()
-            for module, pair in adapters.load_pair(segment.folder).items():
+            for module, pair in adapter_files.load_pair(segment.folder).items():
                 ours.get_submodule(module).weight += pair.scale * pair.B_OR @ pair.A_RI
             assert torch.allclose(beside, ours(ids).logits, atol=1e-4)
             assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-4)

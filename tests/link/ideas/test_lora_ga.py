@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cola.chain import extend, run_chain, tie_knot
 from cola.errors import ModelError
-from cola.link import adapters, starts
+from cola.link import adapter_files, adapters, starts
 from cola.link.ideas.lora_ga import lora_ga
 
 
@@ -72,11 +72,11 @@ def test_a_link_that_is_put_back_is_the_one_that_was_kept(tmp_path: Path) -> Non
     list(run_chain(chain, own[:1], tuner(), outputs, gradients))
     extend(chain, own[1], gradients)
     tuner()(chain, own[1])
-    adapters.save(tmp_path, chain.model, own[1].settings, "some/base", tiny_model())
+    adapter_files.save(tmp_path, chain.model, own[1].settings, "some/base", tiny_model())
     again = chain_of(tiny_model())
     list(run_chain(again, own[:1], tuner(), outputs, gradients))
     extend(again, own[1], gradients)
-    adapters.put_back(tmp_path, again.model, own[1].settings)
+    adapter_files.put_back(tmp_path, again.model, own[1].settings)
     starts.hold_out(again.model, again.base, again.learned)
     assert torch.equal(logits(again.model), logits(chain.model))
 
