@@ -86,7 +86,10 @@ def test_the_committed_numbers_come_from_the_scores_that_are_packed_beside_them(
     kept = STUDY / "results" / name
     folder = unpacked(name, tmp_path)
     if (kept / "summary.json").exists():
-        assert (kept / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
+        committed, packed = (json.loads((place / "summary.json").read_text()) for place in (kept, folder))
+        # Where the run was tracked has another spelling since.
+        del committed["tracking"], packed["wandb"]
+        assert committed == packed
     else:  # the differences were added later, from the packed scores
         ablation, packed = (json.loads((place / "ablation.json").read_text()) for place in (kept, folder))
         points = (open_run(folder / "points" / point["folder"]) for point in ablation["points"])

@@ -88,7 +88,8 @@ class LinkSettings(Section):
         "random sketch, `{apollo: {rank: 8, refresh: 200, scale: 1}}`. For lora: `lora_muon`: Muon's step of the "
         "product, whose rate is of another kind; `reflora`: AdamW along the gradients of the balanced pair, `{reflora: "
         "{warmup: 0}}`; `riemannian`: AdamW on gradients preconditioned by the other factor, `{riemannian: {damping: "
-        "0.01}}`. Or a function of your own: `./my_idea.py:name`. Default: `adamw`."
+        "0.01}}`; `lora_rite`: adaptive steps that no factorization of the update changes, `{lora_rite: {clip: 1}}`. "
+        "Or a function of your own: `./my_idea.py:name`. Default: `adamw`."
     )
     until: Until | None = optional(
         "lora: a rule by which a link may end before its steps are made, and the next one begins: `{update_stops: "

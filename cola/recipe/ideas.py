@@ -93,15 +93,22 @@ class Riemannian(Options):
     damping: Positive = 0.01  # added to the diagonal of the other factor's product
 
 
+class LoRARite(Options):
+    """Of `lora_rite`."""
+
+    clip: Positive = 1.0  # norm of all gradients together, without the other factor's size
+
+
 OPTIMIZERS: dict[str, type[Options]] = {
     "adamw": Options,
     "galore": GaLore,
     "apollo": Apollo,
     "lora_muon": Options,
+    "lora_rite": LoRARite,
     "reflora": RefLoRA,
     "riemannian": Riemannian,
 }
-OF_PAIRS = {"lora_muon", "reflora", "riemannian"}  # optimizers of the two factors of a pair together
+OF_PAIRS = {"lora_muon", "lora_rite", "reflora", "riemannian"}  # optimizers of the two factors of a pair together
 OF_WHOLE = {"galore", "apollo"}  # optimizers of whole weights, which a pair has no use for
 
 

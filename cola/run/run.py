@@ -5,6 +5,7 @@ import errno
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from time import perf_counter, sleep
 from typing import Literal
 
@@ -181,11 +182,17 @@ def _do(bench: Bench, job: Job) -> None:
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
                 f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
             ) from error
-        reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{place_of(error)}"
+        reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
         _record_end(bench, job, "failed", started, reason)
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, "".join(traceback.format_exception(error)))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
+
+
+def _in_own_code(error: Exception) -> str:
+    """Where in the user's own code an error was raised, in words; nothing where it was not."""
+    place = place_of(error)
+    return f" ({Path(place[0]).name}:{place[1]})" if place else ""
 
 
 def _record_end(

@@ -14,6 +14,7 @@ from cola.data.batches import training_batches
 from cola.link import adapters
 from cola.link.drift import Outputs
 from cola.link.moments import Moments, carried, read_moments
+from cola.link.residual import LinkWeights
 from cola.link.train import Step, full_gradients, tune
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
@@ -117,10 +118,13 @@ class Trainer:
             self._look_if_due()
             return moments
         if link.knot is not None and link.knot.hands_on:
-            states, model = self.given.states, self.loaded.chain.model
-            pairs = lambda: (states.pair(link.first_step), adapters.read_pair(model))  # noqa: E731 - of a rule alone
-            return carried(states.moments(link.first_step), link.knot, link.seed, pairs)
+            moments = self.given.states.moments(link.first_step)
+            return carried(moments, link.knot, link.seed, partial(self._pairs_at, link.first_step))
         return None
+
+    def _pairs_at(self, step: int) -> tuple[LinkWeights, LinkWeights]:
+        """At a knot: the pair of the link before it, and the one that was drawn for the next."""
+        return self.given.states.pair(step), adapters.read_pair(self.loaded.chain.model)
 
     def _advance(self, link: Link, stop: int, moments: Moments | None) -> Moments | None:
         """Make the optimizer steps up to `stop`; returns the optimizer's state where the link goes on."""

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -152,8 +151,8 @@ def _run(path: str, source: bytes) -> ModuleType:
     try:
         exec(compile(source, path, "exec"), module.__dict__)
     except Exception as error:
-        place = f":{error.lineno}" if isinstance(error, SyntaxError) else place_of(error, path)
-        raise IdeaError(f"{path}{place}: {type(error).__name__}: {one_line(error)}") from error
+        place = (path, error.lineno) if isinstance(error, SyntaxError) else place_of(error) or (path, 0)
+        raise IdeaError(f"{path}:{place[1]}: {type(error).__name__}: {one_line(error)}") from error
     return module
 
 
@@ -177,13 +176,10 @@ def _with_options(function: Callable[..., Any], idea: Idea) -> Callable[..., Any
     return lambda *given: function(*given, **options)
 
 
-def place_of(error: BaseException, path: str | None = None) -> str:
-    """`:LINE` where an error passed through a file, or `, FILE:LINE` of whichever admitted file it passed through last;
-    empty where it passed through none."""
+def place_of(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the last admitted code that an error passed through; None where it passed through none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _admitted]
-    if path is not None:
-        return f":{frames[-1].lineno}" if frames else ""
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return (frames[-1].filename, frames[-1].lineno or 0) if frames else None
 
 
 def states_of(given: Any, idea: Idea, matrix: HandedOn) -> tuple[State, State]:
