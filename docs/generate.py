@@ -5,6 +5,7 @@ python docs/generate.py --check    exit 1 if a file is not what would be written
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from inspect import cleandoc
@@ -255,7 +256,7 @@ def whole_study() -> str:
 
 def speed() -> str:
     """README's table: how many times as long others take for the same work."""
-    study, answers = benchmark("study")[0], benchmark("evaluate")[0]
+    study, answers, steps = (benchmark(name)[0] for name in ("study", "evaluate", "step"))
     apart = study["largest_differences"]
     rows = [
         "| the same work | takes so many times as long as cola |\n| :-- | --: |",
@@ -265,6 +266,13 @@ def speed() -> str:
         f"| {answers['answers, untouched model']['loss and generate']['ratio']:.2f} |",
         f"| likelihoods of four choices, by lm-evaluation-harness | {answers['choices']['lm-eval']['ratio']:.2f} |",
     ]
+    # Rows of four lengths, times what is trained: q,v, all linear layers, all weights.
+    places = [place["contenders"] for workload in steps["workloads"].values() for place in workload.values()]
+    for name in ("Trainer + PEFT", "TRL", "by hand"):
+        ratios = sorted(place[name]["ratio"] for place in places)
+        said = "a loop by hand" if name == "by hand" else name
+        middle = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append(f"| a training step, by {said}: the median of {len(ratios)} kinds of rows and methods | {middle} |")
     return "\n".join(rows) + "\n"
 
 
