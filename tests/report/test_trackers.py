@@ -208,6 +208,7 @@ print(said, os.environ.get("MLFLOW_DISABLE_TELEMETRY"), command_after(settings, 
 """
 
 
+@pytest.mark.slow
 def test_a_killed_session_goes_on_in_its_run_and_asks_for_nothing_on_the_network_though_a_token_is_there(
     tracker: str, tmp_path: Path
 ) -> None:

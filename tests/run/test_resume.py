@@ -708,6 +708,7 @@ def test_after_the_last_step_validation_is_scored_once_unless_the_best_look_is_c
         assert sorted(of_rows.count(rows) for rows in set(of_rows)) == [1, 1, 2 if checkpoint == "last" else 3]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_page_was_written_goes_on_in_its_folder(
     recipe_text: str, tmp_path: Path
 ) -> None:
