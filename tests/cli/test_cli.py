@@ -331,7 +331,7 @@ def test_a_dry_run_loads_no_weights_and_shows_the_plan(recipe_file: Path, tiny_f
     "recipe",
     [
         # A generator of rows takes seconds.
-        pytest.param(path, id=path.stem, marks=pytest.mark.slow if "reasoning_gym" in path.read_text() else ())
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if "\n  reasoning_gym" in path.read_text() else ())
         for path in sorted(Path("recipes").glob("*.yaml"))
     ],
 )
