@@ -29,18 +29,19 @@ def do_job(bench: Bench, job: Job) -> None:
     Where a link ends by its rule, the job has another course from there on: it is begun again, and finds all that it
     has trained.
     """
+    started = perf_counter()
     while True:
         given = Assignment(bench, job)
         try:
-            _do(given)
+            _do(given, started)
             return
         except LinkEnded as link:
             given.tracker.finish({}, "interrupted")  # and goes on
             job = note_end(bench, job, link.step)
 
 
-def _do(given: Assignment) -> None:
-    bench, job, started = given.bench, given.job, perf_counter()
+def _do(given: Assignment, started: float) -> None:
+    bench, job = given.bench, given.job
     given.tracker.start(job.arm, job.seed, given.path, tracked_config(given))
     loaded = Loaded(given)
     try:
