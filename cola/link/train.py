@@ -75,6 +75,7 @@ def tune(
     Raises:
         NonFiniteLoss, NoGradient: from `_Watch`; the weights are those of the step before.
         MomentsNotCleared: the knot before cleared less than it was to.
+        IdeaError: the optimizer is none, leaves something out, or could not go on from what is kept of it.
     """
     pairs = _trained_pairs(model)
     optimizer = _fresh_optimizer(
@@ -104,13 +105,17 @@ def tune(
         on_step(told, optimizer)
         cleared = None
     model.eval()
-    after = _numbers_of(optimizer.optimizer)
-    if loose := [key for key in after if own.get(key, 0) != after[key]]:
+    _check_kept(link, own, _numbers_of(optimizer.optimizer))
+    return optimizer
+
+
+def _check_kept(link: Link, before: dict[str, float], after: dict[str, float]) -> None:
+    """IdeaError where an optimizer has counted in an attribute, which no checkpoint holds."""
+    if loose := [key for key in after if before.get(key, 0) != after[key]]:
         raise IdeaError(
             f"optimizer: {link.settings.optimizer} keeps {loose[0]} outside of its state, so that a link which is "
             "stopped could not go on: keep it in state[parameter], or in a group of parameters"
         )
-    return optimizer
 
 
 def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:

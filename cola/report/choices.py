@@ -84,6 +84,12 @@ def choices_figure(summary: Summary) -> Figure | None:
                 _cross_out(axes, search, key)
     for axes in grid[-len(kinds) :, len(searches) - columns * (blocks - 1) :].flat:
         axes.set_visible(False)
+    explain(figure, _marks(searches, kinds, alike), 2 if columns < 3 else 3)
+    return settle(figure)
+
+
+def _marks(searches: dict[str, Search], kinds: dict[str, str], alike: bool) -> list[dict[str, Any]]:
+    """What the legend explains."""
     rules = " or ".join(sorted({kinds.get(search.select_by, search.select_by) for search in searches.values()}))
     dot: dict[str, Any] = {"color": INK, "linestyle": "", "marker": "o"}
     marks = [
@@ -95,8 +101,7 @@ def choices_figure(summary: Summary) -> Figure | None:
         marks.append({**dot, "marker": "x", "ms": 5, "label": "far worse, or failed"})
     if alike and "lora" in searches and len(searches) > 1:
         marks.append({"color": GREY, "linewidth": 1, "linestyle": BESIDE, "label": "lora's"})
-    explain(figure, marks, 2 if columns < 3 else 3)
-    return settle(figure)
+    return marks
 
 
 def _align(panels: list[Axes], searches: Iterable[Search]) -> None:

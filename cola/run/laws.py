@@ -20,6 +20,7 @@ class Laws:
     """Watches a chain through its probe."""
 
     ask: Probe
+    never_written: bool  # whether the frozen weights are dense ones that no knot writes (`merge: no`)
     allowed: float  # change of a logit, relative to the largest, that rounding explains
     moved: float | None = None  # change of the outputs by the start of the link at hand; None where it makes none
     _before: list[Outputs] = field(default_factory=list)  # what was heard last
@@ -35,6 +36,11 @@ class Laws:
         if not isinstance(link.settings, Lora) or link.keeps_pair:
             return
         idea, taken, layers = link.settings.init, adapters.taken_out(model), adapters.pair_layers(model)
+        if taken and self.never_written:
+            raise IdeaError(
+                f"init: {idea} takes its pair out of the frozen weight, which knot.merge: no leaves as it is: say "
+                "merge: exact, or let the start return A alone or Factors(A, B, moves=True)"
+            )
         moves = any(adapters.factors_of(layer)[1].any() for name, layer in layers.items() if name not in taken)
         if not moves and idea.file is None:
             return

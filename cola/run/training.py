@@ -36,7 +36,8 @@ def train(given: Assignment, course: Course, loaded: Loaded) -> None:
     """Make what the course lacks: the rest of the link at hand, and all links after it. Interrupted where the user
     stopped it, and a checkpoint is kept; a ColaError where the arm has diverged, or a knot moved what it should not."""
     trainer, tuned = Trainer(given, course, loaded, Keeper(given, course)), Clock()
-    laws = Laws(trainer.probe, allowed_drift(given))
+    never_written = given.arm.rules.merge == "no" and given.arm.base.quantization is None
+    laws = Laws(trainer.probe, never_written, allowed_drift(given))
 
     def tune_link(chain: Chain, link: Link) -> None:
         nonlocal tuned

@@ -5,16 +5,19 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 from test_methods import ADAMW, batches, chain_of, gradients, link
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola.chain import extend
 from cola.errors import NoGradient
 from cola.link import adapters
+from cola.link.ideas.door import TrainedPair
 from cola.link.moments import read_moments
-from cola.link.train import Step, tune
+from cola.link.train import Step, tune, update_norm
 from cola.recipe.plan import Link
 
 
@@ -117,3 +120,17 @@ def test_a_gradient_that_is_lost_at_a_later_step_is_an_error_too() -> None:
 
     with pytest.raises(NoGradient, match=r"step 4: none of the 28 trained tensors got a gradient"):
         tune(chain.model, own, batches(own.last_step), Accelerator(), lose, **ADAMW)
+
+
+def test_the_norm_of_the_update_is_that_of_the_dense_products_whatever_their_shapes_and_scales() -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(4, 9, 7, 2.0), (4, 9, 7, 0.5), (2, 5, 11, 3.0)]
+    pairs = [
+        TrainedPair(
+            str(n), Parameter(torch.randn(r, i, generator=draw)), Parameter(torch.randn(o, r, generator=draw)), s
+        )
+        for n, (r, i, o, s) in enumerate(shapes)
+    ]
+    dense = [(pair.scale * pair.B_OR.double() @ pair.A_RI.double()).square().sum() for pair in pairs]
+    assert update_norm(pairs) == pytest.approx(sum(dense).sqrt().item(), rel=1e-5)  # pyright: ignore
+    assert update_norm([]) is None

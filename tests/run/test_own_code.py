@@ -123,6 +123,10 @@ def nowhere(matrix):
     return torch.full((matrix.rank, matrix.weight_OI.shape[1]), float("nan"))
 
 
+def taken(matrix):
+    return torch.ones(matrix.rank, matrix.weight_OI.shape[1]), torch.ones(matrix.weight_OI.shape[0], matrix.rank)
+
+
 def blind(matrix):
     return matrix.gradient_OI[: matrix.rank]
 
@@ -166,6 +170,7 @@ def test_what_faulty_code_did_is_said_and_the_other_arms_go_on(tmp_path: Path, r
     optimizers = ("forgetful", "reaching", "nothing", "half")
     said = {name: f"{{init: './faulty.py:{name}'}}" for name in starts}
     said |= {name: f"{{optimizer: './faulty.py:{name}'}}" for name in optimizers}
+    said["unwritten"] = "{init: './faulty.py:taken', knot: {merge: no}}"
     _, summary = go(arms(tmp_path, recipe_text, **said, lora="{}"), *SHORT)
     errors = {name: " ".join(arm.errors.values()) for name, arm in summary.arms.items()}
     assert errors.pop("lora") == ""
@@ -177,6 +182,7 @@ def test_what_faulty_code_did_is_said_and_the_other_arms_go_on(tmp_path: Path, r
         "forgetful": "keeps count outside of its state",
         "reaching": "moved weights that are frozen",
         "nothing": "gave a NoneType; a torch.optim.Optimizer is expected",
+        "unwritten": "takes its pair out of the frozen weight, which knot.merge: no leaves as it is",
         "half": "leaves out 27 of the trained tensors",
     }
     assert {name: text in errors[name] for name, text in expected.items()} == dict.fromkeys(expected, True), errors
