@@ -24,13 +24,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from by_hand import EVAL_BATCH, encoded, score
 from lm_eval.models.huggingface import HFLM
 from machine import made
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from study import as_text
 
-from by_hand import EVAL_BATCH, encoded, score
 from cola.data.encode import Example
 from cola.measure.evaluate import Evaluator
 from cola.recipe.read import read_recipe
