@@ -20,6 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from cola.errors import RecipeError, did_you_mean, listed, quoted
+from cola.files import without_home
 from cola.recipe.schema import LONGEST_PATH, MOST_STEPS, Positive, Section, Steps, Whole, Width
 
 Scalar = bool | int | float | str
@@ -141,7 +142,8 @@ class Idea:
 
     def spelled(self) -> str | dict[str, Any]:
         """As a recipe writes it."""
-        return {self.name: dict(self.options)} if self.options else self.name
+        name = without_home(self.name)
+        return {name: dict(self.options)} if self.options else name
 
     def cause(self, code: Mapping[str, str]) -> str | dict[str, Any]:
         """What it does, as a cause of a state; `code`: SHA-256 of each file. Neither path nor time is among it."""

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from cola.data.encode import Example
-from cola.files import digest
+from cola.files import digest, without_home
 from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
@@ -128,7 +128,7 @@ class Assignment:
             bench.store,
             self.lineage,
             materials.skeleton,
-            materials.source.name,
+            without_home(materials.source.name),
             recipe.checkpoint_seconds,
             {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             self.n_trained,

@@ -12,7 +12,7 @@ from typing import Literal
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RunFolderError
-from cola.files import digest, store_path
+from cola.files import digest, store_path, without_home
 from cola.link.ideas.door import place_of
 from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
@@ -183,9 +183,9 @@ def _do(bench: Bench, job: Job) -> None:
                 f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
             ) from error
         reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
-        _record_end(bench, job, "failed", started, reason)
+        _record_end(bench, job, "failed", started, without_home(reason))
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
-        bench.folder.write_text(trace, "".join(traceback.format_exception(error)))
+        bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
 
 
