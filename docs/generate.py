@@ -19,6 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from records import RECORDS, RESULTS, schemas, table
+from scout import SCOUT
+from scout import page as scout_page
 from study import STUDY, headline, sentence
 from study import page as study_page
 
@@ -535,6 +537,7 @@ def main() -> int:
         ROOT / "docs/precision.md": with_tables("precision.md", PRECISION_BLOCKS),
         ROOT / "docs/performance.md": with_tables("performance.md", PERFORMANCE_BLOCKS),
         STUDY / "README.md": study_page(fill),
+        SCOUT / "README.md": scout_page(fill),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
