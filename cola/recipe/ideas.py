@@ -112,6 +112,8 @@ OPTIMIZERS: dict[str, type[Options]] = {
 }
 OF_PAIRS = {"lora_muon", "lora_rite", "reflora", "riemannian"}  # optimizers of the two factors of a pair together
 OF_WHOLE = {"galore", "apollo"}  # optimizers of whole weights, which a pair has no use for
+# Of cola's own that have come to do something else: 2: embeddings and head are AdamW's, as in the authors' code.
+REVISIONS = {"galore": 2, "apollo": 2}
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class Idea:
     def cause(self, code: Mapping[str, str]) -> str | dict[str, Any]:
         """What it does, as a cause of a state; `code`: SHA-256 of each file. Neither path nor time is among it."""
         if self.file is None:
-            return self.spelled()
+            revision = REVISIONS.get(self.name)
+            return {"idea": self.spelled(), "revision": revision} if revision else self.spelled()
         return {"function": self.function, "code": code[self.file], "options": dict(self.options)}
 
 

@@ -1,16 +1,17 @@
 """Knots by functions: what passes over one, and what it keeps of a pair. Run: pytest tests/run/test_own_knots.py"""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from runs import SHORT, assert_one_line, go, result, wide_cola
 from test_own_code import MINE, arms
+from torch import Tensor
 
 from cola.errors import RecipeError
 from cola.export.outcome import outcomes
 from cola.link.adapter_files import load_pair
+from cola.link.residual import LinkWeights, Pair
 from cola.recipe.read import read_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,8 +63,12 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-def pairs_of(folder: Path, arm: str, n_links: int) -> list[dict[str, Any]]:
+def pairs_of(folder: Path, arm: str, n_links: int) -> list[LinkWeights]:
     return [load_pair(folder / f"arms/{arm}/seed-0/knots/link-{number}") for number in range(1, n_links + 1)]
+
+
+def update(pair: Pair) -> Tensor:
+    return pair.scale * pair.B_OR @ pair.A_RI
 
 
 def test_a_pair_that_begins_with_a_part_of_the_one_before_leaves_the_outputs_as_they_were(
@@ -117,12 +122,9 @@ def test_a_function_says_which_share_of_a_pair_a_knot_keeps(tmp_path: Path, mine
     [outcome] = outcomes(folder.path, "shrinking")
     learned = outcome.residual()  # from the folder, where no code of the user's runs
     for name, pair in first.items():
-        expected = sum(
-            share * link[name].scale * link[name].B_OR @ link[name].A_RI
-            for link, share in ((first, 1.0), (second, 0.5), (third, 1.0))
-        )
-        got = sum(link[name].scale * link[name].B_OR @ link[name].A_RI for link in learned)
-        assert torch.allclose(got, expected, atol=1e-6), name
+        shared = [update(first[name]), 0.5 * update(second[name]), update(third[name])]
+        got = torch.stack([update(link[name]) for link in learned]).sum(0)
+        assert torch.allclose(got, torch.stack(shared).sum(0), atol=1e-6), name
         assert pair.scale == 2.0
     [knot, _] = result(folder, "by_size")["train_info"]["knots"]
     sizes = {

@@ -89,6 +89,7 @@ class Trained:
     epsilon: float
     weight_decay: float
     n_steps: int  # of the link
+    matrices: Sequence[nn.Parameter] = ()  # where all weights are trained: those of the linear layers but the head
 
 
 @dataclass(frozen=True)
