@@ -27,7 +27,7 @@ from study import page as study_page
 from cola.compare import ablation
 from cola.compare.records import Summary
 from cola.recipe import arms, data_section, recipe, schema, yaml12
-from cola.recipe.ideas import Idea
+from cola.recipe.ideas import Idea, OneOf
 from cola.report.tables import named_tables
 from cola.report.verdict import verdict
 
@@ -125,7 +125,8 @@ def kind(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if hasattr(annotation, "__metadata__"):
-        return kind(get_args(annotation)[0])
+        wordless = any(isinstance(one, OneOf) and not one.words for one in annotation.__metadata__)
+        return kind(get_args(annotation)[0]).removeprefix("word \\| " if wordless else "")
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
     if annotation is Idea:

@@ -84,8 +84,8 @@ def _explicit_arm(recipe: Recipe, name: str, find: Callable[[str], str]) -> Arm:
     update["quantization"] = resolved.base.quantization or arm.quantization
     if (until := arm.until or recipe.link.until) is not None and "until" not in searches:
         update["until"] = until.found(find)
-    if isinstance(arm.knot.optimizer, Idea):
-        update["knot"] = arm.knot.model_copy(update={"optimizer": arm.knot.optimizer.found(find)})
+    if rules := {key: value.found(find) for key, value in arm.knot if isinstance(value, Idea)}:
+        update["knot"] = arm.knot.model_copy(update=rules)
     return arm.model_copy(update=update)
 
 

@@ -26,7 +26,7 @@ from cola.run.plan_tree import Planner
 from cola.tree.made import Provenance
 from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
-from cola.tree.segments import Tree, merge_of
+from cola.tree.segments import Tree, fraction_of, merge_of
 from cola.tree.states import Measurements, States, rows_digest
 from cola.tree.store import Store
 
@@ -64,7 +64,8 @@ class Bench:
         """What was and will be measured of a job's states."""
         probe = digest([rows_digest(self.probe_rows), PROBE_TARGETS])
         arm = self.recipe.resolved(job.arm, job.choice)
-        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
+        share = fraction_of(arm.rules, self.materials.code)
+        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": share}
         lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
         # What a score depends on besides the state and the rows.
         scoring = {**dict.fromkeys(SPLITS, evaluator.causes(arm.base.dtype)), "general": evaluator.of_text().causes()}

@@ -113,7 +113,7 @@ class SpectrumFiles:
         ends = [link.last_step for link in info.links if link.last_step < step]
         rules = self.bench.recipe.resolved(job.arm, job.choice).rules
         pairs = [self._pair(names[end]) for end in (*ends, step)]
-        links = added(pairs, rules.merge_fraction, rules.keeps_pair)
+        links = added(pairs, info.shares(len(ends)), rules.keeps_pair)
         record = learned.of_links(links, update, beside["full"]) | {"made": self.bench.made}
         measured.keep_spectrum(step, beside, record)
         return record
