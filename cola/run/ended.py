@@ -16,7 +16,7 @@ from cola.measure.learned import Learned
 from cola.recipe.plan import Job, evaluation_steps, trials_of, tuned_as_a_whole
 from cola.run.assignment import Bench
 from cola.run.search import with_choice
-from cola.tree.locks import CHANGES, lock
+from cola.tree.leases import CHANGES, lock
 from cola.tree.prune import let_go
 from cola.tree.records import Result, TrainInfo
 from cola.tree.spectra import read_spectrum, spectrum_of, write_spectrum

@@ -26,7 +26,7 @@ from cola.run.interrupt import Interrupted
 from cola.run.laws import Laws
 from cola.run.loaded import Loaded
 from cola.run.scoring import score_attached
-from cola.tree.locks import lock
+from cola.tree.leases import lock
 
 
 class NothingLeft(Exception):
