@@ -54,7 +54,7 @@ def _need_leave(recipe: Recipe, allow_code: bool) -> None:
 
 def resume(path: Path, allow_code: bool = False) -> int:
     """Go on with the run in a folder; returns the exit code."""
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, to_mend=True)
     recipe = read_recipe(folder.recipe_file)
     _need_leave(recipe, allow_code)
     with lock_run(path):

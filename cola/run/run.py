@@ -29,6 +29,7 @@ from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.plan_tree import Planner
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
+from cola.tree.mend import mend
 from cola.tree.prune import register, size_of
 from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
@@ -60,13 +61,14 @@ def run(
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     need_tracker(recipe.tracking)
+    mend(folder, terminal.warn)
     code = admit_code(recipe, folder)
     materials = replace(gather(recipe, terminal), code=code)
     store = Store(store_path(recipe.store), terminal.warn)
     meta, used = check_folder(materials, folder, store, terminal), folder.references()
     selfcheck, ready = check_bases(materials, store, used, terminal)
     began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
-    folder.write("provenance.json", began)
+    folder.begin("provenance.json", began)
     ways = Ways(**dict(selfcheck.ways))
     recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
     materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
@@ -202,6 +204,5 @@ def _record_end(
     if bench.folder.status(job) == "ok":
         return
     info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
-    where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
-    bench.folder.write(where, Ended(format=FORMAT, status=status, run_info=info))
+    bench.folder.end_job(job, Ended(format=FORMAT, status=status, run_info=info), {})
     bench.tracker.finish({}, status)
