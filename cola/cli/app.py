@@ -120,8 +120,8 @@ def run(
     The same command goes on with a run that was stopped, and trains nothing that was trained before.
 
     Exit code: 0 all arms are there, 1 some failed (the same command tries them again) or two gave the same outputs
-    where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted (the same command goes on),
-    130 interrupted before anything had begun.
+    where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted, at whatever
+    moment (the same command goes on).
     """
     with no_garbage():
         from cola.cli import train

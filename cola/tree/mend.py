@@ -38,8 +38,12 @@ def mend(folder: RunFolder, warn: Warn) -> None:
         _mend_unit(folder, unit, began, warn)
     _mend_provenance(folder, warn)
     _mend_page(folder, warn)
-    for chosen in sorted(path.glob("trials/*/chosen*.json")):
+    known = manifest.read(path, ROOT)
+    choices = {path / name for name in known.files if Path(name).match("chosen*.json")} if known else set()
+    for chosen in sorted(choices.union(path.glob("trials/*/chosen*.json"))):
         _check(lambda chosen=chosen: folder.read(chosen, Chosen), folder, chosen, warn)
+    if known and any(path.glob(RESULTS)) and not (path / "segments.json").exists():
+        warn(f"{path / 'segments.json'} has gone; it is made again")
     _check(lambda: references_in(path), folder, path / "segments.json", warn)
 
 
