@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
-from cola.errors import ColaError, plain
+from cola.errors import ColaError, LeaseLost, plain
 from cola.run.interrupt import RESUMABLE, Interrupted
 
 # What the system says of a user's disk or path.
@@ -281,6 +281,9 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     def run(*words: Any, **options: Any) -> None:
         try:
             command(*words, **options)
+        except LeaseLost as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = RESUMABLE
         except ColaError as error:
             for line in str(error).replace(unsaid, "").splitlines():
                 print(f"error: {line}", file=sys.stderr)

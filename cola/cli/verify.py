@@ -108,6 +108,8 @@ def _others(path: Path) -> list[str]:
             continue
         known |= {(unit / key).as_posix() for key in found.files} if found else set()
     files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
-    mine = [file for file in files if not OTHERS & set(file.parts) and not file.name.startswith(".")]
+    mine = [
+        file for file in files if not OTHERS & set(file.parts) and not any(part.startswith(".") for part in file.parts)
+    ]
     points = "points" if (path / "ablation.json").is_file() else None
     return [file.as_posix() for file in mine if file.as_posix() not in known and file.parts[0] != points]

@@ -25,6 +25,7 @@ from cola.files import digest, each_once, load_json, parse_json, write_bytes
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import manifest, records
+from cola.tree.leases import check_held
 from cola.tree.made import Made, Provenance
 from cola.tree.manifest import Entry, damaged_file
 from cola.tree.shapes import Record, fault_of
@@ -210,7 +211,8 @@ class RunFolder:
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_text(self, name: str | Path, text: str) -> None:
-        """Write a text file atomically; FolderGone where the run's folder was removed."""
+        """Write a text file atomically; FolderGone where the run's folder was removed, LeaseLost where this process has
+        lost what it was at."""
         self._need()
         manifest.note(self.path, Path(name), text.encode())
         self._write(name, text.encode())
@@ -220,6 +222,7 @@ class RunFolder:
         write_bytes(self.path / name, data)
 
     def _need(self) -> None:
+        check_held()
         if not self.path.is_dir():
             raise FolderGone(
                 f"{self.path} was removed while the run went on; what was trained is in the store, and the same "
