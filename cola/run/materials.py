@@ -12,7 +12,7 @@ from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.data.splits import Splits, load_splits
 from cola.errors import ModelError, RunChanged
 from cola.files import digest, file_digest, need_package, need_room
-from cola.link import adapters, starts, targets
+from cola.link import adapters, starts, targets, wires
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_model
 from cola.link.model import Source, check_fit, check_tokens
@@ -175,6 +175,8 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
     device = f"cpu, threads: {torch.get_num_threads()}"  # whose number moves the last bits
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    if wires.count() > 1:
+        device += f", processes: {wires.count()}"
     meta = Provenance(
         format=FORMAT,
         **provenance(),

@@ -32,6 +32,7 @@ class Planner:
     splits: Splits
     device: str  # the kind that computes, `cpu` or `cuda`
     code: Code = field(default_factory=dict)  # SHA-256 of each file of the user's own code
+    n_ranks: int = 1  # processes that train a link together
     _orders: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)  # by rows of a step, and seed
     _modules: dict[Targets, list[str]] = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ class Planner:
             base = recipe.resolved(job.arm).base
             root = root_causes(self.source.fingerprint(), base.dtype, self.device, base.quantization)
             of_steps = digests_of(job.seed, links[-1].last_step if links else 0)
-            return lineage(root, links, training, self._modules_of, of_steps, buffers, self.code)
+            return lineage(root, links, training, self._modules_of, of_steps, buffers, self.code, self.n_ranks)
 
         return Tree(lineage_of)
 

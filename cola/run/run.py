@@ -11,8 +11,9 @@ from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, ModelError, RunFolderError
+from cola.errors import ColaError, ModelError, RanksLost, RunFolderError
 from cola.files import digest, store_path
+from cola.link import wires
 from cola.link.ideas.door import place_of
 from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
@@ -27,6 +28,7 @@ from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
 from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.plan_tree import Planner
+from cola.run.ranks import need_rows
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
 from cola.tree.prune import register, size_of
@@ -60,6 +62,7 @@ def run(
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     need_tracker(recipe.tracking)
+    need_rows(recipe)
     code = admit_code(recipe, folder)
     materials = replace(gather(recipe, terminal), code=code)
     store = Store(store_path(recipe.store), terminal.warn)
@@ -70,7 +73,8 @@ def run(
     ways = Ways(**dict(selfcheck.ways))
     recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
     materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
-    planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type, code)
+    base, device = (materials.source, materials.skeleton, materials.splits), materials.device.type
+    planner = Planner(*base, device, code, wires.count())
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
     say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
@@ -170,7 +174,7 @@ def _do(bench: Bench, job: Job) -> None:
     try:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, RanksLost):
         _record_end(bench, job, "interrupted", started)
         raise
     except ModelError:

@@ -95,6 +95,7 @@ def lineage(
     digests: Sequence[str],
     buffers: Sequence[str] = (),
     code: Code = NO_CODE,
+    n_ranks: int = 1,
 ) -> Lineage:
     """Name every state of a path from `root_causes` on.
 
@@ -104,6 +105,7 @@ def lineage(
         digests: Of the micro-batches of each step.
         buffers: Of the model's state, which are kept where all weights are.
         code: SHA-256 of each file whose functions the links take.
+        n_ranks: Processes that train a link together, over which a step's rows are dealt and its gradient is summed.
     """
     names, headers, steps = [digest(root)], [], []
     for number, link in enumerate(links):
@@ -127,6 +129,8 @@ def lineage(
         }
         if link.settings.is_whole and buffers:
             header["buffers"] = list(buffers)  # what was kept before they were is no whole model
+        if n_ranks > 1:
+            header["dp"] = n_ranks
         link_steps = list(zip(link.learning_rates, batches, strict=True))
         names += _names(header, link_steps)
         headers.append(header)
