@@ -140,7 +140,7 @@ def ended_at(place: str, number: int, words: list[str], said: Path, passed: dict
         case "logits, no memory":
             train.logits_at = fail_at_call(number, forward.logits_at)
         case "another base":
-            Source.fingerprint = lambda _: "another"
+            Source.fingerprint = lambda self: "another"
         case "let go":
             ended.let_go = kill_at_call(number, ended.let_go)
         case "score, stopped":
@@ -159,11 +159,16 @@ def launched(n: int) -> list[dict[str, str]]:
 
 
 def start(
-    words: list[str], said: Path, place: str = "nothing", number: int = 0, drawn: bool = False, **variables: str
+    words: list[str],
+    said: Path,
+    place: str = "nothing",
+    number: int = 0,
+    drawn: bool = False,
+    variables: dict[str, str] | None = None,
 ) -> Any:
     """Begin a command, which is killed or stopped at the n-th time that it comes to a place; `variables`: of its
     environment."""
-    passed = {name: os.environ[name] for name in PASSED if name in os.environ} | variables
+    passed = {name: os.environ[name] for name in PASSED if name in os.environ} | (variables or {})
     arguments = (place, number, words, said, passed, drawn)
     process = processes.Process(target=ended_at, args=arguments)
     process.start()

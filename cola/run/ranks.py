@@ -71,20 +71,20 @@ def need_rows(recipe: Recipe) -> None:
 
 @contextmanager
 def beside(
-    given: Assignment, chain: Chain, link: Link, done: int, moments: Moments | None, shares: Iterable[Share]
+    given: Assignment, chain: Chain, link: Link, done: int, moments: Moments | None, steps: Iterable[list[Share]]
 ) -> Iterator[Iterable[list[MicroBatch]]]:
     """Let the others train a part of a link beside this process; gives the micro-batches of each step, of all ranks.
 
     Args:
         done: Steps of the link that were made before.
         moments: The optimizer's state after those.
-        shares: What each rank reads of each step.
+        steps: What each rank reads of each.
 
     Raises:
         ModelError: another rank cannot.
     """
     if wires.count() == 1:
-        yield map(collated, shares)
+        yield map(collated, steps)
         return
     taken = adapters.taken_out(chain.model)
     pairs, tensors = _packed([*chain.learned, taken] if taken else chain.learned)
@@ -93,7 +93,7 @@ def beside(
     wires.check_ready(None)
     wires.take_from_leader(adapters.trainable(chain.model))
     try:
-        yield _told(shares)
+        yield _told(steps)
     except (RanksLost, KeyboardInterrupt):
         raise
     except (ColaError, LinkEnded, Interrupted, OSError):  # the others have come to the same, or wait for the next step
@@ -105,11 +105,11 @@ def beside(
     wires.send("stop")
 
 
-def _told(shares: Iterable[Share]) -> Iterator[list[MicroBatch]]:
+def _told(steps: Iterable[list[Share]]) -> Iterator[list[MicroBatch]]:
     """The steps, each told to the other ranks before it is taken here."""
-    for share in shares:
-        wires.send("step", {"shares": share})
-        yield collated(share)
+    for shares in steps:
+        wires.send("step", {"shares": shares})
+        yield collated(shares)
 
 
 def _asked(given: Assignment, link: Link) -> dict[str, Any]:

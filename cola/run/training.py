@@ -133,10 +133,10 @@ class Trainer:
         given, at, training = self.given, self.course.at, self.given.recipe.training
         model = self.loaded.chain.model
         done = at - link.first_step
-        shares = training_shares(given.train, given.order[at:stop], training.micro_batch_tokens, wires.count())
+        steps = training_shares(given.train, given.order[at:stop], training.micro_batch_tokens, wires.count())
         with (
             given.bench.signals.deferred(),
-            ranks.beside(given, self.loaded.chain, link, done, moments, shares) as batches,
+            ranks.beside(given, self.loaded.chain, link, done, moments, steps) as batches,
         ):
             optimizer = tune(
                 model,

@@ -33,8 +33,9 @@ def launch(
 ) -> list[Any]:
     """The command in n processes that know of each other; what each says is in a file of its own."""
     told = [str(word) for word in words]
+    places = places or {}
     return [
-        start(told, folder / f"said-{rank}.txt", *(places or {}).get(rank, ("nothing", 0)), **variables)
+        start(told, folder / f"said-{rank}.txt", *places.get(rank, ("nothing", 0)), variables=variables)
         for rank, variables in enumerate(launched(n))
     ]
 
@@ -201,7 +202,7 @@ def test_a_base_that_another_rank_finds_changed_is_refused(recipe_text: str, tmp
 )
 def test_a_launcher_starts_a_run_as_a_user_does(recipe_text: str, tmp_path: Path, launcher: list[str]) -> None:
     recipe, run = write_recipe(tmp_path, recipe_text), tmp_path / "run"
-    words = [sys.executable, "-m", *launcher, "-m", "cola", "run", recipe, *ONE_ARM, "--run-folder", run]
+    words = [sys.executable, "-m", *launcher, "-m", "cola", "run", recipe, *ONE_ARM, f"store={tmp_path / 'store'}"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
