@@ -297,10 +297,10 @@ def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
         if not launched():
             return command(*words, **options)
         with no_garbage():
-            from cola.run import ranks
+            from cola.run import helper, ranks
         with ranks.team() as leads:
             if not leads:
-                raise typer.Exit(ranks.help_along())
+                raise typer.Exit(helper.help_along())
             command(*words, **options)
 
     return run

@@ -1,6 +1,7 @@
 """tune(): the optimizer steps of one link, or of a part of it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel
 
 from cola.clock import Clock
 from cola.data.batches import MicroBatch
-from cola.errors import IdeaError, NoGradient, NonFiniteLoss
+from cola.errors import IdeaError, NoGradient, NonFiniteLoss, RanksLost, one_line
 from cola.link import adapters, wires
 from cola.link.adapters import trainable
+from cola.link.base import is_sharded
 from cola.link.forward import logits_at
 from cola.link.ideas import door
 from cola.link.moments import Moments, check_cleared, first_moment, set_moments, share_cleared
@@ -189,14 +191,15 @@ def _gradient(
     loss_sum = torch.zeros((), device=accelerator.device)
     trouble = None
     try:
-        for batch in micro_batches:
-            if batch.rank == accelerator.process_index:
-                loss = _loss_sum(model, batch, accelerator)
-                accelerator.backward(loss / n_targets)
-                loss_sum += loss.detach()
+        for batch in _own(model, micro_batches, accelerator.process_index):
+            loss = _loss_sum(model, batch, accelerator)
+            accelerator.backward(loss / n_targets)
+            loss_sum += loss.detach()
     except Exception as error:
         if accelerator.num_processes == 1:
             raise
+        if is_sharded(model):  # the others wait for this rank in the middle of a pass, and cannot be told
+            raise RanksLost(f"rank {accelerator.process_index} failed in a pass: {one_line(error)}") from error
         trouble = error
     if accelerator.num_processes > 1:
         wires.sum_gradients(parameters, trouble)
@@ -205,6 +208,15 @@ def _gradient(
     assert norm is not None  # nothing is sharded
     total, norm = torch.stack([loss_sum, norm.to(loss_sum)]).tolist()
     return total / n_targets, norm
+
+
+def _own(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], rank: int) -> list[MicroBatch]:
+    """What a rank reads. Through a sharded model all pass equally often: who has less reads rows without targets."""
+    own = [batch for batch in micro_batches if batch.rank == rank]
+    if is_sharded(model):
+        most = max(Counter(batch.rank for batch in micro_batches).values())
+        own += [micro_batches[-1].last_targets(0)] * (most - len(own))
+    return own
 
 
 def _loss_sum(model: PreTrainedModel, batch: MicroBatch, accelerator: Accelerator) -> Tensor:

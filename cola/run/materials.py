@@ -26,6 +26,7 @@ from cola.recipe.plan import jobs_of, plan_arm, room_of
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
 from cola.report.terminal import Terminal
+from cola.run import shards
 from cola.tree.made import Data, GeneralText, Model, Provenance, RecipeDigest, SelfCheck, provenance
 from cola.tree.run_folder import FORMAT, RunFolder
 from cola.tree.segments import root_causes
@@ -154,7 +155,7 @@ def check_bases(
         if (record := store.recall(causes)) is None:
             terminal.say(f"self-check: trying what training and scoring rely on, on {source.name}")
             ready.clear()
-            ready[base] = model = source.load(dtype, accelerator.device, quantization)
+            ready[base] = model = shards.load(source, base, accelerator.device, recipe.model.shard)
             mine = replace(materials.evaluator, autocast=accelerator.autocast)
             tried = self_check(Subject(source.name, model, mine, examples, *asked))
             record = {"dtype": dtype, "quantization": quantization, **tried}

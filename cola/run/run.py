@@ -11,7 +11,7 @@ from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, ModelError, RanksLost, RunFolderError
+from cola.errors import ColaError, ModelError, RanksLost, RunFolderError, one_line
 from cola.files import digest, store_path
 from cola.link import wires
 from cola.link.ideas.door import place_of
@@ -28,7 +28,7 @@ from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
 from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.plan_tree import Planner
-from cola.run.ranks import need_rows
+from cola.run.ranks import need_ranks
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
 from cola.tree.prune import register, size_of
@@ -62,7 +62,7 @@ def run(
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
     need_tracker(recipe.tracking)
-    need_rows(recipe)
+    need_ranks(recipe)
     code = admit_code(recipe, folder)
     materials = replace(gather(recipe, terminal), code=code)
     store = Store(store_path(recipe.store), terminal.warn)
@@ -181,6 +181,9 @@ def _do(bench: Bench, job: Job) -> None:
         raise  # a base that does not load fails every arm alike
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
+        if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
+            _record_end(bench, job, "interrupted", started)
+            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "

@@ -77,6 +77,7 @@ class Trainer:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
         given = self.given
         given.bench.progress.stage("taking the full gradient")
+        ranks.tell_attached(given, link)
         assert isinstance(link.settings, Lora)
         rows = given.order[link.first_step : link.last_step][: link.settings.init_batches]
         batches = training_batches(given.train, rows, given.recipe.training.micro_batch_tokens)

@@ -201,7 +201,7 @@ def test_a_base_that_another_rank_finds_changed_is_refused(recipe_text: str, tmp
     ids=["torchrun", "accelerate launch"],
 )
 def test_a_launcher_starts_a_run_as_a_user_does(recipe_text: str, tmp_path: Path, launcher: list[str]) -> None:
-    recipe, run = write_recipe(tmp_path, recipe_text), tmp_path / "run"
+    recipe = write_recipe(tmp_path, recipe_text)
     words = [sys.executable, "-m", *launcher, "-m", "cola", "run", recipe, *ONE_ARM, f"store={tmp_path / 'store'}"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=variables)
