@@ -128,7 +128,8 @@ class Model(Section):
     shard: bool = Field(
         default=False,
         description="Spread the frozen base over the processes of a launch (torchrun, accelerate launch), for one that "
-        "does not fit a card: low-rank pairs on a dense base. The bits are those of as many processes without it.",
+        "does not fit a card: low-rank pairs on a dense base. It rounds in an order of its own, so that what is "
+        "trained so is not taken for what is trained without.",
     )
 
 

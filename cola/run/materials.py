@@ -177,7 +177,7 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     if wires.count() > 1:
-        device += f", processes: {wires.count()}"
+        device += f", processes: {wires.count()}" + (", the base in shards" if recipe.model.shard else "")
     meta = Provenance(
         format=FORMAT,
         **provenance(),

@@ -68,6 +68,13 @@ def tell_attached(given: Assignment, link: Link) -> None:
         wires.send("attach", _asked(given, link))
 
 
+def spread_of(recipe: Recipe) -> dict[str, Any]:
+    """How the links are spread over processes, as causes of what they train."""
+    if wires.count() == 1:
+        return {}
+    return {"dp": wires.count(), **({"shard": True} if recipe.model.shard else {})}
+
+
 @contextmanager
 def beside(
     given: Assignment, chain: Chain, link: Link, done: int, moments: Moments | None, steps: Iterable[list[Share]]

@@ -13,7 +13,6 @@ from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
 from cola.errors import ColaError, ModelError, RanksLost, RunFolderError, one_line
 from cola.files import digest, store_path
-from cola.link import wires
 from cola.link.ideas.door import place_of
 from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
@@ -28,7 +27,7 @@ from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
 from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.plan_tree import Planner
-from cola.run.ranks import need_ranks
+from cola.run.ranks import need_ranks, spread_of
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
 from cola.tree.prune import register, size_of
@@ -74,7 +73,7 @@ def run(
     recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
     materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
     base, device = (materials.source, materials.skeleton, materials.splits), materials.device.type
-    planner = Planner(*base, device, code, wires.count())
+    planner = Planner(*base, device, code, spread_of(recipe))
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
     say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from children import KILLED, end, launched, start
-from runs import go, outcome, read_jsonl, result, write_recipe
+from runs import assert_one_line, cola, go, outcome, read_jsonl, result, wide_cola, write_recipe
+from safetensors.torch import load_file
 
 from cola.data.batches import training_shares
 from cola.data.encode import Example
@@ -154,6 +156,83 @@ def test_weights_that_come_apart_are_refused(recipe_text: str, tmp_path: Path) -
     words = ["run", recipe, *ONE_ARM, "training.steps=6", "--run-folder", tmp_path / "run"]
     assert over(2, words, tmp_path, {1: ("AdamW, otherwise", 2)}) == [2, 0]
     assert "error: the weights are not the same on all ranks after a step" in said(tmp_path, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The base in shards
+
+SHARDED = ["arms.base=null", "arms.full=null", "arms.gradient={init: gradient, links: 2}", "model.shard=true"]
+SHARDED += ["arms.pissa={init: pissa, links: 2}", "arms.beside={links: 2, knot: {merge: no}}", "training.steps=6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_base_in_shards_trains_what_a_whole_one_trains_up_to_rounding(
+    recipe_text: str, tmp_path: Path, n: int
+) -> None:
+    """And the adapters that are kept are whole: of every pair, every row."""
+    recipe, run = write_recipe(tmp_path, recipe_text), tmp_path / "run"
+    words = [*SHARDED, *ODD, "evaluation.every=2", f"store={tmp_path / 'store'}"]
+    alone, _ = go(recipe, *words, "model.shard=false", f"store={tmp_path / 'alone'}", folder=tmp_path / "one")
+    assert over(n, ["run", recipe, *words, "--run-folder", run], tmp_path) == [0] * n, said(tmp_path, 0)
+    for arm in ("lora", "chain3", "gradient", "pissa", "beside"):
+        for kind, keys in (("step", ("loss", "grad_norm")), ("validation", ("loss",)), ("knot", ("error_max",))):
+            mine, theirs = (rows_of(path, arm, kind) for path in (run, alone.path))
+            assert [[row[key] for key in keys] for row in mine] == [
+                pytest.approx([row[key] for key in keys], rel=1e-4, abs=1e-7) for row in theirs
+            ], (arm, kind)
+        kept = sorted(path.relative_to(run) for path in run.glob(f"arms/{arm}/**/adapter_model.safetensors"))
+        assert kept
+        for path in kept:
+            tensors, expected = (load_file(folder / path) for folder in (run, alone.path))
+            assert tensors.keys() == expected.keys()
+            assert all(torch.allclose(tensors[name], expected[name], atol=1e-4) for name in expected)
+            assert all(tensor.any() for tensor in tensors.values())
+        losses = [result(RunFolder(path), arm)["evaluation"]["test"]["loss"] for path in (run, alone.path)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    causes = [
+        json.loads(path.read_text())["causes"]["link"] for path in tmp_path.glob("store/segments/*/*/segment.json")
+    ]
+    assert {(cause["dp"], cause["shard"]) for cause in causes} == {(n, True)}
+    merged = cola("export", run, "--arm", "chain3", "--as", "merged", "--to", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "place", "number"), [(1, "half a knot", 3), (0, "half a knot", 3), (1, "logits", 4), (0, "score", 2)]
+)
+def test_a_run_on_shards_that_is_killed_ends_with_the_bits_of_one_that_is_not(
+    recipe_text: str, tmp_path: Path, rank: int, place: str, number: int
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    words = ["run", recipe, *ONE_ARM, "training.steps=6", "model.shard=true"]
+    assert over(2, [*words, f"store={tmp_path / 'ws'}", "--run-folder", tmp_path / "whole"], tmp_path) == [0, 0]
+    words += [f"store={tmp_path / 'store'}", "--run-folder", tmp_path / "killed"]
+    codes = over(2, words, tmp_path, {rank: (place, number)})
+    assert (codes[rank], codes[1 - rank]) == (KILLED, RESUMABLE), said(tmp_path, 0)
+    assert "of this launch has ended" in said(tmp_path, 1 - rank)
+    assert over(2, words, tmp_path) == [0, 0], said(tmp_path, 0)
+    assert outcome(tmp_path / "killed").differences(outcome(tmp_path / "whole")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ([], "model.shard: true spreads the base over the processes of a launch, and this is a single one"),
+        (["arms.f={method: full}"], "method full cannot be had with model.shard: true"),
+        (["arms.d={use_dora: true}"], "use_dora cannot be had with model.shard: true"),
+        (["arms.q={quantization: int8}"], "quantization cannot be had with model.shard: true"),
+        (["arms.p={method: prefix}"], "method prefix cannot be had with model.shard: true"),
+    ],
+)
+def test_what_a_base_in_shards_cannot_take_is_refused_in_one_line(
+    recipe_text: str, tmp_path: Path, changes: list[str], what: str
+) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    told = wide_cola("run", recipe, *ONE_ARM, "model.shard=true", *changes)
+    assert_one_line(told)
+    assert what in told.output
 
 
 # ---------------------------------------------------------------------------------------------------------
