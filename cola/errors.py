@@ -98,6 +98,10 @@ class StoreError(ColaError, OSError):
     """The store of segments cannot be used, or has no such segment."""
 
 
+class LeaseLost(ColaError):
+    """What this process was at was taken over while it stood still; it publishes nothing more of it."""
+
+
 class NonFiniteLoss(ColaError, ArithmeticError):
     """The loss or its gradient left the finite numbers; the update was not made."""
 

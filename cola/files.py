@@ -157,6 +157,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cola"
 
 
+def without_home(text: str) -> str:
+    """A text for a record: what it says to lie under the user's home is `~/...`, which names no user, and is found from
+    any home that has it."""
+    return text.replace(f"{Path.home()}/", "~/")
+
+
 def store_path(own: str | None = None) -> Path:
     """Where segments are shared: the folder that is named, else `$COLA_STORE`, else `store` in the cache."""
     own = own or os.environ.get("COLA_STORE")

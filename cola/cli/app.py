@@ -17,7 +17,7 @@ from typer import Argument, Option
 from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
 from cola.environment import launched
-from cola.errors import ColaError, RanksLost, plain
+from cola.errors import ColaError, LeaseLost, RanksLost, plain
 from cola.run.interrupt import RESUMABLE, Interrupted
 
 # What the system says of a user's disk or path.
@@ -267,10 +267,13 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     def run(*words: Any, **options: Any) -> None:
         try:
             command(*words, **options)
+        except (LeaseLost, RanksLost) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = RESUMABLE
         except ColaError as error:
             for line in str(error).replace(unsaid, "").splitlines():
                 print(f"error: {line}", file=sys.stderr)
-            code = RESUMABLE if isinstance(error, RanksLost) else 2
+            code = 2
         except OSError as error:
             if error.errno not in USERS_ERRORS:
                 raise

@@ -148,7 +148,7 @@ def _ledger(infos: list[TrainInfo]) -> list[records.KnotLedger]:
             records.KnotLedger(
                 link=number + 1,
                 merge=knots[0].merge or "",
-                fraction=1.0 if last else there[0].rules and there[0].rules.merge_fraction,
+                fraction=1.0 if last else _share_kept(there, number),
                 cleared=float(np.mean([info.links[number].cleared for info in there])),
                 **{key: float(np.mean(known[key])) for key in MEANS},
                 **{key: pick(known[key], default=None) for key, pick in WORST.items()},
@@ -156,6 +156,14 @@ def _ledger(infos: list[TrainInfo]) -> list[records.KnotLedger]:
             )
         )
     return rows
+
+
+def _share_kept(infos: list[TrainInfo], number: int) -> float:
+    """Which share of its pair the knot of that number kept, another link following: the mean over matrices and seeds,
+    where a rule says it of each."""
+    shares = [info.shares(number + 1)[number] for info in infos]
+    means = [float(np.mean([*share.values()])) if isinstance(share, dict) else share for share in shares]
+    return float(np.mean(means))
 
 
 def _trials(comparer: Comparer) -> dict[str, records.Search]:

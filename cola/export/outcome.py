@@ -107,12 +107,13 @@ class Outcome:
     def residual(self) -> Residual:
         """What the chain had learned where it was scored, float32 on the CPU; raises as `link_folders` does, and where
         one is damaged."""
-        pairs, rules = self._pairs(), self.rules
-        return [*residual.left_behind(pairs[:-1], rules.merge_fraction, rules.keeps_pair), pairs[-1]]
+        *before, last = self._pairs()
+        return [*residual.left_behind(before, self.info.shares(len(before)), self.rules.keeps_pair), last]
 
     def added(self) -> Residual:
         """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link."""
-        return residual.added(self._pairs(), self.rules.merge_fraction, self.rules.keeps_pair)
+        pairs = self._pairs()
+        return residual.added(pairs, self.info.shares(len(pairs) - 1), self.rules.keeps_pair)
 
     def _pairs(self) -> Residual:
         pairs = []

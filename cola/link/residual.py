@@ -13,7 +13,7 @@ Axes: O output features, I input features, R rank.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -54,6 +54,7 @@ class Pair:
 
 LinkWeights: TypeAlias = dict[str, Pair]  # module name -> its pair; empty for a link that leaves none (full)
 Residual: TypeAlias = list[LinkWeights]
+Share: TypeAlias = float | Mapping[str, float]  # of all of a link's pairs, or of each by its module
 
 
 def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -72,22 +73,23 @@ def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | Non
     return torch.cat(blocks[::-1], dim=1), torch.cat([pair.A_RI for pair in pairs]), rows_O
 
 
-def times(link: LinkWeights, share: float) -> LinkWeights:
+def times(link: LinkWeights, share: Share) -> LinkWeights:
     """A share of each of a link's updates."""
-    return {name: replace(pair, scale=pair.scale * share) for name, pair in link.items()}
+    shares = share if isinstance(share, Mapping) else dict.fromkeys(link, share)
+    return {name: replace(pair, scale=pair.scale * shares[name]) for name, pair in link.items()}
 
 
-def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:
+def left_behind(links: Residual, shares: Sequence[Share], goes_on: bool) -> Residual:
     """What links are to the chain once another has begun: a share of each, or nothing where all are one pair that goes
     on from link to link."""
-    return [{} if goes_on else times(link, share) for link in links]
+    return [{} if goes_on else times(link, share) for link, share in zip(links, shares, strict=True)]
 
 
-def added(pairs: Residual, share: float, goes_on: bool) -> Residual:
+def added(pairs: Residual, shares: Sequence[Share], goes_on: bool) -> Residual:
     """What each link of a chain added to it, so that the sum is what it has learned: the last one whole, a share of
     those before; where all are one pair that goes on, what the pair was changed by."""
     if not goes_on:
-        return [*left_behind(pairs[:-1], share, goes_on), *pairs[-1:]]
+        return [*left_behind(pairs[:-1], shares, goes_on), *pairs[-1:]]
     return [
         *pairs[:1],
         *({name: pair.without(before[name]) for name, pair in after.items()} for before, after in pairwise(pairs)),

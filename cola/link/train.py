@@ -23,6 +23,7 @@ from cola.link.base import is_sharded
 from cola.link.forward import logits_at
 from cola.link.ideas import door
 from cola.link.moments import Moments, check_cleared, first_moment, set_moments, share_cleared
+from cola.link.targets import hidden_linear
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link, derived_seed
 
@@ -164,7 +165,9 @@ def _fresh_optimizer(
     if accelerator.scaler is not None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)  # fresh, like the optimizer
     idea = link.settings.optimizer
-    trained = door.Trained(_groups(model, link), pairs, n_steps=len(link.learning_rates), **settings)
+    linear = hidden_linear(model) if link.settings.is_whole else []
+    matrices = [weight for name in linear if (weight := model.get_parameter(f"{name}.weight")).requires_grad]
+    trained = door.Trained(_groups(model, link), pairs, n_steps=len(link.learning_rates), matrices=matrices, **settings)
     made = door.function_of(idea)(trained)
     if not isinstance(made, torch.optim.Optimizer):
         raise IdeaError(f"optimizer: {idea} gave a {type(made).__name__}; a torch.optim.Optimizer is expected")

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.ideas import OF_PAIRS, OF_WHOLE, TAKEN_OUT
+from cola.recipe.ideas import OF_PAIRS, OF_WHOLE, TAKEN_OUT, Idea
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
@@ -240,13 +240,14 @@ def _check_merge_fraction(name: str, resolved: ResolvedArm) -> None:
 
 def _check_handed_on(name: str, resolved: ResolvedArm) -> None:
     """What one link hands on to the next must fit it."""
-    shape, rules = ("rank", "target_modules", "use_dora"), resolved.rules
-    hands_on = {
-        "optimizer": (rules.hands_on, "the moments do", shape),
+    shape, rules = ("rank", "target_modules"), resolved.rules
+    hands_on: list[tuple[bool, str, str, Sequence[str]]] = [
+        (rules.hands_on, "optimizer", "the moments do", (*shape, "use_dora")),
         # Under another scale the same pair would be another update.
-        "pair": (rules.keeps_pair, "the pair before does", (*shape, "alpha", "use_rslora")),
-    }
-    for rule, (does, goes_on, keys) in hands_on.items():
+        (rules.keeps_pair, "pair", "the pair before does", (*shape, "use_dora", "alpha", "use_rslora")),
+        (isinstance(rules.pair, Idea), "pair", "the pair before does", shape),
+    ]
+    for does, rule, goes_on, keys in hands_on:
         for n, (before, after) in enumerate(itertools.pairwise(resolved.links if does else ()), 2):
             settings = before.record(), after.record()  # all of them pairs, see `_check_methods`
             for key in keys:

@@ -82,8 +82,8 @@ class Terminal:
         self.console.print(shown)
 
     @contextmanager
-    def progress(self, jobs: int, total_steps: int) -> Iterator["RunProgress"]:
-        """Shows what is done and left of a whole run, and of the job at hand."""
+    def progress(self, jobs: int = 0, total_steps: int = 0) -> Iterator["RunProgress"]:
+        """Shows what is done and left of a whole run, and of the job at hand, once it is told of jobs."""
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -92,8 +92,13 @@ class Terminal:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        with bars:
-            yield RunProgress(self, bars, bars.add_task("all jobs", total=total_steps, state=""), jobs, total_steps)
+        progress = RunProgress(self, bars, bars.add_task("all jobs", total=0, state=""), 0, 0)
+        try:
+            if jobs:
+                progress.expect(jobs, total_steps)
+            yield progress
+        finally:
+            bars.stop()
 
 
 @dataclass
@@ -122,6 +127,12 @@ class RunProgress:
     seconds: float = 0.0
     started: float = 0.0
     last_line: float = field(default_factory=monotonic)
+
+    def expect(self, jobs: int, steps: int) -> None:
+        """So many jobs, with so many steps in all, are to be done."""
+        self.jobs, self.steps = self.jobs + jobs, self.steps + steps
+        self.bars.update(self.whole, total=self.steps)
+        self.bars.start()
 
     def job(self, label: str, total_steps: int) -> None:
         """Begin an arm (or a trial) of so many steps."""

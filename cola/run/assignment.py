@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from cola.data.encode import Example
-from cola.files import digest
+from cola.files import digest, without_home
 from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
@@ -26,7 +26,7 @@ from cola.run.plan_tree import Planner
 from cola.tree.made import Provenance
 from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
-from cola.tree.segments import Tree, merge_of
+from cola.tree.segments import Tree, fraction_of, merge_of
 from cola.tree.states import Measurements, States, rows_digest
 from cola.tree.store import Store
 
@@ -64,7 +64,8 @@ class Bench:
         """What was and will be measured of a job's states."""
         probe = digest([rows_digest(self.probe_rows), PROBE_TARGETS])
         arm = self.recipe.resolved(job.arm, job.choice)
-        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
+        share = fraction_of(arm.rules, self.materials.code)
+        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": share}
         lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
         # What a score depends on besides the state and the rows.
         scoring = {**dict.fromkeys(SPLITS, evaluator.causes(arm.base.dtype)), "general": evaluator.of_text().causes()}
@@ -128,7 +129,7 @@ class Assignment:
             bench.store,
             self.lineage,
             materials.skeleton,
-            materials.source.name,
+            without_home(materials.source.name),
             recipe.checkpoint_seconds,
             {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             self.n_trained,

@@ -11,7 +11,7 @@ from cola.data.encode import Example, fingerprint_of
 from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.data.splits import Splits, load_splits
 from cola.errors import ModelError, RunChanged
-from cola.files import digest, file_digest, need_package, need_room
+from cola.files import digest, file_digest, need_package, need_room, without_home
 from cola.link import adapters, starts, targets, wires
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_model
@@ -183,8 +183,8 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
         **provenance(),
         device=device,
         recipe=RecipeDigest(sha256=file_digest(folder.recipe_file)),
-        code=materials.code,
-        model=Model(name=source.name, revision=source.revision, sha256=source.fingerprint()),
+        code={without_home(file): sha256 for file, sha256 in materials.code.items()},
+        model=Model(name=without_home(source.name), revision=source.revision, sha256=source.fingerprint()),
         data=Data(sha256=splits.fingerprint, notes=splits.notes),
         rows=splits.sizes,
         general_text=GeneralText(

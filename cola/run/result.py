@@ -10,6 +10,7 @@ from cola.files import each_once
 from cola.link import adapter_files
 from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
+from cola.recipe.write import recorded
 from cola.run.assignment import Assignment
 from cola.run.course import Course
 from cola.run.plan_tree import cost_of
@@ -134,7 +135,7 @@ def tracked_config(given: Assignment) -> dict[str, Any]:
         "arm": given.job.arm,
         "seed": given.job.seed,
         "links": [link_record(link) for link in given.links],
-        "recipe": given.recipe.with_choice(given.job.arm, given.job.choice).model_dump(mode="json", exclude_none=True),
+        "recipe": recorded(given.recipe.with_choice(given.job.arm, given.job.choice), exclude_none=True),
         "model_sha256": meta.model.sha256,
         "data_sha256": meta.data.sha256,
         "state": given.lineage.names[-1],

@@ -15,6 +15,7 @@ from cola.link import adapters, wires
 from cola.link.drift import Outputs
 from cola.link.moments import Moments, carried, read_moments
 from cola.link.residual import LinkWeights
+from cola.link.shares import Logged
 from cola.link.train import Step, full_gradients, tune
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
@@ -26,7 +27,7 @@ from cola.run.interrupt import Interrupted
 from cola.run.laws import Laws
 from cola.run.loaded import Loaded
 from cola.run.scoring import score_attached
-from cola.tree.locks import lock
+from cola.tree.leases import lock
 
 
 class NothingLeft(Exception):
@@ -40,13 +41,14 @@ def train(given: Assignment, course: Course, loaded: Loaded) -> None:
     never_written = given.arm.rules.merge == "no" and given.arm.base.quantization is None
     laws = Laws(trainer.probe, never_written, allowed_drift(given))
 
-    def tune_link(chain: Chain, link: Link) -> None:
+    def tune_link(chain: Chain, link: Link) -> Logged:
         nonlocal tuned
         laws.check_start(chain.model, link)
         frozen = laws.frozen(chain.model, link)
         trainer.tune(link)
         laws.check_frozen(chain.model, link, frozen)
         tuned = Clock()
+        return course.seen(link)
 
     try:
         for knot in loaded.run(len(course.knots), tune_link, laws.probe, trainer.gradients):

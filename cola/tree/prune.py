@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cola.errors import StoreError
 from cola.files import digest, load_json, remove_all, write_text
-from cola.tree import locks
+from cola.tree import leases
 from cola.tree.store import Store
 
 
@@ -38,7 +38,7 @@ def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) ->
 def let_go(store: Store, names: Set[str], run: Path) -> None:
     """Strip those of these segments that no other run than this, which has no more use for them, wants the weights of.
     A StoreError where what the others want cannot be told: then nothing goes."""
-    with locks.lock(store.path, locks.CHANGES):
+    with leases.lock(store.path, leases.CHANGES):
         others = references(store, ("weights",))
         wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
         for name in names - wanted:
@@ -77,7 +77,7 @@ def _state_of(path: Path) -> str | None:
 def prune(store: Store, paths: Iterable[Path]) -> None:
     """Remove what `garbage` has found, and forget run folders that are gone."""
     remove_all(paths)
-    remove_all(path for path in (store.path / "locks").iterdir() if path.name != locks.IN_USE)
+    leases.forget_free(store.path)
     for note in (store.path / "runs").iterdir():
         if not Path(load_json(note)["folder"]).is_dir():
             note.unlink()

@@ -24,6 +24,7 @@ from cola.files import load_json, write_text
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import records
+from cola.tree.leases import check_held
 from cola.tree.made import Made, Provenance
 from cola.tree.shapes import Record, fault_of
 
@@ -166,7 +167,8 @@ class RunFolder:
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_text(self, name: str | Path, text: str) -> None:
-        """Write a text file atomically."""
+        """Write a text file atomically; LeaseLost where this process has lost what it was at."""
+        check_held()
         write_text(self.path / name, text)
 
     def choice(self, arm: str, seed: int | None) -> records.Chosen | None:

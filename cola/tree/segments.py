@@ -164,7 +164,13 @@ def knot_causes(rules: Rules, quantized: bool, code: Code = NO_CODE) -> Causes:
     resets = {"optimizer": optimizer}
     if rules.keeps_pair:
         return {"pair": "keep", **resets}  # untied again where the next link begins, however it was tied
-    return {"merge": merge_of(rules, quantized), "fraction": rules.merge_fraction, **resets}
+    passed = {"pair": rules.pair.cause(code)} if isinstance(rules.pair, Idea) else {}
+    return {"merge": merge_of(rules, quantized), "fraction": fraction_of(rules, code), **resets, **passed}
+
+
+def fraction_of(rules: Rules, code: Code = NO_CODE) -> Any:
+    """Which share of a pair a knot keeps: a number, or by what rule."""
+    return rules.merge_fraction.cause(code) if isinstance(rules.merge_fraction, Idea) else rules.merge_fraction
 
 
 def merge_of(rules: Rules, quantized: bool) -> str:
