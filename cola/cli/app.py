@@ -16,7 +16,8 @@ from typer import Argument, Option
 
 from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
-from cola.errors import ColaError, LeaseLost, plain
+from cola.environment import launched
+from cola.errors import ColaError, LeaseLost, RanksLost, plain
 from cola.run.interrupt import RESUMABLE, Interrupted
 
 # What the system says of a user's disk or path.
@@ -281,7 +282,7 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     def run(*words: Any, **options: Any) -> None:
         try:
             command(*words, **options)
-        except LeaseLost as error:
+        except (LeaseLost, RanksLost) as error:
             print(f"error: {error}", file=sys.stderr)
             code = RESUMABLE
         except ColaError as error:
@@ -306,8 +307,27 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     return run
 
 
+def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that torchrun or accelerate launch may start several times: one of them does it, the others help."""
+
+    @wraps(command)
+    def run(*words: Any, **options: Any) -> None:
+        if not launched():
+            return command(*words, **options)
+        with no_garbage():
+            from cola.run import helper, ranks
+        with ranks.team() as leads:
+            if not leads:
+                raise typer.Exit(helper.help_along())
+            command(*words, **options)
+
+    return run
+
+
 app.command("new")(_one_line_errors(new, unsaid="model.name_or_path: "))
-for name, command in {"run": run, "ablate": ablate, "data": show_data, "report": report, "compare": compare}.items():
+for name, command in {"run": run, "ablate": ablate}.items():
+    app.command(name)(_one_line_errors(_of_all_ranks(command)))
+for name, command in {"data": show_data, "report": report, "compare": compare}.items():
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))

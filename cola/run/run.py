@@ -11,7 +11,7 @@ from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, LeaseLost, ModelError, RunFolderError
+from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
 from cola.files import digest, without_home
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job, jobs_of, trials_of
@@ -159,13 +159,16 @@ def _do(bench: Bench, job: Job) -> None:
     try:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, RanksLost):
         _record_end(bench, job, "interrupted", started)
         raise
     except (ModelError, LeaseLost):
         raise  # a base that does not load fails every arm alike; what was taken over is another process's
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
+        if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
+            _record_end(bench, job, "interrupted", started)
+            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
