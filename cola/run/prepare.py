@@ -16,6 +16,7 @@ from cola.run.code import admit_code
 from cola.run.interrupt import Signals
 from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.plan_tree import Planner
+from cola.run.ranks import need_ranks, spread_of
 from cola.tree.leases import in_use
 from cola.tree.prune import register
 from cola.tree.run_folder import RunFolder
@@ -36,6 +37,7 @@ def prepared(
     or disk cannot serve the recipe."""
     terminal = progress.terminal
     need_tracker(recipe.tracking)
+    need_ranks(recipe)
     code = admit_code(recipe, folder)
     materials = replace(gather(recipe, terminal), code=code)
     store = Store(store_path(recipe.store), terminal.warn)
@@ -43,11 +45,12 @@ def prepared(
         meta, used = check_folder(materials, folder, store, terminal), folder.references()
         selfcheck, ready = check_bases(materials, store, used, terminal)
         began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
-        folder.write("provenance.json", began)
+        folder.begin("provenance.json", began)
         ways = Ways(**dict(selfcheck.ways))
         recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
         materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
-        planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type, code)
+        base, device = (materials.source, materials.skeleton, materials.splits), materials.device.type
+        planner = Planner(*base, device, code, spread_of(recipe))
         meter, jobs = planner.meter(recipe), jobs_of(recipe)
         tree = planner.tree(recipe, meter, siblings)
         say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, LeaseLost, ModelError, RunFolderError
+from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
 from cola.files import digest, without_home
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job, jobs_of, trials_of
@@ -26,6 +26,7 @@ from cola.run.job import do_job
 from cola.run.prepare import prepared
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.leases import WAIT_SECONDS, check_held, claim
+from cola.tree.mend import mend
 from cola.tree.prune import size_of
 from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
@@ -55,6 +56,7 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
+    mend(folder, terminal.warn)
     with (
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress() as progress,
@@ -157,13 +159,16 @@ def _do(bench: Bench, job: Job) -> None:
     try:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, RanksLost):
         _record_end(bench, job, "interrupted", started)
         raise
     except (ModelError, LeaseLost):
         raise  # a base that does not load fails every arm alike; what was taken over is another process's
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
+        if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
+            _record_end(bench, job, "interrupted", started)
+            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
@@ -189,6 +194,5 @@ def _record_end(
     if bench.folder.status(job) == "ok":
         return
     info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
-    where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
-    bench.folder.write(where, Ended(format=FORMAT, status=status, run_info=info))
+    bench.folder.end_job(job, Ended(format=FORMAT, status=status, run_info=info), {})
     bench.tracker.finish({}, status)
