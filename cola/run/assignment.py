@@ -48,6 +48,7 @@ class Bench:
     tracked: set[tuple[str, int, str]]  # arms, seeds and final states that it has been sent
     signals: Signals
     progress: RunProgress
+    notes: str = "segments.json"  # where this process says what it needs of the store
     _rows: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
@@ -93,7 +94,7 @@ class Bench:
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
-        self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))
+        self.folder.write(self.notes, References(**{kind: sorted(names) for kind, names in self.used.items()}))
 
 
 class Assignment:

@@ -188,4 +188,4 @@ def let_full_weights_go(bench: Bench, seed: int) -> None:
                 done.update(bench.tree.lineage(trained).names[1:])
     loose = {name for name in done - bench.used["weights"] if bench.store.has(name)}
     with contextlib.suppress(StoreError):  # what others need cannot be told
-        let_go(bench.store, loose, bench.folder.path)
+        let_go(bench.store, loose, bench.folder.path / bench.notes)

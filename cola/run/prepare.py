@@ -31,9 +31,11 @@ def prepared(
     group: str | None = None,
     tracked: set[tuple[str, int, str]] | None = None,
     siblings: Sequence[Recipe] = (),
+    notes: str = "segments.json",
 ) -> Iterator[Bench]:
-    """What all jobs of a run share, while the run holds the store; arguments as of `run`. A ColaError where model, data
-    or disk cannot serve the recipe."""
+    """What all jobs of a run share, while the run holds the store; arguments as of `run`, and `notes`: where in the
+    folder this process says what it needs of the store. A ColaError where model, data or disk cannot serve the
+    recipe."""
     terminal = progress.terminal
     need_tracker(recipe.tracking)
     code = admit_code(recipe, folder)
@@ -56,4 +58,5 @@ def prepared(
         sent = set() if tracked is None else tracked
         progress.expect(len(jobs), sum(tree.lineage(job).n_steps for job in jobs))
         register(store, folder.path)
-        yield Bench(materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress)
+        laid_out = (planner, meter, tree, meta, used, ready)
+        yield Bench(materials, folder, store, *laid_out, tracker, sent, signals, progress, notes)

@@ -6,6 +6,7 @@ RUN/summary.json           every number of the tables
 RUN/report.html            the page; its figures for a paper in RUN/figures/, its tables in RUN/tables/
 RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
                            each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
+RUN/workers/               a log of each worker's (`--workers`), and while it works what it needs of the store
 RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them,
                            chosen-seed-S.json: those of a seed that chooses for itself
 """
@@ -28,6 +29,7 @@ from cola.tree.leases import check_held
 from cola.tree.made import Made, Provenance
 from cola.tree.shapes import Record, fault_of
 
+WORKERS = "workers/*/segments.json"
 RESULTS = "arms/*/seed-*/result.json"
 TRACKER_NOTES = {name: f"{name}.json" for name in get_args(TrackerName)}  # who a folder's run at the tracker is
 FORMAT = 4  # of result.json and summary.json, see docs/results.md
@@ -155,8 +157,15 @@ class RunFolder:
     def references(self) -> dict[str, set[str]]:
         """Names of the segments and measurements in the store that this run rests on so far; `weights`: of the fully
         fine-tuned states whose weights it keeps."""
-        kept = read_json(self.path / "segments.json", records.References) or records.References()
-        return {kind: set(getattr(kept, kind)) for kind in records.References.model_fields}
+        kept = [read_json(path, records.References) for path in (self.path / "segments.json", *self.path.glob(WORKERS))]
+        return {
+            kind: set().union(*(getattr(one, kind) for one in kept if one)) for kind in records.References.model_fields
+        }
+
+    def forget_workers(self) -> None:
+        """Remove what workers that are gone have noted of the store: whoever holds the run refers to it now."""
+        for path in self.path.glob(WORKERS):
+            path.unlink()
 
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
