@@ -21,7 +21,8 @@ from cola.report import page
 from cola.run import ended
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "children"])
+PRELOADED = ["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "cola.run.worker", "children"]
+processes.set_forkserver_preload(PRELOADED)
 
 KILLED = -signal.SIGKILL
 PASSED = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
-from cola.errors import RecipeError, RunChanged, plain
+from cola.errors import RunChanged
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
@@ -71,11 +71,10 @@ def resume(path: Path, allow_code: bool = False, workers: str = "1") -> int:
 
 def _warm_up(workers: str) -> None:
     """Check how many workers are asked for, and begin to import what they need while this process does the same."""
-    if workers != "auto" and not (workers.isascii() and workers.isdecimal() and int(workers)):
-        raise RecipeError(f"--workers {plain(workers)}: a number from 1, or auto")
     if workers != "1":
-        from cola.run.start import warm_up
+        from cola.run.start import check, warm_up
 
+        check(workers)
         warm_up()
 
 

@@ -96,10 +96,7 @@ def work(place: Place, log: Path, pipe: Connection) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ["OMP_NUM_THREADS"] = str(place.threads)
-    torch.set_num_threads(place.threads)
-    if place.card is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.card
+    settle(place)
     tell = partial(_tell, pipe)
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, orders), daemon=True).start()
@@ -114,6 +111,14 @@ def work(place: Place, log: Path, pipe: Connection) -> None:
     except ColaError as error:
         tell("error", str(error), isinstance(error, LeaseLost))
         raise SystemExit(2) from None
+
+
+def settle(place: Place) -> None:
+    """Keep to what this process has of the machine."""
+    os.environ["OMP_NUM_THREADS"] = str(place.threads)
+    torch.set_num_threads(place.threads)
+    if place.card is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.card
 
 
 def _tell(pipe: Connection, *words: Any) -> None:
