@@ -19,6 +19,7 @@ from cola.run.prepare import prepared
 from cola.run.run import conclude, run
 from cola.run.worker import Place
 from cola.run.workers import Asked, do_runs
+from cola.tree.mend import mend
 from cola.tree.records import Result
 from cola.tree.run_folder import RunFolder
 from cola.tree.run_holder import take_run
@@ -121,6 +122,7 @@ def _prepared(
     progress: RunProgress,
     own: ExitStack,
 ) -> Asked:
+    mend(run_folder, progress.terminal.warn)
     siblings = [other.recipe for other in points]
     bench = own.enter_context(prepared(point.recipe, run_folder, signals, progress, group, siblings=siblings))
     return Asked(worker.Point(point.recipe, run_folder.path.resolve(), group, tuple(siblings)), bench)

@@ -39,7 +39,13 @@ class SpectrumFiles:
         return Learned(materials.source, materials.skeleton, materials.recipe.pairs, materials.device)
 
     def update(self, jobs: Sequence[Job]) -> None:
-        """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""
+        """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end; in
+        one process of a run at a time, so that what one has taken the next one finds."""
+        run = {"spectra": str(self.bench.folder.path.resolve())}
+        with lock(self.bench.store.path, digest(run)):
+            self._update(jobs)
+
+    def _update(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             result = self.bench.folder.result(job)
             if result is None or not result.train_info.scored_step:
@@ -113,7 +119,7 @@ class SpectrumFiles:
         ends = [link.last_step for link in info.links if link.last_step < step]
         rules = self.bench.recipe.resolved(job.arm, job.choice).rules
         pairs = [self._pair(names[end]) for end in (*ends, step)]
-        links = added(pairs, rules.merge_fraction, rules.keeps_pair)
+        links = added(pairs, info.shares(len(ends)), rules.keeps_pair)
         record = learned.of_links(links, update, beside["full"]) | {"made": self.bench.made}
         measured.keep_spectrum(step, beside, record)
         return record

@@ -8,8 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from cola.errors import ColaError, LeaseLost, ModelError, RunFolderError
-from cola.files import digest
+from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
+from cola.files import digest, without_home
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job
 from cola.run.assignment import Bench
@@ -36,22 +36,25 @@ def do(bench: Bench, job: Job) -> None:
     try:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, RanksLost):
         record_end(bench, job, "interrupted", started)
         raise
     except (ModelError, LeaseLost):
         raise  # a base that does not load fails every arm alike; what was taken over is another process's
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
+        if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
+            record_end(bench, job, "interrupted", started)
+            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
                 f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
             ) from error
         reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
-        record_end(bench, job, "failed", started, reason)
+        record_end(bench, job, "failed", started, without_home(reason))
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
-        bench.folder.write_text(trace, "".join(traceback.format_exception(error)))
+        bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
 
 
@@ -68,6 +71,5 @@ def record_end(
     if bench.folder.status(job) == "ok":
         return
     info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
-    where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
-    bench.folder.write(where, Ended(format=FORMAT, status=status, run_info=info))
+    bench.folder.end_job(job, Ended(format=FORMAT, status=status, run_info=info), {})
     bench.tracker.finish({}, status)

@@ -21,6 +21,7 @@ from cola.run.search import chosen_jobs, known_jobs
 from cola.run.worker import Place, Point
 from cola.run.workers import Asked, do_runs
 from cola.tree.leases import WAIT_SECONDS, check_held, claim
+from cola.tree.mend import mend
 from cola.tree.prune import size_of
 from cola.tree.run_folder import RunFolder
 
@@ -51,6 +52,7 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
+    mend(folder, terminal.warn)
     with (
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress() as progress,

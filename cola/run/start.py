@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from multiprocessing import forkserver
 
+from cola import environment
 from cola.errors import RecipeError, plain
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -12,6 +13,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 def check(workers: str) -> None:
     """Raise RecipeError where `--workers` says neither `auto` nor a number of processes that this machine has cores
     for."""
+    if environment.launched():
+        raise RecipeError(
+            f"--workers {plain(workers)}: a launcher has started several processes for one training; "
+            "take one of the two"
+        )
     if workers == "auto":
         return
     if not (workers.isascii() and workers.isdecimal() and len(workers) < 5 and int(workers)):

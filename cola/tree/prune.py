@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
-from cola.errors import StoreError
+from cola.errors import RunFolderError, StoreError
 from cola.files import digest, load_json, remove_all, write_text
 from cola.tree import leases
-from cola.tree.run_folder import WORKERS
+from cola.tree.run_folder import references_in
 from cola.tree.store import Store
 
 
@@ -26,17 +26,17 @@ def references(
     then nothing can be said to be loose."""
     names = {}
     for note in sorted((store.path / "runs").iterdir()):
-        file = note
         try:
             folder = Path(load_json(note)["folder"])
-            names[folder] = set()
-            for file in (folder / "segments.json", *folder.glob(WORKERS)):
-                kept = load_json(file) if file.is_file() and file != but else {}
-                names[folder] |= {name for kind in kinds for name in kept.get(kind, [])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"{file} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
+                f"{note} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
             ) from None
+        try:
+            kept = references_in(folder, but)
+        except RunFolderError as error:
+            raise StoreError(str(error)) from None
+        names[folder] = {name for kind in kinds for name in kept[kind]}
     return names
 
 
