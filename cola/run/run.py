@@ -11,8 +11,9 @@ from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
+from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError
 from cola.files import digest, without_home
+from cola.link import wires
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
@@ -166,7 +167,7 @@ def _do(bench: Bench, job: Job) -> None:
     except Exception as error:
         if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
             _record_end(bench, job, "interrupted", started)
-            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
+            raise wires.lost_in_a_pass(error) from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "

@@ -81,7 +81,8 @@ def pairs_of(model: nn.Module, seed: int) -> dict[str, Pair]:
 
 
 def knots(kind: str, folder: str) -> None:
-    """Each rank ties its own rows: the weights of the whole model to the bit, and its ledger up to rounding."""
+    """Each rank ties its own rows: those of the whole model, but for the last bit of a product of other rows, and its
+    ledger."""
     model, whole = MODELS[kind](), MODELS[kind]()
     file = [Path(folder) / "model.safetensors"]
     links = [pairs_of(whole, seed) for seed in (0, 1)]
@@ -92,7 +93,11 @@ def knots(kind: str, folder: str) -> None:
         found, expected = (retie(chain, learned, account=True) for chain in (mine, theirs))
         for name, parameter in model.named_parameters():
             own, first = own_rows(parameter.detach())
-            assert torch.equal(own, names[name].detach()[first : first + len(own)]), name
+            wanted = names[name].detach()[first : first + len(own)]
+            assert own.shape == wanted.shape
+            rounded = own.dtype == torch.bfloat16
+            assert torch.allclose(own, wanted, rtol=1e-2 if rounded else 1e-6, atol=1e-8), name
+            assert not rounded or (own != wanted).float().mean() < 0.01, name  # once, so that few turn the other way
         assert found.keys() == expected.keys()
         for name, applied in expected.items():
             numbers = [[value for value in asdict(it).values() if value is not None] for it in (found[name], applied)]
@@ -150,7 +155,7 @@ def test_a_model_in_shards_computes_what_the_whole_one_does_and_no_process_holds
 
 
 @pytest.mark.parametrize(("n", "kind"), [(2, "whole"), (3, "small and tied"), (2, "mixed")])
-def test_at_a_knot_each_rank_ties_its_own_rows_to_the_bit(tmp_path: Path, n: int, kind: str) -> None:
+def test_at_a_knot_each_rank_ties_its_own_rows(tmp_path: Path, n: int, kind: str) -> None:
     MODELS[kind]().save_pretrained(tmp_path)
     over(n, tmp_path, knots, kind, str(tmp_path))
 
