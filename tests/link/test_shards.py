@@ -96,7 +96,7 @@ def knots(kind: str, folder: str) -> None:
             wanted = names[name].detach()[first : first + len(own)]
             assert own.shape == wanted.shape
             rounded = own.dtype == torch.bfloat16
-            assert torch.allclose(own, wanted, rtol=1e-2 if rounded else 1e-6, atol=1e-8), name
+            assert torch.allclose(own, wanted, rtol=1e-2 if rounded else 1e-6, atol=1e-6), name
             assert not rounded or (own != wanted).float().mean() < 0.01, name  # once, so that few turn the other way
         assert found.keys() == expected.keys()
         for name, applied in expected.items():
