@@ -14,6 +14,7 @@ from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.tree.made import Provenance
+from cola.tree.manifest import Manifest
 from cola.tree.records import Chosen, EvaluationFile, References, Result, ScoreRow
 from cola.tree.spectra import Spectrum
 
@@ -25,6 +26,7 @@ RECORDS: dict[str, type[BaseModel]] = {
     "scores/SPLIT.jsonl": ScoreRow,
     "chosen.json": Chosen,
     "segments.json": References,
+    "manifest.json": Manifest,
     "spectrum.json": Spectrum,
     "summary.json": Summary,
     "summary.json of several runs": TasksSummary,

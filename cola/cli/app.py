@@ -1,4 +1,4 @@
-"""cola new | run | ablate | data | report | compare | export | eval | inspect | store.
+"""cola new | run | ablate | data | report | compare | verify | export | eval | inspect | store | doctor.
 
 What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
@@ -121,8 +121,8 @@ def run(
     The same command goes on with a run that was stopped, and trains nothing that was trained before.
 
     Exit code: 0 all arms are there, 1 some failed (the same command tries them again) or two gave the same outputs
-    where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted (the same command goes on),
-    130 interrupted before anything had begun.
+    where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted, at whatever
+    moment (the same command goes on).
     """
     with no_garbage():
         from cola.cli import train
@@ -238,6 +238,21 @@ def compare(
     print_all(*compare_runs(first, second), Terminal())
 
 
+def verify_run(
+    run_folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run, or of an ablation.")],
+) -> None:
+    """Check every file of a run against its SHA-256, wherever the folder was copied, packed or moved to.
+
+    Says what is not as it was written, and what brings it back. The store is not looked into: cola store verify does.
+
+    Exit code: 0 all is whole; 1 something is not, or the run is of a version that wrote nothing to check against.
+    """
+    from cola.cli.verify import verify as check
+    from cola.report.terminal import Terminal
+
+    raise typer.Exit(check(run_folder, Terminal()))
+
+
 def doctor() -> None:
     """Say what cola finds here: versions, devices, threads, cache and store, trackers and the hub; and what is missing,
     with the command that brings it.
@@ -316,6 +331,7 @@ for name, command in {"data": show_data, "report": report, "compare": compare}.i
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
+app.command("verify")(_one_line_errors(verify_run))
 app.command("doctor")(_one_line_errors(doctor))
 for command in (ls, verify, prune):
     store_app.command(command.__name__)(_one_line_errors(command))

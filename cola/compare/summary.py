@@ -18,8 +18,9 @@ from cola.recipe.plan import trials_of
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import SPLITS
 from cola.tree.made import Made
+from cola.tree.manifest import damaged_file
 from cola.tree.records import Chosen, Result, TrainInfo
-from cola.tree.run_folder import RunFolder, choice_file, damaged_file
+from cola.tree.run_folder import RunFolder, choice_file
 
 COSTS = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
 CPU = ("train_cpu_seconds", "total_cpu_seconds")  # which earlier versions did not note

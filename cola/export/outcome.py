@@ -25,6 +25,7 @@ from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import is_remote
 from cola.tree.made import Provenance
+from cola.tree.manifest import check_folder, damaged_file
 from cola.tree.records import Result, TrainInfo
 from cola.tree.run_folder import RunFolder
 
@@ -79,8 +80,8 @@ class Outcome:
     @cached_property
     def provenance(self) -> Provenance:
         """What the run was made with."""
-        provenance = self.folder.provenance()
-        assert provenance is not None  # a result was written after it
+        if (provenance := self.folder.provenance()) is None:
+            raise damaged_file(self.folder.path / "provenance.json", "it has gone")
         return provenance
 
     @property
@@ -118,6 +119,7 @@ class Outcome:
     def _pairs(self) -> Residual:
         pairs = []
         for folder in self.link_folders():
+            self.check(folder.relative_to(self.path).as_posix())
             try:
                 pairs.append(adapter_files.load_pair(folder))
             except (SafetensorError, ValueError, KeyError, OSError) as error:
@@ -150,6 +152,7 @@ class Outcome:
     @property
     def tuned(self) -> Source:
         """All weights, of full fine-tuning. Raises ModelError if they were not kept."""
+        self.check("model")
         if not (self.path / "model" / "config.json").is_file():
             raise ModelError(
                 f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
@@ -169,12 +172,17 @@ class Outcome:
         folder = self.path / "adapter"
         if not folder.is_dir():
             raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
+        self.check("adapter")
         if not isinstance(self.links[0], Adapter):
             return adapter_files.load_adapter(model, folder)
         model = adapters.attach(model, self.links[0], seed=0)
         adapter_files.put_back(folder, model, self.links[0])
         adapters.detach(model)
         return model
+
+    def check(self, name: str) -> None:
+        """Raise a RunFolderError where a file of a folder of the arm's and seed's is not what was written."""
+        check_folder(self.folder.path, (self.path / name).relative_to(self.folder.path))
 
     def chain(self, device: torch.device) -> Chain:
         """The base with the scored links tied; raises as `residual` does."""

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table as RichTable
 
 from cola.report.numbers import duration
+from cola.report.signs import showable
 from cola.report.table import Table
 
 LINE_EVERY_SECONDS = 10.0
@@ -52,28 +53,35 @@ class Terminal:
     console: Console = field(default_factory=lambda: Console(highlight=False, stderr=False, soft_wrap=True))
 
     def say(self, text: str = "") -> None:
-        self.console.print(escape(text))
+        self.console.print(self.escaped(text))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {escape(text)}")
+        self.console.print(f"[yellow]warning:[/] {self.escaped(text)}")
+
+    def escaped(self, text: str) -> str:
+        """A text of the user's as it can be shown here, never read as markup."""
+        return escape(showable(text, self.console.encoding))
 
     def table(self, table: Table) -> None:
         """A table, as wide as it needs to be where the output is no terminal; a narrow terminal wraps its cells."""
         shown = RichTable(
-            title=table.title,
+            title=showable(table.title, self.console.encoding),
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
         )
-        for number, column in enumerate(table.columns):
+        columns, *rows = (
+            [showable(cell, self.console.encoding) for cell in row] for row in [table.columns, *table.texts]
+        )
+        for number, column in enumerate(columns):
             shown.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
-        for row in table.texts:
+        for row in rows:
             shown.add_row(*map(escape, row))
         natural = Measurement.get(self.console, self.console.options.update(max_width=sys.maxsize), shown).maximum
         if self.console.is_terminal:
-            cells = list(zip(table.columns, *table.texts, strict=True))
+            cells = list(zip(columns, *rows, strict=True))
             lines = natural - sum(fitting(cells, sys.maxsize))
             for column, width in zip(shown.columns, fitting(cells, self.console.width - lines), strict=True):
                 column.width = width
@@ -140,7 +148,9 @@ class RunProgress:
         self.begun += 1
         self.label, self.total, self.done, self.own = label, total_steps, 0, 0
         self.tokens, self.seconds, self.started = 0, 0.0, monotonic()
-        self.task = self.bars.add_task(escape(label), total=max(total_steps, 1), state="looking in the store")
+        self.task = self.bars.add_task(
+            self.terminal.escaped(label), total=max(total_steps, 1), state="looking in the store"
+        )
         self._say_left()
         self._line(self._left())
 
@@ -148,7 +158,7 @@ class RunProgress:
         """What is left is another process's."""
         self.close()
         self.label = label
-        self.task = self.bars.add_task(escape(label), total=1, state=text)
+        self.task = self.bars.add_task(self.terminal.escaped(label), total=1, state=text)
         self._line(text)
 
     def stage(self, text: str) -> None:

@@ -24,7 +24,6 @@ from cola.run.interrupt import Signals
 from cola.run.materials import Materials
 from cola.run.plan_tree import Planner
 from cola.tree.made import Provenance
-from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
 from cola.tree.segments import Tree, fraction_of, merge_of
 from cola.tree.states import Measurements, States, rows_digest
@@ -94,7 +93,7 @@ class Bench:
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
-        self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))
+        self.folder.write_references(self.used)
 
 
 class Assignment:

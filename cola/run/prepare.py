@@ -45,7 +45,7 @@ def prepared(
         meta, used = check_folder(materials, folder, store, terminal), folder.references()
         selfcheck, ready = check_bases(materials, store, used, terminal)
         began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
-        folder.write("provenance.json", began)
+        folder.begin("provenance.json", began)
         ways = Ways(**dict(selfcheck.ways))
         recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
         materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))

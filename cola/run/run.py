@@ -27,6 +27,7 @@ from cola.run.job import do_job
 from cola.run.prepare import prepared
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.leases import WAIT_SECONDS, check_held, claim
+from cola.tree.mend import mend
 from cola.tree.prune import size_of
 from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
@@ -56,6 +57,7 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
+    mend(folder, terminal.warn)
     with (
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
         terminal.progress() as progress,
@@ -193,6 +195,5 @@ def _record_end(
     if bench.folder.status(job) == "ok":
         return
     info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
-    where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
-    bench.folder.write(where, Ended(format=FORMAT, status=status, run_info=info))
+    bench.folder.end_job(job, Ended(format=FORMAT, status=status, run_info=info), {})
     bench.tracker.finish({}, status)

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
-from cola.errors import StoreError
+from cola.errors import RunFolderError, StoreError
 from cola.files import digest, load_json, remove_all, write_text
 from cola.tree import leases
+from cola.tree.run_folder import references_in
 from cola.tree.store import Store
 
 
@@ -22,16 +23,17 @@ def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) ->
     or its segments.json, is damaged: then nothing can be said to be loose."""
     names = {}
     for note in sorted((store.path / "runs").iterdir()):
-        file = note
         try:
             folder = Path(load_json(note)["folder"])
-            file = folder / "segments.json"
-            kept = load_json(file) if file.is_file() else {}
-            names[folder] = {name for kind in kinds for name in kept.get(kind, [])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"{file} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
+                f"{note} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
             ) from None
+        try:
+            kept = references_in(folder)
+        except RunFolderError as error:
+            raise StoreError(str(error)) from None
+        names[folder] = {name for kind in kinds for name in kept[kind]}
     return names
 
 

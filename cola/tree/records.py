@@ -347,6 +347,9 @@ class References(Record):
         default=[],
         description="of the fully fine-tuned states whose weights the run keeps or still needs there",
     )
+    sha256: Text | None = Field(
+        default=None, description="of the other keys, as canonical JSON: its first 32 hex digits"
+    )
 
 
 class MetricRow(Record):

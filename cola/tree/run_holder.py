@@ -63,7 +63,7 @@ def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[Run
                 run.write_text("recipe.yaml", recipe)
             yield run, fresh
         except BaseException:
-            if fresh and not _begun(folder):
+            if fresh and folder.is_dir() and not _begun(folder):
                 _remove(run, made)
             raise
 

@@ -179,7 +179,7 @@ class Store:
                 devices = [_device_of(segment.record) for segment in (there, made)]
                 self.warn(
                     f"store: {made.name} was made twice, on {devices[0]} and on {devices[1]}, and {name} is not the "
-                    "same: one of them is kept. Of one device and number of threads that should not be: please report it"
+                    "same: one of them is kept. On one device and number of threads that should not be: report it"
                 )
 
     def mark(self, name: str, kind: str) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import PeftModel
-from runs import go, open_run, quiet, result
+from runs import go, open_run, quiet, read_jsonl, result
 from safetensors.torch import load_file
 
 from cola.errors import RunFolderError
@@ -21,7 +21,6 @@ from cola.report.tables import named_tables
 from cola.report.tracking import NoTracker
 from cola.report.verdict import verdict
 from cola.run.run import run
-from cola.tree.run_folder import read_jsonl
 from cola.tree.run_holder import lock_run
 
 
