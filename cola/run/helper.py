@@ -140,13 +140,14 @@ class _Helper:
             raise ModelError(f"the base that it finds in {source.folder} is not the one that rank 0 has")
         dtype, quantization = values["base"]["dtype"], values["base"]["quantization"]
         self._accelerator = make_accelerator(dtype)
-        device = torch.device("cpu") if shard else self._accelerator.device
-        model = source.load(dtype, device, quantization)
+        device = self._accelerator.device
+        model = source.load(dtype, torch.device("cpu") if shard else device, quantization)
         if shard:
-            from cola.link.shards import shard as sharded
+            from cola.link import shards
 
+            layers = shards.layers_of(model)
             wires.check_ready(None)
-            sharded(model, self._accelerator.device, wires.count())
+            shards.shard(model, layers, device, wires.count())
         base = Base(model, source.files, quantized=quantization is not None)
         self._chain = Chain(model, base, Rules())
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from children import KILLED, end, launched, start
+from conftest import tiny_tokenizer
 from runs import assert_one_line, cola, go, outcome, read_jsonl, result, wide_cola, write_recipe
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cola.data.batches import training_shares
 from cola.data.encode import Example
@@ -278,6 +280,18 @@ def test_what_a_base_in_shards_cannot_take_is_refused_in_one_line(
     told = wide_cola("run", recipe, *ONE_ARM, "model.shard=true", *changes)
     assert_one_line(told)
     assert what in told.output
+
+
+def test_a_model_that_cannot_lie_in_shards_is_refused_once(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=403, n_positions=256)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    words = ["run", recipe, *ONE_ARM, "model.shard=true", f"model.name_or_path={tmp_path / 'gpt2'}"]
+    assert over(2, words, tmp_path) == [2, 0], said(tmp_path, 0)
+    assert said(tmp_path, 0).splitlines()[-1].startswith("error: model.shard: GPT2LMHeadModel keeps its weights")
+    assert said(tmp_path, 1) == ""
 
 
 def test_one_process_has_nothing_to_spread_a_base_over(recipe_text: str, tmp_path: Path) -> None:
