@@ -54,8 +54,14 @@ def join() -> int:
 
 def leave() -> None:
     """Part from the others; nothing more is said."""
+    if _lines:
+        fall_silent()
+        distributed.destroy_process_group()
+
+
+def fall_silent() -> None:
+    """Say nothing more: the others may wait in the middle of something, and hear of the end of this process."""
     _lines.clear()
-    distributed.destroy_process_group()
 
 
 def joined() -> bool:
@@ -69,7 +75,9 @@ def count() -> int:
 
 
 def send(what: str, values: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Tell all other ranks, as rank 0."""
+    """Tell all other ranks, as rank 0; nobody, once it has fallen silent."""
+    if not _lines:
+        return
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
     kinds = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in own.items()]
     text = json.dumps({"what": what, "values": values or {}, "tensors": kinds}).encode()

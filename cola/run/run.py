@@ -161,6 +161,8 @@ def _do(bench: Bench, job: Job) -> None:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
     except (KeyboardInterrupt, Interrupted, RanksLost):
+        if bench.recipe.model.shard:
+            wires.fall_silent()
         _record_end(bench, job, "interrupted", started)
         raise
     except (ModelError, LeaseLost):
