@@ -8,8 +8,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
+from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError
 from cola.files import digest, without_home
+from cola.link import wires
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job
 from cola.run.assignment import Bench
@@ -37,6 +38,8 @@ def do(bench: Bench, job: Job) -> None:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
     except (KeyboardInterrupt, Interrupted, RanksLost):
+        if bench.recipe.model.shard:
+            wires.fall_silent()
         record_end(bench, job, "interrupted", started)
         raise
     except (ModelError, LeaseLost):
@@ -45,7 +48,7 @@ def do(bench: Bench, job: Job) -> None:
     except Exception as error:
         if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
             record_end(bench, job, "interrupted", started)
-            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
+            raise wires.lost_in_a_pass(error) from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
