@@ -11,7 +11,7 @@ from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, LeaseLost, ModelError, RunFolderError
+from cola.errors import ColaError, FolderGone, LeaseLost, ModelError, RunFolderError
 from cola.files import digest, without_home
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job, jobs_of, trials_of
@@ -123,6 +123,7 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
                     _do_claimed(bench, job, jobs, files)
                 left.remove(job)
             except LeaseLost as lost:
+                bench.folder.need_there()
                 check_held()  # the run's folder and the store are another matter: without those nothing goes on
                 bench.progress.terminal.warn(f"{job.label}: {lost}")
             waits = False
@@ -162,20 +163,25 @@ def _do(bench: Bench, job: Job) -> None:
     except (KeyboardInterrupt, Interrupted):
         _record_end(bench, job, "interrupted", started)
         raise
-    except (ModelError, LeaseLost):
+    except (ModelError, LeaseLost, FolderGone):
         raise  # a base that does not load fails every arm alike; what was taken over is another process's
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise RunFolderError(
-                f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
-                f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
-            ) from error
+            raise RunFolderError(_disk_full(bench, Path(error.filename or bench.folder.path))) from error
         reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
         _record_end(bench, job, "failed", started, without_home(reason))
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
+
+
+def _disk_full(bench: Bench, path: Path) -> str:
+    """What is said where there is no room for a file; pruning helps on the store's own disk alone."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    freed = " (`cola store prune`)" if there.stat().st_dev == bench.store.path.stat().st_dev else ""
+    again = f"cola run --resume {bench.folder.path}"
+    return f"{path}: its disk is full; what is finished is kept: make room there{freed}, then `{again}`"
 
 
 def _in_own_code(error: Exception) -> str:
