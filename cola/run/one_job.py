@@ -8,8 +8,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
+from cola.errors import ColaError, FolderGone, LeaseLost, ModelError, RanksLost, RunFolderError
 from cola.files import digest, without_home
+from cola.link import wires
 from cola.link.ideas.door import place_of
 from cola.recipe.plan import Job
 from cola.run.assignment import Bench
@@ -37,25 +38,32 @@ def do(bench: Bench, job: Job) -> None:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
     except (KeyboardInterrupt, Interrupted, RanksLost):
+        if bench.recipe.model.shard:
+            wires.fall_silent()
         record_end(bench, job, "interrupted", started)
         raise
-    except (ModelError, LeaseLost):
+    except (ModelError, LeaseLost, FolderGone):
         raise  # a base that does not load fails every arm alike; what was taken over is another process's
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
         if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
             record_end(bench, job, "interrupted", started)
-            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
+            raise wires.lost_in_a_pass(error) from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise RunFolderError(
-                f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
-                f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
-            ) from error
+            raise RunFolderError(_disk_full(bench, Path(error.filename or bench.folder.path))) from error
         reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
         record_end(bench, job, "failed", started, without_home(reason))
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
+
+
+def _disk_full(bench: Bench, path: Path) -> str:
+    """What is said where there is no room for a file; pruning helps on the store's own disk alone."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    freed = " (`cola store prune`)" if there.stat().st_dev == bench.store.path.stat().st_dev else ""
+    again = f"cola run --resume {bench.folder.path}"
+    return f"{path}: its disk is full; what is finished is kept: make room there{freed}, then `{again}`"
 
 
 def _in_own_code(error: Exception) -> str:

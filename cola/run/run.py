@@ -132,6 +132,7 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
                     _do_claimed(bench, job, jobs, files)
                 left.remove(job)
             except LeaseLost as lost:
+                bench.folder.need_there()
                 check_held()  # the run's folder and the store are another matter: without those nothing goes on
                 bench.progress.terminal.warn(f"{job.label}: {lost}")
             waits = False

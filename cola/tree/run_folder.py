@@ -231,7 +231,11 @@ class RunFolder:
         write_bytes(self.path / name, data)
 
     def _need(self) -> None:
+        self.need_there()
         check_held()
+
+    def need_there(self) -> None:
+        """FolderGone where the run's folder was removed."""
         if not self.path.is_dir():
             raise FolderGone(
                 f"{self.path} was removed while the run went on; what was trained is in the store, and the same "
