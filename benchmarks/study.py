@@ -30,7 +30,7 @@ from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials, gather
-from cola.run.plan_tree import Planner
+from cola.plan.tree import Planner
 
 HERE = Path(__file__).parent
 

@@ -22,7 +22,7 @@ from cola.report.terminal import RunProgress
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
 from cola.run.materials import Materials
-from cola.run.plan_tree import Planner
+from cola.plan.tree import Planner
 from cola.tree.made import Provenance
 from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder

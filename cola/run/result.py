@@ -12,7 +12,7 @@ from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
 from cola.run.assignment import Assignment
 from cola.run.course import Course
-from cola.run.plan_tree import cost_of
+from cola.plan.tree import cost_of
 from cola.tree.records import Result, TrialResult
 from cola.tree.run_folder import FORMAT, MADE_WITH
 from cola.tree.store import hand_out as copy_out

@@ -26,7 +26,7 @@ from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
 from cola.run.materials import check_bases, check_folder, gather, heeding
-from cola.run.plan_tree import Planner
+from cola.plan.tree import Planner
 from cola.run.search import chosen_jobs, known_jobs, with_choice
 from cola.tree.locks import WAIT_SECONDS, claim, in_use
 from cola.tree.prune import register, size_of

@@ -22,7 +22,7 @@ from cola.data.splits import load_splits
 from cola.link.find import find_model
 from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
-from cola.run.plan_tree import Planner
+from cola.plan.tree import Planner
 from cola.tree import segments
 from cola.tree.run_folder import read_jsonl
 from cola.tree.segments import Lineage, Tree

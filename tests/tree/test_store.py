@@ -30,7 +30,7 @@ from cola.link.find import find_model
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
-from cola.run.plan_tree import Planner
+from cola.plan.tree import Planner
 from cola.tree import locks, prune
 from cola.tree import store as store_file
 from cola.tree.run_folder import RunFolder

@@ -1,0 +1,157 @@
+"""The memory that a link takes, by part: bytes of its tensors as they are made, and of a pass at its largest moment."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cola.link import adapters
+from cola.link.targets import shared_matrices
+from cola.plan.passes import Seen
+
+FLOAT32 = 4
+NF4_BLOCK, NF4_STATES = 64, 256  # weights of a scale, and scales of a scale of scales, as bitsandbytes has them
+# What a part is, in the order in which it is shown.
+PARTS = {
+    "weights": "the base, in its number format or as codes",
+    "quantization": "scales of the codes, and the largest matrix as it is decoded to be multiplied by",
+    "pairs": "what the link trains beside the base, float32",
+    "residual": "pairs of the links before, which the chain keeps",
+    "gradients": "of what is trained",
+    "optimizer": "AdamW's two moments of what is trained",
+    "activations": "what the backward pass needs of the forward pass, and what is made on the way",
+    "logits": "at the targets, with what the loss makes of them",
+    "knot": "tying it: outputs before and after, and the matrix at hand",
+    "evaluation": "scoring: activations, keys and values, logits",
+    "libraries": "Python and the libraries, of a process on a CPU",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part while a link is trained, at the largest moment, and what its knot and its scoring hold in place of
+    gradients, activations and logits."""
+
+    training: dict[str, int]
+    knot: int
+    evaluation: int
+    libraries: int = 0
+    loading: int = 0  # at most, while the base is read
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return sum(self.training.get(part, 0) for part in ("weights", "quantization", "pairs", "residual", "optimizer"))
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """The largest moments, each without the libraries."""
+        return {
+            "training": sum(self.training.values()),
+            "knot": self.resident + self.knot,
+            "evaluation": self.resident + self.evaluation,
+            "loading": self.loading,
+        }
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return self.libraries + max(self.moments.values())
+
+    @property
+    def when(self) -> str:
+        """Which moment that is."""
+        return max(self.moments, key=lambda moment: self.moments[moment])
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "peak": self.peak, "when": self.when}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a base as it lies in memory."""
+
+    codes: int  # bytes of the weights, codes or not
+    states: int  # bytes of what codes need beside them
+    decoded: int  # bytes of the largest matrix that is decoded to be multiplied by
+
+
+def weights_of(model: PreTrainedModel, quantization: str | None) -> Weights:
+    """Bytes of what was there before a link was attached; a shared matrix once."""
+    head = model.get_output_embeddings()
+    shared = {name for names in shared_matrices(model) for name in names}
+    codes, states, decoded = 0, 0, 0
+    quantized = {}
+    for name, module in model.named_modules() if quantization else ():
+        if type(module) is nn.Linear and module is not head and f"{name}.weight" not in shared:
+            quantized[id(module.weight)] = module.weight
+    for name, parameter in model.named_parameters():
+        if adapters.is_trained(name):
+            continue
+        if id(parameter) not in quantized:
+            codes += parameter.numel() * parameter.element_size()
+            continue
+        own, beside = _codes(parameter, str(quantization))
+        codes, states = codes + own, states + beside
+        decoded = max(decoded, parameter.numel() * parameter.element_size())
+    return Weights(codes, states, decoded)
+
+
+def _codes(weight: torch.Tensor, quantization: str) -> tuple[int, int]:
+    """Bytes of a matrix's codes, and of their scales."""
+    if quantization == "int8":
+        return weight.numel(), FLOAT32 * len(weight) + 1
+    blocks = math.ceil(weight.numel() / NF4_BLOCK)
+    tables = FLOAT32 * (16 + 256 + 1)  # the 16 values, those of a scale, and the scales' mean
+    return math.ceil(weight.numel() / 2), blocks + FLOAT32 * math.ceil(blocks / NF4_STATES) + tables
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a link's memory depends on beside its pass."""
+
+    quantization: str | None
+    beside: bool  # whether pairs stay beside the weights at a knot
+    before: tuple[int, ...]  # parameters of the pairs of the links before
+    trained: int  # parameters of this one
+    is_whole: bool  # whether those are the base's own
+    on_cpu: bool
+    probe: int  # positions whose logits a knot compares
+    vocabulary: int
+
+
+def memory_of(
+    model: PreTrainedModel, around: Circumstances, training: Seen, scoring: Iterable[Seen], largest_matrix: int
+) -> Memory:
+    """The parts of a link's memory.
+
+    Args:
+        model: On the meta device, the link attached.
+        training: Its heaviest pass.
+        scoring: The heaviest passes without gradients.
+        largest_matrix: Entries of the largest matrix that a knot writes; 0 where it writes none.
+    """
+    weights = weights_of(model, around.quantization)
+    # The chain holds each pair in the process, and where it stays beside the weights once more, stacked.
+    copies = (1 if around.on_cpu else 0) + around.beside
+    parts = {
+        "weights": weights.codes,
+        "quantization": weights.states + weights.decoded,
+        "pairs": 0 if around.is_whole else FLOAT32 * around.trained,
+        "residual": FLOAT32 * copies * sum(around.before),
+        "optimizer": 2 * FLOAT32 * around.trained,
+    }
+    largest = {part: round(n) for part, n in training.largest.items()}
+    # As the optimizer takes its step all gradients are there, and nothing of the pass.
+    stepping = {"gradients": FLOAT32 * around.trained, "activations": 0, "logits": 0}
+    parts |= max(largest, stepping, key=lambda moment: sum(moment.values()))
+    # Outputs before the link, before the knot and after it, and their difference.
+    outputs = 4 * FLOAT32 * around.probe * around.vocabulary
+    tied = FLOAT32 * (around.trained if not around.is_whole else 0) + FLOAT32 * largest_matrix
+    asked = max((round(sum(one.largest.values())) for one in scoring), default=0)
+    return Memory(parts, outputs + tied, asked)
