@@ -1,7 +1,6 @@
 """The memory that a link takes, by part: bytes of its tensors as they are made, and of a pass at its largest moment."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,46 +111,47 @@ def _codes(weight: torch.Tensor, quantization: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What was found of a link by attaching it to the model on the meta device, and by passes on shapes alone."""
+
+    trained: int  # parameters
+    tensors: int  # that hold them
+    weights: Weights
+    training: Seen | None  # its heaviest pass; None where nothing is trained
+    scoring: dict[str, Seen]  # passes without gradients: of the examples, of the general text
+    written: int  # entries of all matrices that a knot writes, of a pair
+    largest: int  # of the largest of them
+
+
+@dataclass(frozen=True)
 class Circumstances:
-    """What a link's memory depends on beside its pass."""
+    """What a link's memory depends on beside that."""
 
-    quantization: str | None
+    before: int  # parameters of the pairs of the links before
+    is_whole: bool  # whether the base's own are trained
     beside: bool  # whether pairs stay beside the weights at a knot
-    before: tuple[int, ...]  # parameters of the pairs of the links before
-    trained: int  # parameters of this one
-    is_whole: bool  # whether those are the base's own
     on_cpu: bool
-    probe: int  # positions whose logits a knot compares
-    vocabulary: int
+    outputs: int  # logits that a knot compares
 
 
-def memory_of(
-    model: PreTrainedModel, around: Circumstances, training: Seen, scoring: Iterable[Seen], largest_matrix: int
-) -> Memory:
-    """The parts of a link's memory.
-
-    Args:
-        model: On the meta device, the link attached.
-        training: Its heaviest pass.
-        scoring: The heaviest passes without gradients.
-        largest_matrix: Entries of the largest matrix that a knot writes; 0 where it writes none.
-    """
-    weights = weights_of(model, around.quantization)
+def memory_of(looked: Looked, around: Circumstances) -> Memory:
+    """The parts of a link's memory."""
+    own = 0 if around.is_whole else FLOAT32 * looked.trained
     # The chain holds each pair in the process, and where it stays beside the weights once more, stacked.
-    copies = (1 if around.on_cpu else 0) + around.beside
+    copies = around.on_cpu + around.beside
     parts = {
-        "weights": weights.codes,
-        "quantization": weights.states + weights.decoded,
-        "pairs": 0 if around.is_whole else FLOAT32 * around.trained,
-        "residual": FLOAT32 * copies * sum(around.before),
-        "optimizer": 2 * FLOAT32 * around.trained,
+        "weights": looked.weights.codes,
+        "quantization": looked.weights.states + looked.weights.decoded,
+        "pairs": own,
+        "residual": FLOAT32 * copies * around.before,
+        "optimizer": 2 * FLOAT32 * looked.trained,
     }
-    largest = {part: round(n) for part, n in training.largest.items()}
-    # As the optimizer takes its step all gradients are there, and nothing of the pass.
-    stepping = {"gradients": FLOAT32 * around.trained, "activations": 0, "logits": 0}
-    parts |= max(largest, stepping, key=lambda moment: sum(moment.values()))
-    # Outputs before the link, before the knot and after it, and their difference.
-    outputs = 4 * FLOAT32 * around.probe * around.vocabulary
-    tied = FLOAT32 * (around.trained if not around.is_whole else 0) + FLOAT32 * largest_matrix
-    asked = max((round(sum(one.largest.values())) for one in scoring), default=0)
-    return Memory(parts, outputs + tied, asked)
+    if looked.training is not None:
+        passing = {part: round(n) for part, n in looked.training.largest.items()}
+        # As the optimizer takes its step all gradients are there, and nothing of the pass.
+        stepping = {"gradients": FLOAT32 * looked.trained, "activations": 0, "logits": 0}
+        parts |= max(passing, stepping, key=lambda moment: sum(moment.values()))
+    # Outputs before the link, before the knot and after it, and their difference; the pair that was read; a matrix.
+    knot = 4 * FLOAT32 * around.outputs + own + (0 if around.beside else FLOAT32 * looked.largest)
+    scoring = max((round(sum(seen.largest.values())) for seen in looked.scoring.values()), default=0)
+    return Memory(parts, knot if looked.trained else 0, scoring)

@@ -34,6 +34,8 @@ from cola.link.text_part import text_config
 PHASES = ("body", "head", "back")  # to the output head; there, to the gradient of what came in; back through the body
 PARTS = ("activations", "logits", "gradients")
 Product = tuple[int, int, int, str]  # (m, k, n) of a matrix product, and its dtype
+NUMBERS = ("attention", "moved", "fresh", "operations")  # of a pass's work
+LARGE = 32 << 20  # bytes from which on glibc maps a block of memory for itself
 ATTENTION = "_scaled_dot_product"
 
 
@@ -58,6 +60,7 @@ class Work:
     products: dict[Product, float]  # how often each
     attention: float  # FLOPs of fused attention
     moved: float  # bytes that all other operations read and write
+    fresh: float  # bytes of large results, for which a CPU's allocator asks the system anew each time
     operations: float  # that are no view
 
     def scaled(self, share: float) -> "Work":
@@ -65,7 +68,8 @@ class Work:
         products: Counter[Product] = Counter()
         for (m, k, n, dtype), times in self.products.items():
             products[max(1, round(m * share)), k, n, dtype] += times  # pyright: ignore[reportArgumentType]
-        return Work(dict(products), self.attention * share, self.moved * share, self.operations)
+        moving = self.attention * share, self.moved * share, self.fresh * share
+        return Work(dict(products), *moving, self.operations)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def _seen(model: PreTrainedModel, go: Callable[[PreTrainedModel, "Watch"], None]
     }
     known = {*two.work.products, *three.work.products}
     products = {p: of(two.work.products.get(p, 0.0), three.work.products.get(p, 0.0)) for p in known}
-    numbers = (of(getattr(two.work, key), getattr(three.work, key)) for key in ("attention", "moved", "operations"))
+    numbers = (of(getattr(two.work, key), getattr(three.work, key)) for key in NUMBERS)
     return Seen(phases, Work(products, *numbers))
 
 
@@ -183,6 +187,7 @@ def _run(model: PreTrainedModel, go: Callable[[PreTrainedModel, "Watch"], None])
     watch = Watch()
     # PEFT numbers its virtual tokens by tensors that have values.
     with FakeTensorMode(allow_non_fake_inputs=True), _fake(model):
+        watch.leave_out(model)
         go(model, watch)
     return watch
 
@@ -219,6 +224,7 @@ class Watch(TorchDispatchMode):
     products: Counter[Product] = field(default_factory=Counter)
     attention: float = 0.0
     moved: float = 0.0
+    fresh: float = 0.0
     operations: int = 0
     gradients: set[int] = field(default_factory=set)  # storages that are gradients at the end
     _numbers: dict[int, int] = field(default_factory=dict)  # of the storages that are there
@@ -235,6 +241,10 @@ class Watch(TorchDispatchMode):
             self._work(func, args, out)
         return out
 
+    def leave_out(self, model: nn.Module) -> None:
+        """The model's own tensors are there before the pass, and are none of it."""
+        self._numbers |= {t.untyped_storage()._cdata: -1 for t in (*model.parameters(), *model.buffers())}
+
     def note(self, tensor: Tensor) -> bool:
         """Count a tensor's storage; whether it was not there before."""
         storage = tensor.untyped_storage()
@@ -243,6 +253,7 @@ class Watch(TorchDispatchMode):
             return False
         self._numbers[key] = number
         self.sizes.append(storage.nbytes())
+        self.fresh += storage.nbytes() if storage.nbytes() >= LARGE else 0
         self.made_in.append(self.phase)
         self.events.append((number, True, self.phase))
         weakref.finalize(storage, self._gone, key, number)
@@ -283,4 +294,4 @@ class Watch(TorchDispatchMode):
             now[part] += self.sizes[number] if is_made else -self.sizes[number]
             if sum(now.values()) > sum(phases[phase].values()):
                 phases[phase] = dict(now)
-        return Seen(phases, Work(dict(self.products), self.attention, self.moved, self.operations))
+        return Seen(phases, Work(dict(self.products), *(getattr(self, key) for key in NUMBERS)))
