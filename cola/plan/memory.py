@@ -132,6 +132,8 @@ class Circumstances:
     beside: bool  # whether pairs stay beside the weights at a knot
     on_cpu: bool
     outputs: int  # logits that a knot compares
+    stored: int = 0  # bytes of the files that the process reads the base from; 0 on a GPU
+    libraries: int = 0  # bytes of the process without a model; 0 on a GPU
 
 
 def memory_of(looked: Looked, around: Circumstances) -> Memory:
@@ -154,4 +156,8 @@ def memory_of(looked: Looked, around: Circumstances) -> Memory:
     # Outputs before the link, before the knot and after it, and their difference; the pair that was read; a matrix.
     knot = 4 * FLOAT32 * around.outputs + own + (0 if around.beside else FLOAT32 * looked.largest)
     scoring = max((round(sum(seen.largest.values())) for seen in looked.scoring.values()), default=0)
-    return Memory(parts, knot if looked.trained else 0, scoring)
+    # Files are mapped: as they are they are the weights, and in another format they are there beside them.
+    as_it_is = abs(around.stored - looked.weights.codes) < 0.05 * looked.weights.codes
+    loading = 0 if not around.stored else max(around.stored, looked.weights.codes)
+    loading += 0 if as_it_is or not around.stored else min(around.stored, looked.weights.codes)
+    return Memory(parts, knot if looked.trained else 0, scoring, around.libraries, loading)

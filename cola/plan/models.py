@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from cola.errors import ModelError, did_you_mean, one_line
@@ -16,6 +17,7 @@ from cola.link.model import Source
 from cola.recipe.schema import Model, is_remote
 
 FAMILY = "Qwen/Qwen1.5-"
+OF_GGUF = "of a GGUF file"  # which is dequantized to float32
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Planned:
     skeleton: PreTrainedModel
     config: str  # in words
     has_weights: bool  # whether the folder of `source` holds them
+    stored: int  # bytes of their files, or what these would be
 
 
 def built_in() -> dict[str, dict[str, Any]]:
@@ -51,11 +54,11 @@ def find_planned(model: Model, network: bool) -> Planned | None:
     if path.suffix == ".json" and path.is_file():
         return _of_config(model, path.read_text(encoding="utf-8"), "a config.json on this disk")
     if path.is_file():
-        return _planned(Source(name, gguf_config(path), model.trust_remote_code), "of a GGUF file", False)
+        return _planned(Source(name, gguf_config(path), model.trust_remote_code), OF_GGUF, False)
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
     source = Source(name, path.resolve(), model.trust_remote_code)
-    return _planned(source, "on this disk", all(file.is_file() for file in source.folder.glob("*.safetensors")))
+    return _planned(source, "on this disk", any(source.folder.glob("*.safetensors")))
 
 
 def _from_hub(model: Model) -> str:
@@ -96,7 +99,12 @@ def _planned(source: Source, where: str, has_weights: bool) -> Planned:
             "models of transformers (model_type qwen2, llama, mistral, gemma2, gpt2 and others): give a config.json of "
             "one of them"
         ) from None
-    return Planned(source, skeleton, where, has_weights)
+    if has_weights:
+        stored = sum(file.stat().st_size for file in source.files)
+    else:
+        kind = torch.float32 if where == OF_GGUF else getattr(skeleton.config, "dtype", None) or torch.float32
+        stored = skeleton.num_parameters() * kind.itemsize
+    return Planned(source, skeleton, where, has_weights, stored)
 
 
 def _kind(folder: Path) -> str:

@@ -13,6 +13,7 @@ from cola.link.model import Source
 from cola.link.text_part import text_config
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
+from cola.measure.memory import resident
 from cola.plan.devices import Device
 from cola.plan.look import Asked, look
 from cola.plan.memory import Circumstances, Looked, Memory, memory_of
@@ -177,6 +178,7 @@ class Forecast:
     rates: Rates | None = None
     meter: Meter | None = None  # those of a run that has them already
     tree: Tree | None = None
+    libraries: int = field(default_factory=resident)  # bytes of the process, before there is a model
 
     def plan(self) -> RecipePlan:
         """All of it. Raises ColaError where an arm cannot be planned."""
@@ -192,30 +194,49 @@ class Forecast:
         """One arm, its searched values the first that are tried."""
         recipe, seed = self.recipe, self.recipe.seeds[0]
         links = self._links(Job(arm=name, seed=seed))
-        resolved, before, plans = recipe.resolved(name, recipe.choices_of(name)[0]), 0, []
-        scorings = self._scorings(seed)
-        for link in links:
-            looked, passes = self.looked(name, link), self._passes(link, seed)
-            memory = self._memory(looked, link.settings, name, before)
-            before += looked.trained if link.settings.is_pair else 0
-            flops = float(self._flops(link, seed).sum())
-            plans.append(
-                LinkPlan(link.settings, looked.trained, len(link.learning_rates), flops, memory, self._step(looked, passes))
+        found = [self.looked(name, link) for link in links]
+        memories = self._memories(name, links, found)
+        plans = [
+            LinkPlan(
+                link.settings,
+                looked.trained,
+                len(link.learning_rates),
+                float(self._flops(link, seed).sum()),
+                memory,
+                self._step(looked, self._passes(link, seed)),
             )
-        bare = self.looked(name, None)
-        memories = [plan.memory for plan in plans] or [self._memory(bare, None, name, 0)]
-        last = self.looked(name, links[-1]) if links else bare
+            for link, looked, memory in zip(links, found, memories, strict=False)
+        ]
+        last = found[-1] if links else self.looked(name, None)
         looks = len(looking_steps(recipe, links, self.n_train)) if links else 0
         return ArmPlan(
-            resolved.base.dtype,
-            resolved.base.quantization,
+            *recipe.resolved(name, recipe.choices_of(name)[0]).base,
             self.planned.skeleton.num_parameters(),
             plans,
             max(memories, key=lambda memory: memory.peak),
             self._knots(last, links),
-            self._scoring(last, scorings, looks),
+            self._scoring(last, self._scorings(seed), looks),
             self._disk(plans),
         )
+
+    def every_look(self, name: str) -> list[Looked]:
+        """What was found of an arm's links, and of its base."""
+        return [self.looked(name, link) for link in (*self._links(Job(arm=name, seed=self.recipe.seeds[0])), None)]
+
+    def memory(self, name: str) -> Memory:
+        """An arm's memory alone, by the link that takes most."""
+        links = self._links(Job(arm=name, seed=self.recipe.seeds[0]))
+        found = [self.looked(name, link) for link in links]
+        return max(self._memories(name, links, found), key=lambda memory: memory.peak)
+
+    def _memories(self, name: str, links: Sequence[Link], found: Sequence[Looked]) -> list[Memory]:
+        """Of each link, or of the base where there is none."""
+        if not links:
+            return [self._memory(self.looked(name, None), None, name, 0)]
+        pairs = [looked.trained * link.settings.is_pair for link, looked in zip(links, found, strict=True)]
+        befores = [sum(pairs[:number]) for number in range(len(pairs))]
+        parts = zip(links, found, befores, strict=True)
+        return [self._memory(looked, link.settings, name, before) for link, looked, before in parts]
 
     @property
     def n_train(self) -> int:
@@ -274,8 +295,9 @@ class Forecast:
         beside = resolved.rules.merge == "no" or resolved.base.quantization is not None
         outputs = PROBE_ROWS * PROBE_TARGETS * text_config(self.planned.skeleton).vocab_size
         whole = settings is not None and settings.is_whole
-        on_cpu = self.device.kind == "cpu"
-        return memory_of(looked, Circumstances(0 if resolved.rules.keeps_pair else before, whole, beside, on_cpu, outputs))
+        on_cpu, kept = self.device.kind == "cpu", 0 if resolved.rules.keeps_pair else before
+        process = (self.planned.stored, self.libraries) if on_cpu else (0, 0)
+        return memory_of(looked, Circumstances(kept, whole, beside, on_cpu, outputs, *process))
 
     # Times
 
