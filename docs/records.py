@@ -14,7 +14,7 @@ from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.tree.made import Provenance
-from cola.tree.records import Chosen, EvaluationFile, References, Result, ScoreRow
+from cola.tree.records import Chosen, EvaluationFile, Foreseen, References, Result, ScoreRow
 from cola.tree.spectra import Spectrum
 
 DOCS = Path(__file__).parent
@@ -25,6 +25,7 @@ RECORDS: dict[str, type[BaseModel]] = {
     "scores/SPLIT.jsonl": ScoreRow,
     "chosen.json": Chosen,
     "segments.json": References,
+    "plan.json": Foreseen,
     "spectrum.json": Spectrum,
     "summary.json": Summary,
     "summary.json of several runs": TasksSummary,

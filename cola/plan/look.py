@@ -19,11 +19,11 @@ from cola.link.base import shape_of
 from cola.link.targets import target_names
 from cola.measure.cost import SHAPELESS
 from cola.plan.memory import Looked, Weights, weights_of
-from cola.plan.passes import PHASES, Seen, Shape, Work, scoring_pass, training_pass
+from cola.plan.passes import LARGE, PHASES, Seen, Shape, Work, scoring_pass, training_pass
 from cola.recipe.methods import Lora, Settings
 from cola.recipe.resolved import BaseFormat
 
-VERSION = 1  # part of the name of what is kept: raise it when a pass is looked at otherwise
+VERSION = 2  # part of the name of what is kept: raise it when a pass is looked at otherwise
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def _look(skeleton: PreTrainedModel, asked: Asked) -> Looked:
         scoring,
         sum(matrices),
         max(matrices, default=0),
+        sum(size for p in trained if (size := p.numel() * 4) >= LARGE),
     )
 
 
@@ -107,7 +108,7 @@ def _written(found: Looked) -> dict[str, Any]:
         if seen is None:
             return None
         work = asdict(seen.work) | {"products": [[*product, times] for product, times in seen.work.products.items()]}
-        return {"phases": seen.phases, "work": work}
+        return {"phases": seen.phases, "work": work, "small": seen.small, "large": seen.large}
 
     rest = {key: value for key, value in vars(found).items() if key not in ("weights", "training", "scoring")}
     scoring = {name: of(seen) for name, seen in found.scoring.items()}
@@ -119,7 +120,8 @@ def _read(said: dict[str, Any]) -> Looked:
         if record is None:
             return None
         products = {(m, k, n, dtype): times for m, k, n, dtype, times in record["work"]["products"]}
-        return Seen({phase: record["phases"][phase] for phase in PHASES}, Work(**record["work"] | {"products": products}))
+        phases = {phase: record["phases"][phase] for phase in PHASES}
+        return Seen(phases, Work(**record["work"] | {"products": products}), record["small"], record["large"])
 
     scoring = {name: seen for name, record in said["scoring"].items() if (seen := of(record)) is not None}
     parts = {"weights": Weights(**said["weights"]), "training": of(said["training"]), "scoring": scoring}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cola.errors import ModelError, did_you_mean, one_line
 from cola.files import cache_dir, digest, package_file, sha256, write_text
-from cola.link.find import gguf_config
+from cola.link.find import gguf_config, gguf_weights
 from cola.link.model import Source
 from cola.recipe.schema import Model, is_remote
 
@@ -47,14 +47,16 @@ def find_planned(model: Model, network: bool) -> Planned | None:
     path = Path(name).expanduser()
     if name.startswith("package://"):
         path = package_file(name)
-    elif is_remote(name):
+    elif is_remote(name) and path.suffix != ".json":
         return _of_config(model, _from_hub(model), "from the hub") if network else None
     if not path.exists():
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
     if path.suffix == ".json" and path.is_file():
         return _of_config(model, path.read_text(encoding="utf-8"), "a config.json on this disk")
     if path.is_file():
-        return _planned(Source(name, gguf_config(path), model.trust_remote_code), OF_GGUF, False)
+        weights = gguf_weights(path)
+        source = Source(name, weights or gguf_config(path), model.trust_remote_code)
+        return _planned(source, OF_GGUF, weights is not None)
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
     source = Source(name, path.resolve(), model.trust_remote_code)
@@ -73,7 +75,7 @@ def _from_hub(model: Model) -> str:
         raise ModelError(
             f"model.name_or_path: {name}: no such folder here, the hub did not give its config.json "
             f"({type(error).__name__}: {one_line(error, 120)}), and it is not built in: those are "
-            f"{', '.join(built_in())}{did_you_mean(name, built_in())} A folder with a config.json, or that file itself, "
+            f"{', '.join(built_in())}{did_you_mean(name, built_in())}. A folder with a config.json, or that file itself, "
             "is enough for a plan"
         ) from None
 

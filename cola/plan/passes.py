@@ -78,6 +78,8 @@ class Seen:
 
     phases: dict[str, dict[str, float]]
     work: Work
+    small: float  # the most that lies in storages below LARGE at once
+    large: float  # and in others
 
     @property
     def largest(self) -> dict[str, float]:
@@ -156,7 +158,8 @@ def _logits(model: PreTrainedModel, shape: Shape, watch: "Watch", cache: Dynamic
         return (selected_NH.unsqueeze(0),)
 
     hook = head.register_forward_pre_hook(select)
-    inputs: dict[str, Any] = {} if unwrapped(model) is not model else {"past_key_values": cache}
+    prefixed = unwrapped(model) is not model and model.active_peft_config.peft_type == "PREFIX_TUNING"
+    inputs: dict[str, Any] = {} if prefixed else {"past_key_values": cache}  # a prefix is a cache of its own
     try:
         output = model(input_ids=torch.zeros(shape.rows, shape.tokens, dtype=torch.long), use_cache=False, **inputs)
     finally:
@@ -180,7 +183,7 @@ def _seen(model: PreTrainedModel, go: Callable[[PreTrainedModel, "Watch"], None]
     known = {*two.work.products, *three.work.products}
     products = {p: of(two.work.products.get(p, 0.0), three.work.products.get(p, 0.0)) for p in known}
     numbers = (of(getattr(two.work, key), getattr(three.work, key)) for key in NUMBERS)
-    return Seen(phases, Work(products, *numbers))
+    return Seen(phases, Work(products, *numbers), of(two.small, three.small), of(two.large, three.large))
 
 
 def _run(model: PreTrainedModel, go: Callable[[PreTrainedModel, "Watch"], None]) -> "Watch":
@@ -289,9 +292,13 @@ class Watch(TorchDispatchMode):
         """What the pass took."""
         now = dict.fromkeys(PARTS, 0.0)
         phases = {phase: dict(now) for phase in PHASES}
+        kinds, most = [0, 0], [0, 0]  # small storages and large ones
         for number, is_made, phase in self.events:
             part = "gradients" if number in self.gradients else "logits" if self.made_in[number] == "head" else PARTS[0]
-            now[part] += self.sizes[number] if is_made else -self.sizes[number]
+            change, kind = self.sizes[number] if is_made else -self.sizes[number], self.sizes[number] >= LARGE
+            now[part] += change
+            kinds[kind] += change
+            most[kind] = max(most[kind], kinds[kind])
             if sum(now.values()) > sum(phases[phase].values()):
                 phases[phase] = dict(now)
-        return Seen(phases, Work(dict(self.products), *(getattr(self, key) for key in NUMBERS)))
+        return Seen(phases, Work(dict(self.products), *(getattr(self, key) for key in NUMBERS)), *most)

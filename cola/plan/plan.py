@@ -219,6 +219,13 @@ class Forecast:
             self._disk(plans),
         )
 
+    def training_seconds(self, name: str) -> float | None:
+        """Of all steps of an arm under one seed."""
+        seed = self.recipe.seeds[0]
+        links = self._links(Job(arm=name, seed=seed))
+        steps = [self._step(self.looked(name, link), self._passes(link, seed)) for link in links]
+        return _total([each and each * len(link.learning_rates) for each, link in zip(steps, links, strict=True)])
+
     def every_look(self, name: str) -> list[Looked]:
         """What was found of an arm's links, and of its base."""
         return [self.looked(name, link) for link in (*self._links(Job(arm=name, seed=self.recipe.seeds[0])), None)]

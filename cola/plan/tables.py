@@ -1,12 +1,13 @@
 """A plan in words and tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from cola.plan.fit import Fit
 from cola.plan.memory import Memory
 from cola.plan.plan import ArmPlan, LinkPlan, RecipePlan
 from cola.report.numbers import count, duration, number, size
 from cola.report.table import NONE, Shown, Table
+from cola.tree.records import Foreseen, Result
 
 HEADS = {"quantization": "codes' scales", "residual": "earlier pairs"}
 
@@ -82,6 +83,30 @@ def fit_lines(plan: RecipePlan, fits: Mapping[str, Fit]) -> list[str]:
 
 def _moment(memory: Memory) -> str:
     return {"training": "training", "knot": "tying a knot", "evaluation": "scoring", "loading": "loading"}[memory.when]
+
+
+def beside_table(foreseen: Foreseen, results: Iterable[Result]) -> Table:
+    """Predicted beside measured: the largest peak of an arm's seeds, and the mean seconds of its steps."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result.train_info.steps and not result.train_info.reused_steps:  # what was found was measured elsewhere
+            found.setdefault(result.run_info.arm, []).append(result)
+    rows: list[list[Shown]] = []
+    for arm, one in foreseen.arms.items():
+        infos = [result.train_info for result in found.get(arm, [])]
+        if not infos:
+            continue
+        key = "accelerator_memory_max" if foreseen.device == "cuda" else "process_memory_max"
+        peak = max((n for info in infos if (n := getattr(info, key)) is not None), default=None)
+        seconds = sum(info.train_seconds for info in infos) / len(infos)
+        times = [_time(one.seconds), duration(seconds), _off(one.seconds, seconds)]
+        rows.append([arm, size(one.peak), size(peak), _off(one.peak, peak), *times])
+    heads = ["arm", "peak memory, predicted", "measured", "off by", "training, predicted", "measured ", "off by "]
+    return Table("predicted beside measured", heads, rows)
+
+
+def _off(predicted: float | None, measured: float | None) -> Shown:
+    return NONE if not predicted or not measured else number(predicted / measured - 1, "+.0%")
 
 
 def total_lines(plan: RecipePlan) -> list[str]:

@@ -23,6 +23,7 @@ from cola.run.announce import say_cautions, say_plan
 from cola.run.assignment import Bench
 from cola.run.code import admit_code
 from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
+from cola.run.foresee import foresee
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
 from cola.run.materials import check_bases, check_folder, gather, heeding
@@ -74,6 +75,7 @@ def run(
     meter, jobs = planner.meter(recipe), jobs_of(recipe)
     tree = planner.tree(recipe, meter, siblings)
     say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
+    folder.write("plan.json", foresee(materials, meter, tree, store, terminal))
     off = mode_of(recipe.tracking) == "off"
     tracker = NoTracker() if off else Tracker(recipe.tracking, group, folder.path, terminal.warn)
     sent = set() if tracked is None else tracked

@@ -157,6 +157,10 @@ class RunFolder:
         kept = read_json(self.path / "segments.json", records.References) or records.References()
         return {kind: set(getattr(kept, kind)) for kind in records.References.model_fields}
 
+    def foreseen(self) -> records.Foreseen | None:
+        """What the run was expected to take; None where an earlier version began it."""
+        return read_json(self.path / "plan.json", records.Foreseen)
+
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
         self.write_text(name, json.dumps(record.content(), indent=1) + "\n")
