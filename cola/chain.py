@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from cola.link import adapters, residual, starts
+from cola.link import adapters, residual, shares, starts
 from cola.link.base import Base
 from cola.link.drift import Drift, Outputs, Probe
-from cola.link.residual import Applied, LinkWeights, Residual
+from cola.link.residual import Applied, LinkWeights, Residual, Share
 from cola.link.targets import target_names
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
@@ -44,16 +44,17 @@ class Knot:
     outputs: Outputs  # once it was tied
     drift: Drift  # of the outputs, which should be nothing but rounding
     applied: dict[str, Applied]  # what each of the link's matrices was given, against what was learned
+    share: Share  # of the pair that was kept
 
 
 def run_chain(
     chain: Chain,
     links: Sequence[Link],
-    tune: Callable[[Chain, Link], None],
+    tune: Callable[[Chain, Link], shares.Logged | None],
     probe: Probe,
     gradients: starts.Gradients = starts.no_gradients,
 ) -> Iterator[Knot]:
-    """Train those of the links that are not tied yet, in order: `tune` trains what `extend` attached.
+    """Train the links that are not tied yet, in order: `tune` trains what `extend` attached, and may return its log.
 
     Args:
         probe: Asks the model, in eval mode.
@@ -62,8 +63,8 @@ def run_chain(
     start = probe(chain.model)
     for link in links[len(chain.learned) :]:
         extend(chain, link, gradients)
-        tune(chain, link)
-        knot = tie_knot(chain, start, probe, more_to_come=link is not links[-1])
+        logged = tune(chain, link) or ()
+        knot = tie_knot(chain, start, probe, link is not links[-1], logged)
         yield knot
         start = knot.outputs
 
@@ -87,13 +88,13 @@ def retie(chain: Chain, learned: Residual, account: bool = False) -> dict[str, A
     return residual.write(chain.model, chain.base, learned, names, chain.rules.merge, before if account else None)
 
 
-def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool) -> Knot:
+def tie_knot(chain: Chain, start: Outputs, probe: Probe, more_to_come: bool, logged: shares.Logged = ()) -> Knot:
     """Merge the pair: W <- cast(float32(W_0) + Σ s B A), rounded once. `start`: the outputs before the link."""
     before, taken = probe(chain.model), adapters.taken_out(chain.model)
     weights = adapters.detach(chain.model)
     if taken:  # by PiSSA out of the weights; the pair holds it
         residual.write(chain.model, chain.base, chain.learned, list(taken), chain.rules.merge)
-    share = chain.rules.merge_fraction if more_to_come else 1.0
+    share = shares.kept(chain.rules, chain.learned, weights, logged) if more_to_come else 1.0
     applied = retie(chain, [*chain.learned, residual.times(weights, share)], account=True)
     after = probe(chain.model)
-    return Knot(weights, after, Drift.between(start, before, after), {name: applied[name] for name in weights})
+    return Knot(weights, after, Drift.between(start, before, after), {name: applied[name] for name in weights}, share)

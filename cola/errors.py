@@ -98,6 +98,10 @@ class StoreError(ColaError, OSError):
     """The store of segments cannot be used, or has no such segment."""
 
 
+class LeaseLost(ColaError):
+    """What this process was at was taken over while it stood still; it publishes nothing more of it."""
+
+
 class NonFiniteLoss(ColaError, ArithmeticError):
     """The loss or its gradient left the finite numbers; the update was not made."""
 
@@ -112,6 +116,14 @@ class MomentsNotCleared(ColaError, ArithmeticError):
 
 class MomentsNotKept(ColaError):
     """A knot is to hand on an optimizer's state that is not there."""
+
+
+class RankFailed(ColaError):
+    """One of the processes that train together failed in its passes, and so the arm did; all of them are there."""
+
+
+class RanksLost(ColaError, ConnectionError):
+    """Another of the processes that train together has ended; exit code 75, as the same command goes on."""
 
 
 class IdeaError(ColaError, ValueError):

@@ -90,6 +90,8 @@ def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
     try:
         yield new
         sync(new)
+        if path.is_dir() and not path.is_symlink():
+            raise RunFolderError(f"{path} is a folder where a file belongs; remove it")
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
@@ -116,8 +118,13 @@ def folder_aside(to: Path) -> Iterator[Path]:
 
 def load_json(path: Path) -> Any:
     """The value in a JSON file. Raises OSError where it cannot be read, and ValueError where it is no JSON."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8; a ValueError where it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(data.decode())
     except RecursionError as error:
         raise ValueError("its brackets are nested too deeply") from error
 
@@ -155,6 +162,12 @@ def cache_dir() -> Path:
     if own := os.environ.get("COLA_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cola"
+
+
+def without_home(text: str) -> str:
+    """A text for a record: what it says to lie under the user's home is `~/...`, which names no user, and is found from
+    any home that has it."""
+    return text.replace(f"{Path.home()}/", "~/")
 
 
 def store_path(own: str | None = None) -> Path:

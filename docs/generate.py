@@ -19,13 +19,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from records import RECORDS, RESULTS, schemas, table
+from scout import SCOUT
+from scout import page as scout_page
 from study import STUDY, headline, sentence
 from study import page as study_page
 
 from cola.compare import ablation
 from cola.compare.records import Summary
 from cola.recipe import arms, data_section, recipe, schema, yaml12
-from cola.recipe.ideas import Idea
+from cola.recipe.ideas import Idea, OneOf
 from cola.report.tables import named_tables
 from cola.report.verdict import verdict
 
@@ -123,7 +125,8 @@ def kind(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if hasattr(annotation, "__metadata__"):
-        return kind(get_args(annotation)[0])
+        wordless = any(isinstance(one, OneOf) and not one.words for one in annotation.__metadata__)
+        return kind(get_args(annotation)[0]).removeprefix("word \\| " if wordless else "")
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
     if annotation is Idea:
@@ -535,6 +538,7 @@ def main() -> int:
         ROOT / "docs/precision.md": with_tables("precision.md", PRECISION_BLOCKS),
         ROOT / "docs/performance.md": with_tables("performance.md", PERFORMANCE_BLOCKS),
         STUDY / "README.md": study_page(fill),
+        SCOUT / "README.md": scout_page(fill),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:

@@ -14,6 +14,7 @@ from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.tree.made import Provenance
+from cola.tree.manifest import Manifest
 from cola.tree.records import Chosen, EvaluationFile, Foreseen, References, Result, ScoreRow
 from cola.tree.spectra import Spectrum
 
@@ -26,6 +27,7 @@ RECORDS: dict[str, type[BaseModel]] = {
     "chosen.json": Chosen,
     "segments.json": References,
     "plan.json": Foreseen,
+    "manifest.json": Manifest,
     "spectrum.json": Spectrum,
     "summary.json": Summary,
     "summary.json of several runs": TasksSummary,

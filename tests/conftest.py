@@ -33,6 +33,10 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", type=int, default=1, help="how often each test of tests/tree/test_leases.py is run")
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, as Qwen's, over a few words."""
     tokenizer = Tokenizer(models.BPE())

@@ -36,3 +36,19 @@ class Slowing(torch.optim.SGD):
 
 def heavy_ball(trained, *, momentum: float = 0.9):
     return Slowing(trained.groups, lr=0.0, momentum=momentum)
+
+
+def half(matrix, *, share: float = 0.5):
+    """The next pair begins with a part of the one before, which is taken out of the weight it was merged into."""
+    return matrix.before.A_RI, share * matrix.before.B_OR
+
+
+def shrinking(link, *, by: float = 2.0):
+    """The longer the chain, the less of a pair is kept."""
+    return 1 / (1 + by * len(link.earlier))
+
+
+def by_size(link):
+    """Of each matrix the more, the larger its update is beside the largest."""
+    sizes = {name: float((pair.B_OR @ pair.A_RI).norm()) for name, pair in link.pairs.items()}
+    return {name: 0.5 + 0.5 * size / max(sizes.values()) for name, size in sizes.items()}

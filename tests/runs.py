@@ -16,7 +16,7 @@ from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.run import run
-from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_folder import RunFolder
 from cola.tree.run_holder import take_run
 
 CHOICE = ["data.task=multiple_choice", "data.answer=null", "data.choices=[blue,green,yellow,red]", "data.label=label"]
@@ -49,6 +49,11 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     """A run that is there, and its recipe."""
     folder = RunFolder.open(path)
     return folder, read_recipe(folder.recipe_file)
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a file, as they lie there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def result(folder: RunFolder, arm: str, seed: int = 0) -> dict:

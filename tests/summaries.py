@@ -340,6 +340,7 @@ def curves_of(summary: Summary, steps: int = 90) -> dict[str, dict[int, list[Met
 
 def write_run(path: Path, summary: Summary) -> RunFolder:
     """A run folder with this summary and curves, as `cola report` reads it."""
+    path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     folder.write("summary.json", summary)
     if summary.meta is not None:

@@ -1,4 +1,4 @@
-"""cola new | plan | run | ablate | data | report | compare | export | eval | inspect | store.
+"""cola new | plan | run | ablate | data | report | compare | verify | export | eval | inspect | store | doctor.
 
 What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
@@ -17,7 +17,8 @@ from typer import Argument, Option
 
 from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
-from cola.errors import ColaError, plain
+from cola.environment import launched
+from cola.errors import ColaError, LeaseLost, RanksLost, plain
 from cola.run.interrupt import RESUMABLE, Interrupted
 
 # What the system says of a user's disk or path.
@@ -165,8 +166,8 @@ def run(
     The same command goes on with a run that was stopped, and trains nothing that was trained before.
 
     Exit code: 0 all arms are there, 1 some failed (the same command tries them again) or two gave the same outputs
-    where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted (the same command goes on),
-    130 interrupted before anything had begun.
+    where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted, at whatever
+    moment (the same command goes on).
     """
     with no_garbage():
         from cola.cli import train
@@ -282,6 +283,21 @@ def compare(
     print_all(*compare_runs(first, second), Terminal())
 
 
+def verify_run(
+    run_folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run, or of an ablation.")],
+) -> None:
+    """Check every file of a run against its SHA-256, wherever the folder was copied, packed or moved to.
+
+    Says what is not as it was written, and what brings it back. The store is not looked into: cola store verify does.
+
+    Exit code: 0 all is whole; 1 something is not, or the run is of a version that wrote nothing to check against.
+    """
+    from cola.cli.verify import verify as check
+    from cola.report.terminal import Terminal
+
+    raise typer.Exit(check(run_folder, Terminal()))
+
+
 def doctor() -> None:
     """Say what cola finds here: versions, devices, threads, cache and store, trackers and the hub; and what is missing,
     with the command that brings it.
@@ -311,6 +327,9 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     def run(*words: Any, **options: Any) -> None:
         try:
             command(*words, **options)
+        except (LeaseLost, RanksLost) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = RESUMABLE
         except ColaError as error:
             for line in str(error).replace(unsaid, "").splitlines():
                 print(f"error: {line}", file=sys.stderr)
@@ -333,11 +352,31 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     return run
 
 
+def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that torchrun or accelerate launch may start several times: one of them does it, the others help."""
+
+    @wraps(command)
+    def run(*words: Any, **options: Any) -> None:
+        if not launched():
+            return command(*words, **options)
+        with no_garbage():
+            from cola.run import helper, ranks
+        with ranks.team() as leads:
+            if not leads:
+                raise typer.Exit(helper.help_along())
+            command(*words, **options)
+
+    return run
+
+
 app.command("new")(_one_line_errors(new, unsaid="model.name_or_path: "))
-for name, command in {"plan": plan, "run": run, "ablate": ablate, "data": show_data, "report": report, "compare": compare}.items():
+for name, command in {"run": run, "ablate": ablate}.items():
+    app.command(name)(_one_line_errors(_of_all_ranks(command)))
+for name, command in {"plan": plan, "data": show_data, "report": report, "compare": compare}.items():
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
+app.command("verify")(_one_line_errors(verify_run))
 app.command("doctor")(_one_line_errors(doctor))
 for command in (ls, verify, prune):
     store_app.command(command.__name__)(_one_line_errors(command))

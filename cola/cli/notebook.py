@@ -15,7 +15,7 @@ from cola.report.tables import named_tables
 from cola.report.verdict import verdict
 from cola.run.interrupt import RESUMABLE
 from cola.tree.records import Result
-from cola.tree.run_folder import RunFolder, read_json, read_jsonl
+from cola.tree.run_folder import RunFolder
 
 COST = ("learning_rate", "scored_step", "steps", "reused_steps", "tokens", "flops", "num_trainable_params")
 COST += ("train_seconds", "total_seconds", "train_cpu_seconds", "total_cpu_seconds")
@@ -55,7 +55,7 @@ def load(path: str | Path) -> "Run":
     if (path / "ablation.json").is_file():
         raise RunFolderError(f"{path} is an ablation: load one of its points, {path}/points/...")
     folder = RunFolder.open(path)
-    summary = read_json(path / "summary.json", Summary)
+    summary = folder.read("summary.json", Summary)
     if summary is None:
         raise RunFolderError(f"{path} holds no summary yet; go on with it by `cola run --resume {path}`")
     return Run(folder, summary)
@@ -108,7 +108,7 @@ class Run:
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         places = ((arm, seed, self.path / "arms" / arm / f"seed-{seed}" / name) for arm, seed, _ in self._done())
-        return [{"arm": arm, "seed": seed, **row} for arm, seed, path in places for row in read_jsonl(path)]
+        return [{"arm": arm, "seed": seed, **row} for arm, seed, path in places for row in self._folder.lines(path)]
 
     def __repr__(self) -> str:
         return f"<run {self.path.name}: {', '.join(self.summary.arms)}; seeds {self.summary.seeds}>"

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from cola.compare.spectra import summarized
-from cola.errors import ModelError
+from cola.errors import ModelError, RunFolderError
 from cola.export.outcome import Outcome, outcomes
 from cola.link.accelerator import make_accelerator, quiet_libraries
 from cola.measure.learned import Learned
@@ -16,6 +16,7 @@ from cola.recipe.plan import Job
 from cola.report.numbers import duration
 from cola.report.tables import matrices_table, overlap_table, spectra_table
 from cola.report.terminal import Terminal
+from cola.tree.mend import said
 from cola.tree.spectra import SPECTRUM, Spectrum, read_spectrum, spectrum_of, write_spectrum
 
 FEW = 60  # rows of a table of matrices that a terminal is given
@@ -69,7 +70,12 @@ class _View:
         return Learned(source, source.skeleton(), recipe.pairs, make_accelerator("float32").device)
 
     def record(self, outcome: Outcome, intruders: bool) -> Spectrum:
-        spectrum, started = read_spectrum(outcome.folder, outcome.job), perf_counter()
+        started = perf_counter()
+        try:
+            spectrum = read_spectrum(outcome.folder, outcome.job)
+        except RunFolderError as error:
+            self.terminal.warn(f"{said(error)}; its spectra are taken again")
+            spectrum = None
         new = spectrum is None
         if spectrum is None:
             self.terminal.say(f"{outcome.job.label}: taking the spectra")

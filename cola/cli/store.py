@@ -17,7 +17,7 @@ from cola.report.numbers import duration, size
 from cola.report.table import NONE, Cell, Shown, Table
 from cola.report.terminal import Terminal
 from cola.tree import prune as pruning
-from cola.tree.locks import alone
+from cola.tree.leases import alone
 from cola.tree.store import Segment, Store
 
 
@@ -55,8 +55,9 @@ def verify(opened: Store) -> int:
 
 def prune(opened: Store, yes: bool) -> None:
     """Free what no run folder that still exists refers to, once the user says so; `yes`: was said."""
-    with alone(opened.path):
-        garbage = _say_garbage(opened, Terminal())
+    terminal = Terminal()
+    with alone(opened.path, terminal.say):
+        garbage = _say_garbage(opened, terminal)
         if not garbage:
             return
         if not yes and not sys.stdin.isatty():

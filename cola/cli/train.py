@@ -10,7 +10,7 @@ from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
-from cola.run.interrupt import RESUMABLE, Signals
+from cola.run.interrupt import RESUMABLE, Signals, stand_down
 from cola.tree.run_folder import RunFolder
 from cola.tree.run_holder import lock_run, take_run, unfinished_run
 
@@ -54,7 +54,7 @@ def _need_leave(recipe: Recipe, allow_code: bool) -> None:
 
 def resume(path: Path, allow_code: bool = False) -> int:
     """Go on with the run in a folder; returns the exit code."""
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, to_mend=True)
     recipe = read_recipe(folder.recipe_file)
     _need_leave(recipe, allow_code)
     with lock_run(path):
@@ -77,6 +77,7 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
     from cola.cli.show import print_results, say_tracking, track_run
 
     print_results(folder, summary, terminal)
+    stand_down()
     # One that stopped goes on later, and is compared then; a tracker that failed once would only be waited for again.
     if not summary.interrupted and summary.tracking and summary.tracking.mode != "off":
         track_run(recipe, folder, summary, terminal)
@@ -115,6 +116,7 @@ def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool, allow_code:
         from cola.cli.show import print_ablation, track_ablation
 
         print_ablation(folder, summary, terminal)
+        stand_down()
         if not summary.interrupted:
             track_ablation(folder, summary, terminal, publish=False)
     if summary.interrupted:

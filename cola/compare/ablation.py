@@ -28,7 +28,7 @@ from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.recipe.yaml12 import values_of
 from cola.tree.records import Result
-from cola.tree.run_folder import FORMAT, RunFolder, read_json
+from cola.tree.run_folder import FORMAT, RunFolder
 from cola.tree.run_holder import last_unfinished, lock_run
 
 N = TypeVar("N", bound=records.AblationNote)
@@ -122,14 +122,14 @@ def take_ablation(points: list[Point]) -> Iterator[Path]:
         raise RunFolderError(f"{recipe.output}: the folder cannot be made: {error.strerror}") from None
     with lock_run(folder):  # before its note is there, by which others find it
         note = records.AblationNote(format=FORMAT, causes=causes, finished=False)
-        RunFolder(folder).write("ablation.json", note)
+        RunFolder(folder).begin("ablation.json", note)
         yield folder
 
 
 def read_ablation(folder: Path, shape: type[N] = records.AblationNote) -> N | None:
     """What ablation.json holds; None where it is damaged, of another version, or has not so much in it yet."""
     try:
-        note = read_json(folder / "ablation.json", shape)
+        note = RunFolder(folder).read("ablation.json", shape)
     except RunFolderError:
         return None
     return note if note is not None and note.format == FORMAT else None
@@ -151,7 +151,7 @@ def summarize_ablation(
     reused: dict[str, tuple[int, int]] = {}  # of each last state: the fewest steps found, and all
     for number, point in enumerate(points):
         run = RunFolder(folder / "points" / point.folder)
-        summary = read_json(run.path / "summary.json", records.Summary)
+        summary = run.read("summary.json", records.Summary)
         results = [r for r in run.results(damaged) if isinstance(r, Result)] if summary else []
         samples |= {summary.train_sample} if summary and results else set()
         for result in results:

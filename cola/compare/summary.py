@@ -18,8 +18,9 @@ from cola.recipe.plan import trials_of
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import SPLITS
 from cola.tree.made import Made
+from cola.tree.manifest import damaged_file
 from cola.tree.records import Chosen, Result, TrainInfo
-from cola.tree.run_folder import RunFolder, choice_file, damaged_file
+from cola.tree.run_folder import RunFolder, choice_file
 
 COSTS = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
 CPU = ("train_cpu_seconds", "total_cpu_seconds")  # which earlier versions did not note
@@ -148,7 +149,7 @@ def _ledger(infos: list[TrainInfo]) -> list[records.KnotLedger]:
             records.KnotLedger(
                 link=number + 1,
                 merge=knots[0].merge or "",
-                fraction=1.0 if last else there[0].rules and there[0].rules.merge_fraction,
+                fraction=1.0 if last else _share_kept(there, number),
                 cleared=float(np.mean([info.links[number].cleared for info in there])),
                 **{key: float(np.mean(known[key])) for key in MEANS},
                 **{key: pick(known[key], default=None) for key, pick in WORST.items()},
@@ -156,6 +157,14 @@ def _ledger(infos: list[TrainInfo]) -> list[records.KnotLedger]:
             )
         )
     return rows
+
+
+def _share_kept(infos: list[TrainInfo], number: int) -> float:
+    """Which share of its pair the knot of that number kept, another link following: the mean over matrices and seeds,
+    where a rule says it of each."""
+    shares = [info.shares(number + 1)[number] for info in infos]
+    means = [float(np.mean([*share.values()])) if isinstance(share, dict) else share for share in shares]
+    return float(np.mean(means))
 
 
 def _trials(comparer: Comparer) -> dict[str, records.Search]:

@@ -11,7 +11,6 @@ from cola.recipe.schema import SPLITS, is_remote
 from cola.report.numbers import interval
 from cola.report.table import NONE, Columns, Shown, Table
 from cola.tree.records import TrainedLink
-from cola.tree.run_folder import read_json
 
 
 def model_card(
@@ -95,7 +94,7 @@ def _results_table(outcome: Outcome) -> Table:
         [split, f"{one.loss:.4f}", _text(one.score, ".4f"), str(one.n)] for split, one in scored.items()
     ]
     rows.append(["gap", f"{evaluation.gap_loss:+.4f}", _text(evaluation.gap_acc, "+.4f"), ""])
-    summary = read_json(outcome.folder.path / "summary.json", Summary)
+    summary = outcome.folder.read("summary.json", Summary)
     if summary is not None and (arm := summary.arms.get(outcome.job.arm)) is not None:
         compared = {key: value for key, value in arm.given().items() if key in ("ft_gap", "closed")}
         rows += [[f"{key}, all seeds", "", interval(value), ""] for key, value in compared.items()]

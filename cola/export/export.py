@@ -139,6 +139,7 @@ class _Writing:
         """Write the weights in the form that is asked for, and what is loaded with them."""
         outcome, folder = self.outcome, self.folder
         if not outcome.kind.merges:
+            outcome.check("adapter")
             _copy(outcome.path / "adapter", folder, outcome.base_name)
             return
         learned = outcome.residual() if outcome.kind.is_pair else []

@@ -24,7 +24,6 @@ from cola.recipe.methods import Lora
 from cola.report.terminal import Terminal
 from cola.tree.made import Made, Provenance
 from cola.tree.records import MetricRow
-from cola.tree.run_folder import read_rows
 from cola.tree.shapes import Name, Seconds, Tokens
 
 FORMAT = 1  # of `cola`, in each file
@@ -165,7 +164,7 @@ def _metrics(outcome: Outcome) -> list[dict[str, Any]]:
     """What PEFT's script writes: an entry for each look at validation, with what was trained since the one before; then
     the one that its tables are made of, of the test rows at the step that was scored."""
     evaluation, scored, looks = outcome.result.evaluation, outcome.info.scored_step, outcome.info.evaluations
-    rows = [row for row in read_rows(outcome.path / "metrics.jsonl", _Row) if row.kind == "step"]
+    rows = [row for row in outcome.folder.rows(outcome.path / "metrics.jsonl", _Row) if row.kind == "step"]
     entries = []
     for before, look in zip([0, *(look.step for look in looks)], looks, strict=False):
         steps = [row for row in rows if before < row.step <= look.step]

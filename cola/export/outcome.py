@@ -25,6 +25,7 @@ from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import is_remote
 from cola.tree.made import Provenance
+from cola.tree.manifest import check_folder, damaged_file
 from cola.tree.records import Result, TrainInfo
 from cola.tree.run_folder import RunFolder
 
@@ -79,8 +80,8 @@ class Outcome:
     @cached_property
     def provenance(self) -> Provenance:
         """What the run was made with."""
-        provenance = self.folder.provenance()
-        assert provenance is not None  # a result was written after it
+        if (provenance := self.folder.provenance()) is None:
+            raise damaged_file(self.folder.path / "provenance.json", "it has gone")
         return provenance
 
     @property
@@ -107,16 +108,18 @@ class Outcome:
     def residual(self) -> Residual:
         """What the chain had learned where it was scored, float32 on the CPU; raises as `link_folders` does, and where
         one is damaged."""
-        pairs, rules = self._pairs(), self.rules
-        return [*residual.left_behind(pairs[:-1], rules.merge_fraction, rules.keeps_pair), pairs[-1]]
+        *before, last = self._pairs()
+        return [*residual.left_behind(before, self.info.shares(len(before)), self.rules.keeps_pair), last]
 
     def added(self) -> Residual:
         """What each link added to the chain; the same as `residual` but for a pair that goes on from link to link."""
-        return residual.added(self._pairs(), self.rules.merge_fraction, self.rules.keeps_pair)
+        pairs = self._pairs()
+        return residual.added(pairs, self.info.shares(len(pairs) - 1), self.rules.keeps_pair)
 
     def _pairs(self) -> Residual:
         pairs = []
         for folder in self.link_folders():
+            self.check(folder.relative_to(self.path).as_posix())
             try:
                 pairs.append(adapter_files.load_pair(folder))
             except (SafetensorError, ValueError, KeyError, OSError) as error:
@@ -149,6 +152,7 @@ class Outcome:
     @property
     def tuned(self) -> Source:
         """All weights, of full fine-tuning. Raises ModelError if they were not kept."""
+        self.check("model")
         if not (self.path / "model" / "config.json").is_file():
             raise ModelError(
                 f"arm {self.job.arm}: the fully fine-tuned weights were not kept; run the recipe with "
@@ -168,12 +172,17 @@ class Outcome:
         folder = self.path / "adapter"
         if not folder.is_dir():
             raise ModelError(f"{folder} is not there: the run's folder was not copied as a whole")
+        self.check("adapter")
         if not isinstance(self.links[0], Adapter):
             return adapter_files.load_adapter(model, folder)
         model = adapters.attach(model, self.links[0], seed=0)
         adapter_files.put_back(folder, model, self.links[0])
         adapters.detach(model)
         return model
+
+    def check(self, name: str) -> None:
+        """Raise a RunFolderError where a file of a folder of the arm's and seed's is not what was written."""
+        check_folder(self.folder.path, (self.path / name).relative_to(self.folder.path))
 
     def chain(self, device: torch.device) -> Chain:
         """The base with the scored links tied; raises as `residual` does."""

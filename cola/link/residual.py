@@ -13,7 +13,7 @@ Axes: O output features, I input features, R rank.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -22,7 +22,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cola.link.base import BLOCK, Base, as_stored, linear, weight_of
+from cola.link import wires
+from cola.link.base import BLOCK, Base, as_stored, linear, own_rows, weight_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Pair:
 
 LinkWeights: TypeAlias = dict[str, Pair]  # module name -> its pair; empty for a link that leaves none (full)
 Residual: TypeAlias = list[LinkWeights]
+Share: TypeAlias = float | Mapping[str, float]  # of all of a link's pairs, or of each by its module
 
 
 def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -71,22 +73,23 @@ def factors(residual: Residual, name: str) -> tuple[Tensor, Tensor, Tensor | Non
     return torch.cat(blocks[::-1], dim=1), torch.cat([pair.A_RI for pair in pairs]), rows_O
 
 
-def times(link: LinkWeights, share: float) -> LinkWeights:
+def times(link: LinkWeights, share: Share) -> LinkWeights:
     """A share of each of a link's updates."""
-    return {name: replace(pair, scale=pair.scale * share) for name, pair in link.items()}
+    shares = share if isinstance(share, Mapping) else dict.fromkeys(link, share)
+    return {name: replace(pair, scale=pair.scale * shares[name]) for name, pair in link.items()}
 
 
-def left_behind(links: Residual, share: float, goes_on: bool) -> Residual:
+def left_behind(links: Residual, shares: Sequence[Share], goes_on: bool) -> Residual:
     """What links are to the chain once another has begun: a share of each, or nothing where all are one pair that goes
     on from link to link."""
-    return [{} if goes_on else times(link, share) for link in links]
+    return [{} if goes_on else times(link, share) for link, share in zip(links, shares, strict=True)]
 
 
-def added(pairs: Residual, share: float, goes_on: bool) -> Residual:
+def added(pairs: Residual, shares: Sequence[Share], goes_on: bool) -> Residual:
     """What each link of a chain added to it, so that the sum is what it has learned: the last one whole, a share of
     those before; where all are one pair that goes on, what the pair was changed by."""
     if not goes_on:
-        return [*left_behind(pairs[:-1], share, goes_on), *pairs[-1:]]
+        return [*left_behind(pairs[:-1], shares, goes_on), *pairs[-1:]]
     return [
         *pairs[:1],
         *({name: pair.without(before[name]) for name, pair in after.items()} for before, after in pairwise(pairs)),
@@ -160,6 +163,8 @@ def write(
             is returned; pairs beside the weights are applied as they were learned.
     """
     done: dict[str, Applied] = {}
+    if base.told is not None:
+        base.told(residual, names, merge, before)
     for name in names:
         module = linear(model, name)
         weight = weight_of(module, "")
@@ -173,17 +178,22 @@ def write(
             if account:
                 done[name] = account.beside(base.squared_norm(name))
             continue
-        weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
+        own, first = own_rows(weight)
+        weight_OI, pristine_OI = as_stored(module, own), as_stored(module, base.weight(name))
         block = BLOCK if weight.device.type == "cpu" else 8 * BLOCK  # a GPU waits for the launches of small ones
         n_rows = max(1, block // pristine_OI.shape[1])
-        for rows in (slice(first, first + n_rows) for first in range(0, len(pristine_OI), n_rows)):
+        for start in range(0, len(weight_OI), n_rows):
+            held_bI = weight_OI[start : start + n_rows]
+            rows = slice(first + start, first + start + len(held_bI))
             pristine_bI = pristine_OI[rows].to(weight.device, torch.float32)
             low_rank_bI = links.low_rank(rows)
             tied_bI = links.tied(pristine_bI, low_rank_bI, rows, merge, weight.dtype)
             if account:
-                account.add(rows, pristine_bI, low_rank_bI, weight_OI[rows], tied_bI)
-            weight_OI[rows] = tied_bI
+                account.add(rows, pristine_bI, low_rank_bI, held_bI, tied_bI)
+            held_bI.copy_(tied_bI)
         if account:
+            if base.sharded:
+                account.sum_over_ranks()
             done[name] = account.written(pristine_OI.numel())
     return done
 
@@ -264,6 +274,12 @@ class _Account:
 
     def _add(self, quantity: str, first: Tensor, second: Tensor) -> None:
         self.sums[quantity] += torch.dot(first.flatten(), second.flatten()).double()
+
+    def sum_over_ranks(self) -> None:
+        """Add up what each process has seen of its own rows."""
+        seen = ("pristine", "same", "applied", "product", "error", *([] if self.low_rank else ["link", "learned"]))
+        mine = torch.tensor([float(self.sums[key]) for key in seen], dtype=torch.float64, device=self.now.device)
+        self.sums |= dict(zip(seen, wires.sum_over(mine).tolist(), strict=True))
 
     def beside(self, pristine: float) -> Applied:
         """What pairs beside the weights were given, all of it; `pristine`: ||W_0||_F squared. None of them scales

@@ -19,11 +19,12 @@ from cola.link.base import Base, as_stored, shape_of, weight_of
 from cola.link.ideas import door
 from cola.link.residual import LinkWeights, Residual
 from cola.link.targets import target_names
-from cola.recipe.ideas import BY_PEFT, OF_SINGULAR_VECTORS, TAKEN_OUT
+from cola.recipe.ideas import BY_PEFT, OF_SINGULAR_VECTORS, TAKEN_OUT, Idea
 from cola.recipe.methods import Lora, Settings
 from cola.recipe.plan import Link
 
 Gradients = Callable[[PreTrainedModel, Link, Sequence[str]], dict[str, Tensor]]
+Layers = dict[str, adapters.LoraLayer]  # that carry the attached pair, by module
 
 
 def no_gradients(model: PreTrainedModel, link: Link, names: Sequence[str]) -> dict[str, Tensor]:
@@ -40,7 +41,8 @@ def draw(
     gradients: Gradients,
     kept: LinkWeights | None = None,
 ) -> None:
-    """Redraw the attached pair as the link's `init` says; what PEFT has drawn already is left.
+    """Redraw the attached pair as the link's `init` says, and the rule for the pair at the knot before it; what PEFT
+    has drawn already is left.
 
     Args:
         base: Whose weights a pair may be taken out of.
@@ -49,42 +51,85 @@ def draw(
         kept: The pair of the link before, where it goes on in place of a fresh one.
 
     Raises:
-        IdeaError: the start's function gave what is no pair.
+        IdeaError: the start's or the rule's function gave what is no pair.
     """
     if kept is not None:
         adapters.set_pair(model, kept)
         hold_out(model, base, learned)
         return
-    if not isinstance(link.settings, Lora) or link.settings.init.name in BY_PEFT:
+    if not isinstance(link.settings, Lora):
         return
-    idea, rank, layers = link.settings.init, link.settings.rank, adapters.pair_layers(model)
-    start, generator = door.function_of(idea), torch.Generator().manual_seed(link.seed)
-    full_gradients: dict[str, Tensor] = {}
-    if link.settings.init_batches:
-        with torch.enable_grad():
-            full_gradients = gradients(model, link, list(layers))
-    for name in full_gradients or layers:
-        layer, scale = layers[name], adapters.scale_of(layers[name])
+    layers, generator = adapters.pair_layers(model), torch.Generator().manual_seed(link.seed)
+    drawn: dict[str, door.Factors] = {}
+    if link.settings.init.name not in BY_PEFT:
+        drawn = _by_start(model, link, link.settings, base, learned, gradients, layers, generator)
+    if link.pair_rule is not None:
+        drawn |= _by_rule(link.pair_rule, learned[-1], drawn, layers, generator)
+    for name, factors in drawn.items():
+        layer = layers[name]
         A_RI, B_OR = adapters.factors_of(layer)
-        earlier = [links[name] for links in learned if name in links]
-        weight = partial(_weight, layer, base, name, earlier)
-        matrix = door.Matrix(name, scale, rank, earlier, generator, weight, full_gradients.get(name))
-        factors = door.factors_of(start(matrix), idea, matrix, len(B_OR), A_RI.shape[1])
-        if factors is None:
-            continue
         A_RI.copy_(factors.A_RI)
         if factors.B_OR is not None:
             B_OR.copy_(factors.B_OR)
             if not factors.moves:
                 copies = A_RI.to("cpu", copy=True), B_OR.to("cpu", copy=True)
-                adapters.take_out(layer, residual.Pair(*copies, scale))
+                adapters.take_out(layer, residual.Pair(*copies, adapters.scale_of(layer)))
     hold_out(model, base, learned)
+
+
+def _by_start(
+    model: PreTrainedModel,
+    link: Link,
+    settings: Lora,
+    base: Base,
+    learned: Residual,
+    gradients: Gradients,
+    layers: Layers,
+    generator: torch.Generator,
+) -> dict[str, door.Factors]:
+    """What the link's start gives for the matrices that it draws itself."""
+    start, full_gradients = door.function_of(settings.init), dict[str, Tensor]()
+    if settings.init_batches:
+        with torch.enable_grad():
+            full_gradients = gradients(model, link, list(layers))
+    drawn = {}
+    for name in full_gradients or layers:
+        earlier = [links[name] for links in learned if name in links]
+        weight, scale = partial(_weight, layers[name], base, name, earlier), adapters.scale_of(layers[name])
+        matrix = door.Matrix(name, scale, settings.rank, earlier, generator, weight, full_gradients.get(name))
+        factors = door.factors_of(start(matrix), f"init: {settings.init}", name, *_shapes(layers[name]))
+        if factors is not None:
+            drawn[name] = factors
+    return drawn
+
+
+def _by_rule(
+    idea: Idea, before: LinkWeights, drawn: dict[str, door.Factors], layers: Layers, generator: torch.Generator
+) -> dict[str, door.Factors]:
+    """What a rule makes of the pairs before and the drawn ones, which are of the same matrices and ranks."""
+    rule, made = door.function_of(idea), {}
+    for name, layer in layers.items():
+        A_RI, B_OR = (factor.to("cpu", torch.float32, copy=True) for factor in adapters.factors_of(layer))
+        if (start := drawn.get(name)) is not None:
+            A_RI, B_OR = start.A_RI.cpu(), B_OR if start.B_OR is None else start.B_OR.cpu()
+        own, _ = before[name].split(len(A_RI))
+        passed = door.PassedOn(name, own, residual.Pair(A_RI, B_OR, adapters.scale_of(layer)), generator)
+        factors = door.factors_of(rule(passed), f"knot.pair: {idea}", name, *_shapes(layer))
+        if factors is not None:
+            made[name] = factors
+    return made
+
+
+def _shapes(layer: adapters.LoraLayer) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B of an attached pair."""
+    A_RI, B_OR = adapters.factors_of(layer)
+    return (len(A_RI), A_RI.shape[1]), (len(B_OR), B_OR.shape[1])
 
 
 def _weight(layer: adapters.LoraLayer, base: Base, name: str, earlier: Sequence[residual.Pair]) -> Tensor:
     """The weight that a layer goes by as (O, I), a float32 copy."""
     module = layer.get_base_layer()
-    if not base.keeps_beside(name):
+    if not base.keeps_beside(name) and not base.sharded:
         return as_stored(module, weight_of(module, "")).to(torch.float32, copy=True)
     weight_OI = as_stored(module, base.weight(name)).to(torch.float32, copy=True)
     for pair in earlier:

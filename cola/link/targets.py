@@ -28,8 +28,7 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
     fused = FUSED_LAYERS if model.config.model_type in FUSED_MODELS else set()
     bypassed = {name for name in linear if name.rpartition(".")[2] in fused}
     if target_modules == "all-linear":
-        taken = {*bypassed, *(name for name in linear if linear[name] is head or f"{name}.weight" in shared)}
-        if own := [name for name in linear if name not in taken]:
+        if own := [name for name in hidden_linear(model) if name not in bypassed]:
             return own
         raise ModelError("target_modules: all-linear means no layer of this model: " + left_out_note(model, []))
     chosen = []
@@ -50,6 +49,20 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
             # Two pairs would be merged into one matrix.
             raise ModelError(f"target_modules: {name} shares its matrix with {others[0]}; leave them out")
     return [name for name in linear if name in set(chosen)]
+
+
+def hidden_linear(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear modules of the text part but the head, and those whose matrix another module shares."""
+    head, outside = model.get_output_embeddings(), outside_text(model)
+    shared = {name for names in shared_matrices(model) for name in names}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and in_text(name, outside)
+        and module is not head
+        and f"{name}.weight" not in shared
+    ]
 
 
 def _means(target: str, name: str) -> bool:

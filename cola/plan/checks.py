@@ -229,7 +229,11 @@ def _knots(rules: Rules) -> str:
     parts = [{"exact": "merged", "naive": "merged in place", "no": "not merged"}[rules.merge]]
     if rules.keeps_pair:
         parts = ["the same pair goes on"]
-    if rules.merge_fraction != 1:
+    elif isinstance(rules.pair, Idea):
+        parts.append(f"the next pair by {rules.pair}")
+    if isinstance(rules.merge_fraction, Idea):
+        parts.append(f"a share kept by {rules.merge_fraction}")
+    elif rules.merge_fraction != 1:
         parts.append(f"{rules.merge_fraction:.0%} kept")
     if isinstance(rules.optimizer, Prune):
         how = "by magnitude" if rules.optimizer.prune_magnitude else "at random"

@@ -8,7 +8,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from cola.errors import quoted
-from cola.recipe.ideas import Handover, Init, Optimizer, Until
+from cola.recipe.ideas import SHARE, Handover, Init, Optimizer, PairRule, ShareRule, Until
 from cola.recipe.methods import Activation, Part, Placement
 from cola.recipe.schema import (
     MOST_LINKS,
@@ -158,13 +158,15 @@ class KnotRules(Section):
         "own format (what most tools do); `no`: kept frozen beside the weights, where the next pair joins it. A "
         "quantized base keeps every pair beside its codes. Default: `exact`."
     )
-    pair: Literal["fresh", "keep"] | None = optional(
+    pair: Literal["fresh", "keep"] | PairRule | None = optional(
         "`fresh`: each link trains a pair of its own; `keep`: all links train the same one, so that a knot is a reset "
-        "of the optimizer or the schedule and nothing else. Default: `fresh`."
+        "of the optimizer or the schedule and nothing else; `keep_a`: each pair is merged, and the next begins with "
+        "its A and with B zero; or a function of your own: `./my_idea.py:name`. Default: `fresh`."
     )
-    merge_fraction: Annotated[float, Field(gt=0, le=1)] | None = optional(
+    merge_fraction: Annotated[float, Field(gt=0, le=1)] | ShareRule | None = optional(
         "Share of a pair that a knot between two links keeps; the rest is let go, so that the outputs move (PLoRA, "
-        "LoRASC). The last link is kept whole. Default: 1."
+        "LoRASC). A number, or a function of your own that says it of each knot or of each matrix: "
+        "`./my_idea.py:name`. The last link is kept whole. Default: 1."
     )
     optimizer: Literal["fresh", "keep", "zero"] | Prune | Handover | None = optional(
         "AdamW at the beginning of the next link. `fresh`: a new one; `zero`: moments and step count set to zero, "
@@ -184,6 +186,11 @@ class KnotRules(Section):
         "Largest change of a logit across a knot, relative to the largest logit, before it is an error. Default: 1e-4 "
         "in float32, 0.02 in float16, 0.1 in bfloat16; no limit for `merge: naive`."
     )
+
+    @field_validator("merge_fraction", mode="before")
+    @classmethod
+    def _number_or_rule(cls, value: Any) -> Any:
+        return SHARE.read(value) if isinstance(value, str | dict) else value
 
     @field_validator("merge", mode="before")
     @classmethod

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cola.errors import listed, quoted
 from cola.recipe.arms import Arm, LinkSettings
-from cola.recipe.ideas import OF_PAIRS, OF_WHOLE, TAKEN_OUT
+from cola.recipe.ideas import OF_PAIRS, OF_WHOLE, TAKEN_OUT, Idea
 from cola.recipe.methods import Lora, Prefix
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import ResolvedArm, methods_of
@@ -134,6 +134,8 @@ def _check_arm(recipe: Recipe, name: str) -> None:
     if said in ("int8", "none") and "qlora" in methods_of(arm, recipe.link):
         raise ValueError(f"arms.{name}: qlora is LoRA on an nf4 base; for {said} write method: lora")
     _check_base(name, resolved)
+    if recipe.model.shard:
+        _check_sharded(name, resolved)
     _check_merge_fraction(name, resolved)
     _check_handed_on(name, resolved)
     if any(resolved.untils[:-1]) and resolved.rules.schedule != "run":
@@ -182,6 +184,18 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
         raise ValueError(f"arms.{name}.knot.{idle[0]}: method {links[0].method} has no knot to tie: remove it")
 
 
+def _check_sharded(name: str, resolved: ResolvedArm) -> None:
+    """What a base in shards cannot take."""
+    other = next((link.method for link in resolved.links if not isinstance(link, Lora)), None)
+    dora = any(isinstance(link, Lora) and link.use_dora for link in resolved.links)
+    faults = {f"method {other}": other, "use_dora": dora, "quantization": resolved.base.quantization}
+    if what := next((fault for fault, there in faults.items() if there), None):
+        raise ValueError(
+            f"arms.{name}: {what} cannot be had with model.shard: true, which spreads a dense frozen base for low-rank "
+            "pairs: leave the arm out, or say model.shard: false, where each process holds all weights"
+        )
+
+
 def _check_base(name: str, resolved: ResolvedArm) -> None:
     """What a quantized base, or weights that a knot may not write, cannot take."""
     merge, (dtype, quantization) = resolved.rules.merge, resolved.base
@@ -226,13 +240,14 @@ def _check_merge_fraction(name: str, resolved: ResolvedArm) -> None:
 
 def _check_handed_on(name: str, resolved: ResolvedArm) -> None:
     """What one link hands on to the next must fit it."""
-    shape, rules = ("rank", "target_modules", "use_dora"), resolved.rules
-    hands_on = {
-        "optimizer": (rules.hands_on, "the moments do", shape),
+    shape, rules = ("rank", "target_modules"), resolved.rules
+    hands_on: list[tuple[bool, str, str, Sequence[str]]] = [
+        (rules.hands_on, "optimizer", "the moments do", (*shape, "use_dora")),
         # Under another scale the same pair would be another update.
-        "pair": (rules.keeps_pair, "the pair before does", (*shape, "alpha", "use_rslora")),
-    }
-    for rule, (does, goes_on, keys) in hands_on.items():
+        (rules.keeps_pair, "pair", "the pair before does", (*shape, "use_dora", "alpha", "use_rslora")),
+        (isinstance(rules.pair, Idea), "pair", "the pair before does", shape),
+    ]
+    for does, rule, goes_on, keys in hands_on:
         for n, (before, after) in enumerate(itertools.pairwise(resolved.links if does else ()), 2):
             settings = before.record(), after.record()  # all of them pairs, see `_check_methods`
             for key in keys:

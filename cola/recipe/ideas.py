@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from cola.errors import RecipeError, did_you_mean, listed, quoted
+from cola.files import without_home
 from cola.recipe.schema import LONGEST_PATH, MOST_STEPS, Positive, Section, Steps, Whole, Width
 
 Scalar = bool | int | float | str
@@ -63,6 +64,8 @@ class UpdateStops(Options):
 
 ENDS: dict[str, type[Options]] = {"update_stops": UpdateStops}
 HANDOVERS: dict[str, type[Options]] = {"reproject": Options}
+PAIRS: dict[str, type[Options]] = {"keep_a": Options}
+SHARES: dict[str, type[Options]] = {}  # none of cola's own but a number
 
 
 class GaLore(Options):
@@ -110,6 +113,8 @@ OPTIMIZERS: dict[str, type[Options]] = {
 }
 OF_PAIRS = {"lora_muon", "lora_rite", "reflora", "riemannian"}  # optimizers of the two factors of a pair together
 OF_WHOLE = {"galore", "apollo"}  # optimizers of whole weights, which a pair has no use for
+# Of cola's own that have come to do something else: 2: embeddings and head are AdamW's, as in the authors' code.
+REVISIONS = {"galore": 2, "apollo": 2}
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,14 @@ class Idea:
 
     def spelled(self) -> str | dict[str, Any]:
         """As a recipe writes it."""
-        return {self.name: dict(self.options)} if self.options else self.name
+        name = without_home(self.name)
+        return {name: dict(self.options)} if self.options else name
 
     def cause(self, code: Mapping[str, str]) -> str | dict[str, Any]:
         """What it does, as a cause of a state; `code`: SHA-256 of each file. Neither path nor time is among it."""
         if self.file is None:
-            return self.spelled()
+            revision = REVISIONS.get(self.name)
+            return {"idea": self.spelled(), "revision": revision} if revision else self.spelled()
         return {"function": self.function, "code": code[self.file], "options": dict(self.options)}
 
 
@@ -156,6 +163,7 @@ class OneOf:
 
     kind: str
     words: Mapping[str, type[Options]]
+    beside: tuple[str, ...] = ()  # words of the same key that are no ideas
 
     def read(self, value: Any) -> Idea:
         """An idea as a recipe writes it; a ValueError says what is wrong with it."""
@@ -165,7 +173,9 @@ class OneOf:
         if isinstance(value, dict) and len(value) == 1:
             ((value, options),) = value.items()
         if not isinstance(value, str):
-            raise ValueError(f"a {self.kind} is a word, or a word with its options below it ({{word: {{key: value}}}})")
+            # Where a number or a list may stand too, this is the fault of who tried the wrong kind.
+            told = f"a {self.kind} is a word, or a word with its options below it ({{word: {{key: value}}}})"
+            raise PydanticCustomError("idea_type", "{told}", {"told": told})
         if not isinstance(options, dict | None):
             raise ValueError(f"{value}: its options are a mapping of keys, not {quoted(options)}")
         if re.fullmatch(OWN, value):
@@ -175,8 +185,10 @@ class OneOf:
                 f"a {self.kind} of your own is a file and a function in it, ./my_idea.py:name; got {value!r}"
             )
         if value not in self.words:
-            near = did_you_mean(value, self.words)
-            raise ValueError(f"{quoted(value)} is no {self.kind}; these are: {listed(self.words)}{near}")
+            words = [*self.beside, *self.words]
+            known = f"these are: {listed(words)}{did_you_mean(value, words)}"
+            known = known if words else "your own is ./my_idea.py:name"
+            raise ValueError(f"{quoted(value)} is no {self.kind}; {known}")
         try:
             read = self.words[value].model_validate(options or {})
         except ValidationError as error:
@@ -198,7 +210,7 @@ class OneOf:
         mapping = {"properties": with_options, "patternProperties": {f"^{_ANY_OWN}$": {"type": "object"}}}
         return {
             "anyOf": [
-                {"enum": list(self.words), "type": "string"},
+                *([{"enum": list(self.words), "type": "string"}] if self.words else []),
                 {"type": "string", "pattern": f"^{_ANY_OWN}$"},
                 {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False, **mapping},
             ]
@@ -234,6 +246,9 @@ def _plain(name: str, options: dict[Any, Any]) -> tuple[tuple[str, Scalar], ...]
 
 Init = Annotated[Idea, OneOf("start", STARTS)]
 Optimizer = Annotated[Idea, OneOf("optimizer", OPTIMIZERS)]
-Handover = Annotated[Idea, OneOf("rule for the optimizer at a knot", HANDOVERS)]
+Handover = Annotated[Idea, OneOf("rule for the optimizer at a knot", HANDOVERS, ("fresh", "keep", "zero"))]
+PairRule = Annotated[Idea, OneOf("rule for the pair at a knot", PAIRS, ("fresh", "keep"))]
+SHARE = OneOf("rule for the share that a knot keeps", SHARES)
+ShareRule = Annotated[Idea, SHARE]
 Until = Annotated[Idea, OneOf("rule for the end of a link", ENDS)]
 DEFAULT, ADAMW = Idea(name="default"), Idea(name="adamw")

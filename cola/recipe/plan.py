@@ -37,6 +37,11 @@ class Link:
         """Whether it goes on with the pair of the link before."""
         return self.knot is not None and self.knot.keeps_pair
 
+    @property
+    def pair_rule(self) -> Idea | None:
+        """By which its pair begins, from the one before; None where that is its `init` alone."""
+        return self.knot.pair if self.knot is not None and isinstance(self.knot.pair, Idea) else None
+
 
 def derived_seed(*causes: object) -> int:
     """A seed below 2**48 (exact in JSON everywhere) that depends on all causes and nothing else."""

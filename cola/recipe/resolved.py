@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cola.recipe.arms import Arm, KnotRules, LinkSettings, OneLink, Prune
-from cola.recipe.ideas import BY_GRADIENT, Handover, Idea
+from cola.recipe.ideas import BY_GRADIENT, Handover, Idea, PairRule, ShareRule
 from cola.recipe.methods import INIT_BATCHES, METHODS, Lora, Settings
 from cola.recipe.schema import Dtype, Model, Quantization, Section, Training
 
@@ -19,8 +19,8 @@ class Rules(Section):
     """
 
     merge: Literal["exact", "naive", "no"] = "exact"
-    pair: Literal["fresh", "keep"] = "fresh"
-    merge_fraction: float = 1.0
+    pair: Literal["fresh", "keep"] | PairRule = "fresh"
+    merge_fraction: float | ShareRule = 1.0
     optimizer: Literal["fresh", "keep", "zero"] | Prune | Handover = "fresh"
     schedule: Literal["run", "link"] = "run"
     warmup_steps: float = 0.0

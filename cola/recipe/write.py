@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from cola.files import without_home
 from cola.recipe.arms import Arm, LinkSettings
 from cola.recipe.data_section import Files
 from cola.recipe.ideas import Idea
@@ -83,8 +84,8 @@ def _explicit_arm(recipe: Recipe, name: str, find: Callable[[str], str]) -> Arm:
     update["quantization"] = resolved.base.quantization or arm.quantization
     if (until := arm.until or recipe.link.until) is not None and "until" not in searches:
         update["until"] = until.found(find)
-    if isinstance(arm.knot.optimizer, Idea):
-        update["knot"] = arm.knot.model_copy(update={"optimizer": arm.knot.optimizer.found(find)})
+    if rules := {key: value.found(find) for key, value in arm.knot if isinstance(value, Idea)}:
+        update["knot"] = arm.knot.model_copy(update=rules)
     return arm.model_copy(update=update)
 
 
@@ -120,10 +121,26 @@ def find_path(name: str, base: Path) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `read_recipe` reads back to the same recipe."""
     # A null that has no other default says nothing; one that overrides a default (max_grad_norm) must stay.
-    tree = _said(recipe.model_dump(mode="json"), recipe)
+    tree = _said(recorded(recipe), recipe)
     for arm in tree["arms"].values():
         arm |= arm.pop("search", {})  # each in the place of the value, where an override replaces it
     return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def recorded(recipe: Recipe, exclude_none: bool = False) -> dict[str, Any]:
+    """A recipe as JSON for a record, its paths `without_home`."""
+    tree = recipe.model_dump(mode="json", exclude_none=exclude_none)
+    # The rest of `data` is texts that a model reads, which may look like a path.
+    texts = {key: value for key, value in tree["data"].items() if key != "files"}
+    return _from_home(tree) | {"data": _from_home(tree["data"]) | texts}
+
+
+def _from_home(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {_from_home(key): _from_home(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_from_home(value) for value in tree]
+    return without_home(tree) if isinstance(tree, str) else tree
 
 
 def _said(tree: Any, value: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from cola.compare.contrasts import METRICS
 from cola.compare.scope import scope_of, scope_sentence
 from cola.errors import ColaError
+from cola.files import without_home
 from cola.recipe.methods import Settings
 from cola.recipe.plan import budget_steps
 from cola.recipe.read import read_recipe
@@ -86,7 +87,7 @@ def _data_text(recipe: Recipe) -> str:
         source = data.hub.name + (f" ({data.hub.config})" if data.hub.config else "")
     elif data.files:
         named = [data.files.train, data.files.validation, data.files.test]
-        source = ", ".join(dict.fromkeys("/".join(Path(file).parts[-2:]) for file in named if file))
+        source = ", ".join(dict.fromkeys("/".join(Path(without_home(file)).parts[-2:]) for file in named if file))
     else:
         source = f"{data.reasoning_gym.name}, of reasoning-gym" if data.reasoning_gym else ""
     return f"{source}; task: {data.task.replace('_', ' ')}, judged by {METRICS[data.task]}"

@@ -36,8 +36,9 @@ from cola.report.table import Table
 from cola.report.tables import ablation_notes, ablation_table, page_tables, task_tables
 from cola.report.tracking import comparison_numbers
 from cola.report.verdict import NOT_NAMED, UNNAMED, ablation_headlines, contrast_sentence, headline, remarks, verdict
+from cola.tree import manifest
 from cola.tree.records import MetricRow
-from cola.tree.run_folder import RunFolder, place_of, read_rows
+from cola.tree.run_folder import RunFolder, place_of
 
 # Only what is in the page itself: its styles, and the one script by its hash. Nothing is fetched, sent or framed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
@@ -146,6 +147,8 @@ def _write_page(
 ) -> Path:
     """Write a page from its template, and its figures and tables as files beside it; returns its path."""
     arms = looks_of(summary)
+    made = (path.name, "tables/", "figures/")
+    manifest.put(path.parent, None, made)
     for name, table in tables.items():
         write_text(path.parent / "tables" / f"{name}.csv", table.csv())
         write_text(path.parent / "tables" / f"{name}.tex", table.latex(name))
@@ -178,7 +181,13 @@ def _write_page(
     more["prices"] = [name for name in figures if name in PRICES]
     page = environment.get_template(template).render(tables=tables, figures=shown, **more)
     write_text(path, page)
+    manifest.put(path.parent, dict(manifest.entries_of(path.parent, _files_of(path))), made)
     return path
+
+
+def _files_of(page: Path) -> list[Path]:
+    """A page and the files of its figures and tables."""
+    return [page, *(file for folder in ("tables", "figures") for file in sorted((page.parent / folder).glob("*")))]
 
 
 def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
@@ -186,7 +195,7 @@ def read_curves(folder: RunFolder, damaged: list[str]) -> Curves:
     curves: Curves = defaultdict(dict)
     for result in folder.results(damaged):
         try:
-            rows = read_rows(folder.path / "arms" / place_of(result) / "metrics.jsonl", MetricRow)
+            rows = folder.rows(Path("arms") / place_of(result) / "metrics.jsonl", MetricRow)
         except RunFolderError as error:
             damaged.append(str(error))
             continue

@@ -87,7 +87,7 @@ class Table:
 
 LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", **{sign: rf"\{sign}" for sign in "&%$#_{}"},
     "[": "{[}", "]": "{]}", "−": "$-$", "–": "--", "±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "→": r"$\to$",
     "‖": r"$\|$", "Δ": r"$\Delta$", "σ": r"$\sigma$", "≤": r"$\le$", "≥": r"$\ge$", "…": r"\dots{}", "\n": " ",
 }  # fmt: skip

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table as RichTable
 
 from cola.report.numbers import duration
+from cola.report.signs import showable
 from cola.report.table import Table
 
 LINE_EVERY_SECONDS = 10.0
@@ -52,28 +53,35 @@ class Terminal:
     console: Console = field(default_factory=lambda: Console(highlight=False, stderr=False, soft_wrap=True))
 
     def say(self, text: str = "") -> None:
-        self.console.print(escape(text))
+        self.console.print(self.escaped(text))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {escape(text)}")
+        self.console.print(f"[yellow]warning:[/] {self.escaped(text)}")
+
+    def escaped(self, text: str) -> str:
+        """A text of the user's as it can be shown here, never read as markup."""
+        return escape(showable(text, self.console.encoding))
 
     def table(self, table: Table) -> None:
         """A table, as wide as it needs to be where the output is no terminal; a narrow terminal wraps its cells."""
         shown = RichTable(
-            title=table.title,
+            title=showable(table.title, self.console.encoding),
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
         )
-        for number, column in enumerate(table.columns):
+        columns, *rows = (
+            [showable(cell, self.console.encoding) for cell in row] for row in [table.columns, *table.texts]
+        )
+        for number, column in enumerate(columns):
             shown.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
-        for row in table.texts:
+        for row in rows:
             shown.add_row(*map(escape, row))
         natural = Measurement.get(self.console, self.console.options.update(max_width=sys.maxsize), shown).maximum
         if self.console.is_terminal:
-            cells = list(zip(table.columns, *table.texts, strict=True))
+            cells = list(zip(columns, *rows, strict=True))
             lines = natural - sum(fitting(cells, sys.maxsize))
             for column, width in zip(shown.columns, fitting(cells, self.console.width - lines), strict=True):
                 column.width = width
@@ -82,8 +90,8 @@ class Terminal:
         self.console.print(shown)
 
     @contextmanager
-    def progress(self, jobs: int, total_steps: int) -> Iterator["RunProgress"]:
-        """Shows what is done and left of a whole run, and of the job at hand."""
+    def progress(self, jobs: int = 0, total_steps: int = 0) -> Iterator["RunProgress"]:
+        """Shows what is done and left of a whole run, and of the job at hand, once it is told of jobs."""
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -92,8 +100,13 @@ class Terminal:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        with bars:
-            yield RunProgress(self, bars, bars.add_task("all jobs", total=total_steps, state=""), jobs, total_steps)
+        progress = RunProgress(self, bars, bars.add_task("all jobs", total=0, state=""), 0, 0)
+        try:
+            if jobs:
+                progress.expect(jobs, total_steps)
+            yield progress
+        finally:
+            bars.stop()
 
 
 @dataclass
@@ -123,13 +136,21 @@ class RunProgress:
     started: float = 0.0
     last_line: float = field(default_factory=monotonic)
 
+    def expect(self, jobs: int, steps: int) -> None:
+        """So many jobs, with so many steps in all, are to be done."""
+        self.jobs, self.steps = self.jobs + jobs, self.steps + steps
+        self.bars.update(self.whole, total=self.steps)
+        self.bars.start()
+
     def job(self, label: str, total_steps: int) -> None:
         """Begin an arm (or a trial) of so many steps."""
         self.close()
         self.begun += 1
         self.label, self.total, self.done, self.own = label, total_steps, 0, 0
         self.tokens, self.seconds, self.started = 0, 0.0, monotonic()
-        self.task = self.bars.add_task(escape(label), total=max(total_steps, 1), state="looking in the store")
+        self.task = self.bars.add_task(
+            self.terminal.escaped(label), total=max(total_steps, 1), state="looking in the store"
+        )
         self._say_left()
         self._line(self._left())
 
@@ -137,7 +158,7 @@ class RunProgress:
         """What is left is another process's."""
         self.close()
         self.label = label
-        self.task = self.bars.add_task(escape(label), total=1, state=text)
+        self.task = self.bars.add_task(self.terminal.escaped(label), total=1, state=text)
         self._line(text)
 
     def stage(self, text: str) -> None:

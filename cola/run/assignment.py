@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from cola.data.encode import Example
-from cola.files import digest
+from cola.files import digest, without_home
 from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
@@ -24,9 +24,8 @@ from cola.run.interrupt import Signals
 from cola.run.materials import Materials
 from cola.plan.tree import Planner
 from cola.tree.made import Provenance
-from cola.tree.records import References
 from cola.tree.run_folder import MADE_WITH, RunFolder
-from cola.tree.segments import Tree, merge_of
+from cola.tree.segments import Tree, fraction_of, merge_of
 from cola.tree.states import Measurements, States, rows_digest
 from cola.tree.store import Store
 
@@ -64,7 +63,8 @@ class Bench:
         """What was and will be measured of a job's states."""
         probe = digest([rows_digest(self.probe_rows), PROBE_TARGETS])
         arm = self.recipe.resolved(job.arm, job.choice)
-        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": arm.rules.merge_fraction}
+        share = fraction_of(arm.rules, self.materials.code)
+        tie = {"merge": merge_of(arm.rules, arm.base.quantization is not None), "fraction": share}
         lineage, rows, evaluator = self.tree.lineage(job), self.rows_of(job.seed), self.materials.evaluator
         # What a score depends on besides the state and the rows.
         scoring = {**dict.fromkeys(SPLITS, evaluator.causes(arm.base.dtype)), "general": evaluator.of_text().causes()}
@@ -93,7 +93,7 @@ class Bench:
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
-        self.folder.write("segments.json", References(**{kind: sorted(names) for kind, names in self.used.items()}))
+        self.folder.write_references(self.used)
 
 
 class Assignment:
@@ -128,7 +128,7 @@ class Assignment:
             bench.store,
             self.lineage,
             materials.skeleton,
-            materials.source.name,
+            without_home(materials.source.name),
             recipe.checkpoint_seconds,
             {**bench.made, "recipe": recipe.name, "arm": job.arm, "seed": job.seed},
             self.n_trained,

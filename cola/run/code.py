@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from cola.errors import IdeaError, RecipeError, RunChanged
+from cola.files import without_home
 from cola.link.ideas import door
 from cola.recipe.ideas import Idea, read_code
 from cola.recipe.recipe import Recipe
@@ -45,7 +46,7 @@ def admit_code(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
     digests = {file: hashlib.sha256(source).hexdigest() for file, source in sources.items()}
     before = folder.provenance()
     for file, digest in digests.items():
-        if before is not None and before.code.get(file) != digest:
+        if before is not None and before.code.get(without_home(file)) != digest:
             raise RunChanged(
                 f"{folder.path}: {file} is not what it was when this run began (a copy is in {folder.path / COPIES}): "
                 "put it back, or start a new run"

@@ -14,6 +14,8 @@ from cola.link.drift import Drift
 from cola.link.ideas.door import Seen, function_of
 from cola.link.residual import Applied
 from cola.measure.scores import ExampleScore, mean_loss, mean_score
+from cola.recipe.ideas import Idea
+from cola.recipe.plan import Link
 from cola.recipe.schema import Evaluation
 from cola.run.assignment import Assignment
 
@@ -72,12 +74,15 @@ class Course:
         curves["train/tokens_per_second"] = record["tokens"] / max(record["seconds"], 1e-9)
         given.tracker.log(self.at, curves)
         link = given.links[number - 1]
-        if link.until is not None and number > len(given.job.ended) and self.at < link.last_step:
-            unlogged: dict[str, Any] = {"update_norm": None}  # by an earlier version
-            rows = (unlogged | row for row in self.steps[link.first_step :])
-            seen = [Seen(**{key: row[key] for key in SEEN}) for row in rows]
-            if function_of(link.until)(seen):
-                raise LinkEnded(self.at)
+        asked = link.until is not None and number > len(given.job.ended) and self.at < link.last_step
+        if asked and function_of(link.until)(self.seen(link)):
+            raise LinkEnded(self.at)
+
+    def seen(self, link: Link) -> list[Seen]:
+        """What was logged of a link so far."""
+        unlogged: dict[str, Any] = {"update_norm": None}  # by an earlier version
+        rows = (unlogged | row for row in self.steps[link.first_step : link.last_step])
+        return [Seen(**{key: row[key] for key in SEEN}) for row in rows]
 
     def note_look(self, step: int, scores: list[ExampleScore]) -> None:
         """Validation was scored after a step."""
@@ -123,7 +128,8 @@ def selection_key(select_by: str, loss: float, score: float | None) -> tuple[flo
 def knot_record(given: Assignment, number: int, knot: Knot, moved: float | None, took: Took) -> dict[str, Any]:
     """What result.json and ledger.jsonl say of a knot that tied the link of that number, from 0. `moved`: change of the
     outputs by the link's start; `took`: how long."""
-    link = given.links[number]
+    link, followed = given.links[number], number + 1 < len(given.links)
+    by_rule = followed and isinstance(given.arm.rules.merge_fraction, Idea)
     return {
         "link": number + 1,
         "step": link.last_step,
@@ -132,6 +138,7 @@ def knot_record(given: Assignment, number: int, knot: Knot, moved: float | None,
         **{f"drift_{name}": value for name, value in asdict(knot.drift).items()},
         **_over_matrices(list(knot.applied.values())),
         **({} if moved is None else {"start_moved": moved}),
+        **({"fraction": knot.share} if by_rule else {}),
         "matrices": {name: asdict(applied) for name, applied in knot.applied.items()},
         **took._asdict(),
     }
@@ -148,7 +155,9 @@ def allowed_drift(given: Assignment) -> float:
 def check_drift(given: Assignment, record: dict[str, Any]) -> None:
     """Raise KnotDrift where a knot moved more than rounding explains, unless its rules move the outputs themselves."""
     rules, followed = given.arm.rules, record["link"] < len(given.links)
-    moves = rules.merge == "naive" or (rules.merge_fraction < 1 and followed)
+    share = record.get("fraction", 1.0 if isinstance(rules.merge_fraction, Idea) else rules.merge_fraction)
+    lets_go = min(share.values() if isinstance(share, dict) else [share]) < 1
+    moves = rules.merge == "naive" or (lets_go and followed)
     allowed = rules.max_drift or (math.inf if moves else allowed_drift(given))
     Drift(**{key: record[f"drift_{key}"] for key in Drift.__dataclass_fields__}).check(allowed)
 

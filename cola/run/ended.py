@@ -16,7 +16,7 @@ from cola.measure.learned import Learned
 from cola.recipe.plan import Job, evaluation_steps, trials_of, tuned_as_a_whole
 from cola.run.assignment import Bench
 from cola.run.search import with_choice
-from cola.tree.locks import CHANGES, lock
+from cola.tree.leases import CHANGES, lock
 from cola.tree.prune import let_go
 from cola.tree.records import Result, TrainInfo
 from cola.tree.spectra import read_spectrum, spectrum_of, write_spectrum
@@ -113,7 +113,7 @@ class SpectrumFiles:
         ends = [link.last_step for link in info.links if link.last_step < step]
         rules = self.bench.recipe.resolved(job.arm, job.choice).rules
         pairs = [self._pair(names[end]) for end in (*ends, step)]
-        links = added(pairs, rules.merge_fraction, rules.keeps_pair)
+        links = added(pairs, info.shares(len(ends)), rules.keeps_pair)
         record = learned.of_links(links, update, beside["full"]) | {"made": self.bench.made}
         measured.keep_spectrum(step, beside, record)
         return record

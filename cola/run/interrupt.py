@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, taken where nothing is half done."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,29 @@ from types import FrameType
 from typing import Any
 
 RESUMABLE = 75  # the exit code of what goes on later: EX_TEMPFAIL of sysexits.h
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def stand_by() -> None:
+    """Until `Signals` are installed, and again after them until `stand_down`, a signal ends this process as one that
+    goes on later: at once, since an exception could be lost in what is being imported, and nothing is half done that
+    the same command would not take as it lies."""
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+
+
+def stand_down() -> None:
+    """What there is to go on with is done: a signal is again what it is to any process."""
+    for number, default in zip(SIGNALS, (signal.default_int_handler, signal.SIG_DFL), strict=True):
+        if signal.getsignal(number) is _leave:
+            signal.signal(number, default)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    os.write(2, b"interrupted; the same command goes on\n")
+    os._exit(RESUMABLE)
 
 
 class Interrupted(BaseException):
@@ -26,9 +50,7 @@ class Signals:
     @contextmanager
     def installed(self) -> Iterator["Signals"]:
         """Handle both signals; what handled them before does so again afterwards."""
-        before: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before: dict[signal.Signals, Any] = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield self
         finally:

@@ -54,11 +54,10 @@ def _do(given: Assignment, started: float) -> None:
             given.accelerator.free_memory()
     if not loaded.needed:
         bench.progress.stage("all of it found in the store")
-    if not job.trial:
-        hand_out(given, course.scored_step)
+    handed_out = {} if job.trial else hand_out(given, course.scored_step)
     bench.refer(given.lineage.names[step] for step in (*given.cuts, course.scored_step) if step)
     result = result_record(given, course, evaluation, perf_counter() - started)
-    bench.folder.write(given.file("result.json"), result)
+    bench.folder.end_job(job, result, handed_out)
     given.tracker.finish(tracked_numbers(given, evaluation))
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cola.errors import IdeaError
 from cola.link import adapters
+from cola.link.base import own_rows
 from cola.link.drift import Drift, Outputs, Probe
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
@@ -35,14 +36,16 @@ class Laws:
         self.moved = None
         if not isinstance(link.settings, Lora) or link.keeps_pair:
             return
-        idea, taken, layers = link.settings.init, adapters.taken_out(model), adapters.pair_layers(model)
+        ideas = {"init": link.settings.init} | ({"knot.pair": link.pair_rule} if link.pair_rule else {})
+        who = " after ".join(f"{key}: {idea}" for key, idea in reversed(ideas.items()))
+        taken, layers = adapters.taken_out(model), adapters.pair_layers(model)
         if taken and self.never_written:
             raise IdeaError(
-                f"init: {idea} takes its pair out of the frozen weight, which knot.merge: no leaves as it is: say "
-                "merge: exact, or let the start return A alone or Factors(A, B, moves=True)"
+                f"{who} takes its pair out of the frozen weight, which knot.merge: no leaves as it is: say "
+                "merge: exact, or let it return A alone or Factors(A, B, moves=True)"
             )
         moves = any(adapters.factors_of(layer)[1].any() for name, layer in layers.items() if name not in taken)
-        if not moves and idea.file is None:
+        if not moves and all(idea.file is None for idea in ideas.values()):
             return
         before = self._before[0]
         change = Drift.between(before, before, self.ask(model)).relative
@@ -50,7 +53,7 @@ class Laws:
             self.moved = change
         elif not change <= self.allowed:
             raise IdeaError(
-                f"init: {idea} moved a logit by {change:.2g} of the largest logit where {self.allowed:.2g} is "
+                f"{who} moved a logit by {change:.2g} of the largest logit where {self.allowed:.2g} is "
                 "rounding: what it took out could not be taken out of this base, or it changed a weight; a start that "
                 "means to change the function returns Factors(A, B, moves=True)"
             )
@@ -71,4 +74,4 @@ class Laws:
 def _sum(parameter: Tensor) -> Tensor:
     """Of a weight's bits, as whole numbers: no order of summation and no rounding."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return parameter.detach().view(whole).sum(dtype=torch.int64)
+    return own_rows(parameter.detach())[0].view(whole).sum(dtype=torch.int64)

@@ -11,9 +11,12 @@ from cola.link import adapters
 from cola.link.base import Base
 from cola.link.drift import Probe
 from cola.link.moments import Moments
-from cola.link.residual import Residual, left_behind
+from cola.link.residual import Residual, Share, left_behind
+from cola.link.shares import Logged
 from cola.link.starts import Gradients, hold_out
+from cola.recipe.ideas import Idea
 from cola.recipe.plan import Link
+from cola.run import shards
 from cola.run.assignment import Assignment
 
 
@@ -40,7 +43,7 @@ class Loaded:
         bench.ready.clear()  # nor is a second one kept in memory
         if ready is not None:
             return ready
-        return source.load(given.arm.base.dtype, given.accelerator.device, given.arm.base.quantization)
+        return shards.load(source, given.arm.base, given.accelerator.device, given.recipe.model.shard)
 
     @cached_property
     def chain(self) -> Chain:
@@ -49,10 +52,12 @@ class Loaded:
         if given.recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         base = Base(model, given.bench.materials.source.files, quantized=given.arm.base.quantization is not None)
+        if base.sharded:
+            base.told = shards.tell_write
         return Chain(model, base, given.arm.rules)
 
     def run(
-        self, n_tied: int, tune: Callable[[Chain, Link], None], probe: Probe, gradients: Gradients
+        self, n_tied: int, tune: Callable[[Chain, Link], Logged], probe: Probe, gradients: Gradients
     ) -> Iterator[Knot]:
         """Train the links that are not tied yet, all but `n_tied`; the rest as in `run_chain`."""
         given = self._given
@@ -100,6 +105,17 @@ class Loaded:
         """What the links with these last steps, which others follow, have left in the chain, from the store. `gone_on`:
         whether the link after them has begun; a pair that is kept is in that link's then."""
         pairs, rules = [self._given.states.pair(end) for end in ends], self._given.arm.rules
+        shares = [self._share(end) for end in ends]
         if rules.keeps_pair and pairs and not gone_on:
-            return [*left_behind(pairs[:-1], rules.merge_fraction, True), pairs[-1]]
-        return left_behind(pairs, rules.merge_fraction, rules.keeps_pair)
+            return [*left_behind(pairs[:-1], shares[:-1], True), pairs[-1]]
+        return left_behind(pairs, shares, rules.keeps_pair)
+
+    def _share(self, end: int) -> Share:
+        """Which share of its pair the knot after a link's last step has kept, another link following; a
+        FileNotFoundError where a rule said it and its record has gone from the store."""
+        given = self._given
+        if not isinstance(given.arm.rules.merge_fraction, Idea):
+            return given.arm.rules.merge_fraction
+        if (knot := given.measured.known_knot(end)) is None:
+            raise FileNotFoundError(f"{given.job.label}: the knot after step {end} has gone from the store")
+        return knot["fraction"]

@@ -10,16 +10,20 @@ from cola.files import each_once
 from cola.link import adapter_files
 from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
+from cola.recipe.write import recorded
 from cola.run.assignment import Assignment
 from cola.run.course import Course
 from cola.plan.tree import cost_of
+from cola.tree.manifest import Entry
 from cola.tree.records import Result, TrialResult
 from cola.tree.run_folder import FORMAT, MADE_WITH
 from cola.tree.store import hand_out as copy_out
 
 
-def hand_out(given: Assignment, scored_step: int) -> None:
-    """The knots, and the weights of full fine-tuning, into the run folder."""
+def hand_out(given: Assignment, scored_step: int) -> dict[str, Entry]:
+    """The knots, and the weights of full fine-tuning, into the run folder; returns what its manifest says of them. A
+    file's digest is the one that the store had of it: a copy that is not the same is found."""
+    entries = {}
     kept = [(f"knots/link-{number}", link.last_step, link) for number, link in enumerate(given.links, 1)]
     if 0 < scored_step < given.n_steps:
         number = given.lineage.link_of(scored_step)
@@ -33,13 +37,17 @@ def hand_out(given: Assignment, scored_step: int) -> None:
         folder = given.path / {"lora": name, "full": "model"}.get(link.settings.method, "adapter")
         folder.mkdir(parents=True)
         segment = given.states.there(step)
-        for file in segment.record["files"]:
+        for file, known in segment.record["files"].items():
             if adapter_files.is_export(file):
                 copy_out(segment.folder / file, folder / file, large=full and file.endswith(".safetensors"))
+                number = given.lineage.link_of(step) + 1
+                key = (folder / file).relative_to(given.path).as_posix()
+                entries[key] = Entry(**known, link=number, state=segment.name)
         if full:
             given.evaluator.tokenizer.save_pretrained(folder)
             if (own := given.bench.materials.source.folder / "generation_config.json").is_file():
                 shutil.copy(own, folder)
+    return entries
 
 
 def result_record(
@@ -134,7 +142,7 @@ def tracked_config(given: Assignment) -> dict[str, Any]:
         "arm": given.job.arm,
         "seed": given.job.seed,
         "links": [link_record(link) for link in given.links],
-        "recipe": given.recipe.with_choice(given.job.arm, given.job.choice).model_dump(mode="json", exclude_none=True),
+        "recipe": recorded(given.recipe.with_choice(given.job.arm, given.job.choice), exclude_none=True),
         "model_sha256": meta.model.sha256,
         "data_sha256": meta.data.sha256,
         "state": given.lineage.names[-1],

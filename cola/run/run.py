@@ -4,36 +4,32 @@ import contextlib
 import errno
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Literal
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, ModelError, RunFolderError
-from cola.files import digest, store_path
+from cola.errors import ColaError, LeaseLost, ModelError, RanksLost, RunFolderError, one_line
+from cola.files import digest, without_home
 from cola.link.ideas.door import place_of
-from cola.measure.evaluate import Ways
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
-from cola.report.tracking import NoTracker, Tracker, command_after, mode_of, need_tracker
-from cola.run.announce import say_cautions, say_plan
+from cola.report.tracking import NoTracker, Tracker, command_after
+from cola.run.announce import say_plan
 from cola.run.assignment import Bench
-from cola.run.code import admit_code
 from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
-from cola.run.foresee import foresee
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.job import do_job
-from cola.run.materials import check_bases, check_folder, gather, heeding
-from cola.plan.tree import Planner
+from cola.run.prepare import prepared
 from cola.run.search import chosen_jobs, known_jobs, with_choice
-from cola.tree.locks import WAIT_SECONDS, claim, in_use
-from cola.tree.prune import register, size_of
+from cola.tree.leases import WAIT_SECONDS, check_held, claim
+from cola.tree.mend import mend
+from cola.tree.prune import size_of
 from cola.tree.records import Ended, RunInfo
 from cola.tree.run_folder import FORMAT, RunFolder
-from cola.tree.store import Store
 
 
 def run(
@@ -60,38 +56,23 @@ def run(
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
     """
-    need_tracker(recipe.tracking)
-    code = admit_code(recipe, folder)
-    materials = replace(gather(recipe, terminal), code=code)
-    store = Store(store_path(recipe.store), terminal.warn)
-    meta, used = check_folder(materials, folder, store, terminal), folder.references()
-    selfcheck, ready = check_bases(materials, store, used, terminal)
-    began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
-    folder.write("provenance.json", began)
-    ways = Ways(**dict(selfcheck.ways))
-    recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
-    materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
-    planner = Planner(materials.source, materials.skeleton, materials.splits, materials.device.type, code)
-    meter, jobs = planner.meter(recipe), jobs_of(recipe)
-    tree = planner.tree(recipe, meter, siblings)
-    say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
-    folder.write("plan.json", foresee(materials, meter, tree, store, terminal))
-    off = mode_of(recipe.tracking) == "off"
-    tracker = NoTracker() if off else Tracker(recipe.tracking, group, folder.path, terminal.warn)
-    sent = set() if tracked is None else tracked
+    mend(folder, terminal.warn)
     with (
-        in_use(store.path, store.warn),
         contextlib.nullcontext(signals) if signals else Signals().installed() as signals,
-        terminal.progress(len(jobs), sum(tree.lineage(job).n_steps for job in jobs)) as progress,
+        terminal.progress() as progress,
+        prepared(recipe, folder, signals, progress, group, tracked, siblings) as bench,
     ):
-        bench = Bench(
-            materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress
-        )
-        interrupted = _stopped(bench, jobs)
+        interrupted = _stopped(bench, jobs_of(bench.recipe))
+    return conclude(bench, group, interrupted)
+
+
+def conclude(bench: Bench, group: str | None, interrupted: bool) -> Summary:
+    """What a run has come to, in summary.json."""
+    recipe, folder, store = bench.recipe, bench.folder, bench.store
     summary = summarize(recipe, folder).model_copy(
         update={
             "interrupted": interrupted,
-            "tracking": _tracked(recipe, tracker, group, folder),
+            "tracking": _tracked(recipe, bench.tracker, group, folder),
             "store": StoreUse(path=str(store.path), bytes=size_of(store.path)),
         }
     )
@@ -109,7 +90,6 @@ def _tracked(recipe: Recipe, tracker: Tracker | NoTracker, group: str | None, fo
 
 def _stopped(bench: Bench, jobs: list[Job]) -> bool:
     """Do every job; returns whether the user stopped it."""
-    register(bench.store, bench.folder.path)
     try:
         _do_all(bench, jobs)
         stopped = False
@@ -131,22 +111,20 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
         for job in left:
             if not job.trial and open_trials.intersection(trials_of(bench.recipe, job.arm, job.seed)):
                 continue
-            with claim(bench.store.path, _claim(bench, job)) as mine:
-                if not mine:
-                    continue
-                if searching and not job.trial:
-                    known = known_jobs(bench, jobs)
-                    if not open_trials:
-                        say_plan(bench, known, known)
-                        searching = False
-                want_weights(bench, jobs, files)
-                _do(bench, job)
-                files.update(
-                    chosen_jobs(bench, [other for other in jobs if other.seed == job.seed and not other.trial])
-                )
-                want_weights(bench, jobs, files)
-                let_full_weights_go(bench, job.seed)
-            left.remove(job)
+            try:
+                with claim(bench.store.path, _claim(bench, job)) as mine:
+                    if not mine:
+                        continue
+                    if searching and not job.trial:
+                        known = known_jobs(bench, jobs)
+                        if not open_trials:
+                            say_plan(bench, known, known)
+                            searching = False
+                    _do_claimed(bench, job, jobs, files)
+                left.remove(job)
+            except LeaseLost as lost:
+                check_held()  # the run's folder and the store are another matter: without those nothing goes on
+                bench.progress.terminal.warn(f"{job.label}: {lost}")
             waits = False
             break
         else:
@@ -154,6 +132,15 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
                 bench.progress.wait(left[0].label, "another process is at it, and at all that is left; waiting")
             waits = True
             sleep(WAIT_SECONDS)
+
+
+def _do_claimed(bench: Bench, job: Job, jobs: list[Job], files: SpectrumFiles) -> None:
+    """Do a job, and what follows from its end."""
+    want_weights(bench, jobs, files)
+    _do(bench, job)
+    files.update(chosen_jobs(bench, [other for other in jobs if other.seed == job.seed and not other.trial]))
+    want_weights(bench, jobs, files)
+    let_full_weights_go(bench, job.seed)
 
 
 def _claim(bench: Bench, job: Job) -> str:
@@ -172,22 +159,25 @@ def _do(bench: Bench, job: Job) -> None:
     try:
         bench.progress.job(job.label, n_steps)
         do_job(bench, with_choice(bench, job))
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, RanksLost):
         _record_end(bench, job, "interrupted", started)
         raise
-    except ModelError:
-        raise  # a base that does not load fails every arm alike
+    except (ModelError, LeaseLost):
+        raise  # a base that does not load fails every arm alike; what was taken over is another process's
     # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
     except Exception as error:
+        if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
+            _record_end(bench, job, "interrupted", started)
+            raise RanksLost(f"{job.label}: {one_line(error)}; the other ranks are in the middle of a pass") from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunFolderError(
                 f"{error.filename or bench.folder.path}: the disk is full; what is finished is kept: make room "
                 f"(`cola store prune`), then `cola run --resume {bench.folder.path}`"
             ) from error
         reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
-        _record_end(bench, job, "failed", started, reason)
+        _record_end(bench, job, "failed", started, without_home(reason))
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
-        bench.folder.write_text(trace, "".join(traceback.format_exception(error)))
+        bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
 
 
@@ -204,6 +194,5 @@ def _record_end(
     if bench.folder.status(job) == "ok":
         return
     info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
-    where = bench.folder.job(job).relative_to(bench.folder.path) / "result.json"
-    bench.folder.write(where, Ended(format=FORMAT, status=status, run_info=info))
+    bench.folder.end_job(job, Ended(format=FORMAT, status=status, run_info=info), {})
     bench.tracker.finish({}, status)

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
-from cola.errors import StoreError
+from cola.errors import RunFolderError, StoreError
 from cola.files import digest, load_json, remove_all, write_text
-from cola.tree import locks
+from cola.tree import leases
+from cola.tree.run_folder import references_in
 from cola.tree.store import Store
 
 
@@ -22,23 +23,24 @@ def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) ->
     or its segments.json, is damaged: then nothing can be said to be loose."""
     names = {}
     for note in sorted((store.path / "runs").iterdir()):
-        file = note
         try:
             folder = Path(load_json(note)["folder"])
-            file = folder / "segments.json"
-            kept = load_json(file) if file.is_file() else {}
-            names[folder] = {name for kind in kinds for name in kept.get(kind, [])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"{file} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
+                f"{note} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
             ) from None
+        try:
+            kept = references_in(folder)
+        except RunFolderError as error:
+            raise StoreError(str(error)) from None
+        names[folder] = {name for kind in kinds for name in kept[kind]}
     return names
 
 
 def let_go(store: Store, names: Set[str], run: Path) -> None:
     """Strip those of these segments that no other run than this, which has no more use for them, wants the weights of.
     A StoreError where what the others want cannot be told: then nothing goes."""
-    with locks.lock(store.path, locks.CHANGES):
+    with leases.lock(store.path, leases.CHANGES):
         others = references(store, ("weights",))
         wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
         for name in names - wanted:
@@ -77,7 +79,7 @@ def _state_of(path: Path) -> str | None:
 def prune(store: Store, paths: Iterable[Path]) -> None:
     """Remove what `garbage` has found, and forget run folders that are gone."""
     remove_all(paths)
-    remove_all(path for path in (store.path / "locks").iterdir() if path.name != locks.IN_USE)
+    leases.forget_free(store.path)
     for note in (store.path / "runs").iterdir():
         if not Path(load_json(note)["folder"]).is_dir():
             note.unlink()

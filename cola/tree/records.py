@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, RootModel, model_validator
 
 from cola.recipe.arms import OneLink
+from cola.recipe.ideas import Idea
 from cola.recipe.methods import METHODS, Settings
 from cola.recipe.resolved import Rules
 from cola.tree.made import Made, Provenance
@@ -111,6 +112,11 @@ class Knot(Record):
     start_moved: Relative | None = Field(
         default=None, description="change of the outputs by a start that says that it moves them, by the largest logit"
     )
+    fraction: Share | dict[Text, Share] | None = Field(
+        default=None,
+        description="share of the pair that was kept, where a rule says it (`knot.merge_fraction`); of each matrix, by "
+        "its module, where the rule does so",
+    )
     seconds: Seconds = Field(description="that tying took")
     cpu_seconds: Seconds | None = Field(
         default=None,
@@ -188,6 +194,15 @@ class TrainInfo(Record):
     links: list[TrainedLink] = Field(description="what each link trained")
     knots: list[Knot]
     evaluations: list[Look]
+
+    def shares(self, n: int) -> list[float | dict[str, float]]:
+        """Which share of its pair each of the first n knots kept, another link following."""
+        return [self._said_share if knot.fraction is None else knot.fraction for knot in self.knots[:n]]
+
+    @property
+    def _said_share(self) -> float:
+        assert self.rules is not None  # it has knots
+        return 1.0 if isinstance(self.rules.merge_fraction, Idea) else self.rules.merge_fraction
 
     @model_validator(mode="after")
     def _a_link_for_each_knot(self) -> Self:
@@ -331,6 +346,9 @@ class References(Record):
     weights: list[Name] = Field(
         default=[],
         description="of the fully fine-tuned states whose weights the run keeps or still needs there",
+    )
+    sha256: Text | None = Field(
+        default=None, description="of the other keys, as canonical JSON: its first 32 hex digits"
     )
 
 

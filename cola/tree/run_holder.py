@@ -14,8 +14,10 @@ from time import sleep
 
 from cola.errors import FolderGone, RunFolderError
 from cola.files import make_new
-from cola.tree.locks import claimed
+from cola.tree.leases import claimed
 from cola.tree.run_folder import RunFolder
+
+LEASE = ".lease"  # of a run folder
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def lock_run(path: Path) -> Iterator[None]:
     FolderGone where it is not there any more."""
     with ExitStack() as held:
         try:
-            mine = held.enter_context(claimed(path / ".lock"))
+            mine = held.enter_context(claimed(path / LEASE))
         except FileNotFoundError:
             raise FolderGone(f"{path} is not there any more") from None
         if not mine:
@@ -61,7 +63,7 @@ def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[Run
                 run.write_text("recipe.yaml", recipe)
             yield run, fresh
         except BaseException:
-            if fresh and not _begun(folder):
+            if fresh and folder.is_dir() and not _begun(folder):
                 _remove(run, made)
             raise
 
@@ -113,7 +115,7 @@ def _make_and_hold(recipe: str, path: Path, dated: bool, held: ExitStack) -> tup
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.path.lexists(path) and _make_held(path, held):
                 return path, True
-            _check_free(RunFolder(path), recipe)  # before a lock file is put into what is no run folder
+            _check_free(RunFolder(path), recipe)  # before a lease is put into what is no run folder
     except RunFolderError:
         raise
     except OSError as error:
@@ -154,7 +156,7 @@ def _check_free(run: RunFolder, recipe: str) -> None:
         if run.recipe_file.is_file():
             free = run.recipe_file.read_text(encoding="utf-8") == recipe
         else:
-            free = all(file.name == ".lock" or file.name.startswith(".recipe.yaml.") for file in path.iterdir())
+            free = all(file.name == LEASE or file.name.startswith(".recipe.yaml.") for file in path.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         if not os.path.lexists(path):
             raise FolderGone(f"{path} is not there any more") from None
@@ -174,10 +176,10 @@ def _begun(path: Path) -> bool:
 def _remove(run: RunFolder, made: bool) -> None:
     """Empty a folder that is held, and remove it if it was made here.
 
-    The lock goes last, so that nobody else has the folder before all is gone; and rmdir takes none that somebody
+    The lease goes last, so that nobody else has the folder before all is gone; and rmdir takes none that somebody
     has come to have since. Before it goes the recipe, by which a command that was killed here knows the folder.
     """
-    last = [run.recipe_file, run.path / ".lock"]
+    last = [run.recipe_file, run.path / LEASE]
     for file in [*(file for file in run.path.iterdir() if file not in last), *last]:
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)

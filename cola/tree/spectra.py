@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cola.recipe.plan import Job
 from cola.tree.made import Made
-from cola.tree.run_folder import RunFolder, read_json
+from cola.tree.run_folder import RunFolder
 from cola.tree.shapes import Count, Number, Record, Relative, Seconds, Share, Text
 
 SPECTRUM = "spectrum.json"
@@ -71,8 +71,8 @@ class SpectrumVersion(Record):
 def read_spectrum(folder: RunFolder, job: Job) -> Spectrum | None:
     """The spectra of one arm and seed; None where there are none of this version."""
     path = folder.job(job) / SPECTRUM
-    found = read_json(path, SpectrumVersion)
-    return read_json(path, Spectrum) if found is not None and found.version == VERSION else None
+    found = folder.read(path, SpectrumVersion)
+    return folder.read(path, Spectrum) if found is not None and found.version == VERSION else None
 
 
 def spectrum_of(record: Mapping[str, Any]) -> Spectrum:

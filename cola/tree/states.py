@@ -21,7 +21,7 @@ from cola.link.moments import Moments
 from cola.link.residual import LinkWeights
 from cola.measure.scores import ExampleScore
 from cola.recipe.methods import Settings
-from cola.tree.locks import lock
+from cola.tree.leases import lock
 from cola.tree.segments import Lineage
 from cola.tree.spectra import VERSION
 from cola.tree.store import Segment, Store

@@ -3,14 +3,16 @@
 STORE/segments/NAME/       one state: the weights (a PEFT adapter, or a whole model), optimizer.safetensors, steps.jsonl
 STORE/segments/NAME/segment.json   its causes in clear, what made it, SHA-256 of each file
 STORE/measured/KEY.json    what was measured at a state: per-example scores, a knot's drift, spectra
-STORE/runs/, locks/, damaged/, writing/
+STORE/runs/, leases/, damaged/, writing/
 
 A segment is written aside, synced and renamed, so it is there as a whole or not at all; its files are read-only. What
-does not match its checksum, or its name, is set aside under damaged/ and made anew. Locks are the kernel's (flock):
-those of a dead process are gone with it. Many processes of one machine may use a store at once.
+does not match its checksum, or its name, is set aside under damaged/ and made anew. Many processes, of one machine or
+of several that share the disk, may use a store at once (leases.py). What is published stays: of two that have made the
+same state the first is kept, and the weights of the second are compared with it.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,14 +21,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from cola.errors import StoreError, quoted
 from cola.files import digest, file_digest, load_json, sync, write_text, written_aside
-from cola.tree.locks import CHANGES, lock
+from cola.tree.leases import CHANGES, WAIT_SECONDS, check_held, lock
+from cola.tree.process import this_process
 from cola.tree.segments import Causes, state_name
 
-FORMAT = 1
+FORMAT = 1  # of segments and measurements
+HELD = 2  # of format.json: runs hold leases; until 1, locks of the kernel, which keep no lease out
 KINDS = ("record", "checkpoint", "point", "segment")  # from the shortest-lived to the longest
 
 
@@ -73,16 +78,16 @@ class Store:
         self.path = path
         self.warn = warn
         try:
-            for name in ("segments", "measured", "runs", "locks", "damaged", "writing"):
+            for name in ("segments", "measured", "runs", "leases", "damaged", "writing"):
                 (path / name).mkdir(parents=True, exist_ok=True)
             note = path / "format.json"
-            if not note.is_file():
-                write_text(note, json.dumps({"format": FORMAT}))
-            found = json.loads(note.read_text(encoding="utf-8"))["format"]
+            if not note.is_file() or (found := _format_of(note)) == 1:
+                write_text(note, json.dumps({"format": HELD}))
+                found = HELD
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"store: {path} cannot be used: {error}; set store to another folder") from None
-        if found != FORMAT:
-            raise StoreError(f"store: {path} is of format {found}, this version reads {FORMAT}; set store to another")
+        if found != HELD:
+            raise StoreError(f"store: {path} is of format {found}, this version reads {HELD}; set store to another")
 
     def has(self, name: str) -> bool:
         """Whether a segment of this name lies there; `get` tells whether it is whole."""
@@ -124,7 +129,7 @@ class Store:
             write: Writes the files into the folder it is given.
         """
         name = state_name(causes)
-        aside = Path(tempfile.mkdtemp(dir=self.path / "writing"))
+        aside = self._new_aside()
         try:
             write(aside)
             files = {}
@@ -146,6 +151,7 @@ class Store:
         folder = self.folder(made.name)
         there = Segment(folder, self.record(folder)) if folder.is_dir() else None
         if there is not None and there.record:
+            self._compare(there, made)
             # A record is of what was the end of a segment.
             kind = "segment" if not there.has_weights else max(there.kind, made.kind, key=KINDS.index)
             if there.has_weights and (there.resumable or not made.resumable):
@@ -154,9 +160,27 @@ class Store:
         if there is not None:
             self._remove(folder)
         folder.parent.mkdir(exist_ok=True)
-        made.folder.rename(folder)
+        try:
+            made.folder.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process has published it, which this one did not see: on a network file system that takes a while.
+            sleep(WAIT_SECONDS)
+            return self._publish(made)
         sync(folder.parent)
         return Segment(folder, made.record), there is None
+
+    def _compare(self, there: Segment, made: Segment) -> None:
+        """Say where the weights of one state, made twice, are not the same to the bit."""
+        for name, file in made.record["files"].items():
+            before = there.record["files"].get(name)
+            if name.endswith(".safetensors") and before is not None and before["sha256"] != file["sha256"]:
+                devices = [_device_of(segment.record) for segment in (there, made)]
+                self.warn(
+                    f"store: {made.name} was made twice, on {devices[0]} and on {devices[1]}, and {name} is not the "
+                    "same: one of them is kept. On one device and number of threads that should not be: report it"
+                )
 
     def mark(self, name: str, kind: str) -> str | None:
         """Let a state that is there live as long as this kind does, at least; returns what it was."""
@@ -191,9 +215,14 @@ class Store:
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: a segment is there as a whole or not at all, also while it goes.
-        gone = Path(tempfile.mkdtemp(dir=self.path / "writing")) / "gone"
+        check_held()
+        gone = self._new_aside() / "gone"
         folder.rename(gone)
         shutil.rmtree(gone.parent, ignore_errors=True)
+
+    def _new_aside(self) -> Path:
+        """A folder of this process's: the next run clears it if this one is killed."""
+        return Path(tempfile.mkdtemp(dir=self.path / "writing", prefix=f"{this_process().owner}."))
 
     def segments(self) -> Iterator[Path]:
         """The folders of all segments, unverified."""
@@ -248,7 +277,12 @@ class Store:
     def _seal(self, path: Path, record: dict[str, Any], indent: int | None = None) -> None:
         """Write a record with its checksum: aside where a killed process's left-overs are looked for, and no part of a
         segment."""
+        check_held()
         write_text(path, json.dumps(record | {"sha256": digest(record)}, indent=indent), self.path / "writing")
+
+
+def _format_of(note: Path) -> Any:
+    return json.loads(note.read_text(encoding="utf-8"))["format"]
 
 
 def _unsealed(path: Path) -> dict[str, Any] | None:
@@ -279,6 +313,10 @@ def fault_of(path: Path) -> str | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         return f"{called} cannot be read: {type(error).__name__}"
     return None
+
+
+def _device_of(record: dict[str, Any]) -> str:
+    return (record.get("made") or {}).get("device") or "a device that is not noted"
 
 
 def hand_out(file: Path, place: Path, large: bool) -> None:

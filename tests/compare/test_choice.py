@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import cola, go, result
+from runs import cola, go, read_jsonl, result
 from scipy import stats
 
 from cola.compare.choice import RESAMPLES, Trials, choose
@@ -22,7 +22,6 @@ from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.report.tables import named_tables
 from cola.report.verdict import verdict
-from cola.tree.run_folder import read_jsonl
 from cola.tree.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")

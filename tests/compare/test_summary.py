@@ -48,6 +48,7 @@ class ByHand:
     """A run folder whose results are written here and by no training."""
 
     def __init__(self, path: Path) -> None:
+        path.mkdir()
         self.folder = RunFolder(path)
 
     def ok(

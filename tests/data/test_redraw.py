@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from runs import cola, go, result
+from runs import cola, go, read_jsonl, result
 from scipy import stats
 from test_data import count, data_of, gym, refusal, write_rows
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +19,6 @@ from cola.errors import DataError
 from cola.link.find import find_model
 from cola.recipe.read import read_recipe
 from cola.report.verdict import verdict
-from cola.tree.run_folder import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 from peft import PeftModel
-from runs import cola, go, open_run, outcome, quiet, result
+from runs import cola, go, open_run, outcome, quiet, read_jsonl, result
 from test_methods import ADAMW, WIDE, batches, close, gradients, link, logits, outputs, what
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
@@ -29,7 +29,7 @@ from cola.recipe.plan import Link, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.resolved import Rules
 from cola.run.run import run
-from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_folder import RunFolder
 from cola.tree.segments import lineage, root_causes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

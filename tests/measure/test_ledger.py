@@ -19,7 +19,7 @@ from conftest import tiny_model
 from offline import records
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from runs import cola, go, result
+from runs import cola, go, read_jsonl, result
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from scipy.stats import entropy
@@ -47,7 +47,7 @@ from cola.recipe.read import read_recipe
 from cola.recipe.resolved import Rules
 from cola.report.page import write_report
 from cola.report.tables import knots_table
-from cola.tree.run_folder import FORMAT, RunFolder, read_jsonl
+from cola.tree.run_folder import FORMAT, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

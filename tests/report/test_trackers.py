@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from children import KILLED, end, start
-from runs import CHOICE, LORA_ONLY, SHORT, assert_one_line, cola, result, write_recipe
+from runs import CHOICE, LORA_ONLY, SHORT, assert_one_line, cola, read_jsonl, result, write_recipe
 
 from cola.compare.records import Summary
 from cola.files import pip_install
 from cola.report.tracking import comparison_numbers
-from cola.tree.run_folder import RunFolder, read_json, read_jsonl
+from cola.tree.run_folder import RunFolder
 
 pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
@@ -115,7 +115,7 @@ def check_sent(tracker: str, folder: Path, arms: list[str]) -> None:
         evaluation = result(RunFolder(folder), arm)["evaluation"]
         assert mine.final["gap/loss"] == evaluation["gap_loss"]
         assert mine.final["final/test_score"] == evaluation["test"]["score"]
-    summary = read_json(folder / "summary.json", Summary)
+    summary = RunFolder(folder).read("summary.json", Summary)
     assert summary is not None
     compared = runs["comparison"]
     for name, value in comparison_numbers(summary).items():

@@ -19,7 +19,7 @@ from runs import wide_cola as cola
 from safetensors.torch import load_file, save_file
 from test_store import keep, opened, weights_in
 
-from cola.tree import locks, prune
+from cola.tree import leases, prune
 from cola.tree.store import hand_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,7 +127,7 @@ def as_nobody(folder: Path, told: Path) -> None:
     store.mark(name, "segment")  # the record is written anew
     shutil.rmtree(run)
     found["whole after all"] = store.get(name) is not None
-    with locks.alone(store.path):
+    with leases.alone(store.path):
         prune.prune(store, prune.garbage(store))
     found["pruned"] = not list(store.segments())
     told.write_text(json.dumps(found | {"warned": warned}))

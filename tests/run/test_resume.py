@@ -18,7 +18,7 @@ from children import KILLED, end, start
 from conftest import SKY
 from offline import records
 from rich.console import Console
-from runs import CHOICE, create_run, fresh, go, open_run, outcome, result, write_recipe
+from runs import CHOICE, create_run, fresh, go, open_run, outcome, read_jsonl, result, write_recipe
 
 from cola.link.model import Source
 from cola.measure.scores import ExampleScore
@@ -28,7 +28,7 @@ from cola.report.terminal import Terminal
 from cola.run.course import better, selection_key
 from cola.run.interrupt import Interrupted, Signals
 from cola.run.run import run
-from cola.tree.run_folder import RunFolder, read_jsonl
+from cola.tree.run_folder import RunFolder
 from cola.tree.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,7 +25,7 @@ from cola.run import job as cola_job
 from cola.run import run as cola_run
 from cola.run.assignment import Assignment, Bench
 from cola.run.run import run
-from cola.tree import locks, prune
+from cola.tree import leases, prune
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -110,7 +110,7 @@ def test_spectra_are_the_same_where_another_process_was_at_full_fine_tuning(
     second = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
     store, _ = opened(place())
     recipe = read_recipe(recipe_file, ARMS)
-    with locks.claim(
+    with leases.claim(
         store.path, digest({"job": lineage_of(recipe, Job(arm="full", seed=0)).names[-1], "trial": False})
     ) as mine:
         assert mine

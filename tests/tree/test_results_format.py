@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import run_once
+from runs import read_jsonl
 
 from cola.compare.records import Ablation, Summary, TasksSummary
 from cola.recipe.arms import SEARCHABLE, LinkSettings
@@ -16,7 +17,6 @@ from cola.recipe.schema import SPLITS
 from cola.tree import run_folder
 from cola.tree.made import PACKAGES, Provenance
 from cola.tree.records import Chosen, References, Result, TrialResult
-from cola.tree.run_folder import read_jsonl
 from cola.tree.spectra import Spectrum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +148,13 @@ def test_every_key_of_the_rows_is_documented(run: Path, heading: str, pattern: s
 )
 def test_every_key_of_the_other_files_is_documented(run: Path, heading: str, path: str) -> None:
     check(set(keys_of(json.loads((run / path).read_text()))), documented(heading))
+
+
+def test_every_key_of_a_manifest_is_documented(run: Path) -> None:
+    manifests = [json.loads(path.read_text()) for path in run.rglob("manifest.json")]
+    found = {key for one in manifests for key in one if key != "files"}
+    found |= {f"files.FILE.{key}" for one in manifests for entry in one["files"].values() for key in entry}
+    assert found | {"files.FILE.before"} == documented("manifest.json")
 
 
 def test_what_a_model_has_read_it_writes_again_to_the_letter(run: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from cola.cli.app import app
 from cola.errors import RunFolderError
 from cola.recipe.read import read_recipe
 from cola.recipe.write import dump_recipe
-from cola.tree import locks, run_holder
+from cola.tree import run_holder
 from cola.tree.run_holder import lock_run, take_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,32 +194,3 @@ def test_a_run_that_fails_to_begin_takes_no_folder_with_it_that_has_results(reci
     with pytest.raises(RunFolderError, match="stop"):
         fail()
     assert (folder.path / "arms/lora/seed-0/result.json").is_file()
-
-
-def test_a_lock_that_was_removed_while_another_one_waited_for_it_keeps_others_out(tmp_path: Path) -> None:
-    # Opened before, locked after its holder has removed it: a lock on a file without a name holds nothing.
-    path, flock = tmp_path / "lock", locks.fcntl.flock
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(*how: Any) -> None:
-        locks.fcntl.flock = flock
-        begun.set()
-        assert go_on.wait(60)
-        flock(*how)
-
-    held = []
-
-    def second() -> None:
-        with locks.claimed(path) as mine, locks.claimed(path) as other:
-            held.append((mine, other))
-
-    with locks.claimed(path) as mine:
-        assert mine
-        locks.fcntl.flock = slowly
-        waiting = threading.Thread(target=second)
-        waiting.start()
-        assert begun.wait(60)
-        path.unlink()
-    go_on.set()
-    waiting.join(60)
-    assert held == [(True, False)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import SKY, tiny_model, tiny_tokenizer
-from runs import go, result
+from runs import go, read_jsonl, result
 
 from cola.data.splits import load_splits
 from cola.link.find import find_model
@@ -24,7 +24,6 @@ from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
 from cola.plan.tree import Planner
 from cola.tree import segments
-from cola.tree.run_folder import read_jsonl
 from cola.tree.segments import Lineage, Tree
 from cola.tree.store import Store
 

@@ -1,6 +1,5 @@
 """The store: whole or not at all, checked on every read, shared and pruned. Run: pytest tests/tree/test_store.py"""
 
-import fcntl
 import json
 import os
 import random
@@ -31,7 +30,7 @@ from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.plan.tree import Planner
-from cola.tree import locks, prune
+from cola.tree import leases, prune
 from cola.tree import store as store_file
 from cola.tree.run_folder import RunFolder
 from cola.tree.segments import Lineage, state_name
@@ -300,7 +299,9 @@ def write_and_die(place: Path, number: int) -> None:
         (folder / "adapter_model.safetensors").write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    keep(Store(place, print), number, write=dies)
+    store = Store(place, print)
+    with leases.in_use(store.path, store.warn):
+        keep(store, number, write=dies)
 
 
 def write_slowly(place: Path, number: int, begun: Any, go_on: Any) -> None:
@@ -310,7 +311,7 @@ def write_slowly(place: Path, number: int, begun: Any, go_on: Any) -> None:
         assert go_on.wait(60)
 
     store = Store(place, print)
-    with locks.in_use(store.path, store.warn):
+    with leases.in_use(store.path, store.warn):
         keep(store, number, write=waits)
 
 
@@ -322,13 +323,13 @@ def test_what_a_killed_writer_left_is_invisible_and_cleared_but_a_living_writers
     assert dying.exitcode == -signal.SIGKILL
     assert not list(store.segments())
     assert len(list((place / "writing").iterdir())) == 1
-    with locks.in_use(store.path, store.warn):
+    with leases.in_use(store.path, store.warn):
         assert not list((place / "writing").iterdir())
     begun, go_on = processes.Event(), processes.Event()
     living = processes.Process(target=write_slowly, args=(place, 1, begun, go_on))
     living.start()
     assert begun.wait(60)
-    with locks.in_use(store.path, store.warn):
+    with leases.in_use(store.path, store.warn):
         assert len(list((place / "writing").iterdir())) == 1
     go_on.set()
     living.join(60)
@@ -341,7 +342,7 @@ def test_what_a_killed_writer_left_is_invisible_and_cleared_but_a_living_writers
 
 def keep_and_drop(place: Path, seconds: float) -> None:
     store = Store(place, print)
-    with locks.in_use(store.path, store.warn):
+    with leases.in_use(store.path, store.warn):
         end = time.monotonic() + seconds
         number = os.getpid() * 1000
         while time.monotonic() < end:
@@ -358,13 +359,13 @@ def test_runs_that_begin_and_end_do_not_disturb_one_that_writes(place: Path) -> 
     writer = processes.Process(target=keep_and_drop, args=(place, 2.0))
     writer.start()
     while writer.is_alive():
-        with locks.in_use(store.path, store.warn):
+        with leases.in_use(store.path, store.warn):
             pass
     assert writer.exitcode == 0
 
 
 def hold(place: Path, held: Any) -> None:
-    with locks.lock(place, "key"):
+    with leases.lock(place, "key"):
         held.set()
         time.sleep(60)
 
@@ -382,7 +383,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(place: Path) -> None:
         holder.kill()
         holder.join()
 
-    with locks.lock(store.path, "key", kill):
+    with leases.lock(store.path, "key", kill):
         assert time.monotonic() - waited[0] < 5
     assert len(waited) == 1
 
@@ -525,7 +526,7 @@ def test_a_process_leaves_to_another_what_that_is_at_and_does_the_rest(recipe_fi
     recipe = read_recipe(recipe_file, overrides)
     trial = next(job for job in jobs_of(recipe) if job.trial and job.arm == "lora")
     store, _ = opened(place)
-    with locks.claim(store.path, digest({"job": lineage_of(recipe, trial).names[-1], "trial": True})) as mine:
+    with leases.claim(store.path, digest({"job": lineage_of(recipe, trial).names[-1], "trial": True})) as mine:
         assert mine
         second.start()
         while not said.exists() or "at all that is left; waiting" not in said.read_text():
@@ -544,12 +545,12 @@ def test_a_claim_is_had_by_one_alone_and_free_again_when_its_holder_is_done(plac
     store, _ = opened(place)
     other, _ = opened(place)
     with (
-        locks.claim(store.path, "a") as first,
-        locks.claim(other.path, "a") as second,
-        locks.claim(other.path, "b") as third,
+        leases.claim(store.path, "a") as first,
+        leases.claim(other.path, "a") as second,
+        leases.claim(other.path, "b") as third,
     ):
         assert (first, second, third) == (True, False, True)
-    with locks.claim(other.path, "a") as later:
+    with leases.claim(other.path, "a") as later:
         assert later
 
 
@@ -563,7 +564,7 @@ def test_a_process_that_waited_for_full_weights_finds_them_let_go(
     words = ["run", str(recipe_file), *overrides, "--run-folder", str(folder)]
     waiting = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
     store, _ = opened(place)
-    with locks.lock(store.path, lineage_of(read_recipe(recipe_file, overrides), Job(arm="full", seed=0)).names[1]):
+    with leases.lock(store.path, lineage_of(read_recipe(recipe_file, overrides), Job(arm="full", seed=0)).names[1]):
         waiting.start()
         while not said.exists() or "waiting for another process" not in said.read_text():
             assert waiting.is_alive(), said.read_text()
@@ -635,7 +636,7 @@ def test_nothing_is_pruned_while_a_run_is_at_work(recipe_file: Path, place: Path
     shutil.rmtree(folder.path)
     store, _ = opened(place)
     before = contents(place)
-    with locks.in_use(store.path, store.warn):
+    with leases.in_use(store.path, store.warn):
         told = cola("store", "prune", "--yes")
     assert told.exit_code == 2
     assert "a run is at work" in told.output
@@ -648,7 +649,7 @@ def test_nothing_is_pruned_while_a_run_is_at_work(recipe_file: Path, place: Path
 def test_a_run_that_begins_waits_for_pruning_to_end(place: Path) -> None:
     store, _ = opened(place)
     begun, go_on = processes.Event(), processes.Event()
-    with locks.alone(store.path):
+    with leases.alone(store.path):
         go_on.set()
         run = processes.Process(target=write_slowly, args=(place, 1, begun, go_on))
         run.start()
@@ -859,13 +860,3 @@ def test_looking_at_a_store_is_not_disturbed_by_a_run_that_drops_checkpoints(pla
         assert isinstance(told.exception, SystemExit | None)
     assert writer.exitcode == 0
     assert not list((place / "damaged").iterdir())
-
-
-def test_the_lock_of_the_store_is_the_kernels(place: Path) -> None:
-    store, _ = opened(place)
-    with (
-        locks.in_use(store.path, store.warn),
-        (place / "locks" / "in-use").open() as file,
-        pytest.raises(BlockingIOError),
-    ):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

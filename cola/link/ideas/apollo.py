@@ -9,7 +9,8 @@ and with columns in place of rows where O < I. Only the two moments of R are rem
 at each step, from the number of the matrix and of the draw. So that no step is much larger than the one before, the
 norm of diag(s) G, without Adam's correction of its bias, may grow by 1 % from step to step (the limiter of Fira,
 2410.01623). sqrt(scale), the limiter and the side are those of the authors' package (apollo-torch 1.0.3,
-`APOLLOAdamW`, `scale_type: channel`, `scale_front: false`). What is no matrix is AdamW's.
+`APOLLOAdamW`, `scale_type: channel`, `scale_front: false`). As in their scripts, which sketch the linear layers of
+attention and MLP, all else is AdamW's: embeddings, head, and what is no matrix.
 
 Traps: a random sketch of rank r makes s too small by about sqrt(r / I), for which `scale` is there: with a small rank
 it must be large (the authors take 1 at a quarter of the width, 128 at rank 1). The limiter compares with the step
@@ -35,11 +36,12 @@ def apollo(trained: Trained, *, rank: int, refresh: int, scale: float) -> torch.
 
 
 class Apollo(torch.optim.Optimizer):
-    """Scaled gradients for matrices, AdamW for the rest."""
+    """Scaled gradients for the linear layers' matrices, AdamW for the rest."""
 
     def __init__(self, trained: Trained, rank: int, refresh: int, scale: float) -> None:
         super().__init__(trained.groups, {"lr": 0.0})
         self.trained, self.rank, self.refresh, self.scale = trained, rank, refresh, scale
+        self.sketched = set(trained.matrices)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -49,7 +51,7 @@ class Apollo(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
-            if parameter.ndim == 2:
+            if parameter in self.sketched:
                 direction = self.scale**0.5 * self._scaled(state, parameter.grad, number)
             else:
                 direction = adam_direction(state, parameter.grad, self.trained)

@@ -12,9 +12,9 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +22,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from torch import Generator, Tensor, nn
 
 from cola.errors import IdeaError, listed, one_line
-from cola.link.residual import Pair
+from cola.link.residual import LinkWeights, Pair, Share
 from cola.recipe.ideas import Idea
 
 _admitted: dict[str, ModuleType | bytes] = {}  # files of ideas: what they say, until it has run
@@ -89,6 +89,7 @@ class Trained:
     epsilon: float
     weight_decay: float
     n_steps: int  # of the link
+    matrices: Sequence[nn.Parameter] = ()  # where all weights are trained: those of the linear layers but the head
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,35 @@ class HandedOn:
     B: State
 
 
+@dataclass(frozen=True)
+class PassedOn:
+    """One matrix at a knot, as a rule for the pair is given it: a function of it that returns what the next pair begins
+    with, as a start does; None where the drawn one stays."""
+
+    name: str  # of its module
+    before: Pair  # of the link that was tied, its scale times the share that the knot has kept
+    drawn: Pair  # for the next link, by its `init`
+    generator: Generator  # seeded by the link, the same for all its matrices
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A link whose knot is tied, as a rule for the share that is kept is given it: a function of it that returns the
+    share, above 0 and 1 at most, of all its pairs or of each by the name of its module."""
+
+    number: int  # of the link, from 1
+    steps: Sequence[Seen]  # all that was logged of it
+    pairs: LinkWeights  # by module: what it has learned
+    earlier: Sequence[LinkWeights]  # what the chain holds of the links before
+
+
 def admit(path: str, source: bytes) -> None:
     """Let the code of a file run, as it was read."""
     _admitted[path] = source
+    function_of.cache_clear()
 
 
+@cache
 def function_of(idea: Idea) -> Callable[..., Any]:
     """What an idea's name stands for, with its options set; IdeaError where its file may not run, does not, or has no
     such function or options."""
@@ -201,8 +226,29 @@ def states_of(given: Any, idea: Idea, matrix: HandedOn) -> tuple[State, State]:
     return given
 
 
-def factors_of(given: Any, idea: Idea, matrix: Matrix, n_out: int, n_in: int) -> Factors | None:
-    """What a start gave back for a matrix, checked; IdeaError says what was expected of it."""
+def share_of(given: Any, idea: Idea, link: Tied) -> Share:
+    """What a rule for the share that is kept gave back, checked; IdeaError says what was expected of it."""
+    where = f"knot.merge_fraction: {idea}"
+    if isinstance(given, Mapping) and given.keys() != link.pairs.keys():
+        odd = next(iter(given.keys() ^ link.pairs.keys()))
+        raise IdeaError(
+            f"{where} gave shares of {len(given)} modules; one of each of the {len(link.pairs)} that have a pair is "
+            f"expected, and {odd} is {'no such module' if odd in given else 'left out'}"
+        )
+    for name, share in given.items() if isinstance(given, Mapping) else [("the link", given)]:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            told = share if isinstance(share, int | float) else f"a {type(share).__name__}"
+            raise IdeaError(f"{where} gave {told} for {name}; a number above 0 and 1 at most is expected")
+    return given
+
+
+def factors_of(given: Any, where: str, name: str, A_shape: tuple[int, int], B_shape: tuple[int, int]) -> Factors | None:
+    """What a start, or a rule for the pair, gave back for a matrix, checked; IdeaError says what was expected of it.
+
+    Args:
+        where: The key and the idea.
+        name: Of the matrix's module.
+    """
     if given is None:
         return None
     if isinstance(given, Tensor):
@@ -210,15 +256,13 @@ def factors_of(given: Any, idea: Idea, matrix: Matrix, n_out: int, n_in: int) ->
     if isinstance(given, tuple) and len(given) == 2:
         given = Factors(*given)
     if not isinstance(given, Factors):
-        raise IdeaError(
-            f"init: {idea} gave a {type(given).__name__} for {matrix.name}; A, (A, B), Factors or None is expected"
-        )
-    for letter, tensor, shape in (("A", given.A_RI, (matrix.rank, n_in)), ("B", given.B_OR, (n_out, matrix.rank))):
+        raise IdeaError(f"{where} gave a {type(given).__name__} for {name}; A, (A, B), Factors or None is expected")
+    for letter, tensor, shape in (("A", given.A_RI, A_shape), ("B", given.B_OR, B_shape)):
         if tensor is None and letter == "B":
             continue
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise IdeaError(f"init: {idea} gave {letter} as {found} for {matrix.name}; {shape} is expected")
+            raise IdeaError(f"{where} gave {letter} as {found} for {name}; {shape} is expected")
         if not tensor.isfinite().all():
-            raise IdeaError(f"init: {idea} gave {letter} with NaN or infinity for {matrix.name}")
+            raise IdeaError(f"{where} gave {letter} with NaN or infinity for {name}")
     return given

@@ -8,12 +8,12 @@ G at the first step and every `refresh` steps after it (section 4.2, algorithm 2
 
 adam(R) is AdamW's direction, whose two moments are of R's shape: that and P is all that is remembered, in place of two
 matrices of W's. The side, the scale of 0.25 and the 200 steps are those of the authors' code
-(https://github.com/jiaweizzhao/GaLore/blob/1317b5f7/galore_torch/galore_projector.py). What is no matrix is AdamW's. So
-are the embeddings and the head in the authors' scripts; here they are matrices as all others (`freeze` leaves them
-out).
+(https://github.com/jiaweizzhao/GaLore/blob/1317b5f7/galore_torch/galore_projector.py). As there (torchrun_main.py: the
+linear layers of attention and MLP) all else is AdamW's: embeddings, head, and what is no matrix.
 
 Traps: the rate counts times `scale`, and an entry of W moves by a small part of what an entry of R does, so a rate that
-suits AdamW is too small. Gradients are of W's size still: what is saved is the moments. And the moments stay as they
+suits AdamW is too small. In a small model the moments of the embeddings are most of what is left to be remembered
+(`freeze` leaves them out). Gradients are of W's size still: what is saved is the moments. And the moments stay as they
 are when P is taken anew, though they belong to the directions before (as in the authors' code).
 """
 
@@ -32,11 +32,12 @@ def galore(trained: Trained, *, rank: int, refresh: int, scale: float) -> torch.
 
 
 class GaLore(torch.optim.Optimizer):
-    """AdamW in a subspace for matrices, AdamW for the rest."""
+    """AdamW in a subspace for the linear layers' matrices, AdamW for the rest."""
 
     def __init__(self, trained: Trained, rank: int, refresh: int, scale: float) -> None:
         super().__init__(trained.groups, {"lr": 0.0})
         self.trained, self.rank, self.refresh, self.scale = trained, rank, refresh, scale
+        self.projected = set(trained.matrices)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -45,7 +46,7 @@ class GaLore(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                step = self._projected if parameter.ndim == 2 else adam_direction
+                step = self._projected if parameter in self.projected else adam_direction
                 direction = step(self.state[parameter], parameter.grad, self.trained)
                 parameter.mul_(1 - group["lr"] * self.trained.weight_decay).add_(direction, alpha=-group["lr"])
 

@@ -32,4 +32,5 @@ def trained(method: str, *cuts: int, n_steps: int = 5, **settings: Any) -> tuple
 def of(*parameters: nn.Parameter, **settings: Any) -> Trained:
     """Parameters as an optimizer is given them."""
     said = {"pairs": [], "betas": (0.9, 0.99), "epsilon": 1e-8, "weight_decay": 0.1, "n_steps": 9, **settings}
-    return Trained(groups=[{"params": list(parameters), "ratio": 1.0}], **said)
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    return Trained(groups=[{"params": list(parameters), "ratio": 1.0}], matrices=matrices, **said)
