@@ -13,9 +13,10 @@ from cola.compare.records import Ablation, Interval, Spread, Summary, TasksSumma
 from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
+from cola.tree.foreseen import Foreseen
 from cola.tree.made import Provenance
 from cola.tree.manifest import Manifest
-from cola.tree.records import Chosen, EvaluationFile, Foreseen, References, Result, ScoreRow
+from cola.tree.records import Chosen, EvaluationFile, References, Result, ScoreRow
 from cola.tree.spectra import Spectrum
 
 DOCS = Path(__file__).parent

@@ -138,10 +138,11 @@ def plan(
         raise ColaError("name a recipe, for example: cola plan recipes/quickstart.yaml; or: cola plan --table qwen")
     with no_garbage():
         from cola.cli import plan as plans
+        from cola.plan.devices import device_of
     if table is not None:
         plans.plan_table(table, form == PlanAs.json, Terminal())
     elif recipe is not None:
-        where = plans.device_of(device, device_memory)
+        where = device_of(device, device_memory)
         if calibrate and not where.here:
             raise ColaError(f"--calibrate measures this machine, and --device {device} is another: give one of them")
         raise typer.Exit(plans.plan_recipe(recipe, overrides, where, calibrate, form == PlanAs.json, Terminal()))

@@ -10,11 +10,12 @@ from cola.errors import ColaError
 from cola.link.accelerator import quiet_libraries
 from cola.plan.calibrate import calibrate, read_calibration
 from cola.plan.checks import check
-from cola.plan.devices import Device, device_of
+from cola.plan.devices import Device
 from cola.plan.fit import Fit, fit_of
+from cola.plan.forecast import Forecast
 from cola.plan.memory import Memory
 from cola.plan.passes import Product
-from cola.plan.plan import Forecast, RecipePlan
+from cola.plan.plan import RecipePlan
 from cola.plan.qwen import qwen_record, qwen_tables
 from cola.plan.rows import rows_of
 from cola.plan.seconds import rates_of

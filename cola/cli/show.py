@@ -12,10 +12,10 @@ from cola.compare.summary import summarize
 from cola.compare.tasks import summarize_tasks
 from cola.errors import RunFolderError
 from cola.files import make_new, need_package
+from cola.plan.tables import beside_table
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Tracking
-from cola.plan.tables import beside_table
 from cola.report.group_report import Comparison
 from cola.report.numbers import size
 from cola.report.page import comparison_of, comparison_of_ablation, write_ablation, write_report, write_tasks

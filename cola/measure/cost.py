@@ -125,9 +125,7 @@ class Meter:
                 write_text(note, json.dumps(self._shapes[name]))
         return self._shapes[name]
 
-    def _counts(
-        self, model: PreTrainedModel, settings: Settings, checkpointing: bool
-    ) -> list[tuple[float, float]]:
+    def _counts(self, model: PreTrainedModel, settings: Settings, checkpointing: bool) -> list[tuple[float, float]]:
         """At each length FLOPs of a row without the head, and of the head at one target; of layers that are all alike
         two and three are counted, which takes a tenth of a large model's time."""
         few = None if isinstance(settings, Prefix) else few_layers(model)

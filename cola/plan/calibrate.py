@@ -79,7 +79,9 @@ def calibrate(products: Iterable[Product], say: Callable[[str], None] = lambda _
         known.products[key] = _seconds(lambda left=left_MK, right=right_KN: left @ right, device)
     heads = torch.randn(1, 16, 256, 64, device=device)
     flops = 2 * 16 * 256 * 256 * 64
-    known.attention = flops / _seconds(lambda: scaled_dot_product_attention(heads, heads, heads, is_causal=True), device)
+    known.attention = flops / _seconds(
+        lambda: scaled_dot_product_attention(heads, heads, heads, is_causal=True), device
+    )
     small, large = torch.randn(SMALL, device=device), torch.randn(LARGE, device=device)
     known.overhead = _seconds(lambda: small + small, device)
     # As layers have it: some operations are bound by memory, some by an exponential.

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from cola.plan.forecast import Forecast
 from cola.plan.memory import Memory
-from cola.plan.plan import Forecast
 from cola.recipe.recipe import Recipe
 
 Change = Callable[[Recipe], Recipe]

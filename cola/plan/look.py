@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from cola.files import cache_dir, digest, load_json, write_text
@@ -99,8 +98,6 @@ def _look(skeleton: PreTrainedModel, asked: Asked) -> Looked:
 
 def _shapes(model: PreTrainedModel, settings: Lora) -> list[tuple[int, int]]:
     return [shape_of(model, name) for name in target_names(model, settings.target_modules)]
-
-
 
 
 def _written(found: Looked) -> dict[str, Any]:

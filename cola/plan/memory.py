@@ -171,10 +171,15 @@ def memory_of(looked: Looked, around: Circumstances) -> Memory:
         stepping = {"gradients": FLOAT32 * looked.trained, "activations": 0, "logits": 0}
         parts |= max(passing, stepping, key=lambda moment: sum(moment.values()))
     if around.on_cpu:
-        parts["allocator"] = max(0, _on_a_heap(looked) - sum(parts.get(p, 0) for p in ("gradients", "activations", "logits")))
+        parts["allocator"] = max(
+            0, _on_a_heap(looked) - sum(parts.get(p, 0) for p in ("gradients", "activations", "logits"))
+        )
     # Outputs before the link, before the knot and after it, and their difference; the pair that was read; a matrix.
     knot = 4 * FLOAT32 * around.outputs + own + (0 if around.beside else FLOAT32 * looked.largest)
-    each = (seen.large + HEAP * seen.small if around.on_cpu else sum(seen.largest.values()) for seen in looked.scoring.values())
+    each = (
+        seen.large + HEAP * seen.small if around.on_cpu else sum(seen.largest.values())
+        for seen in looked.scoring.values()
+    )
     scoring = round(max(each, default=0.0))
     # Files are mapped: as they are they are the weights, and in another format they are there beside them.
     as_it_is = abs(around.stored - looked.weights.codes) < 0.05 * looked.weights.codes

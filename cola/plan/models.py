@@ -1,7 +1,6 @@
 """Which model a plan is about: its config, from this disk, from the built-in ones, or from the hub. No weights."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cola.errors import ModelError, did_you_mean, one_line
-from cola.files import cache_dir, digest, package_file, sha256, write_text
+from cola.files import cache_dir, package_file, sha256, write_text
 from cola.link.find import gguf_config, gguf_weights
 from cola.link.model import Source
 from cola.recipe.schema import Model, is_remote
@@ -75,8 +74,8 @@ def _from_hub(model: Model) -> str:
         raise ModelError(
             f"model.name_or_path: {name}: no such folder here, the hub did not give its config.json "
             f"({type(error).__name__}: {one_line(error, 120)}), and it is not built in: those are "
-            f"{', '.join(built_in())}{did_you_mean(name, built_in())}. A folder with a config.json, or that file itself, "
-            "is enough for a plan"
+            f"{', '.join(built_in())}{did_you_mean(name, built_in())}. A folder with a config.json, or that "
+            "file, is enough for a plan"
         ) from None
 
 

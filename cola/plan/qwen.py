@@ -132,7 +132,11 @@ def qwen_tables() -> tuple[list[Table], list[str]]:
     what = f"Qwen1.5-{CASE}, LoRA r = {RANK}, alpha = {ALPHA:g}, float16"
     tables = [
         Table("Qwen1.5: weights", heads, rows),
-        Table(f"{what}: trained, and peak memory on a GPU by rows x tokens of a pass", ["pairs on", "trained", "share", *peaks], of_case),
+        Table(
+            f"{what}: trained, and peak memory on a GPU by rows x tokens of a pass",
+            ["pairs on", "trained", "share", *peaks],
+            of_case,
+        ),
         Table(
             f"{what}: {ROWS:,} rows, {EPOCHS} epochs in {DAYS} days",
             ["pairs on", "FLOPs a row", "rows/s", "tokens/s", "FLOP/s", *(f"of {card}'s peak" for card in CARDS)],
@@ -140,8 +144,8 @@ def qwen_tables() -> tuple[list[Table], list[str]]:
         ),
     ]
     lines = [
-        "weights: parameters times 4, 2, 1 and 0.5 bytes; as bitsandbytes keeps NF4, embeddings and head stay in 16 bits "
-        "and scales lie beside the codes",
+        "weights: parameters times 4, 2, 1 and 0.5 bytes; as bitsandbytes keeps NF4, embeddings and head stay in 16 "
+        "bits and scales lie beside the codes",
         f"assumed, since a tutorial's case does not say it: rows of {TOKENS} tokens, {ANSWER} of them targets",
     ]
     return tables, lines

@@ -76,7 +76,12 @@ class Passes:
 
 
 def passes_of(
-    lengths: Sequence[tuple[int, int]], batch_size: int, n_steps: int, seed: int, budget: int, weight: tuple[float, float]
+    lengths: Sequence[tuple[int, int]],
+    batch_size: int,
+    n_steps: int,
+    seed: int,
+    budget: int,
+    weight: tuple[float, float],
 ) -> Passes:
     """The micro-batches that training rows of these (tokens, targets) make.
 

@@ -7,7 +7,8 @@ from cola.plan.memory import Memory
 from cola.plan.plan import ArmPlan, LinkPlan, RecipePlan
 from cola.report.numbers import count, duration, number, size
 from cola.report.table import NONE, Shown, Table
-from cola.tree.records import Foreseen, Result
+from cola.tree.foreseen import Foreseen
+from cola.tree.records import Result
 
 HEADS = {"quantization": "codes' scales", "residual": "earlier pairs"}
 
@@ -37,7 +38,7 @@ def _time(seconds: float | None) -> Shown:
 
 def memory_table(plan: RecipePlan, checkpointed: Mapping[str, Memory | None]) -> Table:
     """Memory by part at the largest moment of training; what a knot and scoring take beside what stays."""
-    parts = [part for part in next(iter(plan.arms.values())).memory.training] + ["gradients", "activations", "logits"]
+    parts = [*next(iter(plan.arms.values())).memory.training, "gradients", "activations", "logits"]
     parts = list(dict.fromkeys(parts))
     some = any(arm.memory.libraries for arm in plan.arms.values())
     rows: list[list[Shown]] = []
@@ -55,7 +56,7 @@ def memory_table(plan: RecipePlan, checkpointed: Mapping[str, Memory | None]) ->
 def _memories(name: str, arm: ArmPlan) -> list[tuple[str, Memory]]:
     """An arm's memory; of each link, where they differ."""
     memories = [link.memory for link in arm.links]
-    if len(set(memory.peak for memory in memories)) < 2:
+    if len({memory.peak for memory in memories}) < 2:
         return [(name, arm.memory)]
     return [(f"{name} {n}/{len(memories)}", memory) for n, memory in enumerate(memories, 1)]
 
@@ -124,5 +125,7 @@ def total_lines(plan: RecipePlan) -> list[str]:
         lines.append(f"left to be made: {count(totals.flops)} FLOPs{took}; up to {size(totals.disk)} on disk at once")
     else:
         lines.append(f"what arms share is not counted here; up to {size(totals.disk)} on disk at once")
-    lines.append(f"times: {plan.rates}" if plan.rates else "times: not known here; cola plan RECIPE --calibrate measures")
+    lines.append(
+        f"times: {plan.rates}" if plan.rates else "times: not known here; cola plan RECIPE --calibrate measures"
+    )
     return [*lines, *plan.notes]

@@ -1,4 +1,4 @@
-"""What a run is expected to take, said before it begins where it will not fit, and kept to be laid beside what it took."""
+"""What a run is expected to take: said where it will not fit, and kept to be laid beside what it took."""
 
 import shutil
 
@@ -7,8 +7,8 @@ from cola.measure.cost import Meter
 from cola.plan.calibrate import read_calibration
 from cola.plan.devices import device_of
 from cola.plan.fit import fit_of
+from cola.plan.forecast import Forecast
 from cola.plan.models import Planned
-from cola.plan.plan import Forecast
 from cola.plan.rows import Rows
 from cola.plan.seconds import rates_of
 from cola.recipe.plan import room_of
@@ -16,7 +16,7 @@ from cola.recipe.recipe import Recipe
 from cola.report.numbers import size
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials
-from cola.tree.records import Foreseen, ForeseenArm
+from cola.tree.foreseen import Foreseen, ForeseenArm
 from cola.tree.segments import Tree
 from cola.tree.store import Store
 

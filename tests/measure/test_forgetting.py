@@ -20,11 +20,11 @@ from cola.errors import DataError, RecipeError, RunChanged
 from cola.link.model import Source
 from cola.measure import memory
 from cola.measure.evaluate import Evaluator
+from cola.plan.checks import check
 from cola.recipe.read import read_recipe
 from cola.recipe.schema import SAMPLE
 from cola.recipe.write import dump_recipe
 from cola.report.tables import named_tables
-from cola.plan.checks import check
 from cola.tree.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -126,7 +126,8 @@ def test_a_model_is_left_as_it_was() -> None:
 def test_keys_and_values_are_counted_where_they_are_kept() -> None:
     model = on_meta(Lora(alpha=16))
     kept, not_kept = (
-        scoring_pass(model, Shape(B, T, N), dtype=torch.float32, cached=cached).phases["head"] for cached in (True, False)
+        scoring_pass(model, Shape(B, T, N), dtype=torch.float32, cached=cached).phases["head"]
+        for cached in (True, False)
     )
     config = model.config
     size = config.hidden_size // config.num_attention_heads
