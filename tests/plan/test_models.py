@@ -14,6 +14,7 @@ from cola.plan.devices import device_of
 from cola.plan.models import built_in, find_planned
 from cola.plan.qwen import ANSWER, DAYS, EPOCHS, ROWS, TOKENS, qwen_record
 from cola.recipe.schema import Model
+from cola.report.numbers import size
 
 
 @pytest.mark.parametrize("name", list(built_in()))
@@ -74,6 +75,25 @@ def test_the_familys_table_is_parameters_times_bytes(record: dict) -> None:
         assert [one[key] for key in ("float32", "float16", "int8")] == [4 * n, 2 * n, n]
         assert one["int4"] == round(n / 2)
         assert one["int4"] < one["nf4"]
+
+
+def test_the_page_has_the_tables_numbers(record: dict) -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs/plan.md").read_text().split())
+    for name, one in record["sizes"].items():
+        kept = [size(one[key]) for key in ("float32", "float16", "int8", "int4", "nf4")]
+        assert f"| {name} | {one['parameters']:,} | {' | '.join(map(str, kept))} |" in page
+    qv, every = record["case"]["q and v"], record["case"]["all linear layers"]
+    for one in (qv, every):
+        peaks = one["peak_bytes"]
+        assert f"{one['trained']:,}, " in page
+        assert f"{one['share']:.3%}".replace("%", " %") in page
+        assert all(f"{n / 1e9:.1f}" in page for key, n in peaks.items() if key != "1 x 512, checkpointed")
+    assert f"{qv['tokens_a_second']:.0f} tokens a second" in page
+    assert f"A row's forward and backward pass is {qv['flops_of_a_row'] / 1e12:.1f} TFLOP" in page
+    assert f"that is {qv['flops_a_second'] / 1e12:.0f} TFLOP/s" in page
+    shares = [f"{qv['share_of_peak'][card]:.0%}".replace("%", " %") for card in ("rtx3090", "rtx4090", "a100-80gb")]
+    assert f"{shares[0]} of an RTX 3090's published peak in 16 bits, {shares[1]} of an RTX 4090's" in page
+    assert f"{shares[2]} of an A100's" in page
 
 
 def test_the_seven_billion_case_is_plain_arithmetic(record: dict) -> None:
