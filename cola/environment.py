@@ -18,10 +18,8 @@ FAMILIES = (
     *("ONEDNN_", "DNNL_", "MKLDNN_", "MKL_", "KMP_", "OMP_", "OPENBLAS_", "BLIS_", "NPY_"),
     *("CUBLAS", "CUDNN_", "NVIDIA_TF32_OVERRIDE"),
 )
-LAUNCHER = (  # torchrun's agent has opened the port at which its processes meet: they must know that it is the agent's
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    *("GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
-)
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+AGENT = ("TORCHELASTIC_",)  # torchrun's agent has opened the port at which its processes meet, and says so here
 
 # Of those families, what no weight depends on, or (the number of threads, which moves the last bits) what is recorded.
 KEPT = (
@@ -32,7 +30,7 @@ KEPT = (
     *("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY", "OMP_STACKSIZE"),
     *("OMP_DISPLAY_ENV", "OMP_DISPLAY_AFFINITY", "MKL_NUM_THREADS", "MKL_THREADING_LAYER", "MKL_VERBOSE"),
     *("MKL_SERVICE_FORCE_INTEL", "KMP_DUPLICATE_LIB_OK", "KMP_AFFINITY", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS"),
-    *("PYTORCH_NVML_BASED_CUDA_CHECK", "ONEDNN_VERBOSE", "DNNL_VERBOSE"),
+    *("PYTORCH_NVML_BASED_CUDA_CHECK", "ONEDNN_VERBOSE", "DNNL_VERBOSE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
 )
 
 taken: set[str] = set()  # of this process's variables, so far
@@ -48,7 +46,9 @@ def settle() -> None:
 
     Those of a launcher that has started several processes are left: `cola run` is one command of all of them.
     """
-    found = steering(os.environ) - (set(LAUNCHER) if launched() else set())
+    found = steering(os.environ)
+    if launched():
+        found = {name for name in found if name not in LAUNCHER and not name.startswith(AGENT)}
     for name in found:
         del os.environ[name]
     taken.update(found)

@@ -1,5 +1,6 @@
 """Files: one way to write one, one digest, one spelling of JSON, and where cola keeps its own. No torch."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -93,6 +94,10 @@ def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
         if path.is_dir() and not path.is_symlink():
             raise RunFolderError(f"{path} is a folder where a file belongs; remove it")
         new.replace(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            error.filename = str(path)  # which the system does not say
+        raise
     finally:
         new.unlink(missing_ok=True)
 

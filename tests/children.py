@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cola import chain
 from cola.cli.app import app
@@ -24,7 +25,8 @@ from cola.report import page
 from cola.run import ended
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "children"])
+PRELOADED = ["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "cola.run.worker", "children"]
+processes.set_forkserver_preload(PRELOADED)
 
 KILLED = -signal.SIGKILL
 PASSED = (
@@ -139,6 +141,9 @@ def ended_at(place: str, number: int, words: list[str], said: Path, passed: dict
             torch.optim.AdamW.step = otherwise_at_call(number, torch.optim.AdamW.step)
         case "logits, no memory":
             train.logits_at = fail_at_call(number, forward.logits_at)
+        case "attention, stopped":
+            attention = nn.functional.scaled_dot_product_attention
+            nn.functional.scaled_dot_product_attention = stop_at_call(number, attention)
         case "another base":
             Source.fingerprint = lambda self: "another"
         case "let go":

@@ -102,6 +102,15 @@ AllowCode = Annotated[
     Option("--allow-code", help="Let Python code of your own run that the recipe names (init: ./my_idea.py:name)."),
 ]
 
+Workers = Annotated[
+    str,
+    Option(
+        metavar="N",
+        help="How many processes of this machine share the work, its threads and cards divided among them; auto: as "
+        "many as a measurement finds fastest.",
+    ),
+]
+
 
 PlanAs = StrEnum("PlanAs", ["table", "json"])
 
@@ -161,6 +170,7 @@ def run(
         Path | None, Option(help="Go on with the run in this folder: what it holds is not trained again.")
     ] = None,
     allow_code: AllowCode = False,
+    workers: Workers = "1",
 ) -> None:
     """Train and compare every arm of a recipe, and report.
 
@@ -176,11 +186,11 @@ def run(
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        code = train.resume(resume, allow_code)
+        code = train.resume(resume, allow_code, workers)
     elif recipe is None:
         raise ColaError("name a recipe, for example one that cola new has written: cola run mine.yaml")
     else:
-        code = train.run(recipe, overrides, run_folder, dry_run, allow_code)
+        code = train.run(recipe, overrides, run_folder, dry_run, allow_code, workers)
     raise typer.Exit(code)
 
 
@@ -198,6 +208,7 @@ def ablate(
         bool, Option("--dry-run", help="Check and show the plan of every point; train nothing.")
     ] = False,
     allow_code: AllowCode = False,
+    workers: Workers = "1",
 ) -> None:
     """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
 
@@ -206,7 +217,7 @@ def ablate(
     """
     from cola.cli import train
 
-    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code))
+    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code, workers))
 
 
 def show_data(

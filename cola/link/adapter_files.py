@@ -79,7 +79,6 @@ def save_pair(folder: Path, pair: LinkWeights, base_name: str, skeleton: PreTrai
         rank_pattern={name: own for name, own in ranks.items() if own != rank},
         alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
         lora_dropout=dropout,
-        target_modules=_target_modules(skeleton, list(pair)),
         use_dora=bool(rows),
         bias="none",
         task_type="CAUSAL_LM",
@@ -87,6 +86,8 @@ def save_pair(folder: Path, pair: LinkWeights, base_name: str, skeleton: PreTrai
         base_model_name_or_path=base_name,
         fan_in_fan_out=any(isinstance(skeleton.get_submodule(name), Conv1D) for name in pair),
     )
+    # PEFT makes a set of them, and writes that in an order of its own in each process.
+    config.target_modules = _target_modules(skeleton, list(pair))
     config.save_pretrained(str(folder))
 
 

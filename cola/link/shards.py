@@ -5,7 +5,10 @@ every process, and are no part of a shard: nothing of an adapter can be lost in 
 together, so whoever leads a pass must be followed by the others in it (`run/ranks.py`).
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
@@ -14,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from cola.errors import ModelError
 
 
-def shard(model: PreTrainedModel, device: torch.device, n_ranks: int) -> PreTrainedModel:
-    """Spread a frozen model over the processes, layer by layer; what this one does not hold is let go. A ModelError
-    where its layers are not known, or its weights do not lie in the rows that are dealt."""
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What is gathered at a time. A ModelError where the model's layers are not known, or its weights do not lie in the
+    rows that are dealt."""
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise ModelError(
             f"model.shard: {type(model).__name__} keeps its weights the other way round (Conv1D): say false"
@@ -27,9 +30,13 @@ def shard(model: PreTrainedModel, device: torch.device, n_ranks: int) -> PreTrai
         raise ModelError(
             f"model.shard: {type(model).__name__} does not say what its layers are, so it cannot be sharded: say false"
         )
+    return layers
+
+
+def shard(model: PreTrainedModel, layers: Sequence[nn.Module], device: torch.device, n_ranks: int) -> None:
+    """Spread a frozen model over the processes, layer by layer; what this one does not hold is let go."""
     mesh = init_device_mesh(device.type, (n_ranks,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     # The rest too is in shards whenever no pass goes on: embeddings and head are read and written as such.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    return model

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cola.clock import Clock
 from cola.data.batches import MicroBatch
-from cola.errors import IdeaError, NoGradient, NonFiniteLoss, RanksLost, one_line
+from cola.errors import IdeaError, NoGradient, NonFiniteLoss
 from cola.link import adapters, wires
 from cola.link.adapters import trainable
 from cola.link.base import is_sharded
@@ -201,8 +201,8 @@ def _gradient(
     except Exception as error:
         if accelerator.num_processes == 1:
             raise
-        if is_sharded(model):  # the others wait for this rank in the middle of a pass, and cannot be told
-            raise RanksLost(f"rank {accelerator.process_index} failed in a pass: {one_line(error)}") from error
+        if is_sharded(model):
+            raise wires.lost_in_a_pass(error) from error
         trouble = error
     if accelerator.num_processes > 1:
         wires.sum_gradients(parameters, trouble)

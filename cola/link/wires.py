@@ -41,19 +41,27 @@ def join() -> int:
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # accelerate says so each time
     try:
         state = PartialState(cpu=not torch.cuda.is_available())
-        _lines[:] = [distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)]
+        line = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"the {os.environ.get('WORLD_SIZE')} processes of this launch do not meet at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {one_line(error)}"
         ) from error
+    assert isinstance(line, distributed.ProcessGroup)
+    _lines[:] = [line]
     return state.process_index
 
 
 def leave() -> None:
     """Part from the others; nothing more is said."""
+    if _lines:
+        fall_silent()
+        distributed.destroy_process_group()
+
+
+def fall_silent() -> None:
+    """Say nothing more: the others may wait in the middle of something, and hear of the end of this process."""
     _lines.clear()
-    distributed.destroy_process_group()
 
 
 def joined() -> bool:
@@ -67,7 +75,9 @@ def count() -> int:
 
 
 def send(what: str, values: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Tell all other ranks, as rank 0."""
+    """Tell all other ranks, as rank 0; nobody, once it has fallen silent."""
+    if not _lines:
+        return
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
     kinds = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in own.items()]
     text = json.dumps({"what": what, "values": values or {}, "tensors": kinds}).encode()
@@ -174,6 +184,21 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
+def lost_in_a_pass(error: Exception) -> RanksLost:
+    """What is to be raised where a pass through a base in shards fails on this rank: the others wait in the middle of
+    it and cannot be told, if it is not they who have gone."""
+    if isinstance(error, distributed.DistError) or "gloo" in str(error):  # gloo's are RuntimeErrors like any other
+        return _lost()
+    return RanksLost(f"rank {distributed.get_rank()} failed in a pass, and so all have to end: {one_line(error)}")
+
+
+def _lost() -> RanksLost:
+    return RanksLost(
+        f"another of the {os.environ.get('WORLD_SIZE')} processes of this launch has ended; what was kept is whole: "
+        "the same command goes on from there"
+    )
+
+
 @contextmanager
 def _heard() -> Iterator[None]:
     """RanksLost where the others are not heard any more."""
@@ -182,7 +207,4 @@ def _heard() -> Iterator[None]:
     except (RankFailed, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        raise RanksLost(
-            f"another of the {os.environ.get('WORLD_SIZE')} processes of this launch has ended; what was kept is "
-            "whole: the same command goes on from there"
-        ) from error
+        raise _lost() from error

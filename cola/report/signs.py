@@ -2,6 +2,7 @@
 
 import codecs
 import sys
+from io import TextIOWrapper
 
 NAME = "cola"  # of the codec's error handler
 ASCII = {"→": "->", "−": "-", "–": "-", "—": "-", "±": "+-", "×": "x", "·": ".", "…": "...", "≤": "<=", "≥": ">="}
@@ -27,5 +28,5 @@ def showable(text: str, encoding: str) -> str:
 def settle_streams() -> None:
     """Let nothing that is printed fail for want of a sign."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a stream of the caller's own may have none
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=NAME)

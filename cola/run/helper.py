@@ -140,13 +140,14 @@ class _Helper:
             raise ModelError(f"the base that it finds in {source.folder} is not the one that rank 0 has")
         dtype, quantization = values["base"]["dtype"], values["base"]["quantization"]
         self._accelerator = make_accelerator(dtype)
-        device = torch.device("cpu") if shard else self._accelerator.device
-        model = source.load(dtype, device, quantization)
+        device = self._accelerator.device
+        model = source.load(dtype, torch.device("cpu") if shard else device, quantization)
         if shard:
-            from cola.link.shards import shard as sharded
+            from cola.link import shards
 
+            layers = shards.layers_of(model)
             wires.check_ready(None)
-            sharded(model, self._accelerator.device, wires.count())
+            shards.shard(model, layers, device, wires.count())
         base = Base(model, source.files, quantized=quantization is not None)
         self._chain = Chain(model, base, Rules())
 
@@ -160,11 +161,15 @@ class _Helper:
     def _pass(self, grad: bool, training: bool) -> None:
         """Go along in a pass of rank 0's through a base in shards, and back."""
         model = self._model.train(training)
-        with torch.set_grad_enabled(grad):
-            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits
-        if grad:
-            torch.autograd.backward(logits.float().sum() * 0, inputs=adapters.trainable(model))
-            model.zero_grad(set_to_none=True)
+        token_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        try:
+            with torch.set_grad_enabled(grad):
+                logits = model(input_ids=token_11, use_cache=False).logits
+            if grad:
+                torch.autograd.backward(logits.float().sum() * 0, inputs=adapters.trainable(model))
+        except Exception as error:
+            raise wires.lost_in_a_pass(error) from error
+        model.zero_grad(set_to_none=True)
 
     def _write(self, asked: wires.Message) -> None:
         """Write this rank's rows of what rank 0 writes."""

@@ -20,7 +20,7 @@ from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.ranks import need_ranks, spread_of
 from cola.tree.leases import in_use
 from cola.tree.prune import register
-from cola.tree.run_folder import RunFolder
+from cola.tree.run_folder import NOTES, RunFolder
 from cola.tree.store import Store
 
 
@@ -33,9 +33,11 @@ def prepared(
     group: str | None = None,
     tracked: set[tuple[str, int, str]] | None = None,
     siblings: Sequence[Recipe] = (),
+    notes: str = NOTES,
 ) -> Iterator[Bench]:
-    """What all jobs of a run share, while the run holds the store; arguments as of `run`. A ColaError where model, data
-    or disk cannot serve the recipe."""
+    """What all jobs of a run share, while the run holds the store; arguments as of `run`, and `notes`: where in the
+    folder this process says what it needs of the store. A ColaError where model, data or disk cannot serve the
+    recipe."""
     terminal = progress.terminal
     need_tracker(recipe.tracking)
     need_ranks(recipe)
@@ -46,7 +48,8 @@ def prepared(
         meta, used = check_folder(materials, folder, store, terminal), folder.references()
         selfcheck, ready = check_bases(materials, store, used, terminal)
         began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
-        folder.begin("provenance.json", began)
+        if notes == NOTES:  # else it is a worker, and the command has written it
+            folder.begin("provenance.json", began)
         ways = Ways(**dict(selfcheck.ways))
         recipe, siblings = heeding(ways, recipe), [heeding(ways, sibling) for sibling in siblings]
         materials = replace(materials, recipe=recipe, evaluator=materials.evaluator.asking(ways))
@@ -61,4 +64,5 @@ def prepared(
         sent = set() if tracked is None else tracked
         progress.expect(len(jobs), sum(tree.lineage(job).n_steps for job in jobs))
         register(store, folder.path)
-        yield Bench(materials, folder, store, planner, meter, tree, meta, used, ready, tracker, sent, signals, progress)
+        laid_out = (planner, meter, tree, meta, used, ready)
+        yield Bench(materials, folder, store, *laid_out, tracker, sent, signals, progress, notes)

@@ -32,7 +32,7 @@ def team() -> Iterator[bool]:
     leads = wires.join() == 0
     try:
         yield leads
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         raise  # perhaps in the middle of a sentence: the others hear the line go dead
     except BaseException:
         _end(leads)
@@ -102,8 +102,10 @@ def beside(
         yield _told(steps)
     except (RanksLost, KeyboardInterrupt):
         raise
-    except (ColaError, LinkEnded, Interrupted, OSError):  # the others have come to the same, or wait for the next step
-        with suppress(RanksLost):
+    except (ColaError, LinkEnded, Interrupted, OSError) as error:
+        if isinstance(error, Interrupted) and given.recipe.model.shard:
+            wires.fall_silent()  # they may be in a pass that is not gone through
+        with suppress(RanksLost):  # else they have come to the same, or wait for the next step
             wires.send("stop")
         raise
     except Exception as error:

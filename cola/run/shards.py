@@ -6,6 +6,7 @@ writes into its own rows. A pair is whole on every rank, and nothing of it is ga
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -24,17 +25,18 @@ def load(source: Source, base: BaseFormat, device: torch.device, shard: bool) ->
     """A base for this run; in shards on all ranks where it is to be. Raises ModelError."""
     if not shard:
         return source.load(base.dtype, device, base.quantization)
-    from cola.link.shards import shard as sharded  # torch's FSDP takes a while to import, and few ask for it
+    from cola.link import shards  # torch's FSDP takes a while to import, and few ask for it
 
     wires.send("load", {"source": said(source), "fingerprint": source.fingerprint(), "base": base._asdict()})
-    model, trouble = None, None
     try:
         model = source.load(base.dtype, torch.device("cpu"))
+        layers = shards.layers_of(model)
     except ModelError as error:
-        trouble = one_line(error)
-    wires.check_ready(trouble)
-    assert model is not None
-    sharded(model, device, wires.count())
+        with suppress(ModelError):  # which is said to the others, as they wait
+            wires.check_ready(one_line(error))
+        raise
+    wires.check_ready(None)
+    shards.shard(model, layers, device, wires.count())
     model.register_forward_pre_hook(_tell_pass, prepend=True)
     return model
 

@@ -57,7 +57,7 @@ def passes(kind: str) -> None:
     """Logits, and the gradient of every pair, whole on each rank; a pair is put on and taken off twice."""
     model, whole = MODELS[kind](), MODELS[kind]()
     entries = sum(parameter.numel() for parameter in model.parameters())
-    shards.shard(model, CPU, wires.count())
+    shards.shard(model, shards.layers_of(model), CPU, wires.count())
     held = sum(own_rows(parameter.detach())[0].numel() for parameter in model.parameters())
     assert held < 1.1 * entries / wires.count()
     for seed in (3, 4):
@@ -81,40 +81,33 @@ def pairs_of(model: nn.Module, seed: int) -> dict[str, Pair]:
 
 
 def knots(kind: str, folder: str) -> None:
-    """Each rank ties its own rows: the weights of the whole model to the bit, and its ledger up to rounding."""
+    """Each rank ties its own rows: those of the whole model, but for the last bit of a product of other rows, and its
+    ledger."""
     model, whole = MODELS[kind](), MODELS[kind]()
     file = [Path(folder) / "model.safetensors"]
     links = [pairs_of(whole, seed) for seed in (0, 1)]
     names = dict(whole.named_parameters())
-    shards.shard(model, CPU, wires.count())
+    shards.shard(model, shards.layers_of(model), CPU, wires.count())
     mine, theirs = Chain(model, Base(model, file), Rules()), Chain(whole, Base(whole, file), Rules())
     for learned in (links[:1], links, links[1:], []):
         found, expected = (retie(chain, learned, account=True) for chain in (mine, theirs))
         for name, parameter in model.named_parameters():
             own, first = own_rows(parameter.detach())
-            assert torch.equal(own, names[name].detach()[first : first + len(own)]), name
+            wanted = names[name].detach()[first : first + len(own)]
+            assert own.shape == wanted.shape
+            rounded = own.dtype == torch.bfloat16
+            assert torch.allclose(own, wanted, rtol=1e-2 if rounded else 1e-6, atol=1e-6), name
+            assert not rounded or (own != wanted).float().mean() < 0.01, name  # once, so that few turn the other way
         assert found.keys() == expected.keys()
         for name, applied in expected.items():
             numbers = [[value for value in asdict(it).values() if value is not None] for it in (found[name], applied)]
             assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-7), name
 
 
-def refused(kind: str) -> None:
-    if kind == "Conv1D":
-        model: Any = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=8))
-        words = "keeps its weights the other way round"
-    else:
-        model, words = tiny_model(), "does not say what its layers are"
-        model._no_split_modules = None
-    with pytest.raises(ModelError, match=words):
-        shards.shard(model, CPU, wires.count())
-    assert not any(hasattr(parameter, "to_local") for parameter in model.parameters())
-
-
 def not_in_the_files(folder: str) -> None:
     """A weight that the files have otherwise than the model cannot be had again from them."""
     model = tiny_model(seed=1)
-    shards.shard(model, CPU, wires.count())
+    shards.shard(model, shards.layers_of(model), CPU, wires.count())
     base = Base(model, [Path(folder) / "model.safetensors"])
     with pytest.raises(ModelError, match="the files do not hold the weight of model"):
         base.remember(["model.layers.0.mlp.up_proj"])
@@ -150,14 +143,19 @@ def test_a_model_in_shards_computes_what_the_whole_one_does_and_no_process_holds
 
 
 @pytest.mark.parametrize(("n", "kind"), [(2, "whole"), (3, "small and tied"), (2, "mixed")])
-def test_at_a_knot_each_rank_ties_its_own_rows_to_the_bit(tmp_path: Path, n: int, kind: str) -> None:
+def test_at_a_knot_each_rank_ties_its_own_rows(tmp_path: Path, n: int, kind: str) -> None:
     MODELS[kind]().save_pretrained(tmp_path)
     over(n, tmp_path, knots, kind, str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["Conv1D", "no layers"])
-def test_what_cannot_lie_in_shards_is_refused_before_anything_is_spread(tmp_path: Path, kind: str) -> None:
-    over(2, tmp_path, refused, kind)
+def test_what_cannot_lie_in_shards_is_refused_before_anything_is_spread() -> None:
+    other_way = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=8))
+    with pytest.raises(ModelError, match="keeps its weights the other way round"):
+        shards.layers_of(other_way)
+    unknown = tiny_model()
+    unknown._no_split_modules = None
+    with pytest.raises(ModelError, match="does not say what its layers are"):
+        shards.layers_of(unknown)
 
 
 def test_a_weight_that_the_files_do_not_hold_is_refused(tmp_path: Path) -> None:

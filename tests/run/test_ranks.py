@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from children import KILLED, end, launched, start
+from conftest import tiny_tokenizer
 from runs import assert_one_line, cola, go, outcome, read_jsonl, result, wide_cola, write_recipe
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cola.data.batches import training_shares
 from cola.data.encode import Example
@@ -80,6 +82,40 @@ def test_several_processes_train_what_one_trains_up_to_rounding(recipe_text: str
     assert said(tmp_path, 0).count("results  ") == 1
     assert [said(tmp_path, rank) for rank in range(1, n)] == [""] * (n - 1)
     assert f"processes: {n}" in (run / "provenance.json").read_text()
+
+
+OWN = Path(__file__).parents[1] / "own_ideas.py"
+EVERY_KIND = {
+    "kept": "{links: 3, knot: {pair: keep, optimizer: keep}}",
+    "pruned": "{links: 2, knot: {optimizer: {prune_random: 0.5}}}",
+    "prefix": "{method: prefix, num_virtual_tokens: 4}",
+    "bottleneck": "{method: adapter, bottleneck: 8}",
+    "dora": "{use_dora: true, links: 2}",
+    "pissa": "{init: pissa, links: 2}",
+    "until": "{links: 3, until: {update_stops: {tolerance: 0.9, every: 1}}}",
+    "own": f"{{optimizer: {OWN}:heavy_ball, links: 2}}",
+    "nf4": "{quantization: nf4, links: 2}",
+    "bf16": "{dtype: bfloat16, links: 2}",
+}
+
+
+@pytest.mark.slow
+def test_every_method_and_knot_and_code_of_ones_own_is_trained_by_two(recipe_text: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe, run = write_recipe(tmp_path, recipe_text), tmp_path / "several"
+    words = [*ONE_ARM, "arms.chain3=null", "training.steps=6", "evaluation.every=2"]
+    words += [f"arms.{name}={arm}" for name, arm in EVERY_KIND.items()]
+    alone, _ = go(recipe, *words, f"store={tmp_path / 'alone'}", folder=tmp_path / "one")
+    words += [f"store={tmp_path / 'store'}", "--run-folder", run, "--allow-code"]
+    assert over(2, ["run", recipe, *words], tmp_path) == [0, 0], said(tmp_path, 0)
+    for arm in EVERY_KIND:
+        mine, theirs = ([row["loss"] for row in rows_of(path, arm, "step")] for path in (run, alone.path))
+        assert mine == pytest.approx(theirs, rel=0.03 if arm in ("nf4", "bf16") else 1e-4), arm
+        ends = [
+            [link["last_step"] for link in result(RunFolder(p), arm)["train_info"]["links"]] for p in (run, alone.path)
+        ]
+        assert ends[0] == ends[1]
+    assert said(tmp_path, 1) == ""
 
 
 def test_the_same_processes_again_give_the_same_bits_and_dropout_is_drawn_by_each_for_its_rows(
@@ -216,10 +252,21 @@ def test_a_run_on_shards_that_is_killed_ends_with_the_bits_of_one_that_is_not(
     assert outcome(tmp_path / "killed").differences(outcome(tmp_path / "whole")) == []
 
 
+@pytest.mark.slow
+def test_a_signal_in_the_middle_of_a_pass_through_shards_ends_all_ranks(recipe_text: str, tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, recipe_text), tmp_path / "run"
+    words = ["run", recipe, *ONE_ARM, "training.steps=6", "evaluation.every=1", "model.shard=true", "--run-folder", run]
+    for number in (50, 101):
+        codes = over(2, words, tmp_path, {0: ("attention, stopped", number)})
+        assert codes[0] == RESUMABLE, said(tmp_path, 0)
+        assert codes[1] in (0, RESUMABLE)
+    assert over(2, words, tmp_path) == [0, 0], said(tmp_path, 0)
+    assert "Traceback" not in said(tmp_path, 0) + said(tmp_path, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ([], "model.shard: true spreads the base over the processes of a launch, and this is a single one"),
         (["arms.f={method: full}"], "method full cannot be had with model.shard: true"),
         (["arms.d={use_dora: true}"], "use_dora cannot be had with model.shard: true"),
         (["arms.q={quantization: int8}"], "quantization cannot be had with model.shard: true"),
@@ -233,6 +280,25 @@ def test_what_a_base_in_shards_cannot_take_is_refused_in_one_line(
     told = wide_cola("run", recipe, *ONE_ARM, "model.shard=true", *changes)
     assert_one_line(told)
     assert what in told.output
+
+
+def test_a_model_that_cannot_lie_in_shards_is_refused_once(recipe_text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, recipe_text)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=403, n_positions=256)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    words = ["run", recipe, *ONE_ARM, "model.shard=true", f"model.name_or_path={tmp_path / 'gpt2'}"]
+    assert over(2, words, tmp_path) == [2, 0], said(tmp_path, 0)
+    assert said(tmp_path, 0).splitlines()[-1].startswith("error: model.shard: GPT2LMHeadModel keeps its weights")
+    assert said(tmp_path, 1) == ""
+
+
+def test_one_process_has_nothing_to_spread_a_base_over(recipe_text: str, tmp_path: Path) -> None:
+    told = wide_cola("run", write_recipe(tmp_path, recipe_text), *ONE_ARM, "model.shard=true")
+    assert told.exit_code == 2
+    assert told.output.splitlines()[-1].startswith("error: model.shard: true spreads the base over the processes")
+    assert not list(tmp_path.glob("runs/*"))
 
 
 # ---------------------------------------------------------------------------------------------------------
