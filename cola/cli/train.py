@@ -28,9 +28,9 @@ def run(
     recipe = read_recipe(path, overrides)
     if dry_run:
         with no_garbage():  # it does little more than to import what it asks
-            from cola.run.preview import preview
+            from cola.plan.checks import check
 
-            preview(recipe, Terminal())
+            check(recipe, Terminal())
         return 0
     _warm_up(workers)
     return train(recipe, run_folder, allow_code, workers)[0]
@@ -125,11 +125,11 @@ def ablate(
     code."""
     terminal, points = Terminal(), points_of(path, keys, paired)
     if dry_run:
-        from cola.run.preview import preview
+        from cola.plan.checks import check
 
         for point in points:
             terminal.say(point.label)
-            preview(point.recipe, terminal)
+            check(point.recipe, terminal)
         return 0
     for point in points:
         _need_leave(point.recipe, allow_code)

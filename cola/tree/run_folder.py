@@ -26,6 +26,7 @@ from cola.files import digest, each_once, load_json, parse_json, write_bytes
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import manifest, records
+from cola.tree.foreseen import Foreseen
 from cola.tree.leases import check_held
 from cola.tree.made import Made, Provenance
 from cola.tree.manifest import Entry, damaged_file
@@ -210,6 +211,10 @@ class RunFolder:
         self._need()
         manifest.begin(self.path, {name: _text(record).encode()})
         self.write(name, record)
+
+    def foreseen(self) -> Foreseen | None:
+        """What the run was expected to take; None where an earlier version began it."""
+        return self.read("plan.json", Foreseen)
 
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
