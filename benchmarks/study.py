@@ -10,6 +10,7 @@ match of every split and the chosen learning rates must agree. Writes benchmarks
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,13 +25,13 @@ from machine import TOLERANCE, made
 from rich.console import Console
 
 from cola.data.encode import Example
+from cola.plan.tree import Planner
 from cola.recipe.methods import Lora
 from cola.recipe.plan import looking_steps, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials, gather
-from cola.run.plan_tree import Planner
 
 HERE = Path(__file__).parent
 
@@ -38,16 +39,27 @@ HERE = Path(__file__).parent
 def timed(command: list[str], log: Path, **environment: str) -> dict[str, float]:
     """Wall clock and peak memory of a process.
 
+    The peak is looked for while it runs: cola counts each arm's memory from its beginning, which makes the kernel
+    forget what it would say of the whole process in the end.
+
     Raises:
         SystemExit: it failed; its output is shown.
     """
-    started = time.perf_counter()
+    started, peak = time.perf_counter(), 0
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        while process.poll() is None:
+            peak = max(peak, peak_of(process.pid))
+            time.sleep(0.02)
+    if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * 1024}
+    return {"seconds": time.perf_counter() - started, "peak_bytes": peak}
+
+
+def peak_of(process: int) -> int:
+    """Largest resident memory of a process so far in bytes, or since it was last counted anew; 0 where it has ended."""
+    said = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return int(said[1]) * 1024 if said else 0
 
 
 def as_text(tokenizer: Any, example: Example) -> dict[str, str]:

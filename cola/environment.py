@@ -10,8 +10,6 @@ are, and what is printed.
 import os
 from collections.abc import Iterable
 
-from cola.errors import ModelError
-
 # By what a variable begins with: one family for each library that computes, or that starts processes which do.
 FAMILIES = (
     *("ACCELERATE_", "FSDP_", "DEEPSPEED_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FORK_LAUNCHED"),
@@ -21,6 +19,7 @@ FAMILIES = (
     *("CUBLAS", "CUDNN_", "NVIDIA_TF32_OVERRIDE"),
 )
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+AGENT = ("TORCHELASTIC_",)  # torchrun's agent has opened the port at which its processes meet, and says so here
 
 # Of those families, what no weight depends on, or (the number of threads, which moves the last bits) what is recorded.
 KEPT = (
@@ -31,7 +30,7 @@ KEPT = (
     *("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY", "OMP_STACKSIZE"),
     *("OMP_DISPLAY_ENV", "OMP_DISPLAY_AFFINITY", "MKL_NUM_THREADS", "MKL_THREADING_LAYER", "MKL_VERBOSE"),
     *("MKL_SERVICE_FORCE_INTEL", "KMP_DUPLICATE_LIB_OK", "KMP_AFFINITY", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS"),
-    *("PYTORCH_NVML_BASED_CUDA_CHECK", "ONEDNN_VERBOSE", "DNNL_VERBOSE"),
+    *("PYTORCH_NVML_BASED_CUDA_CHECK", "ONEDNN_VERBOSE", "DNNL_VERBOSE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
 )
 
 taken: set[str] = set()  # of this process's variables, so far
@@ -45,21 +44,14 @@ def steering(names: Iterable[str]) -> set[str]:
 def settle() -> None:
     """Take the variables that could change what is computed out of this process's environment.
 
-    Those of a launcher that has started several processes are left, for `check_alone` to refuse.
+    Those of a launcher that has started several processes are left: `cola run` is one command of all of them.
     """
-    found = steering(os.environ) - (set(LAUNCHER) if _launched() else set())
+    found = steering(os.environ)
+    if launched():
+        found = {name for name in found if name not in LAUNCHER and not name.startswith(AGENT)}
     for name in found:
         del os.environ[name]
     taken.update(found)
-
-
-def check_alone() -> None:
-    """Raise ModelError where a launcher has started this process as one of several."""
-    if _launched():
-        raise ModelError(
-            f"cola runs as one process, and WORLD_SIZE={os.environ['WORLD_SIZE'][:20]} says that there are several; "
-            "start it without accelerate launch or torchrun, or unset WORLD_SIZE"
-        )
 
 
 def note() -> str | None:
@@ -69,7 +61,8 @@ def note() -> str | None:
     return f"environment: {', '.join(sorted(taken))}: not heeded, since what is computed is what the recipe says"
 
 
-def _launched() -> bool:
-    """A job that is left over, or one process that a launcher has started, says 1, or does not say which it is."""
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several. A job that is left over, or one process that a
+    launcher has started, says 1, or does not say which it is."""
     size = os.environ.get("WORLD_SIZE", "")
     return size.isdecimal() and int(size) > 1 and ("RANK" in os.environ or "LOCAL_RANK" in os.environ)

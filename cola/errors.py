@@ -118,6 +118,14 @@ class MomentsNotKept(ColaError):
     """A knot is to hand on an optimizer's state that is not there."""
 
 
+class RankFailed(ColaError):
+    """One of the processes that train together failed in its passes, and so the arm did; all of them are there."""
+
+
+class RanksLost(ColaError, ConnectionError):
+    """Another of the processes that train together has ended; exit code 75, as the same command goes on."""
+
+
 class IdeaError(ColaError, ValueError):
     """What fills a joint of a link may not run, raised an error, or gave what is of no use there."""
 

@@ -105,5 +105,5 @@ BLOCKS: dict[str, Callable[[], str]] = {"scout-verdict": verdict, "scout-ranks":
 def page(fill: Callable[[str, str, str], str]) -> str:
     text = (SCOUT / "README.md").read_text()
     for name, block in BLOCKS.items():
-        text = fill(text, name, block())
+        text = fill(text, name, block() + "\n")
     return text

@@ -3,26 +3,31 @@
 A child starts in a tenth of a second: all it needs has been imported before it is forked.
 """
 
+import functools
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cola import chain
 from cola.cli.app import app
 from cola.link import forward, train
+from cola.link.model import Source
 from cola.measure import evaluate
 from cola.report import page
 from cola.run import ended
 from cola.tree.store import Store
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "children"])
+PRELOADED = ["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "cola.run.worker", "children"]
+processes.set_forkserver_preload(PRELOADED)
 
 KILLED = -signal.SIGKILL
 PASSED = (
@@ -61,6 +66,37 @@ def stop_at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any
         return function(*args, **kwargs)
 
     return stopping
+
+
+def fail_at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose n-th call finds no memory."""
+    calls = 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise torch.OutOfMemoryError("a card is full")
+        return function(*args, **kwargs)
+
+    return failing
+
+
+def otherwise_at_call(number: int, step: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's step, whose n-th call leaves one weight a little off."""
+    calls = 0
+
+    def stepping(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        done = step(optimizer, *args, **kwargs)
+        if calls == number:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].view(-1)[0] += 1e-6
+        return done
+
+    # torch looks at whether a class's step is one that it has wrapped itself.
+    return functools.update_wrapper(stepping, step)
 
 
 def command(words: list[str], said: Path, cache: str, drawn: bool = False) -> None:
@@ -102,6 +138,15 @@ def ended_at(place: str, number: int, words: list[str], said: Path, passed: dict
             torch.optim.AdamW.step = kill_at_call(number, torch.optim.AdamW.step)
         case "AdamW, stopped":
             torch.optim.AdamW.step = stop_at_call(number, torch.optim.AdamW.step)
+        case "AdamW, otherwise":
+            torch.optim.AdamW.step = otherwise_at_call(number, torch.optim.AdamW.step)
+        case "logits, no memory":
+            train.logits_at = fail_at_call(number, forward.logits_at)
+        case "attention, stopped":
+            attention = nn.functional.scaled_dot_product_attention
+            nn.functional.scaled_dot_product_attention = stop_at_call(number, attention)
+        case "another base":
+            Source.fingerprint = lambda self: "another"
         case "let go":
             ended.let_go = kill_at_call(number, ended.let_go)
         case "score, stopped":
@@ -113,9 +158,25 @@ def ended_at(place: str, number: int, words: list[str], said: Path, passed: dict
     command(words, said, passed["COLA_CACHE"], drawn)
 
 
-def start(words: list[str], said: Path, place: str = "nothing", number: int = 0, drawn: bool = False) -> Any:
-    """Begin a command, which is killed or stopped at the n-th time that it comes to a place."""
-    passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+def launched(n: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environments of n processes that are to meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    return [meet | {"WORLD_SIZE": str(n), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+
+
+def start(
+    words: list[str],
+    said: Path,
+    place: str = "nothing",
+    number: int = 0,
+    drawn: bool = False,
+    variables: dict[str, str] | None = None,
+) -> Any:
+    """Begin a command, which is killed or stopped at the n-th time that it comes to a place; `variables`: of its
+    environment."""
+    passed = {name: os.environ[name] for name in PASSED if name in os.environ} | (variables or {})
     arguments = (place, number, words, said, passed, drawn)
     process = processes.Process(target=ended_at, args=arguments)
     process.start()

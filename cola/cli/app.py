@@ -1,4 +1,4 @@
-"""cola new | run | ablate | data | report | compare | verify | export | eval | inspect | store | doctor.
+"""cola new | plan | run | ablate | data | report | compare | verify | export | eval | inspect | store | doctor.
 
 What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,8 @@ from typer import Argument, Option
 
 from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
-from cola.errors import ColaError, LeaseLost, plain
+from cola.environment import launched
+from cola.errors import ColaError, LeaseLost, RanksLost, plain
 from cola.run.interrupt import RESUMABLE, Interrupted
 
 # What the system says of a user's disk or path.
@@ -100,6 +102,60 @@ AllowCode = Annotated[
     Option("--allow-code", help="Let Python code of your own run that the recipe names (init: ./my_idea.py:name)."),
 ]
 
+Workers = Annotated[
+    str,
+    Option(
+        metavar="N",
+        help="How many processes of this machine share the work, its threads and cards divided among them; auto: as "
+        "many as a measurement finds fastest.",
+    ),
+]
+
+
+PlanAs = StrEnum("PlanAs", ["table", "json"])
+
+
+def plan(
+    recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
+    overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example link.rank=16")] = None,
+    device: Annotated[
+        str | None, Option(help="here, cpu, or a card by name, such as h100 or rtx4090. Default: here.")
+    ] = None,
+    device_memory: Annotated[
+        str | None, Option(metavar="SIZE", help="Memory that there is, such as 24GB. Default: the device's.")
+    ] = None,
+    calibrate: Annotated[
+        bool, Option("--calibrate", help="Measure this machine first, a minute or less: times are known then.")
+    ] = False,
+    table: Annotated[
+        str | None, Option(metavar="FAMILY", help="qwen: what Qwen1.5 takes at each size and precision. No recipe.")
+    ] = None,
+    form: Annotated[PlanAs, Option("--as", help="table, or json: one object with every number.")] = PlanAs.table,
+) -> None:
+    """Say what a recipe will take before anything runs: parameters, memory by part, FLOPs, time, disk; what is shared,
+    and whether it fits.
+
+    No weights are loaded or fetched: a config is enough, on this disk, built in (Qwen1.5), or the hub's.
+
+    Exit code: 0 all arms fit, 1 one does not, 2 the recipe, model or device cannot be used.
+    """
+    from cola.report.terminal import Terminal
+
+    if table is not None and (recipe is not None or calibrate or device or device_memory):
+        raise ColaError("--table is about a family of models: it takes no recipe and no device")
+    if table is None and recipe is None:
+        raise ColaError("name a recipe, for example: cola plan recipes/quickstart.yaml; or: cola plan --table qwen")
+    with no_garbage():
+        from cola.cli import plan as plans
+        from cola.plan.devices import device_of
+    if table is not None:
+        plans.plan_table(table, form == PlanAs.json, Terminal())
+    elif recipe is not None:
+        where = device_of(device, device_memory)
+        if calibrate and not where.here:
+            raise ColaError(f"--calibrate measures this machine, and --device {device} is another: give one of them")
+        raise typer.Exit(plans.plan_recipe(recipe, overrides, where, calibrate, form == PlanAs.json, Terminal()))
+
 
 def run(
     recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
@@ -114,6 +170,7 @@ def run(
         Path | None, Option(help="Go on with the run in this folder: what it holds is not trained again.")
     ] = None,
     allow_code: AllowCode = False,
+    workers: Workers = "1",
 ) -> None:
     """Train and compare every arm of a recipe, and report.
 
@@ -129,11 +186,11 @@ def run(
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        code = train.resume(resume, allow_code)
+        code = train.resume(resume, allow_code, workers)
     elif recipe is None:
         raise ColaError("name a recipe, for example one that cola new has written: cola run mine.yaml")
     else:
-        code = train.run(recipe, overrides, run_folder, dry_run, allow_code)
+        code = train.run(recipe, overrides, run_folder, dry_run, allow_code, workers)
     raise typer.Exit(code)
 
 
@@ -151,6 +208,7 @@ def ablate(
         bool, Option("--dry-run", help="Check and show the plan of every point; train nothing.")
     ] = False,
     allow_code: AllowCode = False,
+    workers: Workers = "1",
 ) -> None:
     """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
 
@@ -159,7 +217,7 @@ def ablate(
     """
     from cola.cli import train
 
-    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code))
+    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code, workers))
 
 
 def show_data(
@@ -281,7 +339,7 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     def run(*words: Any, **options: Any) -> None:
         try:
             command(*words, **options)
-        except LeaseLost as error:
+        except (LeaseLost, RanksLost) as error:
             print(f"error: {error}", file=sys.stderr)
             code = RESUMABLE
         except ColaError as error:
@@ -306,8 +364,27 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
     return run
 
 
+def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that torchrun or accelerate launch may start several times: one of them does it, the others help."""
+
+    @wraps(command)
+    def run(*words: Any, **options: Any) -> None:
+        if not launched():
+            return command(*words, **options)
+        with no_garbage():
+            from cola.run import helper, ranks
+        with ranks.team() as leads:
+            if not leads:
+                raise typer.Exit(helper.help_along())
+            command(*words, **options)
+
+    return run
+
+
 app.command("new")(_one_line_errors(new, unsaid="model.name_or_path: "))
-for name, command in {"run": run, "ablate": ablate, "data": show_data, "report": report, "compare": compare}.items():
+for name, command in {"run": run, "ablate": ablate}.items():
+    app.command(name)(_one_line_errors(_of_all_ranks(command)))
+for name, command in {"plan": plan, "data": show_data, "report": report, "compare": compare}.items():
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
-from cola.errors import RunChanged
+from cola.environment import launched
+from cola.errors import ColaError, RunChanged
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
@@ -16,33 +17,40 @@ from cola.tree.run_holder import lock_run, take_run, unfinished_run
 
 
 def run(
-    path: Path, overrides: list[str] | None, run_folder: Path | None, dry_run: bool, allow_code: bool = False
+    path: Path,
+    overrides: list[str] | None,
+    run_folder: Path | None,
+    dry_run: bool,
+    allow_code: bool = False,
+    workers: str = "1",
 ) -> int:
     """Train a recipe, or show its plan; returns the exit code."""
     recipe = read_recipe(path, overrides)
     if dry_run:
         with no_garbage():  # it does little more than to import what it asks
-            from cola.run.preview import preview
+            from cola.plan.checks import check
 
-            preview(recipe, Terminal())
+            check(recipe, Terminal())
         return 0
-    return train(recipe, run_folder, allow_code)[0]
+    _warm_up(workers)
+    return train(recipe, run_folder, allow_code, workers)[0]
 
 
-def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False) -> tuple[int, Path]:
+def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False, workers: str = "1") -> tuple[int, Path]:
     """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code and
-    the run's folder. `allow_code`: the user's own that the recipe names may run."""
+    the run's folder. `allow_code`: the user's own that the recipe names may run; `workers`: how many processes train,
+    or `auto`."""
     _need_leave(recipe, allow_code)
     text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
     if run_folder is None:
         with unfinished_run(text, named) as before:
             if before is not None:
                 try:
-                    return _train(recipe, before, fresh=False), before.path
+                    return _train(recipe, before, False, workers), before.path
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
     with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
-        return _train(recipe, folder, fresh), folder.path
+        return _train(recipe, folder, fresh, workers), folder.path
 
 
 def _need_leave(recipe: Recipe, allow_code: bool) -> None:
@@ -52,16 +60,31 @@ def _need_leave(recipe: Recipe, allow_code: bool) -> None:
         need_leave(recipe, allow_code)
 
 
-def resume(path: Path, allow_code: bool = False) -> int:
+def resume(path: Path, allow_code: bool = False, workers: str = "1") -> int:
     """Go on with the run in a folder; returns the exit code."""
     folder = RunFolder.open(path, to_mend=True)
     recipe = read_recipe(folder.recipe_file)
     _need_leave(recipe, allow_code)
+    _warm_up(workers)
     with lock_run(path):
-        return _train(recipe, folder, fresh=False)
+        return _train(recipe, folder, False, workers)
 
 
-def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
+def _warm_up(workers: str) -> None:
+    """Check how many workers are asked for, and begin to import what they need while this process does the same."""
+    if workers != "1" and launched():
+        raise ColaError(
+            "--workers gives each process a job of its own, and torchrun and accelerate launch share one among all of "
+            "theirs: take one of the two"
+        )
+    if workers != "1":
+        from cola.run.start import check, warm_up
+
+        check(workers)
+        warm_up()
+
+
+def _train(recipe: Recipe, folder: RunFolder, fresh: bool, workers: str) -> int:
     """Run a recipe in a folder that this process holds; returns the exit code."""
     terminal = Terminal()
     begun = "" if fresh else "going on with "
@@ -69,10 +92,12 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
         f"{begun}{recipe.name}: {', '.join(recipe.arms)}; seeds {', '.join(map(str, recipe.seeds))} → {folder.path}"
     )
     with no_garbage():
+        from cola.run.places import places_for
         from cola.run.run import run as run_recipe
 
     with Signals().installed() as signals:
-        summary = run_recipe(recipe, folder, terminal, signals)
+        places = places_for(workers, recipe, terminal)
+        summary = run_recipe(recipe, folder, terminal, signals, places=places)
     # With what draws, for which no first step has to wait.
     from cola.cli.show import print_results, say_tracking, track_run
 
@@ -93,26 +118,31 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool) -> int:
     return 1 if summary.same_outputs else 0  # said among the results
 
 
-def ablate(path: Path, keys: list[str], paired: bool, dry_run: bool, allow_code: bool = False) -> int:
+def ablate(
+    path: Path, keys: list[str], paired: bool, dry_run: bool, allow_code: bool = False, workers: str = "1"
+) -> int:
     """Go on with the last ablation of these points, where it did not come to its end, or begin one; returns the exit
     code."""
     terminal, points = Terminal(), points_of(path, keys, paired)
     if dry_run:
-        from cola.run.preview import preview
+        from cola.plan.checks import check
 
         for point in points:
             terminal.say(point.label)
-            preview(point.recipe, terminal)
+            check(point.recipe, terminal)
         return 0
     for point in points:
         _need_leave(point.recipe, allow_code)
+    _warm_up(workers)
     with take_ablation(points) as folder:
         terminal.say(f"{len(points)} {'points' if len(points) > 1 else 'point'} → {folder}")
         with no_garbage():
             from cola.run.ablate import ablate as run_all
+            from cola.run.places import places_for
 
         with Signals().installed() as signals:
-            summary = run_all(points, folder, terminal, signals)
+            places = places_for(workers, points[0].recipe, terminal)
+            summary = run_all(points, folder, terminal, signals, places)
         from cola.cli.show import print_ablation, track_ablation
 
         print_ablation(folder, summary, terminal)

@@ -19,6 +19,8 @@ from cola.recipe.plan import derived_seed
 BUCKET = 20  # batches that are sorted by length together, as in PEFT's method comparison
 
 Item = TypeVar("Item")
+Row = tuple[str, list[int], list[int]]  # id, prompt, answer
+Share = list[list[Row]]  # the rows of each of the micro-batches that one rank reads in a step
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class MicroBatch:
     targets_N: Tensor  # those next tokens, row by row
     ids: list[str]  # the rows'
     n_tokens: int  # without padding
+    rank: int = 0  # of the process that reads it
 
     @property
     def n_targets(self) -> int:
@@ -47,7 +50,7 @@ class MicroBatch:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def collate(rows: Sequence[tuple[str, list[int], list[int]]]) -> MicroBatch:
+def collate(rows: Sequence[Row], rank: int = 0) -> MicroBatch:
     """One micro-batch of (id, prompt, answer) rows; the answer's tokens are the targets."""
     lengths = [len(prompt) + len(answer) for _, prompt, answer in rows]
     input_ids_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)  # any id pads: nothing attends to it
@@ -56,10 +59,10 @@ def collate(rows: Sequence[tuple[str, list[int], list[int]]]) -> MicroBatch:
         input_ids_BT[b, :length] = torch.tensor(prompt + answer)
         predicts_BT[b, len(prompt) - 1 : length - 1] = True
     targets_N = torch.tensor([token for _, _, answer in rows for token in answer])
-    return MicroBatch(input_ids_BT, predicts_BT, targets_N, [name for name, _, _ in rows], sum(lengths))
+    return MicroBatch(input_ids_BT, predicts_BT, targets_N, [name for name, _, _ in rows], sum(lengths), rank)
 
 
-def training_row(example: Example) -> tuple[str, list[int], list[int]]:
+def training_row(example: Example) -> Row:
     """Prompt and right answer: what a model is trained on."""
     return example.id, example.prompt, example.answers[example.gold]
 
@@ -107,9 +110,26 @@ def training_batches(
     examples: Sequence[Example], order: Sequence[Sequence[int]], micro_batch_tokens: int
 ) -> Iterator[list[MicroBatch]]:
     """The micro-batches of each optimizer step."""
+    yield from map(collated, training_shares(examples, order, micro_batch_tokens, n_ranks=1))
+
+
+def training_shares(
+    examples: Sequence[Example], order: Sequence[Sequence[int]], micro_batch_tokens: int, n_ranks: int
+) -> Iterator[list[Share]]:
+    """What each rank reads of each optimizer step. The rows are dealt by length, so that all have about as much to do;
+    of a step with fewer rows than ranks some have none."""
     for rows in order:
-        groups = micro_batches(examples, rows, micro_batch_tokens)
-        yield [collate([training_row(example) for example in group]) for group in groups]
+        dealt = [rows]
+        if n_ranks > 1:
+            longest_first = sorted(rows, key=lambda row: examples[row].n_tokens, reverse=True)
+            dealt = [longest_first[rank::n_ranks] for rank in range(n_ranks)]
+        groups = [micro_batches(examples, share, micro_batch_tokens) for share in dealt]
+        yield [[list(map(training_row, group)) for group in own] for own in groups]
+
+
+def collated(shares: Sequence[Share]) -> list[MicroBatch]:
+    """The micro-batches of one optimizer step, of all ranks."""
+    return [collate(group, rank) for rank, share in enumerate(shares) for group in share]
 
 
 def batch_digests(

@@ -1,5 +1,6 @@
 """The device, its number format, and the libraries told to keep to what is asked."""
 
+import os
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from accelerate.state import AcceleratorState
 from transformers.utils import logging as transformers_logging
 
 from cola import environment
+from cola.errors import ModelError
+from cola.link import wires
 
 
 def quiet_libraries() -> None:
@@ -28,16 +31,24 @@ def dtype_warning(dtype: str, device: torch.device) -> str | None:
 
 def make_accelerator(dtype: str) -> Accelerator:
     """accelerate with a base's precision, on the device it finds, and torch as it is by default. Raises ModelError in
-    one of several processes of a launcher.
+    one of several processes of a launcher that have not met (`wires.join`), which only those of a run do.
 
     accelerate fixes the precision once per process; here every arm may have one of its own. On a CPU it has no fp16
     autocast: the weights are fp16 there and a pair computes in float32.
     """
     environment.settle()
-    environment.check_alone()
+    several = environment.launched()
+    if several and not wires.joined():
+        raise ModelError(
+            f"`cola run` and `cola ablate` train over several processes and this runs as one, and "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE'][:20]} says that there are several; start it without accelerate "
+            "launch or torchrun, or unset WORLD_SIZE"
+        )
     _settle_torch()
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
+    # accelerate takes several processes without a GPU for one unless it is told that they are of a CPU.
+    on_cpu = several and not torch.cuda.is_available()
+    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype], cpu=on_cpu)
 
 
 def _settle_torch() -> None:

@@ -1,8 +1,9 @@
 """The base's weights as they were loaded: read where they lie, never changed."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -14,7 +15,23 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from cola.errors import ModelError
+
 BLOCK = 1 << 17  # entries of a matrix that are worked on at a time: half a megabyte in float32, a few stay in the cache
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether other processes hold some of the model's weights (`shards.shard`)."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+def own_rows(weight: Any) -> tuple[Tensor, int]:
+    """The rows of a weight that this process holds, and the number of the first: all of them, where it is no shard."""
+    if not hasattr(weight, "to_local"):  # torch's DTensor, which is slow to import and seldom met
+        return weight, 0
+    mesh = weight.device_mesh
+    first = mesh.get_local_rank() * math.ceil(len(weight) / mesh.size())  # as torch.chunk deals them
+    return weight.to_local(), min(first, len(weight))
 
 
 class Base:
@@ -22,10 +39,13 @@ class Base:
 
     Where the model came from safetensors, a matrix is read from the file and nothing is kept in memory. One that the
     files do not have as it is, or that differs from what was loaded, is copied by `remember`, before it is changed.
+    Of a sharded model each process reads its own rows, and `told` lets the others write theirs when this one does.
     """
 
     def __init__(self, model: nn.Module, files: Sequence[Path] = (), quantized: bool = False) -> None:
         self.quantized = quantized
+        self.sharded = is_sharded(model)
+        self.told: Callable[..., None] | None = None  # with what `residual.write` is called with
         self._model = model
         self._files: dict[str, tuple[Path, str]] = {}  # by the model's name of a weight: where, and under which name
         self._copies: dict[str, Tensor] = {}
@@ -40,12 +60,20 @@ class Base:
         """Make sure the pristine weights of these modules can be had from now on."""
         for name in set(names) - self._remembered:
             weight, stored = weight_of(self._model, name), self.stored(name)
+            self._remembered.add(name)
             # Codes are never written, so the files' own weights are all that can be asked for.
             if self.quantized:
                 assert stored is not None
-            elif stored is None or not torch.equal(stored.to(weight.dtype), weight.cpu()):
-                self._copies[name] = weight.to("cpu", copy=True)
-            self._remembered.add(name)
+                continue
+            own, first = own_rows(weight)
+            if stored is not None and torch.equal(stored[first : first + len(own)].to(own.dtype), own.cpu()):
+                continue
+            if self.sharded:
+                raise ModelError(
+                    f"model.shard: the files do not hold the weight of {name} as the model has it, so that nobody has "
+                    "all of it: say false"
+                )
+            self._copies[name] = weight.to("cpu", copy=True)
 
     def weight(self, name: str) -> Tensor:
         """Weight of a remembered module on the CPU, in the file's dtype and the module's own layout; not to be

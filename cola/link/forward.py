@@ -10,6 +10,7 @@ Axes: B rows, T tokens, H hidden features, N selected positions, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,20 @@ from transformers import Cache, PreTrainedModel
 
 
 class _InFloat32:
-    """What a linear head computes, in float32, from one float32 copy of its weight."""
+    """What a linear head computes, in float32, from one float32 copy of its weight: made in the first pass, since no
+    process has all of a sharded one before."""
 
     def __init__(self, head: nn.Linear) -> None:
-        self.weight_VH, self.bias_V = head.weight.float(), None if head.bias is None else head.bias.float()
+        self._head = head
+
+    @cached_property
+    def _copies(self) -> tuple[Tensor, Tensor | None]:
+        return self._head.weight.float(), None if self._head.bias is None else self._head.bias.float()
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        weight_VH, bias_V = self._copies
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight_VH, self.bias_V)
+            return nn.functional.linear(hidden.float(), weight_VH, bias_V)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cola.link.base import BLOCK, Base, as_stored, linear, weight_of
+from cola.link import wires
+from cola.link.base import BLOCK, Base, as_stored, linear, own_rows, weight_of
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def write(
             is returned; pairs beside the weights are applied as they were learned.
     """
     done: dict[str, Applied] = {}
+    if base.told is not None:
+        base.told(residual, names, merge, before)
     for name in names:
         module = linear(model, name)
         weight = weight_of(module, "")
@@ -175,17 +178,22 @@ def write(
             if account:
                 done[name] = account.beside(base.squared_norm(name))
             continue
-        weight_OI, pristine_OI = as_stored(module, weight), as_stored(module, base.weight(name))
+        own, first = own_rows(weight)
+        weight_OI, pristine_OI = as_stored(module, own), as_stored(module, base.weight(name))
         block = BLOCK if weight.device.type == "cpu" else 8 * BLOCK  # a GPU waits for the launches of small ones
         n_rows = max(1, block // pristine_OI.shape[1])
-        for rows in (slice(first, first + n_rows) for first in range(0, len(pristine_OI), n_rows)):
+        for start in range(0, len(weight_OI), n_rows):
+            held_bI = weight_OI[start : start + n_rows]
+            rows = slice(first + start, first + start + len(held_bI))
             pristine_bI = pristine_OI[rows].to(weight.device, torch.float32)
             low_rank_bI = links.low_rank(rows)
             tied_bI = links.tied(pristine_bI, low_rank_bI, rows, merge, weight.dtype)
             if account:
-                account.add(rows, pristine_bI, low_rank_bI, weight_OI[rows], tied_bI)
-            weight_OI[rows] = tied_bI
+                account.add(rows, pristine_bI, low_rank_bI, held_bI, tied_bI)
+            held_bI.copy_(tied_bI)
         if account:
+            if base.sharded:
+                account.sum_over_ranks()
             done[name] = account.written(pristine_OI.numel())
     return done
 
@@ -266,6 +274,12 @@ class _Account:
 
     def _add(self, quantity: str, first: Tensor, second: Tensor) -> None:
         self.sums[quantity] += torch.dot(first.flatten(), second.flatten()).double()
+
+    def sum_over_ranks(self) -> None:
+        """Add up what each process has seen of its own rows."""
+        seen = ("pristine", "same", "applied", "product", "error", *([] if self.low_rank else ["link", "learned"]))
+        mine = torch.tensor([float(self.sums[key]) for key in seen], dtype=torch.float64, device=self.now.device)
+        self.sums |= dict(zip(seen, wires.sum_over(mine).tolist(), strict=True))
 
     def beside(self, pristine: float) -> Applied:
         """What pairs beside the weights were given, all of it; `pristine`: ||W_0||_F squared. None of them scales

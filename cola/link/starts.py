@@ -129,7 +129,7 @@ def _shapes(layer: adapters.LoraLayer) -> tuple[tuple[int, int], tuple[int, int]
 def _weight(layer: adapters.LoraLayer, base: Base, name: str, earlier: Sequence[residual.Pair]) -> Tensor:
     """The weight that a layer goes by as (O, I), a float32 copy."""
     module = layer.get_base_layer()
-    if not base.keeps_beside(name):
+    if not base.keeps_beside(name) and not base.sharded:
         return as_stored(module, weight_of(module, "")).to(torch.float32, copy=True)
     weight_OI = as_stored(module, base.weight(name)).to(torch.float32, copy=True)
     for pair in earlier:

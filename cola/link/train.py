@@ -1,6 +1,7 @@
 """tune(): the optimizer steps of one link, or of a part of it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,9 @@ from transformers import PreTrainedModel
 from cola.clock import Clock
 from cola.data.batches import MicroBatch
 from cola.errors import IdeaError, NoGradient, NonFiniteLoss
-from cola.link import adapters
+from cola.link import adapters, wires
 from cola.link.adapters import trainable
+from cola.link.base import is_sharded
 from cola.link.forward import logits_at
 from cola.link.ideas import door
 from cola.link.moments import Moments, check_cleared, first_moment, set_moments, share_cleared
@@ -64,18 +66,18 @@ def tune(
     """Train what is trainable, one optimizer step per batch; returns the optimizer as the last step left it.
 
     The loss of a step is the sum over all its target tokens divided by their number, however the rows are split
-    into micro-batches. Dropout is seeded anew at each step, so that a link which is stopped and goes on draws what it
-    would have drawn. The model is left in eval mode.
+    into micro-batches and these over processes, each of which takes its own. Dropout is seeded anew at each step, so
+    that a link which is stopped and goes on draws what it would have drawn. The model is left in eval mode.
 
     Args:
-        batches: One list of micro-batches per step to be made now.
+        batches: One list of micro-batches per step to be made now, those of all ranks.
         on_step: Called after each step; may evaluate the model and leave it in eval mode.
         done: Steps of the link that were made before.
         moments: The optimizer's state after those, from `read_moments`, or what a knot carries over, from `carried`.
 
     Raises:
         NonFiniteLoss, NoGradient: from `_Watch`; the weights are those of the step before.
-        MomentsNotCleared: the knot before cleared less than it was to.
+        MomentsNotCleared: the knot before cleared less than it was to. RankFailed, RanksLost, ModelError: from `wires`.
         IdeaError: the optimizer is none, leaves something out, or could not go on from what is kept of it.
     """
     pairs = _trained_pairs(model)
@@ -91,14 +93,13 @@ def tune(
     for place, micro_batches in enumerate(batches, start=done):
         if not model.training:  # a look was taken; to walk through all modules is a share of a short step
             model.train()
-        clock, step, learning_rate = Clock(), link.first_step + place + 1, link.learning_rates[place]
-        torch.manual_seed(derived_seed("dropout", link.seed, place))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["ratio"]
+        clock, step = Clock(), link.first_step + place + 1
+        learning_rate = _set_out(optimizer, link, place, accelerator.process_index)
         loss, norm = _gradient(model, micro_batches, accelerator, parameters, max_grad_norm)
         rows = [row for batch in micro_batches for row in batch.ids]
         silent = watch.look(step, loss, norm, rows)
         optimizer.step()
+        wires.check_alike(parameters)
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
         size, took = update_norm(pairs), clock.read()
@@ -108,6 +109,15 @@ def tune(
     model.eval()
     _check_kept(link, own, _numbers_of(optimizer.optimizer))
     return optimizer
+
+
+def _set_out(optimizer: AcceleratedOptimizer, link: Link, place: int, rank: int) -> float:
+    """Seed what is drawn in a step of the link, by each rank for its own rows and by the first as by a single process,
+    and set its learning rate, which is returned."""
+    torch.manual_seed(derived_seed("dropout", link.seed, place, *([rank] if rank else [])))
+    for group in optimizer.param_groups:
+        group["lr"] = link.learning_rates[place] * group["ratio"]
+    return link.learning_rates[place]
 
 
 def _check_kept(link: Link, before: dict[str, float], after: dict[str, float]) -> None:
@@ -186,14 +196,34 @@ def _gradient(
     before clipping. The device is waited for once."""
     n_targets = sum(batch.n_targets for batch in micro_batches)
     loss_sum = torch.zeros((), device=accelerator.device)
-    for batch in micro_batches:
-        loss = _loss_sum(model, batch, accelerator)
-        accelerator.backward(loss / n_targets)
-        loss_sum += loss.detach()
+    trouble = None
+    try:
+        for batch in _own(model, micro_batches, accelerator.process_index):
+            loss = _loss_sum(model, batch, accelerator)
+            accelerator.backward(loss / n_targets)
+            loss_sum += loss.detach()
+    except Exception as error:
+        if accelerator.num_processes == 1:
+            raise
+        if is_sharded(model):
+            raise wires.lost_in_a_pass(error) from error
+        trouble = error
+    if accelerator.num_processes > 1:
+        wires.sum_gradients(parameters, trouble)
+        wires.sum_over(loss_sum)
     norm = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
-    assert norm is not None  # of one process
+    assert norm is not None  # nothing is sharded
     total, norm = torch.stack([loss_sum, norm.to(loss_sum)]).tolist()
     return total / n_targets, norm
+
+
+def _own(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], rank: int) -> list[MicroBatch]:
+    """What a rank reads. Through a sharded model all pass equally often: who has less reads rows without targets."""
+    own = [batch for batch in micro_batches if batch.rank == rank]
+    if is_sharded(model):
+        most = max(Counter(batch.rank for batch in micro_batches).values())
+        own += [micro_batches[-1].last_targets(0)] * (most - len(own))
+    return own
 
 
 def _loss_sum(model: PreTrainedModel, batch: MicroBatch, accelerator: Accelerator) -> Tensor:

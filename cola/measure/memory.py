@@ -4,6 +4,7 @@ What is in memory already at that point counts. Weights that are read from a fil
 the part of it that is there.
 """
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -21,11 +22,22 @@ def restart_peaks(device: torch.device) -> bool:
     """Count from now on; returns whether the process can be counted at all, which takes Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    give_back()
     try:
         (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set size
     except OSError:
         return False  # another system, or a container that forbids it: the peak would be one of long ago
     return True
+
+
+def give_back() -> None:
+    """Hand what this process has freed back to the system, where its C library knows how (glibc).
+
+    It keeps blocks of up to 32 MB for itself, in pieces between others that are in use: after full fine-tuning of a
+    model of 0.5 GB 1.2 GB were held of which nothing was used, beside all that was loaded and trained next.
+    """
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def need_memory(n_trained: int, device: torch.device, by_adamw: bool) -> None:
@@ -46,6 +58,16 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where it cannot be told, which takes Linux."""
+    try:
+        status = (PROCESS / "status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    now = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(now[1]) * 1024 if now else 0
 
 
 def peaks(device: torch.device, process: bool) -> dict[str, int | None]:

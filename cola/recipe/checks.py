@@ -146,6 +146,8 @@ def _check_arm(recipe: Recipe, name: str) -> None:
     if said in ("int8", "none") and "qlora" in methods_of(arm, recipe.link):
         raise ValueError(f"arms.{name}: qlora is LoRA on an nf4 base; for {said} write method: lora")
     _check_base(name, resolved)
+    if recipe.model.shard:
+        _check_sharded(name, resolved)
     _check_merge_fraction(name, resolved)
     _check_handed_on(name, resolved)
     if any(resolved.untils[:-1]) and resolved.rules.schedule != "run":
@@ -192,6 +194,18 @@ def _check_methods(name: str, arm: Arm, resolved: ResolvedArm, gradient_checkpoi
         raise ValueError(f"arms.{name}.links: {why} has no knot to tie, so it takes links: 1, not {len(links)}")
     if links and not links[0].is_pair and (idle := sorted(arm.knot.model_fields_set)):
         raise ValueError(f"arms.{name}.knot.{idle[0]}: method {links[0].method} has no knot to tie: remove it")
+
+
+def _check_sharded(name: str, resolved: ResolvedArm) -> None:
+    """What a base in shards cannot take."""
+    other = next((link.method for link in resolved.links if not isinstance(link, Lora)), None)
+    dora = any(isinstance(link, Lora) and link.use_dora for link in resolved.links)
+    faults = {f"method {other}": other, "use_dora": dora, "quantization": resolved.base.quantization}
+    if what := next((fault for fault, there in faults.items() if there), None):
+        raise ValueError(
+            f"arms.{name}: {what} cannot be had with model.shard: true, which spreads a dense frozen base for low-rank "
+            "pairs: leave the arm out, or say model.shard: false, where each process holds all weights"
+        )
 
 
 def _check_base(name: str, resolved: ResolvedArm) -> None:

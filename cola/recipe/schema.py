@@ -125,6 +125,12 @@ class Model(Section):
         "bitsandbytes, computing in `dtype`. An arm may have its own."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
+    shard: bool = Field(
+        default=False,
+        description="Spread the frozen base over the processes of a launch (torchrun, accelerate launch), for one that "
+        "does not fit a card: low-rank pairs on a dense base. It rounds in an order of its own, so that what is "
+        "trained so is not taken for what is trained without.",
+    )
 
 
 class Search(Section):

@@ -46,6 +46,18 @@ def fitting(columns: list[tuple[str, ...]], room: int) -> list[int]:
     return widths
 
 
+def bars_on(console: Console) -> Progress:
+    """Bars that show where the console is a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 @dataclass
 class Terminal:
     """Prints to a console. Text of the user's (names, messages) is never read as markup."""
@@ -92,15 +104,9 @@ class Terminal:
     @contextmanager
     def progress(self, jobs: int = 0, total_steps: int = 0) -> Iterator["RunProgress"]:
         """Shows what is done and left of a whole run, and of the job at hand, once it is told of jobs."""
-        bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        progress = RunProgress(self, bars, bars.add_task("all jobs", total=0, state=""), 0, 0)
+        bars = bars_on(self.console)
+        whole = Whole(bars, bars.add_task("all jobs", total=0, state=""))
+        progress = RunProgress(self, whole)
         try:
             if jobs:
                 progress.expect(jobs, total_steps)
@@ -110,22 +116,31 @@ class Terminal:
 
 
 @dataclass
-class RunProgress:
-    """Progress of a run; `job` begins an arm, `step` and `stage` tell where it is.
+class Whole:
+    """What is done of all jobs.
 
-    What is left of the whole is told by the jobs that trained anything in this session: their time, scoring and loading
-    included, by the steps that they made. Steps that will be found in the store are taken for steps to be made.
+    What is left is told by the jobs that trained anything in this session: their time, scoring and loading included, by
+    the steps that they made. Steps that will be found in the store are taken for steps to be made.
     """
 
-    terminal: Terminal
     bars: Progress
-    whole: TaskID
-    jobs: int
-    steps: int  # of all jobs
+    task: TaskID
+    jobs: int = 0
+    steps: int = 0  # of all jobs
     begun: int = 0  # jobs
     over: int = 0  # steps of the jobs that are over
     busy: float = 0.0  # seconds of those that made steps
     made: int = 0  # steps of theirs
+    at_work: "list[RunProgress]" = field(default_factory=list)  # one for each process
+
+
+@dataclass
+class RunProgress:
+    """Progress of a run; `job` begins an arm, `step` and `stage` tell where it is."""
+
+    terminal: Terminal
+    whole: Whole
+    worker: str = ""  # which of several processes does the jobs
     label: str = ""
     task: TaskID | None = None
     total: int = 0  # steps of the job at hand, and so are the rest
@@ -135,21 +150,37 @@ class RunProgress:
     seconds: float = 0.0
     started: float = 0.0
     last_line: float = field(default_factory=monotonic)
+    at: bool = False  # whether there is a job at hand
+
+    def __post_init__(self) -> None:
+        self.whole.at_work.append(self)
+
+    @property
+    def bars(self) -> Progress:
+        """What a terminal shows."""
+        return self.whole.bars
+
+    def beside(self, worker: str) -> "RunProgress":
+        """The same run's progress in one of several processes; there is none in this one then."""
+        if self in self.whole.at_work:
+            self.whole.at_work.remove(self)
+        return RunProgress(self.terminal, self.whole, worker)
 
     def expect(self, jobs: int, steps: int) -> None:
         """So many jobs, with so many steps in all, are to be done."""
-        self.jobs, self.steps = self.jobs + jobs, self.steps + steps
-        self.bars.update(self.whole, total=self.steps)
+        self.whole.jobs, self.whole.steps = self.whole.jobs + jobs, self.whole.steps + steps
+        self.bars.update(self.whole.task, total=self.whole.steps)
         self.bars.start()
 
     def job(self, label: str, total_steps: int) -> None:
         """Begin an arm (or a trial) of so many steps."""
         self.close()
-        self.begun += 1
-        self.label, self.total, self.done, self.own = label, total_steps, 0, 0
+        self.at = True
+        self.whole.begun += 1
+        self.label, self.total, self.done, self.own = self._named(label), total_steps, 0, 0
         self.tokens, self.seconds, self.started = 0, 0.0, monotonic()
         self.task = self.bars.add_task(
-            self.terminal.escaped(label), total=max(total_steps, 1), state="looking in the store"
+            self.terminal.escaped(self.label), total=max(total_steps, 1), state="looking in the store"
         )
         self._say_left()
         self._line(self._left())
@@ -157,8 +188,8 @@ class RunProgress:
     def wait(self, label: str, text: str) -> None:
         """What is left is another process's."""
         self.close()
-        self.label = label
-        self.task = self.bars.add_task(self.terminal.escaped(label), total=1, state=text)
+        self.label = self._named(label)
+        self.task = self.bars.add_task(self.terminal.escaped(self.label), total=1, state=text)
         self._line(text)
 
     def stage(self, text: str) -> None:
@@ -178,7 +209,7 @@ class RunProgress:
         state = f"{link} loss {loss:.3f} {rate:.0f} tok/s, {left} of training left"
         if self.task is not None:
             self.bars.update(self.task, completed=self.done, state=state)
-        self.bars.update(self.whole, completed=self.over + self.done)
+        self._say_done()
         self._say_left()
         if monotonic() - self.last_line >= LINE_EVERY_SECONDS:
             self._line(f"step {self.done}/{self.total} {state}; {self._left()}")
@@ -186,32 +217,49 @@ class RunProgress:
     def skip(self, steps: int) -> None:
         """A job whose result is there already: its steps will not be made."""
         self.close()
-        self.begun += 1
+        self.whole.begun += 1
         self.total = steps
+        self.close()
+
+    def again(self) -> None:
+        """The job at hand was not done, and will be begun once more."""
+        self.whole.begun -= self.at
+        self.total = 0
         self.close()
 
     def close(self) -> None:
         """The job is over, whether it came to its end or failed; its bar goes."""
         if self.own:
-            self.busy += monotonic() - self.started
-            self.made += self.own
-        self.over += self.total
-        self.total, self.done, self.own = 0, 0, 0
-        self.bars.update(self.whole, completed=self.over)
+            self.whole.busy += monotonic() - self.started
+            self.whole.made += self.own
+        self.whole.over += self.total
+        self.total, self.done, self.own, self.at = 0, 0, 0, False
+        self._say_done()
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
 
+    def _named(self, label: str) -> str:
+        return f"{self.worker}: {label}" if self.worker else label
+
     def _left(self) -> str:
         """Which job of all it is, and how long all of them may take."""
-        made, busy = self.made, self.busy
-        if self.own:
-            made, busy = made + self.own, busy + monotonic() - self.started
-        place = f"job {self.begun} of {self.jobs}"
-        return f"{place}, about {duration(busy / made * (self.steps - self.over - self.done))} left" if made else place
+        whole = self.whole
+        training = [one for one in whole.at_work if one.own]
+        made = whole.made + sum(one.own for one in training)
+        busy = whole.busy + sum(monotonic() - one.started for one in training)
+        place = f"job {whole.begun} of {whole.jobs}"
+        if not made:
+            return place
+        left = whole.steps - whole.over - sum(one.done for one in whole.at_work)
+        return f"{place}, about {duration(busy / made * left / max(len(whole.at_work), 1))} left"
+
+    def _say_done(self) -> None:
+        done = self.whole.over + sum(one.done for one in self.whole.at_work)
+        self.bars.update(self.whole.task, completed=done)
 
     def _say_left(self) -> None:
-        self.bars.update(self.whole, state=self._left())
+        self.bars.update(self.whole.task, state=self._left())
 
     def _line(self, text: str) -> None:
         if not self.terminal.console.is_terminal:

@@ -14,6 +14,7 @@ from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
 from cola.measure.memory import peaks, restart_peaks
+from cola.plan.tree import Planner
 from cola.recipe.plan import Job, looking_steps
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
@@ -22,9 +23,8 @@ from cola.report.terminal import RunProgress
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
 from cola.run.materials import Materials
-from cola.run.plan_tree import Planner
 from cola.tree.made import Provenance
-from cola.tree.run_folder import MADE_WITH, RunFolder
+from cola.tree.run_folder import MADE_WITH, NOTES, RunFolder
 from cola.tree.segments import Tree, fraction_of, merge_of
 from cola.tree.states import Measurements, States, rows_digest
 from cola.tree.store import Store
@@ -47,6 +47,7 @@ class Bench:
     tracked: set[tuple[str, int, str]]  # arms, seeds and final states that it has been sent
     signals: Signals
     progress: RunProgress
+    notes: str = NOTES  # where this process says what it needs of the store
     _rows: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
@@ -93,7 +94,7 @@ class Bench:
 
     def write_references(self) -> None:
         """Note in the run folder what the store must not prune."""
-        self.folder.write_references(self.used)
+        self.folder.write_references(self.used, self.notes)
 
 
 class Assignment:

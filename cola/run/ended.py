@@ -39,7 +39,13 @@ class SpectrumFiles:
         return Learned(materials.source, materials.skeleton, materials.recipe.pairs, materials.device)
 
     def update(self, jobs: Sequence[Job]) -> None:
-        """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end."""
+        """Take the spectra of those of one seed's jobs, their searched values chosen, that have come to their end; in
+        one process of a run at a time, so that what one has taken the next one finds."""
+        run = {"spectra": str(self.bench.folder.path.resolve())}
+        with lock(self.bench.store.path, digest(run)):
+            self._update(jobs)
+
+    def _update(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             result = self.bench.folder.result(job)
             if result is None or not result.train_info.scored_step:
@@ -188,4 +194,4 @@ def let_full_weights_go(bench: Bench, seed: int) -> None:
                 done.update(bench.tree.lineage(trained).names[1:])
     loose = {name for name in done - bench.used["weights"] if bench.store.has(name)}
     with contextlib.suppress(StoreError):  # what others need cannot be told
-        let_go(bench.store, loose, bench.folder.path)
+        let_go(bench.store, loose, bench.folder.path / bench.notes)

@@ -40,10 +40,12 @@ class Interrupted(BaseException):
 class Signals:
     """While installed, SIGINT and SIGTERM raise `Interrupted`: at once, or inside `deferred` at the next `check`.
 
-    A second signal is a wish to stop without more ado: it raises KeyboardInterrupt, and nothing more is kept.
+    A second signal is a wish to stop without more ado: it raises KeyboardInterrupt, and nothing more is kept. Not so
+    with `once`: a worker is sent one by the command, and perhaps another by a cluster that tells every process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, once: bool = False) -> None:
+        self._once = once
         self._deferring = False
         self._pending = False
 
@@ -84,6 +86,8 @@ class Signals:
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if self._pending:
+            if self._once:
+                return
             raise KeyboardInterrupt
         self._pending = True
         if not self._deferring:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cola.errors import IdeaError
 from cola.link import adapters
+from cola.link.base import own_rows
 from cola.link.drift import Drift, Outputs, Probe
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
@@ -73,4 +74,4 @@ class Laws:
 def _sum(parameter: Tensor) -> Tensor:
     """Of a weight's bits, as whole numbers: no order of summation and no rounding."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return parameter.detach().view(whole).sum(dtype=torch.int64)
+    return own_rows(parameter.detach())[0].view(whole).sum(dtype=torch.int64)

@@ -16,6 +16,7 @@ from cola.link.shares import Logged
 from cola.link.starts import Gradients, hold_out
 from cola.recipe.ideas import Idea
 from cola.recipe.plan import Link
+from cola.run import shards
 from cola.run.assignment import Assignment
 
 
@@ -42,7 +43,7 @@ class Loaded:
         bench.ready.clear()  # nor is a second one kept in memory
         if ready is not None:
             return ready
-        return source.load(given.arm.base.dtype, given.accelerator.device, given.arm.base.quantization)
+        return shards.load(source, given.arm.base, given.accelerator.device, given.recipe.model.shard)
 
     @cached_property
     def chain(self) -> Chain:
@@ -51,6 +52,8 @@ class Loaded:
         if given.recipe.training.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         base = Base(model, given.bench.materials.source.files, quantized=given.arm.base.quantization is not None)
+        if base.sharded:
+            base.told = shards.tell_write
         return Chain(model, base, given.arm.rules)
 
     def run(

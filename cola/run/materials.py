@@ -12,7 +12,7 @@ from cola.data.passages import PASSAGE_TOKENS, load_passages
 from cola.data.splits import Splits, load_splits
 from cola.errors import ModelError, RunChanged
 from cola.files import digest, file_digest, need_package, need_room, without_home
-from cola.link import adapters, starts, targets
+from cola.link import adapters, starts, targets, wires
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_model
 from cola.link.model import Source, check_fit, check_tokens
@@ -26,6 +26,7 @@ from cola.recipe.plan import jobs_of, plan_arm, room_of, tuned_as_a_whole
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
 from cola.report.terminal import Terminal
+from cola.run import shards
 from cola.tree.made import Data, GeneralText, Model, Provenance, RecipeDigest, SelfCheck, provenance
 from cola.tree.run_folder import FORMAT, RunFolder
 from cola.tree.segments import root_causes
@@ -157,7 +158,7 @@ def check_bases(
         if (record := store.recall(causes)) is None:
             terminal.say(f"self-check: trying what training and scoring rely on, on {source.name}")
             ready.clear()
-            ready[base] = model = source.load(dtype, accelerator.device, quantization)
+            ready[base] = model = shards.load(source, base, accelerator.device, recipe.model.shard)
             mine = replace(materials.evaluator, autocast=accelerator.autocast)
             tried = self_check(Subject(source.name, model, mine, examples, *asked))
             record = {"dtype": dtype, "quantization": quantization, **tried}
@@ -178,6 +179,8 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
     device = f"cpu, threads: {torch.get_num_threads()}"  # whose number moves the last bits
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    if wires.count() > 1:
+        device += f", processes: {wires.count()}" + (", the base in shards" if recipe.model.shard else "")
     meta = Provenance(
         format=FORMAT,
         **provenance(),

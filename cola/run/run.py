@@ -1,19 +1,12 @@
 """A recipe from end to end: every arm and seed is trained, scored and recorded; one failure takes no other along."""
 
 import contextlib
-import errno
-import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from time import perf_counter, sleep
-from typing import Literal
+from time import sleep
 
 from cola.compare.records import StoreUse, Summary, Tracked
 from cola.compare.summary import summarize
-from cola.errors import ColaError, FolderGone, LeaseLost, ModelError, RunFolderError
-from cola.files import digest, without_home
-from cola.link.ideas.door import place_of
+from cola.errors import LeaseLost, ModelError
 from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
@@ -22,14 +15,15 @@ from cola.run.announce import say_plan
 from cola.run.assignment import Bench
 from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
 from cola.run.interrupt import Interrupted, Signals
-from cola.run.job import do_job
+from cola.run.one_job import do, key_of
 from cola.run.prepare import prepared
-from cola.run.search import chosen_jobs, known_jobs, with_choice
+from cola.run.search import chosen_jobs, known_jobs
+from cola.run.worker import Place, Point
+from cola.run.workers import Asked, do_runs
 from cola.tree.leases import WAIT_SECONDS, check_held, claim
 from cola.tree.mend import mend
 from cola.tree.prune import size_of
-from cola.tree.records import Ended, RunInfo
-from cola.tree.run_folder import FORMAT, RunFolder
+from cola.tree.run_folder import RunFolder
 
 
 def run(
@@ -40,6 +34,7 @@ def run(
     group: str | None = None,
     tracked: set[tuple[str, int, str]] | None = None,
     siblings: Sequence[Recipe] = (),
+    places: Sequence[Place] = (),
 ) -> Summary:
     """Train and score everything the recipe asks for that neither the folder nor the store holds yet; returns what
     summary.json holds, `interrupted` where the user stopped it.
@@ -52,6 +47,7 @@ def run(
         group: At the tracker, where the run is a point of an ablation. Default: the run folder's name.
         tracked: Arms, seeds and final states that the tracker has been sent, by other points of the ablation; added to.
         siblings: The recipes of the ablation's other points: states are kept where those part from this one.
+        places: Of workers that do the jobs, each in a process of its own; without any this process does them.
 
     Raises:
         ColaError: model, data or disk cannot serve the recipe; nothing has been trained then.
@@ -62,8 +58,21 @@ def run(
         terminal.progress() as progress,
         prepared(recipe, folder, signals, progress, group, tracked, siblings) as bench,
     ):
-        interrupted = _stopped(bench, jobs_of(bench.recipe))
+        if places:
+            interrupted = _stopped_workers(
+                Asked(Point(recipe, folder.path.resolve(), group, tuple(siblings)), bench), places
+            )
+        else:
+            interrupted = _stopped(bench, jobs_of(bench.recipe))
     return conclude(bench, group, interrupted)
+
+
+def _stopped_workers(asked: Asked, places: Sequence[Place]) -> bool:
+    """Have workers do every job; returns whether the user stopped it. A ModelError where none of them can."""
+    interrupted = do_runs([asked], places, asked.point.folder, asked.bench.progress)
+    if asked.error is not None:
+        raise ModelError(asked.error)
+    return interrupted
 
 
 def conclude(bench: Bench, group: str | None, interrupted: bool) -> Summary:
@@ -112,7 +121,7 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
             if not job.trial and open_trials.intersection(trials_of(bench.recipe, job.arm, job.seed)):
                 continue
             try:
-                with claim(bench.store.path, _claim(bench, job)) as mine:
+                with claim(bench.store.path, key_of(bench, job)) as mine:
                     if not mine:
                         continue
                     if searching and not job.trial:
@@ -138,64 +147,7 @@ def _do_all(bench: Bench, jobs: list[Job]) -> None:
 def _do_claimed(bench: Bench, job: Job, jobs: list[Job], files: SpectrumFiles) -> None:
     """Do a job, and what follows from its end."""
     want_weights(bench, jobs, files)
-    _do(bench, job)
+    do(bench, job)
     files.update(chosen_jobs(bench, [other for other in jobs if other.seed == job.seed and not other.trial]))
     want_weights(bench, jobs, files)
     let_full_weights_go(bench, job.seed)
-
-
-def _claim(bench: Bench, job: Job) -> str:
-    """The key that a process holds while it is at a job: the state in which the job ends, tried or scored in full."""
-    with contextlib.suppress(ColaError):  # said when its turn comes
-        job = with_choice(bench, job)
-    return digest({"job": bench.tree.lineage(job).names[-1], "trial": job.trial})
-
-
-def _do(bench: Bench, job: Job) -> None:
-    """Train and record one job, unless its result is there."""
-    n_steps, started = bench.tree.lineage(job).n_steps, perf_counter()
-    if bench.folder.status(job) == "ok":
-        bench.progress.skip(n_steps)
-        return
-    try:
-        bench.progress.job(job.label, n_steps)
-        do_job(bench, with_choice(bench, job))
-    except (KeyboardInterrupt, Interrupted):
-        _record_end(bench, job, "interrupted", started)
-        raise
-    except (ModelError, LeaseLost, FolderGone):
-        raise  # a base that does not load fails every arm alike; what was taken over is another process's
-    # An arm that diverges, runs out of memory or meets a defect must not take the others with it.
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise RunFolderError(_disk_full(bench, Path(error.filename or bench.folder.path))) from error
-        reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
-        _record_end(bench, job, "failed", started, without_home(reason))
-        trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
-        bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
-        bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
-
-
-def _disk_full(bench: Bench, path: Path) -> str:
-    """What is said where there is no room for a file; pruning helps on the store's own disk alone."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    freed = " (`cola store prune`)" if there.stat().st_dev == bench.store.path.stat().st_dev else ""
-    again = f"cola run --resume {bench.folder.path}"
-    return f"{path}: its disk is full; what is finished is kept: make room there{freed}, then `{again}`"
-
-
-def _in_own_code(error: Exception) -> str:
-    """Where in the user's own code an error was raised, in words; nothing where it was not."""
-    place = place_of(error)
-    return f" ({Path(place[0]).name}:{place[1]})" if place else ""
-
-
-def _record_end(
-    bench: Bench, job: Job, status: Literal["failed", "interrupted"], started: float, error: str | None = None
-) -> None:
-    """The result of a job that did not come to its end; one that did is left as it is."""
-    if bench.folder.status(job) == "ok":
-        return
-    info = RunInfo(**asdict(job), seconds=perf_counter() - started, error=error)
-    bench.folder.end_job(job, Ended(format=FORMAT, status=status, run_info=info), {})
-    bench.tracker.finish({}, status)

@@ -13,7 +13,7 @@ from cola.files import digest
 from cola.recipe.plan import Job, trials_of
 from cola.run.assignment import Bench
 from cola.tree.records import Chosen, Trial
-from cola.tree.run_folder import choice_file
+from cola.tree.run_folder import NOTES, choice_file
 
 
 def with_choice(bench: Bench, job: Job) -> Job:
@@ -79,7 +79,8 @@ def _chosen(bench: Bench, job: Job) -> Job:
     losses_C, scores_C = (np.array([[getattr(table[n], key)] for n in candidates], float) for key in ("loss", "score"))
     chosen = candidates[int(choose(losses_C, scores_C if search.select_by == "score" else None)[0])]
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
-    bench.folder.write(where, Chosen(chosen=chosen, seeds=seeds, trials=table))
+    if bench.notes == NOTES:  # a worker leaves that to the command
+        bench.folder.write(where, Chosen(chosen=chosen, seeds=seeds, trials=table))
     return replace(job, choice=choices[chosen])
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from cola.chain import Chain
 from cola.clock import Clock
-from cola.data.batches import training_batches
-from cola.link import adapters
+from cola.data.batches import training_batches, training_shares
+from cola.link import adapters, wires
 from cola.link.drift import Outputs
 from cola.link.moments import Moments, carried, read_moments
 from cola.link.residual import LinkWeights
@@ -19,6 +19,7 @@ from cola.link.shares import Logged
 from cola.link.train import Step, full_gradients, tune
 from cola.recipe.methods import Lora
 from cola.recipe.plan import Link
+from cola.run import ranks
 from cola.run.assignment import Assignment
 from cola.run.course import Course, LinkEnded, allowed_drift, check_drift, knot_record
 from cola.run.find import deepest, recall
@@ -78,6 +79,7 @@ class Trainer:
         """Full gradients over the link's first batches, for a pair that is drawn along them."""
         given = self.given
         given.bench.progress.stage("taking the full gradient")
+        ranks.tell_attached(given, link)
         assert isinstance(link.settings, Lora)
         rows = given.order[link.first_step : link.last_step][: link.settings.init_batches]
         batches = training_batches(given.train, rows, given.recipe.training.micro_batch_tokens)
@@ -133,18 +135,23 @@ class Trainer:
         """Make the optimizer steps up to `stop`; returns the optimizer's state where the link goes on."""
         given, at, training = self.given, self.course.at, self.given.recipe.training
         model = self.loaded.chain.model
-        with given.bench.signals.deferred():
+        done = at - link.first_step
+        steps = training_shares(given.train, given.order[at:stop], training.micro_batch_tokens, wires.count())
+        with (
+            given.bench.signals.deferred(),
+            ranks.beside(given, self.loaded.chain, link, done, moments, steps) as batches,
+        ):
             optimizer = tune(
                 model,
                 link,
-                training_batches(given.train, given.order[at:stop], training.micro_batch_tokens),
+                batches,
                 given.accelerator,
                 partial(self._on_step, stop),
                 betas=training.betas,
                 epsilon=training.epsilon,
                 weight_decay=training.weight_decay,
                 max_grad_norm=training.max_grad_norm,
-                done=at - link.first_step,
+                done=done,
                 moments=moments,
             )
         return read_moments(model, optimizer, given.accelerator) if stop < link.last_step else None

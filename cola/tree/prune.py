@@ -18,9 +18,12 @@ def register(store: Store, run: Path) -> None:
     write_text(store.path / "runs" / digest(place), json.dumps({"folder": place}), store.path / "writing")
 
 
-def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) -> dict[Path, set[str]]:
-    """What each registered run folder refers to; an empty set for one that is gone. A StoreError where a note of a run,
-    or its segments.json, is damaged: then nothing can be said to be loose."""
+def references(
+    store: Store, kinds: Sequence[str] = ("segments", "measured"), but: Path | None = None
+) -> dict[Path, set[str]]:
+    """What each registered run folder refers to, by its segments.json and those of its workers, or all of them `but`
+    one; an empty set for a folder that is gone. A StoreError where a note of a run, or a segments.json, is damaged:
+    then nothing can be said to be loose."""
     names = {}
     for note in sorted((store.path / "runs").iterdir()):
         try:
@@ -30,19 +33,18 @@ def references(store: Store, kinds: Sequence[str] = ("segments", "measured")) ->
                 f"{note} is damaged ({type(error).__name__}); going on with its run writes it anew, or delete it"
             ) from None
         try:
-            kept = references_in(folder)
+            kept = references_in(folder, but)
         except RunFolderError as error:
             raise StoreError(str(error)) from None
         names[folder] = {name for kind in kinds for name in kept[kind]}
     return names
 
 
-def let_go(store: Store, names: Set[str], run: Path) -> None:
-    """Strip those of these segments that no other run than this, which has no more use for them, wants the weights of.
-    A StoreError where what the others want cannot be told: then nothing goes."""
+def let_go(store: Store, names: Set[str], own: Path) -> None:
+    """Strip those of these segments whose weights nobody wants besides the run with this segments.json, which has no
+    more use for them. A StoreError where what the others want cannot be told: then nothing goes."""
     with leases.lock(store.path, leases.CHANGES):
-        others = references(store, ("weights",))
-        wanted = set().union(*(theirs for folder, theirs in others.items() if folder != run.resolve()))
+        wanted = set().union(*references(store, ("weights",), own.resolve()).values())
         for name in names - wanted:
             store.strip(name)
 

@@ -6,6 +6,7 @@ RUN/summary.json           every number of the tables
 RUN/report.html            the page; its figures for a paper in RUN/figures/, its tables in RUN/tables/
 RUN/arms/ARM/seed-S/       result.json, metrics.jsonl, ledger.jsonl (each knot's matrices), spectrum.json (what
                            each link added to them), scores/SPLIT.jsonl, knots/link-K/ (PEFT adapters)
+RUN/workers/               a log of each worker's (`--workers`), and while it works what it needs of the store
 RUN/trials/ARM/KEY=VALUE/seed-S/  the same for the trainings of a search (validation only); chosen.json: all of them,
                            chosen-seed-S.json: those of a seed that chooses for itself
 RUN/manifest.json          SHA-256 of the run's own files; one beside each result.json: of that arm's and seed's
@@ -25,11 +26,14 @@ from cola.files import digest, each_once, load_json, parse_json, sha256, write_b
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import manifest, records
+from cola.tree.foreseen import Foreseen
 from cola.tree.leases import check_held
 from cola.tree.made import Made, Provenance
 from cola.tree.manifest import Entry, damaged_file
 from cola.tree.shapes import Record, fault_of
 
+NOTES = "segments.json"  # what a run needs of the store
+WORKERS = f"workers/*/{NOTES}"
 RESULTS = "arms/*/seed-*/result.json"
 TRACKER_NOTES = {name: f"{name}.json" for name in get_args(TrackerName)}  # who a folder's run at the tracker is
 FORMAT = 4  # of result.json and summary.json, see docs/results.md
@@ -194,16 +198,26 @@ class RunFolder:
         fine-tuned states whose weights it keeps."""
         return references_in(self.path)
 
-    def write_references(self, names: Mapping[str, Iterable[str]]) -> None:
-        """Write these down, with their checksum: they change too often for a manifest."""
+    def forget_workers(self) -> None:
+        """Remove what workers that are gone have noted of the store: whoever holds the run refers to it now."""
+        for path in self.path.glob(WORKERS):
+            path.unlink()
+
+    def write_references(self, names: Mapping[str, Iterable[str]], to: str = NOTES) -> None:
+        """Write these down, with their checksum: they change too often for a manifest. `to`: where a worker has its
+        own."""
         record = {kind: sorted(names[kind]) for kind in NAMED}
-        self._write("segments.json", (json.dumps({**record, "sha256": digest(record)}, indent=1) + "\n").encode())
+        self._write(to, (json.dumps({**record, "sha256": digest(record)}, indent=1) + "\n").encode())
 
     def begin(self, name: str, record: Record) -> None:
         """Write the first file of a run, or of an ablation, beside its recipe; it has a manifest from then on."""
         self._need()
         manifest.begin(self.path, {name: _text(record).encode()})
         self.write(name, record)
+
+    def foreseen(self) -> Foreseen | None:
+        """What the run was expected to take; None where an earlier version began it."""
+        return self.read("plan.json", Foreseen)
 
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
@@ -239,8 +253,10 @@ class RunFolder:
     def bytes_of(self, name: str | Path) -> bytes:
         """What a file of the run holds. A RunFolderError where it is not what its manifest says, or has gone, and a
         FileNotFoundError where there is none of which a manifest knows."""
+        name = Path(name)
+        if name.is_relative_to(self.path):  # as `job` names it, be it from the root or from where one works
+            name = name.relative_to(self.path)
         path = self.path / name
-        name = path.relative_to(self.path)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -305,23 +321,27 @@ def _text(record: Record) -> str:
     return json.dumps(record.content(), indent=1) + "\n"
 
 
-def references_in(path: Path) -> dict[str, set[str]]:
-    """Names by kind of a run folder's segments.json, none where it has no such file; a RunFolderError where that is
-    damaged."""
+def references_in(path: Path, but: Path | None = None) -> dict[str, set[str]]:
+    """Names by kind of a run folder's segments.json and of those of its workers, or of all of these files `but` one;
+    none where it has no such file. A RunFolderError where one is damaged."""
+    kept = [_references(file) for file in (path / NOTES, *path.glob(WORKERS)) if file != but]
+    return {kind: set().union(*(getattr(one, kind) for one in kept)) for kind in NAMED}
+
+
+def _references(path: Path) -> records.References:
     try:
-        found = load_json(path / "segments.json")
+        found = load_json(path)
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
         checksum = found.pop("sha256", None)
         if checksum is not None and checksum != digest(found):
             raise ValueError("it does not match its own checksum")
-        kept = records.References.model_validate(found)
+        return records.References.model_validate(found)
     except FileNotFoundError:
-        kept = records.References()
+        return records.References()
     except (OSError, ValueError, AttributeError) as error:
         why = fault_of(error) if isinstance(error, ValueError) else f"it cannot be read: {type(error).__name__}"
-        raise damaged_file(path / "segments.json", why) from None
-    return {kind: set(getattr(kept, kind)) for kind in NAMED}
+        raise damaged_file(path, why) from None
 
 
 def place_of(result: records.Result | records.Ended) -> Path:

@@ -37,6 +37,7 @@ ELSEWHERE = {"method", "target_modules", "init", "init_batches", "optimizer", "l
 Causes = dict[str, Any]
 Code = Mapping[str, str]
 NO_CODE: Code = {}
+ALONE: Causes = {}
 
 
 def root_causes(base_sha256: str, dtype: str, device: str, quantization: str | None = None) -> Causes:
@@ -95,6 +96,7 @@ def lineage(
     digests: Sequence[str],
     buffers: Sequence[str] = (),
     code: Code = NO_CODE,
+    spread: Mapping[str, Any] = ALONE,
 ) -> Lineage:
     """Name every state of a path from `root_causes` on.
 
@@ -104,6 +106,8 @@ def lineage(
         digests: Of the micro-batches of each step.
         buffers: Of the model's state, which are kept where all weights are.
         code: SHA-256 of each file whose functions the links take.
+        spread: Over how many processes a step's rows are dealt and its gradient summed (`dp`), and whether the base
+            lies in shards on them (`shard`), whose products round in an order of their own; nothing for one process.
     """
     names, headers, steps = [digest(root)], [], []
     for number, link in enumerate(links):
@@ -127,6 +131,7 @@ def lineage(
         }
         if link.settings.is_whole and buffers:
             header["buffers"] = list(buffers)  # what was kept before they were is no whole model
+        header |= spread
         link_steps = list(zip(link.learning_rates, batches, strict=True))
         names += _names(header, link_steps)
         headers.append(header)

@@ -90,12 +90,12 @@ def test_gradients_are_whole_whatever_number_of_steps_the_environment_would_have
     assert weight.grad.item() == 2.0
 
 
-def test_one_of_several_processes_of_a_launcher_is_refused_in_one_line(
+def test_one_of_several_processes_of_a_launcher_is_refused_in_one_line_where_it_is_not_of_a_run(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ModelError, match=r"cola runs as one process, and WORLD_SIZE=2 says"):
+    with pytest.raises(ModelError, match=r"train over several processes and this runs as one, and WORLD_SIZE=2 says"):
         make_accelerator("float32")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert make_accelerator("float32").num_processes == 1

@@ -305,9 +305,8 @@ def test_a_resumed_run_goes_on_with_the_recipe_it_began_with(recipe_file: Path) 
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
     path = folder.path / "recipe.yaml"
     path.write_text(path.read_text().replace("epochs: 2.0", "epochs: 3.0"))
-    opened, recipe = open_run(folder.path)
-    with pytest.raises(RunFolderError, match="the recipe is not the one this run began with"):
-        run(recipe, opened, quiet())
+    with pytest.raises(RunFolderError, match="is not what this run began with: put it back as it was"):
+        open_run(folder.path)
 
 
 @pytest.mark.drawn

@@ -22,6 +22,7 @@ from cola.files import digest
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.run import job as cola_job
+from cola.run import one_job
 from cola.run import run as cola_run
 from cola.run.assignment import Assignment, Bench
 from cola.run.run import run
@@ -83,7 +84,7 @@ def test_spectra_are_the_same_where_full_fine_tuning_ends_last(
 def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
     recipe_file: Path, in_order: Any, kept: str, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    do_job = cola_run.do_job
+    do_job = one_job.do_job
 
     def fails(bench: Bench, job: Job) -> None:
         if job.arm == failing:
@@ -91,7 +92,7 @@ def test_spectra_are_the_same_where_an_arm_failed_and_came_in_a_later_session(
         do_job(bench, job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cola_run, "do_job", fails)
+        patch.setattr(one_job, "do_job", fails)
         folder, summary = go(recipe_file, *ARMS, kept)
     assert summary.arms[failing].states == {0: "failed"}
     opened_again, recipe = open_run(folder.path)
@@ -235,8 +236,8 @@ def test_a_run_that_asks_while_another_lets_go_waits_and_trains_them_again(
     keeps = processes.Process(target=command, args=(words, said, os.environ["COLA_CACHE"]))
     references = prune.references
 
-    def read_and_wait(store: Any, kinds: Any = ("segments", "measured")) -> Any:
-        found = references(store, kinds)
+    def read_and_wait(store: Any, kinds: Any = ("segments", "measured"), but: Any = None) -> Any:
+        found = references(store, kinds, but)
         if tuple(kinds) == ("weights",) and not keeps.pid:
             keeps.start()
             end = time.monotonic() + 60

@@ -20,9 +20,9 @@ from runs import go, read_jsonl, result
 
 from cola.data.splits import load_splits
 from cola.link.find import find_model
+from cola.plan.tree import Planner
 from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
-from cola.run.plan_tree import Planner
 from cola.tree import segments
 from cola.tree.segments import Lineage, Tree
 from cola.tree.store import Store
@@ -123,12 +123,12 @@ def case_in(folder: Path, model: Path) -> Case:
     )
 
 
-def tree_of(case: Case, device: str = "cpu") -> Tree:
+def tree_of(case: Case, device: str = "cpu", spread: dict[str, Any] | None = None) -> Tree:
     """The names that a run of the case would give; nothing is cut yet."""
     recipe = read_recipe(case.write())
     source = find_model(recipe.model)
     splits = load_splits(recipe.data, source.tokenizer())
-    planner = Planner(source, source.skeleton(), splits, device)
+    planner = Planner(source, source.skeleton(), splits, device, spread=spread or {})
     tree = planner.tree(recipe, planner.meter(recipe))
     return Tree(tree.lineage)
 
@@ -478,6 +478,16 @@ def test_only_a_gradient_start_in_float16_is_named_by_its_scaling(case: Case, dt
     assert [set(start) - {"init", "batches"} for start in starts] == 2 * [{"scaled"} if scaled else set()]
     case.recipe["link"] = {}
     assert [header["start"] for header in lineages(case)["chain"].headers] == 2 * [{"init": "default"}]
+
+
+def test_another_number_of_processes_has_other_names_for_all_but_the_base(case: Case) -> None:
+    spreads = ({}, {"dp": 2}, {"dp": 3}, {"dp": 2, "shard": True})
+    names = [
+        [tree_of(case, spread=spread).lineage(Job(arm=role, seed=0)).names for role in ROLES] for spread in spreads
+    ]
+    assert len({path[0] for paths in names for path in paths}) == 1  # which no step has touched
+    trained = [{name for path in paths for name in path[1:]} for paths in names]
+    assert len(set().union(*trained)) == sum(map(len, trained))
 
 
 def test_another_kind_of_device_has_other_names(case: Case) -> None:

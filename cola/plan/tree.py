@@ -20,7 +20,7 @@ from cola.recipe.methods import Lora, Targets
 from cola.recipe.plan import Job, Link, budget_steps, candidates_of, own_lengths, plan_arm
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Choice
-from cola.tree.segments import Code, Lineage, Tree, lineage, root_causes
+from cola.tree.segments import Causes, Code, Lineage, Tree, lineage, root_causes
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Planner:
     splits: Splits
     device: str  # the kind that computes, `cpu` or `cuda`
     code: Code = field(default_factory=dict)  # SHA-256 of each file of the user's own code
+    spread: Causes = field(default_factory=dict)  # how a link is spread over processes, as a name has it
     _orders: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)  # by rows of a step, and seed
     _modules: dict[Targets, list[str]] = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ class Planner:
             base = recipe.resolved(job.arm).base
             root = root_causes(self.source.fingerprint(), base.dtype, self.device, base.quantization)
             of_steps = digests_of(job.seed, links[-1].last_step if links else 0)
-            return lineage(root, links, training, self._modules_of, of_steps, buffers, self.code)
+            return lineage(root, links, training, self._modules_of, of_steps, buffers, self.code, self.spread)
 
         return Tree(lineage_of)
 
