@@ -46,6 +46,7 @@ class Step:
     update_norm: float | None  # ||scale B A||_F over all matrices, after the update; None where there is no pair
     without_gradient: int  # trained tensors that have had none in this link yet (A of a pair at its first step)
     cleared: float | None  # share of the optimizer's moments that were zero as a link began; None at its other steps
+    optimizer_bytes: int | None  # of what the optimizer remembers after a link's first step; None at its other steps
     rows: list[str]  # their ids, in the order of the micro-batches
 
 
@@ -103,7 +104,8 @@ def tune(
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
         size, took = update_norm(pairs), clock.read()
-        told = Step(step, loss, norm, learning_rate, tokens, targets, *took, size, silent, cleared, rows)
+        held = None if place else state_bytes(optimizer.optimizer)
+        told = Step(step, loss, norm, learning_rate, tokens, targets, *took, size, silent, cleared, held, rows)
         on_step(told, optimizer)
         cleared = None
     model.eval()
@@ -118,6 +120,12 @@ def _set_out(optimizer: AcceleratedOptimizer, link: Link, place: int, rank: int)
     for group in optimizer.param_groups:
         group["lr"] = link.learning_rates[place] * group["ratio"]
     return link.learning_rates[place]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors that an optimizer remembers; numbers are none."""
+    held = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in held)
 
 
 def _check_kept(link: Link, before: dict[str, float], after: dict[str, float]) -> None:
