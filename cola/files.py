@@ -60,13 +60,14 @@ def pip_install(what: str, shown: str | None = None) -> str:
     return f"{own} {what}"
 
 
-def need_room(path: Path, n_bytes: int, what: str) -> None:
-    """Raise RunFolderError where a folder's disk has no room for what is about to be written."""
+def need_room(path: Path, n_bytes: int, or_else: str) -> None:
+    """Raise RunFolderError where a folder's disk has no room for what a run is about to write; `or_else`: what else
+    would help."""
     free = shutil.disk_usage(path).free
     if free < n_bytes:
         raise RunFolderError(
-            f"{path}: the disk has {free / 1e9:.2f} GB free and {what} takes about {n_bytes / 1e9:.2f} GB; make room, "
-            "or set store to another disk, or keep_full_weights: false"
+            f"{path}: the disk has {free / 1e9:.2f} GB free and this run takes about {n_bytes / 1e9:.2f} GB; make "
+            f"room, or set store to another disk{or_else}"
         )
 
 

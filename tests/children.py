@@ -23,6 +23,7 @@ from cola.link.model import Source
 from cola.measure import evaluate
 from cola.report import page
 from cola.run import ended
+from cola.tree.store import Store
 
 processes = multiprocessing.get_context("forkserver")
 PRELOADED = ["conftest", "cola.run.run", "cola.report.page", "cola.run.ablate", "cola.run.worker", "children"]
@@ -150,6 +151,8 @@ def ended_at(place: str, number: int, words: list[str], said: Path, passed: dict
             ended.let_go = kill_at_call(number, ended.let_go)
         case "score, stopped":
             evaluate.Evaluator.__call__ = stop_at_call(number, evaluate.Evaluator.__call__)
+        case "drop":
+            Store.drop = kill_at_call(number, Store.drop)
         case "score":
             evaluate.Evaluator.__call__ = kill_at_call(number, evaluate.Evaluator.__call__)
     command(words, said, passed["COLA_CACHE"], drawn)

@@ -27,6 +27,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 # A tiny run waits for the disk 270 times, most of its time; what a test reads, the kernel has, even after a kill.
 os.fsync = lambda _: None
 
+# What rounding may move the tiny model's outputs by, of the largest, on whatever processor: a sum of n products errs by
+# n / 2 units in the last place at most (Higham 2002, 3.1), and on its longest path the two layers and the head have
+# 2 x (32 + 32 + 32 + 48) + 32 products in turn. A term that is wrong or missing moves them by a hundred times as much.
+ROUNDING = 160 * torch.finfo(torch.float32).eps
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cola.errors import ModelError, listed, nearest, quoted
+from cola.link.base import shape_of
 from cola.link.text_part import in_text, outside_text
 from cola.recipe.methods import Lora, Settings, Targets
 
@@ -49,6 +50,17 @@ def target_names(model: PreTrainedModel, target_modules: Targets) -> list[str]:
             # Two pairs would be merged into one matrix.
             raise ModelError(f"target_modules: {name} shares its matrix with {others[0]}; leave them out")
     return [name for name in linear if name in set(chosen)]
+
+
+def wide_note(model: PreTrainedModel, settings: Lora) -> str | None:
+    """What is said of a rank that no matrix which it adapts has."""
+    widest = max(min(shape_of(model, name)) for name in target_names(model, settings.target_modules))
+    if settings.rank <= widest:
+        return None
+    return (
+        f"rank {settings.rank} is more than any matrix has that it adapts ({widest}): its pair can be no more than one "
+        f"of rank {widest}, and takes more memory and time"
+    )
 
 
 def hidden_linear(model: PreTrainedModel) -> list[str]:

@@ -18,6 +18,7 @@ def check_recipe(recipe: Recipe) -> None:
     if len(set(recipe.seeds)) != len(recipe.seeds):
         raise ValueError("seeds: each seed once")
     _check_number(recipe)
+    _check_folders(recipe)
     _check_comparison(recipe)
     _check_evaluation(recipe)
     for name in recipe.arms:
@@ -46,6 +47,17 @@ def _check_number(recipe: Recipe) -> None:
     for split in SPLITS if recipe.data.reasoning_gym is not None else ():
         if (getattr(recipe.data.rows, split) or 0) > MOST_GENERATED:
             raise ValueError(f"data.rows.{split}: a generator gives {MOST_GENERATED} rows at most")
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """Each arm's files lie in a folder of its name."""
+    seen: dict[str, str] = {}
+    for arm in recipe.arms:
+        if (other := seen.setdefault(arm.casefold(), arm)) != arm:
+            raise ValueError(
+                f"arms.{arm} and arms.{other} share a folder on a disk that tells no capitals apart; give one of them "
+                "another name"
+            )
 
 
 def _check_comparison(recipe: Recipe) -> None:

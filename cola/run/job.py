@@ -70,5 +70,7 @@ def _find_or_train(given: Assignment, course: Course, loaded: Loaded) -> None:
     """The course of the job, from its first step to its last knot."""
     if step := deepest(given, course, given.cuts):
         recall(given, course, step, with_knot=True)
+        before = max((cut for cut in given.cuts if cut < step), default=0)
+        given.states.drop_checkpoints(range(before + 1, step))  # a kill may have left the segment's last
     if len(course.knots) < len(given.links):
         train(given, course, loaded)

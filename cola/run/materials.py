@@ -21,8 +21,8 @@ from cola.measure.evaluate import Evaluator, Ways
 from cola.measure.memory import need_memory
 from cola.measure.selfcheck import VERSION, Subject, self_check, slowest
 from cola.recipe.ideas import ADAMW
-from cola.recipe.methods import Settings
-from cola.recipe.plan import jobs_of, plan_arm, room_of
+from cola.recipe.methods import Lora, Settings
+from cola.recipe.plan import jobs_of, plan_arm, room_of, tuned_as_a_whole
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
 from cola.report.terminal import Terminal
@@ -68,6 +68,9 @@ def gather(recipe: Recipe, terminal: Terminal) -> Materials:
         terminal.warn(f"data: {note}")
     skeleton = source.skeleton()
     counts = _check_arms(recipe, source, skeleton, splits, accelerator.device)
+    for settings in counts:
+        if isinstance(settings, Lora) and (note := targets.wide_note(skeleton, settings)):
+            terminal.warn(note)
     general = _general_text(recipe, source, skeleton, tokenizer, terminal)
     evaluator = Evaluator.of(recipe.data, recipe.evaluation.batch_tokens, tokenizer, splits, accelerator, source.ends())
     return Materials(recipe, source, skeleton, splits, general, evaluator, accelerator.device, counts)
@@ -205,5 +208,8 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
             if getattr(before, key) != getattr(meta, key):
                 terminal.warn(f"{key} changed since this run began; each result says what it was made with")
         return meta
-    need_room(store.path, room_of(recipe, materials.skeleton.num_parameters()), "this run")
+    keeps = tuned_as_a_whole(recipe) and recipe.keep_full_weights
+    need_room(
+        store.path, room_of(recipe, materials.skeleton.num_parameters()), ", or keep_full_weights: false" * bool(keeps)
+    )
     return meta

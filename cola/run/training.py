@@ -203,7 +203,10 @@ class Keeper:
     _outdone: list[int] = field(default_factory=list)  # former bests: needed until a later state can be gone on from
 
     def go_on_from(self, step: int, kind: str) -> None:
-        """Training goes on from a state that was found, of that kind."""
+        """Training goes on from a state that was found, of that kind: the checkpoints before it have served, which a
+        kill between keeping one and dropping the last has left."""
+        first = self.given.links[self.given.lineage.link_of(step)].first_step
+        self.given.states.drop_checkpoints(range(first + 1, step))
         self._checkpoint = step if kind == "checkpoint" else None
 
     def keep_end(self, model: PreTrainedModel, optimizer: AcceleratedOptimizer) -> None:

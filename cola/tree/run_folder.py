@@ -22,7 +22,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from cola.errors import FolderGone, RunFolderError, plain
-from cola.files import digest, each_once, load_json, parse_json, write_bytes
+from cola.files import digest, each_once, load_json, parse_json, sha256, write_bytes
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import manifest, records
@@ -39,6 +39,7 @@ TRACKER_NOTES = {name: f"{name}.json" for name in get_args(TrackerName)}  # who 
 FORMAT = 4  # of result.json and summary.json, see docs/results.md
 MADE_WITH = tuple(Made.model_fields)  # what a state or a measurement says of its making
 
+LONGEST_NAME = 200  # of a trial's folder, in bytes; disks take 255
 NAMED = ("segments", "measured", "weights")  # what segments.json names
 COME_LAST = ("result.json", "summary.json")  # a kill before them leaves a manifest that has them
 
@@ -103,6 +104,8 @@ class RunFolder:
         """Where a job's files lie."""
         if job.trial:
             values = re.sub(r"[^A-Za-z0-9.=+-]+", "_", choice_text(job.choice).replace(" ", ","))
+            if len(values) > LONGEST_NAME:
+                values = f"{values[: LONGEST_NAME - 13]}-{sha256(values)[:12]}"
             return self.path / "trials" / job.arm / values / f"seed-{job.seed}"
         return self.path / "arms" / job.arm / f"seed-{job.seed}"
 

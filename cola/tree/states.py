@@ -4,7 +4,7 @@ measured of them, each once: scores of examples, what a knot did, spectra of wha
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -150,6 +150,12 @@ class States:
         if kind == "checkpoint" or step in self._own:
             self._verified.pop(step, None)
             self.store.drop(self.lineage.names[step], kind)
+
+    def drop_checkpoints(self, steps: Iterable[int]) -> None:
+        """Remove those that are there after these steps, since a later state has come to be kept."""
+        for step in steps:
+            if self.store.has(self.lineage.names[step]):
+                self.drop(step, "checkpoint")
 
     def _settings(self, step: int) -> Settings:
         return self.lineage.links[self.lineage.link_of(step)].settings

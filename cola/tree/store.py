@@ -139,7 +139,7 @@ class Store:
                 _protect(file)
             record = {"format": FORMAT, "name": name, "kind": kind, "root": root, "causes": causes}
             made = self._write_record(aside, record | notes | {"files": files})
-            aside.chmod(0o755)
+            aside.chmod((self.path / "writing").stat().st_mode & 0o777)  # mkdtemp makes its own for the user alone
             sync(aside)
             self.get(name)  # sets a damaged one aside, before the lock: hashing takes its time
             with lock(self.path, CHANGES):
