@@ -19,11 +19,11 @@ from cola.link import adapters
 from cola.link.accelerator import make_accelerator
 from cola.link.find import find_model
 from cola.link.train import tune
+from cola.plan.tree import Planner
 from cola.recipe.plan import Link, jobs_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials, gather
-from cola.run.plan_tree import Planner
 from cola.run.start import CORES
 from cola.run.worker import Place, settle
 from cola.tree.made import machine
