@@ -251,7 +251,7 @@ def run_once(folder: Path, text: str, *overrides: str) -> Path:
             _, summary = go(recipe, *overrides, folder=folder / "run")
         finally:
             torch.set_num_threads(threads)
-    assert not any(arm.errors for arm in summary.arms.values()), summary.arms
+    assert not (errors := {name: arm.errors for name, arm in summary.arms.items() if arm.errors}), errors
     return folder / "run"
 
 

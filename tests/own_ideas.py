@@ -38,6 +38,15 @@ def heavy_ball(trained, *, momentum: float = 0.9):
     return Slowing(trained.groups, lr=0.0, momentum=momentum)
 
 
+def counted_ball(trained):
+    return torch.optim.SGD(trained.groups, lr=0.0, momentum=0.9)
+
+
+def counted_ball_flops(shape, step):
+    """One for each number of a pair, and one more after its first step."""
+    return shape.rank * (shape.n_out + shape.n_in) * (1 + (step > 0))
+
+
 def half(matrix, *, share: float = 0.5):
     """The next pair begins with a part of the one before, which is taken out of the weight it was merged into."""
     return matrix.before.A_RI, share * matrix.before.B_OR

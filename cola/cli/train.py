@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
-from cola.errors import RunChanged
+from cola.environment import launched
+from cola.errors import ColaError, RunChanged
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
@@ -71,6 +72,11 @@ def resume(path: Path, allow_code: bool = False, workers: str = "1") -> int:
 
 def _warm_up(workers: str) -> None:
     """Check how many workers are asked for, and begin to import what they need while this process does the same."""
+    if workers != "1" and launched():
+        raise ColaError(
+            "--workers gives each process a job of its own, and torchrun and accelerate launch share one among all of "
+            "theirs: take one of the two"
+        )
     if workers != "1":
         from cola.run.start import check, warm_up
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from cola.tree.made import Provenance
 from cola.tree.records import ArmState, Base, Trial
 from cola.tree.shapes import (
+    Bytes,
     Count,
     Flag,
     Fraction,
@@ -56,9 +57,7 @@ class OfSeed(Record):
 
 class SummaryTrial(Trial):
     each: list[OfSeed] = Field(description="`seed`, `loss` and `score` of every seed of it")
-    share: Share | None = Field(
-        description="of resampled trials that choose it; null where their scores have gone or it failed"
-    )
+    share: Share | None = Field(description="of resampled trials that choose it; null: scores have gone, or it failed")
 
 
 class SummaryChoice(Record):
@@ -138,14 +137,15 @@ class ArmNumbers(ArmState, Generic[S]):
     gap_loss: Spread | None = Field(default=None, description="test − train")
     gap_acc: Spread | None = Field(default=None, description="train − test")
     seeds: list[S] = Field(default=[], description="the numbers of each seed")
-    forgetting: Spread | None = Field(
-        default=None, description="`evaluation.general.forgetting`; null where it was not measured"
-    )
+    forgetting: Spread | None = Field(default=None, description="`evaluation.general.forgetting`; null: not measured")
     num_trainable_params: Number = Field(default=0, description="mean over seeds of the key of `train_info`")
     steps: Number = Field(default=0, description="likewise")
     tokens: Number = Field(default=0, description="likewise")
     positions: Number = Field(default=0, description="likewise")
     flops: Number = Field(default=0, description="likewise")
+    optimizer_flops: Number | None = Field(default=None, description="likewise; null where a seed has none")
+    start_flops: Number | None = Field(default=None, description="likewise; null where a seed has none")
+    optimizer_bytes: Bytes | None = Field(default=None, description="the largest over seeds; null where one has none")
     train_seconds: Seconds = Field(default=0, description="likewise")
     total_seconds: Seconds = Field(default=0, description="likewise")
     train_cpu_seconds: Seconds | None = Field(default=None, description="likewise; absent where a seed has none")
@@ -154,7 +154,7 @@ class ArmNumbers(ArmState, Generic[S]):
     learning_rate: list[Number | None] = Field(default=[], description="of each seed")
     peak_memory: Number | None = Field(
         default=None,
-        description="the largest over seeds of `accelerator_memory_max`, or of `process_memory_max` without a GPU",
+        description="`accelerator_memory_max` or `process_memory_max`",
         json_schema_extra={"unit": "bytes"},
     )
     base: Base | None = Field(default=None, description="as in `train_info`")

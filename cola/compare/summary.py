@@ -23,7 +23,7 @@ from cola.tree.records import Chosen, Result, TrainInfo
 from cola.tree.run_folder import RunFolder, choice_file
 
 COSTS = ("num_trainable_params", "steps", "tokens", "positions", "flops", "train_seconds", "total_seconds")
-CPU = ("train_cpu_seconds", "total_cpu_seconds")  # which earlier versions did not note
+NOT_ALWAYS = ("train_cpu_seconds", "total_cpu_seconds", "optimizer_flops", "start_flops")  # noted, or counted
 # Of a knot's numbers over seeds.
 MEANS = ("relative_size_median", "unchanged_median")
 WORST = {"relative_size_max": max, "error_max": max, "cosine_min": min, "drift_max_logit_change": max}
@@ -98,6 +98,7 @@ def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
         for key in result.train_info.at_grid_edge:
             edges.setdefault(key, []).append(result.run_info.seed)
     peaks = [i.process_memory_max if i.accelerator_memory_max is None else i.accelerator_memory_max for i in infos]
+    held = _each(infos, "optimizer_bytes")
     # A knot that lets a part of its pair go moves the outputs on purpose.
     whole = [i for i in infos if i.rules and (i.rules.merge_fraction == 1 or len(i.knots) == 1)]
     lost = [k.drift_of_learned for i in whole for k in i.knots]
@@ -108,11 +109,12 @@ def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
         **state,
         **{key: over_seeds([getattr(seed, key) for seed in seeds]) for key in keys},
         **{key: float(np.mean([getattr(info, key) for info in infos])) for key in COSTS},
-        **{key: float(np.mean(known)) for key in CPU if None not in (known := [getattr(info, key) for info in infos])},
+        **{key: float(np.mean(known)) for key in NOT_ALWAYS if None not in (known := _each(infos, key))},
         **compared,
         seeds=seeds,
         scored_step=[info.scored_step for info in infos],
         learning_rate=[info.learning_rate for info in infos],
+        optimizer_bytes=None if None in held else max(held, default=None),
         peak_memory=max((peak for peak in peaks if peak is not None), default=None),
         base=infos[0].base,
         without_gradient=max(info.without_gradient for info in infos),
@@ -121,6 +123,10 @@ def _arm(comparer: Comparer, name: str) -> records.ArmSummary:
         max_drift=max((knot.drift_relative for info in infos for knot in info.knots), default=None),
         max_lost=max((share for share in lost if share is not None), default=None),
     )
+
+
+def _each(infos: list[TrainInfo], key: str) -> list[Any]:
+    return [getattr(info, key) for info in infos]
 
 
 def _of_seed(result: Result) -> records.SeedNumbers:

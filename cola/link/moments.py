@@ -85,7 +85,8 @@ def carried(
 
     Args:
         seed: Of the next link, for random pruning.
-        pairs: For a rule of its own: the pair of the link before, and the one that was drawn for the next.
+        pairs: For a rule of its own: the pair of the link before, and the one that was drawn for the next, as they are
+            trained.
 
     Raises:
         MomentsNotKept: there is nothing to be handed on.
@@ -125,8 +126,7 @@ def _by_rule(moments: Moments, idea: Idea, before: LinkWeights, after: LinkWeigh
             {key.removeprefix(place): value for key, value in moments.items() if key.startswith(place)}
             for place in places
         )
-        own, _ = before[name].split(len(pair.A_RI))
-        matrix = door.HandedOn(name, own, pair, A, B)
+        matrix = door.HandedOn(name, before[name], pair, A, B)
         for place, state in zip(places, door.states_of(rule(matrix), idea, matrix), strict=True):
             made |= {f"{place}{key}": value.contiguous() for key, value in state.items()}
     return made

@@ -3,16 +3,19 @@
 PyTorch's own counter (torch.utils.flop_counter: matrix products and attention, two FLOPs for a multiply and add) sees
 one row go forward and backward through the model on the meta device, with the link's weights attached, so whatever
 needs no gradient is not counted. A row's cost is a polynomial of degree two in its length, so three lengths give it.
-The output head, which is computed where there is a target, is added, and the products that make a full gradient where
-a pair begins along one. Padding, the optimizer, the decomposition of that gradient, the encoder of virtual tokens
-and the frozen pairs beside an unmerged base are left out; codes count as the matrices they stand for.
+The output head, which is computed where there is a target, is added; where a pair begins along the full gradient, the
+passes and products that make it; and what start and optimizer say of themselves (`NAME_flops` beside each in
+`cola/link/ideas`: products and decompositions, so that AdamW has none). Padding, what is done entry by entry, knots,
+the encoder of virtual tokens and the frozen pairs beside an unmerged base are left out; codes count as the matrices
+they stand for.
 """
 
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,10 +27,13 @@ from cola.errors import one_line
 from cola.files import cache_dir, digest, write_text
 from cola.link import adapters
 from cola.link.base import shape_of
+from cola.link.ideas import door
+from cola.link.ideas.work import Shape
 from cola.link.layers import extended, few_layers
-from cola.link.targets import target_names
+from cola.link.targets import hidden_linear, target_names
 from cola.link.text_part import text_config
-from cola.recipe.methods import Lora, Prefix, Settings, VirtualTokens
+from cola.recipe.ideas import BY_PEFT, TAKEN_OUT, Idea
+from cola.recipe.methods import Lora, Prefix, Settings, Targets, VirtualTokens
 from cola.recipe.plan import Link
 
 LENGTHS = (8, 24, 40)  # of the rows that are counted
@@ -41,11 +47,13 @@ Lengths: TypeAlias = Sequence[tuple[int, int]]  # of rows: tokens, and target to
 class Cost:
     """Of some training."""
 
-    flops: float  # floating-point operations, forward and backward
+    flops: float  # floating-point operations: forward, backward, and the two that follow
     positions: int  # that passed through the model, virtual ones too, padding not
+    optimizer: float = 0.0  # FLOPs of it; nan where code of the user's own says none, which are not in `flops` then
+    start: float = 0.0  # likewise of the pairs' starts, with the full gradient that they are given
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.positions + other.positions)
+        return Cost(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     def of(self, match: str) -> float:
         """The number that `training.match` names."""
@@ -63,19 +71,47 @@ class Meter:
     trouble: str | None = None  # why a link could not be counted; its FLOPs are nan then
     # Not shared by `replace`, which may change what is counted.
     _shapes: dict[str, tuple[list[float], float]] = field(default_factory=dict, init=False)
+    _named: dict[Targets | None, list[str]] = field(default_factory=dict, init=False)
 
     @property
     def n_train(self) -> int:
         """Training rows of each seed."""
         return len(next(iter(self.redrawn.values()), self.rows))
 
-    def steps(self, link: Link, order: Sequence[Sequence[int]], seed: int) -> list[Cost]:
-        """The cost of each optimizer step of a link, given the rows of each under a seed."""
+    def steps(self, link: Link, order: Sequence[Sequence[int]], seed: int, earlier: Sequence[Link] = ()) -> list[Cost]:
+        """The cost of each optimizer step of a link, given the rows of each under a seed, and the links before it."""
         known = self.redrawn[seed] if self.redrawn else self.rows
         costs = self._steps(link.settings, order, known, self.checkpointing)
-        if costs and isinstance(link.settings, Lora) and link.settings.init_batches and not link.keeps_pair:
-            costs[0] += self._start(link.settings, order[: link.settings.init_batches], known)
+        if not costs:
+            return []
+        matrices = self._matrices(link.settings, [one.settings for one in earlier])
+        of_steps = _said(link.settings.optimizer, matrices, range(len(order)))
+        costs = [cost + Cost(_known(said), 0, optimizer=said) for cost, said in zip(costs, of_steps, strict=True)]
+        if isinstance(link.settings, Lora) and not link.keeps_pair:
+            if link.settings.init.name not in BY_PEFT:
+                [said] = _said(link.settings.init, matrices)
+                costs[0] += Cost(_known(said), 0, start=said)
+            if link.settings.init_batches:
+                costs[0] += self._gradient(link.settings, order[: link.settings.init_batches], known)
         return costs
+
+    def _matrices(self, settings: Settings, earlier: Sequence[Settings]) -> dict[Shape, int]:
+        """The matrices that the optimizers of pairs, or of whole weights, are about: how many there are of a shape."""
+        if isinstance(settings, Lora):
+            names, rank = self._names(settings.target_modules), settings.rank
+        else:
+            names, rank = self._names(None) if settings.is_whole else [], 0
+        used: Counter[str] = Counter()
+        for pair in (one for one in earlier if isinstance(one, Lora)):
+            times = 2 if pair.init.name in TAKEN_OUT else 1  # with what was taken out
+            used.update(dict.fromkeys(self._names(pair.target_modules), times * pair.rank))
+        return Counter(Shape(*shape_of(self.skeleton, name), rank, used[name]) for name in names)
+
+    def _names(self, targets: Targets | None) -> list[str]:
+        """The linear modules that target_modules mean; of None all but the head."""
+        if targets not in self._named:
+            self._named[targets] = target_names(self.skeleton, targets) if targets else hidden_linear(self.skeleton)
+        return self._named[targets]
 
     def _steps(
         self, settings: Settings, order: Sequence[Sequence[int]], known: Lengths, checkpointing: bool
@@ -89,7 +125,7 @@ class Meter:
             costs.append(Cost(flops, sum(tokens) + virtual * len(rows)))
         return costs
 
-    def _start(self, pair: Lora, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
+    def _gradient(self, pair: Lora, order: Sequence[Sequence[int]], known: Lengths) -> Cost:
         """A pair along the full gradient reads some batches once more before its first step, in eval mode, where no
         activation is computed twice, and multiplies what goes into each matrix by the gradient of what comes out."""
         head, names = self.skeleton.get_output_embeddings(), target_names(self.skeleton, pair.target_modules)
@@ -97,7 +133,8 @@ class Meter:
         at_target = sum(products[name] for name in names if self.skeleton.get_submodule(name) is head)
         at_row = sum(products.values()) - at_target
         tokens, targets = (sum(n) for n in zip(*(known[row] for rows in order for row in rows), strict=True))
-        return sum(self._steps(pair, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
+        all_of_it = sum(self._steps(pair, order, known, False), Cost(at_row * tokens + at_target * targets, 0))
+        return replace(all_of_it, start=all_of_it.flops)
 
     def _shape(self, settings: Settings, checkpointing: bool) -> tuple[list[float], float]:
         """Coefficients of a row's FLOPs in its tokens, highest first, and the FLOPs of each target."""
@@ -161,6 +198,20 @@ class Meter:
         with FlopCounterMode(display=False) as at_target:
             head(selected).sum().backward()
         return counter.get_total_flops() + checkpointing * forward, float(at_target.get_total_flops())
+
+
+def _said(idea: Idea, matrices: Mapping[Shape, int], steps: Iterable[int] | None = None) -> list[float]:
+    """FLOPs that an idea says of itself, of all matrices: of a start one number, of an optimizer one for each step of
+    its link. Of code of the user's own that says none, or may not run, nan."""
+    wanted = [()] if steps is None else [(step,) for step in steps]
+    says = door.flops_of(idea) if door.may_run(idea) else None
+    if says is None:
+        return [0.0 if idea.file is None else math.nan] * len(wanted)
+    return [sum(n * says(shape, *step) for shape, n in matrices.items()) for step in wanted]
+
+
+def _known(flops: float) -> float:
+    return 0.0 if math.isnan(flops) else flops
 
 
 def _cache(model: PreTrainedModel, length: int) -> DynamicCache:

@@ -163,5 +163,8 @@ class Budget:
 
 def cost_of(meter: Meter, links: Sequence[Link], order: Sequence[Sequence[int]], seed: int) -> Cost:
     """FLOPs and positions of all the links' steps; `order`: the rows of each step."""
-    steps = [meter.steps(link, order[link.first_step : link.last_step], seed) for link in links]
+    steps = [
+        meter.steps(link, order[link.first_step : link.last_step], seed, links[:number])
+        for number, link in enumerate(links)
+    ]
     return sum((cost for costs in steps for cost in costs), Cost(0.0, 0))

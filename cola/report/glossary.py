@@ -16,6 +16,9 @@ WORDS = {
     "closed": "(arm − lora) / (full − lora), on test; undefined where full fine-tuning and LoRA cannot be told apart",
     "forgetting": "loss on the general text after training − before",
     "difference": "on test, paired by seed and example, from the arm's first value; more is better",
+    "by optimizer": "FLOPs of all steps: products and decompositions. Of code of one's own that says none: not counted",
+    "by starts": "FLOPs before the links' first steps: full gradients and decompositions",
+    "optimizer state": "tensors that the optimizer keeps of a link, the largest",
     "wall clock": "of training, knots and scoring from the base on, whichever session did it, with all else that the "
     "machine did meanwhile in it: no finding. CPU time stands beside it where it was recorded",
     "CPU time": "of the same, of all threads of the process together: what else the machine did is not in it, and "

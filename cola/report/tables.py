@@ -64,6 +64,7 @@ def _cost_columns(arms: dict[str, records.ArmSummary]) -> Columns:
         "steps": COST["steps"],
         "tokens": lambda arm: numbers.count(arm.tokens),
         "FLOPs": lambda arm: numbers.count(arm.flops),
+        **_work(arms.values()),
         "learning rate": lambda arm: numbers.value_range(arm.learning_rate),
         "scored at step": lambda arm: numbers.value_range(arm.scored_step),
         **_times(arms.values()),
@@ -71,6 +72,22 @@ def _cost_columns(arms: dict[str, records.ArmSummary]) -> Columns:
     if any(arm.peak_memory for arm in arms.values()):
         columns["memory"] = lambda arm: numbers.size(arm.peak_memory)
     return columns
+
+
+def _work(arms: Iterable[records.ArmSummary]) -> Columns:
+    """What optimizers and starts work and remember, where those of some arm are not AdamW and a plain draw."""
+    told = [arm for arm in arms if arm.optimizer_bytes is not None]
+    if all(arm.optimizer_flops == arm.start_flops == 0 for arm in told):
+        return {}
+
+    def flops(value: float | None) -> Shown:
+        return "not counted" if value is None else numbers.count(value)
+
+    return {
+        "by optimizer": lambda arm: flops(arm.optimizer_flops),
+        "by starts": lambda arm: flops(arm.start_flops),
+        "optimizer state": lambda arm: numbers.size(arm.optimizer_bytes),
+    }
 
 
 def _times(arms: Iterable[records.ArmSummary | records.AblationRow]) -> Columns:

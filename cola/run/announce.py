@@ -1,6 +1,7 @@
 """What the user is told before anything is trained."""
 
 from cola.compare.scope import overlap_note
+from cola.link.ideas.door import flops_of, may_run
 from cola.measure.cost import Meter
 from cola.recipe.arms import Prune
 from cola.recipe.plan import Job, looking_steps
@@ -30,6 +31,20 @@ def say_cautions(
         meter.steps(link, [], recipe.seeds[0])
     if meter.trouble:
         terminal.warn(f"FLOPs cannot be counted for this model: {meter.trouble}")
+    if recipe.training.match == "flops":
+        _say_uncounted(recipe, terminal)
+
+
+def _say_uncounted(recipe: Recipe, terminal: Terminal) -> None:
+    """Own code that says none of its FLOPs, where arms are given the same of them."""
+    working = [f"arms.{arm}.{key}" for arm in recipe.arms for key in ("init", "optimizer")]
+    for where in working:
+        for idea in recipe.ideas.get(where, []):
+            if idea.file and not (may_run(idea) and flops_of(idea)):
+                terminal.warn(
+                    f"{where}: the FLOPs of {idea} are not counted, so training.match: flops gives that arm more: say "
+                    f"them in a function {idea.function}_flops"
+                )
 
 
 def _say_twins(recipe: Recipe, tree: Tree, jobs: list[Job], terminal: Terminal) -> None:

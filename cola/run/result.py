@@ -1,5 +1,6 @@
 """What a job leaves in its run folder: the weights that are kept, the record of its result, what a tracker is sent."""
 
+import math
 import shutil
 from dataclasses import asdict
 from datetime import datetime
@@ -90,6 +91,8 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "scored_state": names[scored],
         "tokens": sum(step["tokens"] for step in steps),
         "flops": cost.flops,
+        "optimizer_flops": None if math.isnan(cost.optimizer) else cost.optimizer,
+        "start_flops": None if math.isnan(cost.start) else cost.start,
         "positions": cost.positions,
         "without_gradient": min((step["without_gradient"] for step in steps), default=0),
         "num_trainable_params": given.n_trained,
@@ -99,12 +102,21 @@ def _train_info(given: Assignment, course: Course) -> dict[str, Any]:
         "total_seconds": sum(part["seconds"] for part in parts),
         "train_cpu_seconds": cpu_total(steps),
         "total_cpu_seconds": cpu_total(parts),
+        "optimizer_bytes": _largest_state(given, steps),
         "accelerator_memory_max": _peak(segments, "accelerator"),
         "process_memory_max": _peak(segments, "process"),
         "links": [link_record(link) | {"cleared": steps[link.first_step]["cleared"]} for link in given.links],
         "knots": course.knots,
         "evaluations": [course.looks[step] for step in sorted(course.looks)],
     }
+
+
+def _largest_state(given: Assignment, steps: list[dict[str, Any]]) -> int | None:
+    """Bytes of what the optimizer of a link remembered, the largest; None without links, or where a version that did
+    not log it trained one."""
+    held: list[int | None] = [steps[link.first_step].get("optimizer_bytes") for link in given.links]
+    known = [size for size in held if size is not None]
+    return max(known, default=None) if len(known) == len(held) else None
 
 
 def _peak(segments: list[dict[str, Any]], memory: str) -> int | None:

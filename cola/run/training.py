@@ -124,12 +124,17 @@ class Trainer:
             return moments
         if link.knot is not None and link.knot.hands_on:
             moments = self.given.states.moments(link.first_step)
-            return carried(moments, link.knot, link.seed, partial(self._pairs_at, link.first_step))
+            return carried(moments, link.knot, link.seed, partial(self._pairs_before, link))
         return None
 
-    def _pairs_at(self, step: int) -> tuple[LinkWeights, LinkWeights]:
-        """At a knot: the pair of the link before it, and the one that was drawn for the next."""
-        return self.given.states.pair(step), adapters.read_pair(self.loaded.chain.model)
+    def _pairs_before(self, link: Link) -> tuple[LinkWeights, LinkWeights]:
+        """At the knot before a link: the pair of the one before it, and the one that was drawn for it, both as they are
+        trained, without what a start took out of the weights for them."""
+        assert isinstance(link.settings, Lora)
+        before, after = self.given.states.pair(link.first_step), adapters.read_pair(self.loaded.chain.model)
+        rank = link.settings.rank  # of both: a knot that hands moments on is between equal ones
+        own = [{name: pair.split(rank)[0] for name, pair in pairs.items()} for pairs in (before, after)]
+        return own[0], own[1]
 
     def _advance(self, link: Link, stop: int, moments: Moments | None) -> Moments | None:
         """Make the optimizer steps up to `stop`; returns the optimizer's state where the link goes on."""

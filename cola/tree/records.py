@@ -113,9 +113,7 @@ class Knot(Record):
         default=None, description="change of the outputs by a start that says that it moves them, by the largest logit"
     )
     fraction: Share | dict[Text, Share] | None = Field(
-        default=None,
-        description="share of the pair that was kept, where a rule says it (`knot.merge_fraction`); of each matrix, by "
-        "its module, where the rule does so",
+        default=None, description="share of the pair that was kept, or of each matrix's, where a function says it"
     )
     seconds: Seconds = Field(description="that tying took")
     cpu_seconds: Seconds | None = Field(
@@ -165,7 +163,11 @@ class TrainInfo(Record):
     final_state: Text = Field(description="name of the last state: equal names are equal weights, from equal causes")
     scored_state: Text = Field(description="name of the scored state")
     tokens: Tokens = Field(description="read while training, prompts included, padding not")
-    flops: Flops = Field(description="of training, forward and backward")
+    flops: Flops = Field(description="of training: forward, backward, optimizer and starts")
+    optimizer_flops: Flops | None = Field(
+        default=None, description="of them, the optimizer's; null where code of the user's own says none: not counted"
+    )
+    start_flops: Flops | None = Field(default=None, description="of them, those of the pairs' starts; null likewise")
     positions: Tokens = Field(description="`tokens` with virtual tokens")
     without_gradient: Tensors = Field(
         description="trained tensors that got no gradient at any step: the smallest number of any step"
@@ -180,6 +182,9 @@ class TrainInfo(Record):
         "the machine is not in it; null, or absent, where a part is from a version of cola that did not note it",
     )
     total_cpu_seconds: Seconds | None = Field(default=None, description="the same with scoring and knots")
+    optimizer_bytes: Bytes | None = Field(
+        default=None, description="of all that the optimizer keeps after a link's first step, the largest of any link"
+    )
     accelerator_memory_max: Bytes | None = Field(
         default=None,
         description="most that was allocated on the GPU from the job's start to the last state that was kept, in "
@@ -197,12 +202,9 @@ class TrainInfo(Record):
 
     def shares(self, n: int) -> list[float | dict[str, float]]:
         """Which share of its pair each of the first n knots kept, another link following."""
-        return [self._said_share if knot.fraction is None else knot.fraction for knot in self.knots[:n]]
-
-    @property
-    def _said_share(self) -> float:
-        assert self.rules is not None  # it has knots
-        return 1.0 if isinstance(self.rules.merge_fraction, Idea) else self.rules.merge_fraction
+        said = self.rules.merge_fraction if self.rules else 1.0
+        number = 1.0 if isinstance(said, Idea) else said  # of the last knot no rule is asked
+        return [number if knot.fraction is None else knot.fraction for knot in self.knots[:n]]
 
     @model_validator(mode="after")
     def _a_link_for_each_knot(self) -> Self:

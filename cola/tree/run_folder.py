@@ -250,8 +250,10 @@ class RunFolder:
     def bytes_of(self, name: str | Path) -> bytes:
         """What a file of the run holds. A RunFolderError where it is not what its manifest says, or has gone, and a
         FileNotFoundError where there is none of which a manifest knows."""
+        name = Path(name)
+        if name.is_relative_to(self.path):  # as `job` names it, be it from the root or from where one works
+            name = name.relative_to(self.path)
         path = self.path / name
-        name = path.relative_to(self.path)
         try:
             data = path.read_bytes()
         except OSError as error:

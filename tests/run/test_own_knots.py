@@ -223,3 +223,20 @@ def test_the_code_of_a_knot_runs_only_where_it_is_allowed(tmp_path: Path, mine: 
     assert_one_line(told)
     assert "arms.own.knot.pair: " in told.output
     assert "option part: extra inputs are not permitted; its options are share" in told.output
+
+
+def test_where_arms_get_the_same_flops_own_code_that_says_none_is_named(
+    tmp_path: Path, mine: Path, recipe_text: str
+) -> None:
+    recipe = arms(
+        tmp_path,
+        recipe_text,
+        lora="{}",
+        ball="{optimizer: './mine.py:heavy_ball'}",
+        counted="{optimizer: './mine.py:counted_ball'}",
+    )
+    told = wide_cola("run", recipe, *SHORT, "training.match=flops", "--allow-code")
+    assert told.exit_code == 0, told.output
+    assert "arms.ball.optimizer: the FLOPs of mine.py:heavy_ball are not counted" in told.output
+    assert "heavy_ball_flops" in told.output
+    assert "counted_ball are not counted" not in told.output

@@ -52,7 +52,7 @@ data:
 training: {{epochs: 2, batch_size: 8, learning_rate: {{search: [1e-3, 1e-2]}}}}
 arms:
   base: {{links: 0}}
-  chain2: {{links: 2, init: "{OWN}:step", init_batches: 1}}
+  chain2: {{links: 2, init: "{OWN}:step", init_batches: 1, knot: {{merge_fraction: "{OWN}:shrinking"}}}}
   full: {{method: full}}
 evaluation: {{general_text: {prose}, keep_prompts: true}}
 seeds: [0]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cola.link.ideas.adam import adam_direction
 from cola.link.ideas.door import Trained
+from cola.link.ideas.work import Shape, product
 from cola.recipe.plan import derived_seed
 
 GROWTH = 1.01  # of the norm, from step to step
@@ -33,6 +34,11 @@ SMALL = 1e-8  # beside a norm that is divided by
 def apollo(trained: Trained, *, rank: int, refresh: int, scale: float) -> torch.optim.Optimizer:
     """A fresh APOLLO, without moments."""
     return Apollo(trained, rank, refresh, scale)
+
+
+def apollo_flops(shape: Shape, step: int, *, rank: int) -> float:
+    """The sketch."""
+    return product(shape.n_out, shape.n_in, rank)
 
 
 class Apollo(torch.optim.Optimizer):

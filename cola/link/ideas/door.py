@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -153,19 +153,39 @@ def admit(path: str, source: bytes) -> None:
 def function_of(idea: Idea) -> Callable[..., Any]:
     """What an idea's name stands for, with its options set; IdeaError where its file may not run, does not, or has no
     such function or options."""
+    module = _module_of(idea)
     if idea.file is None:
-        module = importlib.import_module(f"cola.link.ideas.{idea.name}")
         return _with_options(getattr(module, idea.name), idea)
-    module = _admitted.get(idea.file)
-    if module is None:
-        raise IdeaError(f"{idea} is code of {idea.file}, which may not run here")
-    if isinstance(module, bytes):
-        _admitted[idea.file] = module = _run(idea.file, module)
     function = getattr(module, idea.function, None)
     if not inspect.isfunction(function):
         known = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
         raise IdeaError(f"{idea.file} has no function {idea.function}; it has {listed(known) or 'none'}")
     return _with_options(function, idea)
+
+
+def may_run(idea: Idea) -> bool:
+    """Whether an idea is cola's own, or lies in a file that was let run."""
+    return idea.file is None or idea.file in _admitted
+
+
+def flops_of(idea: Idea) -> Callable[..., Any] | None:
+    """The function NAME_flops beside an idea, with those of its options that it takes: the FLOPs of a start for a
+    `work.Shape`, of an optimizer for a shape and a step of its link, from 0. None where there is none."""
+    if (function := getattr(_module_of(idea), f"{idea.function}_flops", None)) is None:
+        return None
+    taken = inspect.signature(function).parameters
+    return partial(function, **{key: value for key, value in idea.options if key in taken})
+
+
+def _module_of(idea: Idea) -> ModuleType:
+    if idea.file is None:
+        return importlib.import_module(f"cola.link.ideas.{idea.name}")
+    module = _admitted.get(idea.file)
+    if module is None:
+        raise IdeaError(f"{idea} is code of {idea.file}, which may not run here")
+    if isinstance(module, bytes):
+        _admitted[idea.file] = module = _run(idea.file, module)
+    return module
 
 
 def _run(path: str, source: bytes) -> ModuleType:

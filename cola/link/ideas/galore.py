@@ -24,11 +24,19 @@ from torch import Tensor
 
 from cola.link.ideas.adam import adam_direction
 from cola.link.ideas.door import Trained
+from cola.link.ideas.work import Shape, product, svd
 
 
 def galore(trained: Trained, *, rank: int, refresh: int, scale: float) -> torch.optim.Optimizer:
     """A fresh GaLore, without subspaces and moments."""
     return GaLore(trained, rank, refresh, scale)
+
+
+def galore_flops(shape: Shape, step: int, *, rank: int, refresh: int) -> float:
+    """Into the subspace and back; every `refresh` steps the SVD of the gradient."""
+    n_out, n_in, *_ = shape
+    there_and_back = 2 * product(n_out, n_in, min(rank, n_out, n_in))
+    return there_and_back + (svd(n_out, n_in) if step % refresh == 0 else 0.0)
 
 
 class GaLore(torch.optim.Optimizer):

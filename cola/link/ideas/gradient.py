@@ -12,15 +12,33 @@ import torch
 from torch import Generator, Tensor
 
 from cola.link.ideas.door import Matrix
+from cola.link.ideas.work import Shape, product, qr, svd
 
 # Directions only: rows have the length that PEFT's have in expectation, so that a learning rate means the same.
 # E|a|^2 = 1/3 for a row of a Kaiming-uniform A (a = sqrt 5): entries U(-1/sqrt I, 1/sqrt I)
 ROW_LENGTH = 1 / math.sqrt(3)
 
+SPARE, LARGE, ITERATIONS = 8, 4, 8  # vectors of a subspace beyond the rank; so many times as large is much larger
+
 
 def gradient(matrix: Matrix) -> Tensor:
     """A along the gradient."""
     return ROW_LENGTH * top_right_vectors(matrix.gradient_OI, matrix.rank, matrix.generator)
+
+
+def gradient_flops(shape: Shape) -> float:
+    """The singular vectors."""
+    return top_right_flops(shape, shape.rank)
+
+
+def top_right_flops(shape: Shape, rank: int) -> float:
+    """Of `top_right_vectors`."""
+    n_out, n_in, *_ = shape
+    width = rank + SPARE
+    if min(n_out, n_in) <= LARGE * width:
+        return svd(n_out, n_in)
+    there, back = product(n_out, n_in, width) + qr(n_out, width), product(n_in, n_out, width) + qr(n_in, width)
+    return (ITERATIONS + 1) * there + ITERATIONS * back + product(width, n_out, n_in) + svd(width, n_in)
 
 
 def top_right_vectors(matrix_OI: Tensor, rank: int, generator: Generator) -> Tensor:
@@ -29,12 +47,12 @@ def top_right_vectors(matrix_OI: Tensor, rank: int, generator: Generator) -> Ten
     By subspace iteration with a few vectors to spare, seeded, where the matrix is much larger than the rank.
     """
     matrix_OI = matrix_OI.double()
-    width = rank + 8
-    if min(matrix_OI.shape) <= 4 * width:
+    width = rank + SPARE
+    if min(matrix_OI.shape) <= LARGE * width:
         rows_RI = torch.linalg.svd(matrix_OI, full_matrices=False).Vh[:rank]
     else:
         guess_IK = torch.randn(matrix_OI.shape[1], width, generator=generator, dtype=torch.float64)
-        for _ in range(8):
+        for _ in range(ITERATIONS):
             basis_OK = torch.linalg.qr(matrix_OI @ guess_IK).Q
             guess_IK = torch.linalg.qr(matrix_OI.T @ basis_OK).Q
         basis_OK = torch.linalg.qr(matrix_OI @ guess_IK).Q

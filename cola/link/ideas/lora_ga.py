@@ -17,7 +17,8 @@ from typing import Literal
 from torch.nn.functional import normalize
 
 from cola.link.ideas.door import Factors, Matrix
-from cola.link.ideas.gradient import top_right_vectors
+from cola.link.ideas.gradient import top_right_flops, top_right_vectors
+from cola.link.ideas.work import Shape, product
 
 
 def lora_ga(matrix: Matrix, *, gamma: float, version: Literal["peft", "authors"]) -> Factors:
@@ -29,3 +30,8 @@ def lora_ga(matrix: Matrix, *, gamma: float, version: Literal["peft", "authors"]
     if version == "authors":
         A_RI, B_OR = size * A_RI, normalize(B_OR, dim=0)
     return Factors(A_RI.float(), (size * B_OR).float())
+
+
+def lora_ga_flops(shape: Shape) -> float:
+    """Twice as many singular vectors as the rank, and the gradient along the second half of them."""
+    return top_right_flops(shape, 2 * shape.rank) + product(shape.n_out, shape.n_in, shape.rank)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cola.link.ideas.adam import adam_direction
 from cola.link.ideas.door import Trained
+from cola.link.ideas.work import Shape, eigh, product
 
 SMALLEST = 1e-10  # eigenvalue, of the largest: a singular value of 1e-5, below which float32's gradients are rounding
 
@@ -31,6 +32,16 @@ SMALLEST = 1e-10  # eigenvalue, of the largest: a singular value of 1e-5, below 
 def lora_muon(trained: Trained) -> torch.optim.Optimizer:
     """A fresh LoRA-Muon, without means."""
     return LoRAMuon(trained)
+
+
+def lora_muon_flops(shape: Shape, step: int) -> float:
+    """Of each factor: the other's square, two roots, and the mean gradient between them."""
+    n_out, n_in, rank, _ = shape
+    root = eigh(rank) + product(rank, rank, rank)
+    return sum(
+        product(rank, other, rank) + 2 * root + 4 * product(own, rank, rank)
+        for own, other in ((n_in, n_out), (n_out, n_in))
+    )
 
 
 class LoRAMuon(torch.optim.Optimizer):

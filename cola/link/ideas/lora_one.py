@@ -16,7 +16,8 @@ import torch
 
 from cola.errors import IdeaError
 from cola.link.ideas.door import Factors, Matrix
-from cola.link.ideas.gradient import top_right_vectors
+from cola.link.ideas.gradient import top_right_flops, top_right_vectors
+from cola.link.ideas.work import Shape, product
 
 
 def lora_one(matrix: Matrix, *, gamma: float) -> Factors:
@@ -29,3 +30,8 @@ def lora_one(matrix: Matrix, *, gamma: float) -> Factors:
     root_R = (S_R / S_R.max() / gamma).sqrt()
     U_OR = torch.nn.functional.normalize(US_OR, dim=0, eps=torch.finfo(torch.float64).tiny)
     return Factors((root_R[:, None] * V_RI).float(), (U_OR * root_R).float(), moves=True)
+
+
+def lora_one_flops(shape: Shape) -> float:
+    """The singular vectors, and the gradient along them."""
+    return top_right_flops(shape, shape.rank) + product(shape.n_out, shape.n_in, shape.rank)

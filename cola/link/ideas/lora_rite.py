@@ -27,11 +27,26 @@ from torch import Tensor, nn
 
 from cola.link.ideas.adam import adam_direction
 from cola.link.ideas.door import Trained
+from cola.link.ideas.work import Shape, eigh, pinv, product, qr
 
 
 def lora_rite(trained: Trained, *, clip: float) -> torch.optim.Optimizer:
     """A fresh LoRA-RITE, without moments."""
     return LoRARite(trained, clip)
+
+
+def lora_rite_flops(shape: Shape, step: int) -> float:
+    """Of each factor: the other's QR, the inverse of its size, the turn of both moments, a root, and five products of a
+    gradient's size."""
+    n_out, n_in, rank, _ = shape
+    square = product(rank, rank, rank)
+    return sum(
+        qr(other, rank)
+        + (pinv(rank) + eigh(rank) + 3 * square)
+        + (product(rank, other, rank) if step else 0.0)
+        + 5 * product(own, rank, rank)
+        for own, other in ((n_in, n_out), (n_out, n_in))
+    )
 
 
 class Bare(NamedTuple):

@@ -6,6 +6,7 @@ from torch import Generator, Tensor
 
 from cola.link.ideas.door import Matrix
 from cola.link.ideas.gradient import ROW_LENGTH
+from cola.link.ideas.work import Shape, product, qr
 
 
 def orthogonal(matrix: Matrix) -> Tensor | None:
@@ -14,6 +15,14 @@ def orthogonal(matrix: Matrix) -> Tensor | None:
         return None
     used_KI = torch.cat([pair.A_RI for pair in matrix.earlier])
     return ROW_LENGTH * orthogonal_rows(used_KI, matrix.rank, matrix.generator)
+
+
+def orthogonal_flops(shape: Shape) -> float:
+    """The span of the rows before, taken out of random ones twice."""
+    _, n_in, rank, used = shape
+    if not used:
+        return 0.0
+    return qr(n_in, used) + 2 * (2 * product(used, n_in, rank) + qr(n_in, rank))
 
 
 def orthogonal_rows(used_KI: Tensor, rank: int, generator: Generator) -> Tensor:

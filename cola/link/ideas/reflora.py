@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cola.link.ideas.adamw import adamw
 from cola.link.ideas.door import Trained, TrainedPair
+from cola.link.ideas.work import Shape, eigh, eigvalsh, product
 
 SMALLEST = 1e-6  # eigenvalue of M or N, of its largest: float32 holds no less of a product
 
@@ -37,6 +38,17 @@ def reflora(trained: Trained, *, warmup: int) -> torch.optim.AdamW:
 
     optimizer.register_step_pre_hook(refactor)
     return optimizer
+
+
+def reflora_flops(shape: Shape, step: int, *, warmup: int) -> float:
+    """The squares of both factors, four powers of r x r, and a product with each gradient, as if no pair were singular:
+    a fresh one is at its first step."""
+    n_out, n_in, rank, _ = shape
+    if step < warmup:
+        return 0.0
+    square = product(rank, rank, rank)
+    small = 2 * eigvalsh(rank) + 4 * (eigh(rank) + square) + 6 * square
+    return small + 2 * (product(rank, n_in, rank) + product(rank, n_out, rank))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from cola.link.ideas.door import Trained
+from cola.link.ideas.work import Shape, pinv, product
 
 
 def riemannian(trained: Trained, *, damping: float) -> torch.optim.Optimizer:
@@ -37,6 +38,12 @@ def riemannian(trained: Trained, *, damping: float) -> torch.optim.Optimizer:
     for group in trained.groups:
         optimizer.add_param_group(group)
     return optimizer
+
+
+def riemannian_flops(shape: Shape, step: int) -> float:
+    """Of each factor: the other's square, its inverse, and a product with the gradient."""
+    n_out, n_in, rank, _ = shape
+    return 2 * pinv(rank) + 2 * (product(rank, n_in, rank) + product(rank, n_out, rank))
 
 
 class _Weight(nn.Module):
