@@ -21,13 +21,13 @@ from cola.link.base import shape_of
 from cola.link.ideas.door import flops_of
 from cola.link.ideas.work import Shape, product, qr
 from cola.link.targets import target_names
+from cola.plan.tree import Planner
 from cola.recipe.ideas import Idea
 from cola.recipe.plan import Job
 from cola.recipe.read import read_recipe
 from cola.report.tables import named_tables
 from cola.run.code import need_leave
 from cola.run.materials import gather
-from cola.run.plan_tree import Planner
 from cola.tree.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
