@@ -122,12 +122,11 @@ def product_seconds(known: Mapping[str, float], product: Product) -> float:
     m, k, n, dtype = product
     if (exact := known.get(_key(product))) is not None:
         return exact
-    shapes = [(*map(int, key.split(",")[:3]), key) for key in known if key.endswith(f",{dtype}")]
-    if not shapes:
-        shapes = [(*map(int, key.split(",")[:3]), key) for key in known]
+    shapes = {key: tuple(map(int, key.split(",")[:3])) for key in known}
+    alike = {key: shape for key, shape in shapes.items() if key.endswith(f",{dtype}")} or shapes
 
-    def unlike(shape: tuple[Any, ...]) -> float:
-        return sum(abs(math.log(a / b)) for a, b in zip((min(m, MOST_ROWS), k, n), shape[:3], strict=True))
+    def unlike(key: str) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip((min(m, MOST_ROWS), k, n), alike[key], strict=True))
 
-    near = min(shapes, key=unlike)
-    return known[near[3]] * (m * k * n) / math.prod(near[:3])
+    near = min(alike, key=unlike)
+    return known[near] * (m * k * n) / math.prod(alike[near])

@@ -70,9 +70,11 @@ def _changes(forecast: Forecast, arm: str) -> Iterator[tuple[list[str], Recipe]]
         return
     own = recipe.resolved(arm).base
     if own.dtype == "float32" and own.quantization is None:
+        yield [f"arms.{arm}.dtype=bfloat16"], _arm(recipe, arm, dtype="bfloat16")
         yield [*words, f"arms.{arm}.dtype=bfloat16"], _arm(small, arm, dtype="bfloat16")
     if own.quantization is None and all(link.is_pair for link in settings):
         for codes in ("int8", "nf4"):
+            yield [f"arms.{arm}.quantization={codes}"], _arm(recipe, arm, quantization=codes)
             yield [*words, f"arms.{arm}.quantization={codes}"], _arm(small, arm, quantization=codes)
 
 

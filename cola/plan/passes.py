@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def _logits(model: PreTrainedModel, shape: Shape, watch: "Watch", cache: Dynamic
         return (selected_NH.unsqueeze(0),)
 
     hook = head.register_forward_pre_hook(select)
-    prefixed = unwrapped(model) is not model and model.active_peft_config.peft_type == "PREFIX_TUNING"
+    prefixed = unwrapped(model) is not model and cast("Any", model).active_peft_config.peft_type == "PREFIX_TUNING"
     inputs: dict[str, Any] = {} if prefixed else {"past_key_values": cache}  # a prefix is a cache of its own
     try:
         output = model(input_ids=torch.zeros(shape.rows, shape.tokens, dtype=torch.long), use_cache=False, **inputs)
@@ -201,7 +201,8 @@ def _fake(model: nn.Module) -> Iterator[None]:
     made: dict[int, Tensor] = {}
     before = []
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        tables: tuple[Any, Any] = module._parameters, module._buffers
+        for tensors in tables:
             before.append((tensors, dict(tensors)))
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
@@ -290,7 +291,7 @@ class Watch(TorchDispatchMode):
 
     def seen(self) -> Seen:
         """What the pass took."""
-        now = dict.fromkeys(PARTS, 0.0)
+        now: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         phases = {phase: dict(now) for phase in PHASES}
         kinds, most = [0, 0], [0, 0]  # small storages and large ones
         for number, is_made, phase in self.events:
