@@ -25,13 +25,13 @@ from machine import TOLERANCE, made
 from rich.console import Console
 
 from cola.data.encode import Example
+from cola.plan.tree import Planner
 from cola.recipe.methods import Lora
 from cola.recipe.plan import looking_steps, plan_arm
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.materials import Materials, gather
-from cola.run.plan_tree import Planner
 
 HERE = Path(__file__).parent
 

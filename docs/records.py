@@ -13,6 +13,7 @@ from cola.compare.records import Ablation, Interval, Spread, Summary, TasksSumma
 from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
+from cola.tree.foreseen import Foreseen
 from cola.tree.made import Provenance
 from cola.tree.manifest import Manifest
 from cola.tree.records import Chosen, EvaluationFile, References, Result, ScoreRow
@@ -26,6 +27,7 @@ RECORDS: dict[str, type[BaseModel]] = {
     "scores/SPLIT.jsonl": ScoreRow,
     "chosen.json": Chosen,
     "segments.json": References,
+    "plan.json": Foreseen,
     "manifest.json": Manifest,
     "spectrum.json": Spectrum,
     "summary.json": Summary,

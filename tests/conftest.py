@@ -87,7 +87,10 @@ def tiny_model(seed: int = 0, **settings: object) -> Qwen2ForCausalLM:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another, or the developer, has cached; W&B stays offline without a key."""
-    monkeypatch.setenv("COLA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    cache, looks = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp() / "looks"
+    monkeypatch.setenv("COLA_CACHE", str(cache))
+    looks.mkdir(exist_ok=True)
+    (cache / "plan").symlink_to(looks)  # but for what a plan has looked at: shapes, by all that they follow from
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/nonexistent")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up: a room imports those before it, and nothing of those after it.
 GROUND = {"errors", "files", "environment", "clock"}
-ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "report", "run", "export", "cli"]
+ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "report", "plan", "run", "export", "cli"]
 
 # Foreign libraries that are imported in one place only.
 SEAMS = {
@@ -33,7 +33,7 @@ SEAMS = {
 }
 WITHOUT_TORCH = ["recipe", "compare", "report"]
 # Who takes a whole recipe; the other rooms are given what they need of it.
-KNOW_THE_RECIPE = {"recipe", "run", "export", "cli"}
+KNOW_THE_RECIPE = {"recipe", "plan", "run", "export", "cli"}
 FILES = {path.relative_to(ROOT / "cola").as_posix(): path for path in sorted((ROOT / "cola").rglob("*.py"))}
 
 

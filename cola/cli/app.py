@@ -1,4 +1,4 @@
-"""cola new | run | ablate | data | report | compare | verify | export | eval | inspect | store | doctor.
+"""cola new | plan | run | ablate | data | report | compare | verify | export | eval | inspect | store | doctor.
 
 What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,6 +110,51 @@ Workers = Annotated[
         "many as a measurement finds fastest.",
     ),
 ]
+
+
+PlanAs = StrEnum("PlanAs", ["table", "json"])
+
+
+def plan(
+    recipe: Annotated[Path | None, Argument(help="Recipe (YAML).")] = None,
+    overrides: Annotated[list[str] | None, Argument(help="dotted.key=value, for example link.rank=16")] = None,
+    device: Annotated[
+        str | None, Option(help="here, cpu, or a card by name, such as h100 or rtx4090. Default: here.")
+    ] = None,
+    device_memory: Annotated[
+        str | None, Option(metavar="SIZE", help="Memory that there is, such as 24GB. Default: the device's.")
+    ] = None,
+    calibrate: Annotated[
+        bool, Option("--calibrate", help="Measure this machine first, a minute or less: times are known then.")
+    ] = False,
+    table: Annotated[
+        str | None, Option(metavar="FAMILY", help="qwen: what Qwen1.5 takes at each size and precision. No recipe.")
+    ] = None,
+    form: Annotated[PlanAs, Option("--as", help="table, or json: one object with every number.")] = PlanAs.table,
+) -> None:
+    """Say what a recipe will take before anything runs: parameters, memory by part, FLOPs, time, disk; what is shared,
+    and whether it fits.
+
+    No weights are loaded or fetched: a config is enough, on this disk, built in (Qwen1.5), or the hub's.
+
+    Exit code: 0 all arms fit, 1 one does not, 2 the recipe, model or device cannot be used.
+    """
+    from cola.report.terminal import Terminal
+
+    if table is not None and (recipe is not None or calibrate or device or device_memory):
+        raise ColaError("--table is about a family of models: it takes no recipe and no device")
+    if table is None and recipe is None:
+        raise ColaError("name a recipe, for example: cola plan recipes/quickstart.yaml; or: cola plan --table qwen")
+    with no_garbage():
+        from cola.cli import plan as plans
+        from cola.plan.devices import device_of
+    if table is not None:
+        plans.plan_table(table, form == PlanAs.json, Terminal())
+    elif recipe is not None:
+        where = device_of(device, device_memory)
+        if calibrate and not where.here:
+            raise ColaError(f"--calibrate measures this machine, and --device {device} is another: give one of them")
+        raise typer.Exit(plans.plan_recipe(recipe, overrides, where, calibrate, form == PlanAs.json, Terminal()))
 
 
 def run(
@@ -338,7 +384,7 @@ def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
 app.command("new")(_one_line_errors(new, unsaid="model.name_or_path: "))
 for name, command in {"run": run, "ablate": ablate}.items():
     app.command(name)(_one_line_errors(_of_all_ranks(command)))
-for name, command in {"data": show_data, "report": report, "compare": compare}.items():
+for name, command in {"plan": plan, "data": show_data, "report": report, "compare": compare}.items():
     app.command(name)(_one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
     app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))

@@ -12,6 +12,7 @@ from cola.compare.summary import summarize
 from cola.compare.tasks import summarize_tasks
 from cola.errors import RunFolderError
 from cola.files import make_new, need_package
+from cola.plan.tables import beside_table
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Tracking
@@ -47,7 +48,10 @@ def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> No
     lines += [f"report   {page}", f"results  {folder.path / 'summary.json'}"]
     if store := summary.store:
         lines.append(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
-    print_all([*named_tables(summary).values(), knots_table(summary, short=True)], lines, terminal)
+    tables = [*named_tables(summary).values(), knots_table(summary, short=True)]
+    if (foreseen := folder.foreseen()) is not None:
+        tables.append(beside_table(foreseen, folder.results()))
+    print_all(tables, lines, terminal)
 
 
 def print_all(tables: Iterable[Table], lines: Iterable[str], terminal: Terminal) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
-from cola.errors import RunChanged
+from cola.environment import launched
+from cola.errors import ColaError, RunChanged
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
@@ -27,9 +28,9 @@ def run(
     recipe = read_recipe(path, overrides)
     if dry_run:
         with no_garbage():  # it does little more than to import what it asks
-            from cola.run.preview import preview
+            from cola.plan.checks import check
 
-            preview(recipe, Terminal())
+            check(recipe, Terminal())
         return 0
     _warm_up(workers)
     return train(recipe, run_folder, allow_code, workers)[0]
@@ -71,6 +72,11 @@ def resume(path: Path, allow_code: bool = False, workers: str = "1") -> int:
 
 def _warm_up(workers: str) -> None:
     """Check how many workers are asked for, and begin to import what they need while this process does the same."""
+    if workers != "1" and launched():
+        raise ColaError(
+            "--workers gives each process a job of its own, and torchrun and accelerate launch share one among all of "
+            "theirs: take one of the two"
+        )
     if workers != "1":
         from cola.run.start import check, warm_up
 
@@ -119,11 +125,11 @@ def ablate(
     code."""
     terminal, points = Terminal(), points_of(path, keys, paired)
     if dry_run:
-        from cola.run.preview import preview
+        from cola.plan.checks import check
 
         for point in points:
             terminal.say(point.label)
-            preview(point.recipe, terminal)
+            check(point.recipe, terminal)
         return 0
     for point in points:
         _need_leave(point.recipe, allow_code)

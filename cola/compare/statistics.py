@@ -28,9 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import root_scalar
 from scipy.special import ndtr, ndtri, stdtrit
-
-from cola.compare.crossing import crossing
 
 POWER = 0.8  # of the smallest difference that counts as detectable
 FEWEST_TASKS = 8  # that an interquartile mean is given for: of three tasks it is near the middle one's
@@ -247,7 +246,7 @@ def _inverted(end: Callable[[float, int], float], value: float) -> float:
     largest = 1 - 1e-6
     if away(largest) <= 0:
         return 1.0
-    return SMALLEST if away(SMALLEST) > 0 else crossing(away, SMALLEST, largest, 1e-9)
+    return SMALLEST if away(SMALLEST) > 0 else root_scalar(away, bracket=(SMALLEST, largest), xtol=1e-9).root
 
 
 def parts_of(coefficients: Sequence[float], table: Table) -> Parts:
@@ -285,7 +284,7 @@ def closed_share(table: Table) -> Estimate:
         while away(value + side * reach) <= 0:
             if (reach := 2 * reach) > 1e9 * error:  # the lead's interval ends at 0 itself, but for rounding
                 return side * math.inf
-        return crossing(away, value, value + side * reach, 1e-7 * max(1.0, abs(value)))
+        return root_scalar(away, bracket=(value, value + side * reach), xtol=1e-7 * max(1.0, abs(value))).root
 
     return Estimate(value, limit(-1), limit(1), error, here.df)
 

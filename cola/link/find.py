@@ -140,6 +140,12 @@ def _from_gguf(file: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
+def gguf_weights(file: Path) -> Path | None:
+    """The safetensors folder that an earlier run has made of a GGUF file; None where none has."""
+    folder = _gguf_folder(file, "models")
+    return folder if (folder / "config.json").is_file() else None
+
+
 def gguf_config(file: Path) -> Path:
     """A folder with the config of a GGUF file's model, from its header; no weight is read. Raises ModelError where it
     cannot be read."""

@@ -78,8 +78,7 @@ def tune(
 
     Raises:
         NonFiniteLoss, NoGradient: from `_Watch`; the weights are those of the step before.
-        RankFailed, RanksLost: from `wires`; and a ModelError where the ranks' weights come apart.
-        MomentsNotCleared: the knot before cleared less than it was to.
+        MomentsNotCleared: the knot before cleared less than it was to. RankFailed, RanksLost, ModelError: from `wires`.
         IdeaError: the optimizer is none, leaves something out, or could not go on from what is kept of it.
     """
     pairs = _trained_pairs(model)
@@ -95,17 +94,13 @@ def tune(
     for place, micro_batches in enumerate(batches, start=done):
         if not model.training:  # a look was taken; to walk through all modules is a share of a short step
             model.train()
-        clock, step, learning_rate = Clock(), link.first_step + place + 1, link.learning_rates[place]
-        rank = accelerator.process_index  # each draws for its own rows, and the first what a single process draws
-        torch.manual_seed(derived_seed("dropout", link.seed, place, *([rank] if rank else [])))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["ratio"]
+        clock, step = Clock(), link.first_step + place + 1
+        learning_rate = _set_out(optimizer, link, place, accelerator.process_index)
         loss, norm = _gradient(model, micro_batches, accelerator, parameters, max_grad_norm)
         rows = [row for batch in micro_batches for row in batch.ids]
         silent = watch.look(step, loss, norm, rows)
         optimizer.step()
-        if accelerator.num_processes > 1:
-            wires.check_alike(parameters)
+        wires.check_alike(parameters)
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = sum(b.n_tokens for b in micro_batches), sum(b.n_targets for b in micro_batches)
         size, took = update_norm(pairs), clock.read()
@@ -116,6 +111,15 @@ def tune(
     model.eval()
     _check_kept(link, own, _numbers_of(optimizer.optimizer))
     return optimizer
+
+
+def _set_out(optimizer: AcceleratedOptimizer, link: Link, place: int, rank: int) -> float:
+    """Seed what is drawn in a step of the link, by each rank for its own rows and by the first as by a single process,
+    and set its learning rate, which is returned."""
+    torch.manual_seed(derived_seed("dropout", link.seed, place, *([rank] if rank else [])))
+    for group in optimizer.param_groups:
+        group["lr"] = link.learning_rates[place] * group["ratio"]
+    return link.learning_rates[place]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

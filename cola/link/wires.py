@@ -155,7 +155,9 @@ def sum_over(value: Tensor) -> Tensor:
 
 
 def check_alike(parameters: Sequence[nn.Parameter]) -> None:
-    """Raise ModelError where the trained weights are not the same to the bit on all ranks."""
+    """Raise ModelError where the trained weights are not the same to the bit on all ranks, if there are others."""
+    if count() == 1:
+        return
     flat = (torch.cat([parameter.detach().flatten() for parameter in bucket]) for bucket in _buckets(parameters))
     bits = torch.stack([values.view(torch.int32).sum(dtype=torch.int64) for values in flat])  # in no order, unrounded
     most = torch.cat([bits, -bits])

@@ -60,6 +60,16 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where it cannot be told, which takes Linux."""
+    try:
+        status = (PROCESS / "status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    now = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(now[1]) * 1024 if now else 0
+
+
 def peaks(device: torch.device, process: bool) -> dict[str, int | None]:
     """Largest memory in bytes since `restart_peaks`, which said `process`; None where it is not known.
 

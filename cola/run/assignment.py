@@ -14,6 +14,7 @@ from cola.link.accelerator import make_accelerator
 from cola.measure.cost import Meter
 from cola.measure.evaluate import PROBE_ROWS, PROBE_TARGETS
 from cola.measure.memory import peaks, restart_peaks
+from cola.plan.tree import Planner
 from cola.recipe.plan import Job, looking_steps
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import BaseFormat
@@ -22,7 +23,6 @@ from cola.report.terminal import RunProgress
 from cola.report.tracking import NoTracker, Tracker
 from cola.run.interrupt import Signals
 from cola.run.materials import Materials
-from cola.run.plan_tree import Planner
 from cola.tree.made import Provenance
 from cola.tree.run_folder import MADE_WITH, NOTES, RunFolder
 from cola.tree.segments import Tree, fraction_of, merge_of

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cola.files import store_path
 from cola.measure.evaluate import Ways
+from cola.plan.tree import Planner
 from cola.recipe.plan import jobs_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress
@@ -13,9 +14,9 @@ from cola.report.tracking import NoTracker, Tracker, mode_of, need_tracker
 from cola.run.announce import say_cautions
 from cola.run.assignment import Bench
 from cola.run.code import admit_code
+from cola.run.foresee import foresee
 from cola.run.interrupt import Signals
 from cola.run.materials import check_bases, check_folder, gather, heeding
-from cola.run.plan_tree import Planner
 from cola.run.ranks import need_ranks, spread_of
 from cola.tree.leases import in_use
 from cola.tree.prune import register
@@ -57,6 +58,7 @@ def prepared(
         meter, jobs = planner.meter(recipe), jobs_of(recipe)
         tree = planner.tree(recipe, meter, siblings)
         say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
+        folder.write("plan.json", foresee(materials, meter, tree, store, terminal))
         off = mode_of(recipe.tracking) == "off"
         tracker = NoTracker() if off else Tracker(recipe.tracking, group, folder.path, terminal.warn)
         sent = set() if tracked is None else tracked

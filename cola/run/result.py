@@ -9,12 +9,12 @@ from typing import Any
 from cola.clock import cpu_total
 from cola.files import each_once
 from cola.link import adapter_files
+from cola.plan.tree import cost_of
 from cola.recipe.plan import Job, Link
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import recorded
 from cola.run.assignment import Assignment
 from cola.run.course import Course
-from cola.run.plan_tree import cost_of
 from cola.tree.manifest import Entry
 from cola.tree.records import Result, TrialResult
 from cola.tree.run_folder import FORMAT, MADE_WITH

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from cola.errors import ColaError, LeaseLost
+from cola.files import without_home
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import RunProgress, Terminal, Whole, bars_on
@@ -79,14 +80,18 @@ class Told(RunProgress):
 
 @dataclass
 class Log(Terminal):
-    """A worker's terminal: its log. What it warns of while it is at a job, the command says too."""
+    """A worker's terminal: its log, which lies in the run folder and names no home. What it warns of while it is at a
+    job, the command says too."""
 
     tell: partial[None] | None = None
 
     def warn(self, text: str) -> None:
         if self.tell is not None:
             self.tell("warn", text)
-        super().warn(text)
+        super().warn(without_home(text))
+
+    def say(self, text: str = "") -> None:
+        super().say(without_home(text))
 
 
 def work(place: Place, log: Path, pipe: Connection) -> None:

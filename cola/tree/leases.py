@@ -141,7 +141,7 @@ def claim(store: Path, key: str) -> AbstractContextManager[bool]:
 @contextmanager
 def lock(store: Path, key: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a store's key for this process; `on_wait` is called once if another one holds it."""
-    wait = WAIT_SECONDS / 64
+    began = time.monotonic()
     while True:
         with claim(store, key) as mine:
             if mine:
@@ -150,8 +150,8 @@ def lock(store: Path, key: str, on_wait: Callable[[], None] | None = None) -> It
         if on_wait is not None:
             on_wait()
             on_wait = None
-        time.sleep(wait)
-        wait = min(2 * wait, WAIT_SECONDS)
+        # Most locks are held for milliseconds, and some for as long as a training.
+        time.sleep(min(max(0.1 * (time.monotonic() - began), WAIT_SECONDS / 64), WAIT_SECONDS))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from cola.files import digest, each_once, load_json, parse_json, write_bytes
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import manifest, records
+from cola.tree.foreseen import Foreseen
 from cola.tree.leases import check_held
 from cola.tree.made import Made, Provenance
 from cola.tree.manifest import Entry, damaged_file
@@ -211,6 +212,10 @@ class RunFolder:
         manifest.begin(self.path, {name: _text(record).encode()})
         self.write(name, record)
 
+    def foreseen(self) -> Foreseen | None:
+        """What the run was expected to take; None where an earlier version began it."""
+        return self.read("plan.json", Foreseen)
+
     def write(self, name: str | Path, record: Record) -> None:
         """Write a file of the run folder."""
         self.write_text(name, _text(record))
@@ -245,8 +250,10 @@ class RunFolder:
     def bytes_of(self, name: str | Path) -> bytes:
         """What a file of the run holds. A RunFolderError where it is not what its manifest says, or has gone, and a
         FileNotFoundError where there is none of which a manifest knows."""
+        name = Path(name)
+        if name.is_relative_to(self.path):  # as `job` names it, be it from the root or from where one works
+            name = name.relative_to(self.path)
         path = self.path / name
-        name = path.relative_to(self.path)
         try:
             data = path.read_bytes()
         except OSError as error:

@@ -47,11 +47,11 @@ from cola.link.train import full_gradients, tune
 from cola.measure.cost import Meter
 from cola.measure.evaluate import Evaluator
 from cola.measure.likelihood import choice_nats
+from cola.plan.tree import Budget
 from cola.recipe.methods import Settings, settings_of
 from cola.recipe.plan import Job, Link
 from cola.recipe.read import read_recipe
 from cola.recipe.resolved import Rules
-from cola.run.plan_tree import Budget
 
 ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -20,11 +20,11 @@ from cola.errors import DataError, RecipeError, RunChanged
 from cola.link.model import Source
 from cola.measure import memory
 from cola.measure.evaluate import Evaluator
+from cola.plan.checks import check
 from cola.recipe.read import read_recipe
 from cola.recipe.schema import SAMPLE
 from cola.recipe.write import dump_recipe
 from cola.report.tables import named_tables
-from cola.run.preview import preview
 from cola.tree.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,7 +175,7 @@ def test_a_dry_run_says_that_the_text_is_missing(recipe_file: Path) -> None:
     from runs import quiet
 
     with pytest.raises(DataError, match=r"evaluation\.general_text: .*/gone\.txt does not exist"):
-        preview(read_recipe(recipe_file, ["evaluation.general_text=gone.txt"]), quiet())
+        check(read_recipe(recipe_file, ["evaluation.general_text=gone.txt"]), quiet())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -310,6 +310,7 @@ def test_one_process_has_nothing_to_spread_a_base_over(recipe_text: str, tmp_pat
     [
         ("training.batch_size=1", "error: training.batch_size: 1: the rows of a step are dealt to the 2 processes"),
         ("training.stpes=6", "error: "),
+        ("--workers=2", "error: --workers gives each process a job of its own, and torchrun"),
     ],
 )
 def test_what_cannot_be_split_is_said_once_and_nothing_is_trained(

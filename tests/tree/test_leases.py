@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -284,6 +286,17 @@ def test_a_lease_outlives_the_renaming_of_its_folder_and_ends_with_it(tmp_path: 
             file.unlink()
         with pytest.raises(LeaseLost):
             check_held()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_shared_store_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks/scale.py"
+    asked = ["--jobs", "4", "--sleep", "0.05", "--segments", "20", "--runs", "4", "--to"]
+    done = subprocess.run([sys.executable, script, *asked, tmp_path / "scale.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "scale.json").read_text())
+    assert set(record["workers"]) == {"1", "2", "4", "8"}
+    assert set(record["many"]) == {"put", "references", "records", "verify", "garbage", "find one"}
 
 
 # ---------------------------------------------------------------------------------------------------------

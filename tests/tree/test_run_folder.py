@@ -194,3 +194,13 @@ def test_a_run_that_fails_to_begin_takes_no_folder_with_it_that_has_results(reci
     with pytest.raises(RunFolderError, match="stop"):
         fail()
     assert (folder.path / "arms/lora/seed-0/result.json").is_file()
+
+
+def test_a_run_whose_folder_is_named_from_where_one_works_is_read_as_any_other(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["arms.chain3=null", "arms.full=null", "arms.lora=null", "comparison.primary=null", "output=here"]
+    folder, summary = go(recipe_file, *words)
+    assert not folder.path.is_absolute()
+    assert summary.arms["base"].states == {0: "ok"}

@@ -20,9 +20,9 @@ from runs import go, read_jsonl, result
 
 from cola.data.splits import load_splits
 from cola.link.find import find_model
+from cola.plan.tree import Planner
 from cola.recipe.plan import Job, trials_of
 from cola.recipe.read import read_recipe
-from cola.run.plan_tree import Planner
 from cola.tree import segments
 from cola.tree.segments import Lineage, Tree
 from cola.tree.store import Store

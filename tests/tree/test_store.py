@@ -26,10 +26,10 @@ from cola.errors import StoreError
 from cola.files import digest
 from cola.link import adapter_files
 from cola.link.find import find_model
+from cola.plan.tree import Planner
 from cola.recipe.plan import Job, jobs_of
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
-from cola.run.plan_tree import Planner
 from cola.tree import leases, prune
 from cola.tree import store as store_file
 from cola.tree.run_folder import RunFolder

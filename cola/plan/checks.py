@@ -1,4 +1,5 @@
-"""`cola run --dry-run`: everything that can be checked without weights or network, and the plan."""
+"""What can be checked of a recipe without weights or network, and what it trains in words: all of `cola run --dry-run`,
+and where `cola plan` begins."""
 
 import importlib.util
 import shutil
@@ -6,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cola.compare.scope import overlap_note
 from cola.data.fields import fill, lookup
 from cola.data.labels import label_of
 from cola.data.sources import Pool, open_pools, open_texts
 from cola.errors import DataError, ModelError, RunFolderError
-from cola.files import each_once, need_package, package_file
+from cola.files import each_once, need_package
+from cola.link import adapters, starts, targets
+from cola.measure.memory import need_memory
+from cola.plan.models import Planned, find_planned
 from cola.recipe.arms import Prune
 from cola.recipe.data_section import Data
 from cola.recipe.ideas import ADAMW, Idea, read_code
@@ -28,9 +34,17 @@ from cola.report.tracking import TITLES, mode_of, need_tracker
 FIRST_ROWS = 100  # of a file, that are looked at
 
 
-def preview(recipe: Recipe, terminal: Terminal) -> None:
-    """Print the plan; a ColaError where a local path is missing, a local file cannot be read or lacks a field or rows,
-    an arm's links do not fit the budget, or target_modules match nothing in a model whose config is on this disk."""
+def check(recipe: Recipe, terminal: Terminal, network: bool = False, here: bool = True) -> Planned | None:
+    """Print what will be trained; returns the model without weights, None where its config cannot be had.
+
+    Args:
+        network: Whether the hub may be asked for the config of a model that is on no disk here.
+        here: Whether it will be trained on this machine, whose memory must hold what is trained.
+
+    Raises:
+        ColaError: a local path is missing, a local file cannot be read or lacks a field or rows, an arm's links do not
+            fit the budget, or target_modules match nothing in the model.
+    """
     need_tracker(recipe.tracking)
     unchecked, matched = [], recipe.training.match
     known = (recipe.data.rows.train is not None or recipe.training.steps is not None) and matched == "steps"
@@ -48,7 +62,8 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     for arm in recipe.arms:
         if (quantization := recipe.resolved(arm).base.quantization) is not None:
             need_package("bitsandbytes", f"quantization: {quantization}", "quantized")
-    parameters, notes = _parameters(recipe)
+    planned = find_planned(recipe.model, network)
+    parameters, notes = (None, []) if planned is None else _parameters(recipe, planned, here)
     if parameters is None:
         unchecked.append(f"the model {recipe.model.name_or_path}, its modules and parameters")
     output = Path(recipe.output).expanduser().absolute()
@@ -81,6 +96,7 @@ def preview(recipe: Recipe, terminal: Terminal) -> None:
     terminal.say(f"scored checkpoint: {rule}; {tracker}; output: {recipe.output} ({free} free)")
     for part in unchecked:
         terminal.say(f"not checked without weights or network: {part}")
+    return planned
 
 
 def _check_data(recipe: Recipe) -> list[str]:
@@ -126,40 +142,26 @@ def _check_rows(pool: Pool, templates: dict[str, str], fields: dict[str, str]) -
             lookup(row, field, place, key)
 
 
-def _parameters(recipe: Recipe) -> tuple[dict[str, int] | None, list[str]]:
-    """Trainable parameters of each arm, from the config of a local model or a GGUF file's metadata, None for another
-    model; and what is to be said of what they leave out."""
-    name = recipe.model.name_or_path
-    path = Path(name).expanduser()
-    if name.startswith("package://"):
-        path = package_file(name)
-    elif is_remote(name):
-        return None, []
-    if not path.exists():
-        raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix else 'folder'}")
-    import torch
-
-    from cola.link import adapters, starts, targets
-    from cola.link.find import gguf_config
-    from cola.link.model import Source
-    from cola.measure.memory import need_memory
-
-    if path.is_file():
-        path = gguf_config(path)
-    elif not (path / "config.json").is_file():
-        raise ModelError(f"model.name_or_path: {name} is no Hugging Face model folder: it has no config.json")
+def _parameters(recipe: Recipe, planned: Planned, here: bool) -> tuple[dict[str, int], list[str]]:
+    """Trainable parameters of each arm, and what is to be said of what they leave out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    skeleton = Source(name, path, recipe.model.trust_remote_code).skeleton()
-    counts, arms = {}, {arm: recipe.resolved(arm) for arm in recipe.arms}
+    skeleton, counts, notes = planned.skeleton, dict[str, int](), list[str]()
+    arms = {arm: recipe.resolved(arm) for arm in recipe.arms}
     for arm, resolved in arms.items():
         links = resolved.links
         try:
             starts.check_room(skeleton, links[:1] if resolved.rules.keeps_pair else links)
             counts[arm] = max((adapters.count_parameters(skeleton, link) for link in set(links)), default=0)
-            need_memory(counts[arm], device, all(link.optimizer == ADAMW for link in links))
         except (ModelError, ValueError) as error:
             raise ModelError(f"arms.{arm}: {error}") from None
-    return counts, targets.all_linear_notes(skeleton, {arm: resolved.links for arm, resolved in arms.items()})
+        try:
+            if here:
+                need_memory(counts[arm], device, all(link.optimizer == ADAMW for link in links))
+        except ModelError as error:
+            if not is_remote(recipe.model.name_or_path):
+                raise ModelError(f"arms.{arm}: {error}") from None
+            notes.append(f"{arm} will not train on this machine: {error}")  # another one will perhaps run the recipe
+    return counts, notes + targets.all_linear_notes(skeleton, {arm: resolved.links for arm, resolved in arms.items()})
 
 
 def plan_table(recipe: Recipe, steps: dict[str, list[int]] | None, parameters: dict[str, int] | None) -> Table:
