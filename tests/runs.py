@@ -26,6 +26,13 @@ FULL_ONLY = ["arms.base=null", "arms.lora=null", "arms.chain3=null", "comparison
 LORA_ONLY = ["arms.full=null", "arms.base=null", "arms.chain3=null", "comparison.primary=null"]
 
 
+def unsealed(run: Path) -> Path:
+    """A run as a version without manifests left it, whose files a test may write as it likes."""
+    for path in run.rglob("manifest.json"):
+        path.unlink()
+    return run
+
+
 def quiet() -> Terminal:
     return Terminal(Console(file=open(os.devnull, "w")))  # noqa: PTH123 - closed with the process
 

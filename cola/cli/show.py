@@ -16,6 +16,7 @@ from cola.plan.tables import beside_table
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Tracking
+from cola.recipe.write import recorded
 from cola.report.group_report import Comparison
 from cola.report.numbers import size
 from cola.report.page import comparison_of, comparison_of_ablation, write_ablation, write_report, write_tasks
@@ -50,7 +51,7 @@ def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> No
         lines.append(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
     tables = [*named_tables(summary).values(), knots_table(summary, short=True)]
     if (foreseen := folder.foreseen()) is not None:
-        tables.append(beside_table(foreseen, folder.results()))
+        tables.append(beside_table(foreseen, folder.results([])))
     print_all(tables, lines, terminal)
 
 
@@ -117,7 +118,7 @@ def report_ablation(path: Path, track: bool) -> None:
 
 def track_run(recipe: Recipe, folder: RunFolder, summary: Summary, terminal: Terminal, publish: bool = False) -> None:
     """Send a run's comparison to its tracker; a point of an ablation is in the ablation's group."""
-    config, group = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}, _group_of(folder.path)
+    config, group = {"recipe": recorded(recipe, exclude_none=True)}, _group_of(folder.path)
     _send(recipe.tracking, group, folder.path, lambda: comparison_of(folder, summary), config, terminal, publish)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cola import environment
 from cola.data.splits import load_splits
-from cola.errors import ModelError
+from cola.errors import ModelError, RunFolderError
 from cola.export.outcome import Outcome, outcomes
 from cola.link import adapter_files
 from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
@@ -70,7 +70,7 @@ def score(targets: Sequence[Target], data: Recipe, splits: Sequence[str], termin
     for number, target in enumerate(targets, 1):
         try:
             done.append(_score(target, data, splits, terminal))
-        except ModelError as error:
+        except (ModelError, RunFolderError) as error:
             if not done and number == len(targets):
                 raise
             terminal.warn(f"{target.label} is not scored: {error}")

@@ -16,7 +16,7 @@ from children import stop_at_call
 from conftest import run_once
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from runs import cola
+from runs import cola, unsealed
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -561,7 +561,7 @@ def test_the_card_says_what_it_is_and_how_it_was_made(
 
 def test_a_prompt_with_backticks_and_html_cannot_leave_the_cards_code_block(many_arms: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(many_arms, run, ignore=shutil.ignore_patterns("exports"))
+    unsealed(shutil.copytree(many_arms, run, ignore=shutil.ignore_patterns("exports")))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["tracking"]["wandb"] = "off"  # which YAML 1.1 reads as a no
     recipe["data"]["prompt"] = "```\n</details><script>alert(1)</script>\n````\n{question}?\n"
@@ -642,7 +642,7 @@ def test_one_of_several_seeds_must_be_named(gpt2_run: Path) -> None:
 def test_a_run_that_is_none_or_not_finished_is_named(many_arms: Path, tmp_path: Path) -> None:
     assert "is no run folder: it has no recipe.yaml" in refused("export", tmp_path, "--arm", "lora")
     run = tmp_path / "run"
-    shutil.copytree(many_arms, run, ignore=shutil.ignore_patterns("exports"))
+    unsealed(shutil.copytree(many_arms, run, ignore=shutil.ignore_patterns("exports")))
     (run / "arms/lora/seed-0/result.json").unlink()
     line = refused("export", run, "--arm", "lora")
     assert f"no result of lora seed 0 (not run); go on with it by `cola run --resume {run}`" in line
@@ -663,7 +663,7 @@ def test_a_run_that_is_none_or_not_finished_is_named(many_arms: Path, tmp_path: 
 
 def test_a_base_that_is_another_one_now_is_refused(many_arms: Path, warm_folder: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
-    shutil.copytree(many_arms, run, ignore=shutil.ignore_patterns("exports"))
+    unsealed(shutil.copytree(many_arms, run, ignore=shutil.ignore_patterns("exports")))
     shutil.copytree(warm_folder, other)
     config = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 1e-5}
     (other / "config.json").write_text(json.dumps(config))

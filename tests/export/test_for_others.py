@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from runs import assert_one_line, cola, wide_cola
+from runs import assert_one_line, cola, unsealed, wide_cola
 from safetensors.torch import load_file, save_file
 
 from cola.errors import ModelError
@@ -106,7 +106,7 @@ def test_results_are_in_pefts_schema_with_the_runs_own_numbers(many_arms: Path, 
 
 
 def test_results_need_neither_weights_nor_base_and_name_what_is_missing(many_arms: Path, tmp_path: Path) -> None:
-    run = copied(many_arms, tmp_path / "run", "*.safetensors")
+    run = unsealed(copied(many_arms, tmp_path / "run", "*.safetensors"))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"]["name_or_path"] = str(tmp_path / "gone")
     recipe["tracking"]["wandb"] = "off"
@@ -127,7 +127,7 @@ def test_results_need_neither_weights_nor_base_and_name_what_is_missing(many_arm
 
 def with_hub_data(run: Path, to: Path, **rows: int) -> Path:
     """A run as if its rows had come from the hub."""
-    run = copied(run, to)
+    run = unsealed(copied(run, to))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"] |= {"files": None, "rows": {"train": 24, **rows}}
     recipe["data"]["hub"] = {"name": "some/benchmark", "config": "main", "revision": "0123abcd" * 5}

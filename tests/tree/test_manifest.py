@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import recipe_of
-from runs import Outcome, assert_one_line, go, outcome, wide_cola
+from runs import Outcome, assert_one_line, go, outcome, unsealed, wide_cola
 
 from cola.run import scoring
 from cola.tree import manifest
@@ -218,8 +218,7 @@ def test_an_arm_that_has_gone_is_found_by_its_summary(run: Path, was: Outcome) -
 
 
 def test_an_earlier_versions_run_has_nothing_to_check_against_and_is_read(run: Path, was: Outcome) -> None:
-    for path in run.rglob("manifest.json"):
-        path.unlink()
+    unsealed(run)
     code, output = said("verify", run)
     assert (code, "nothing to check against" in output) == (1, True)
     assert said("report", run)[0] == 0
@@ -253,19 +252,17 @@ def test_what_a_kill_left_beside_a_file_is_removed(run: Path, was: Outcome) -> N
 def test_a_result_of_an_earlier_version_that_is_none_is_one_line_and_found_again(
     run: Path, was: Outcome, text: str, tmp_path: Path
 ) -> None:
-    for path in run.rglob("manifest.json"):
-        path.unlink()
+    unsealed(run)
     (run / SEED / "result.json").write_text(text, encoding="latin-1")
     assert_one_line(wide_cola("export", run, "--arm", "chain2", "--seed", "0", "--to", tmp_path / "to"))
     code, output = said("report", run)
-    assert code == 0
+    assert code == 0, output
     assert "result.json is damaged (" in output
     is_mended(run, was, "result.json")
 
 
 def test_scores_that_are_no_text_are_named(run: Path, was: Outcome) -> None:
-    for path in run.rglob("manifest.json"):
-        path.unlink()
+    unsealed(run)
     (run / SEED / "scores/test.jsonl").write_bytes(b'{"id": "\xff"}\n')
     code, output = said("report", run)
     assert code == 0

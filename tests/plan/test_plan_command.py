@@ -1,6 +1,6 @@
 """What `cola plan` says of a recipe, against the run of it.
 
-Run: pytest tests/plan/test_plan.py
+Run: pytest tests/plan/test_plan_command.py
 """
 
 import json
