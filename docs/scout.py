@@ -34,7 +34,7 @@ def signed(of: dict[str, float] | None) -> str:
 def state() -> str:
     done, part = whole()
     cells = sum(len(row["tasks"]) for row in [*done, *part])
-    text = f"{cells} cells (an arm on a task) are there; {len(done)} arms have all three tasks."
+    text = f"Cells (an arm on a task) that are there: {cells}; arms that have all three tasks: {len(done)}."
     return text + (f" Not on all tasks yet: {', '.join(row['arm'] for row in part)}." if part else "")
 
 

@@ -26,6 +26,7 @@ from cola.report.terminal import Terminal
 from cola.report.to_mlflow import URI
 from cola.report.tracking import TITLES, Tracker, command_after, need_tracker
 from cola.report.verdict import OF_P, contrast_sentence, verdict
+from cola.tree.records import Result
 from cola.tree.run_folder import RunFolder
 
 
@@ -51,7 +52,8 @@ def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> No
         lines.append(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
     tables = [*named_tables(summary).values(), knots_table(summary, short=True)]
     if (foreseen := folder.foreseen()) is not None:
-        tables.append(beside_table(foreseen, folder.results([])))
+        done = [result for result in folder.results([]) if isinstance(result, Result)]
+        tables.append(beside_table(foreseen, done))
     print_all(tables, lines, terminal)
 
 
