@@ -62,6 +62,7 @@ def test_the_version_is_the_packages() -> None:
     assert (done.exit_code, done.stdout) == (0, f"cola {version('chain-of-lora')}\n")
 
 
+@pytest.mark.slow
 def test_no_first_step_waits_for_what_reports_tracks_or_quantizes() -> None:
     code = "import sys, cola.cli.train, cola.run.run\n"
     code += "assert not {'wandb', 'matplotlib', 'fontTools', 'scipy.stats', 'bitsandbytes'} & set(sys.modules)"

@@ -51,6 +51,7 @@ def test_what_is_there_is_said_and_no_name_or_secret(monkeypatch: pytest.MonkeyP
         assert secret not in result.stdout
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_too_old_is_named_with_the_command_that_brings_it(tmp_path: Path) -> None:
     about = tmp_path / "chain_of_lora-9.9.dist-info"
     about.mkdir()

@@ -17,6 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs/tutorial.md").read_text()
 INSTALLS = ("python -m venv", "pip install")  # which download; test_wheel.py installs the wheel alone
 
 
+@pytest.mark.slow
 def test_every_block_of_the_tutorial_does_what_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:

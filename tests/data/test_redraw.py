@@ -127,6 +127,7 @@ def test_a_pool_that_leaves_nothing_to_be_drawn_is_refused(tmp_path: Path, token
 REDRAW = ["data.redraw=per_seed", "arms.base=null", "training.epochs=1"]
 
 
+@pytest.mark.slow
 def test_all_arms_of_a_seed_train_on_the_rows_that_it_draws_and_are_scored_on_them(recipe_file: Path) -> None:
     grid = "training.learning_rate={search: [1e-3, 1e-2]}"
     folder, summary = go(recipe_file, *REDRAW, grid, "arms.full=null", "seeds=[0, 1]")

@@ -49,6 +49,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_another_model_of_the_same_size_and_times_in_the_same_folder_is_another_base(
     recipe_file: Path, tmp_path: Path, twins: tuple[Path, Path]
 ) -> None:

@@ -611,6 +611,7 @@ def test_pairs_beside_a_transposed_matrix_are_counted_as_they_are_put_there(vari
     assert counted == sum(p.numel() for p in adapters.trainable(adapters.attach(skeleton, settings, 0)))
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_loaded_for_codes_alone_and_peft_sees_it_then() -> None:
     code = (
         "import sys\n"

@@ -29,6 +29,7 @@ def test_predicted_stands_beside_measured(recipe_file: Path) -> None:
     assert "predicted beside measured" in told.output
 
 
+@pytest.mark.slow
 def test_a_run_warns_of_what_will_not_fit(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cola.plan.devices.memory_of", lambda _: 10**6)
     told = cola("run", recipe_file, *LORA_ONLY)

@@ -73,6 +73,7 @@ def test_each_link_has_the_pairs_of_those_before_it(recipe_file: Path) -> None:
     assert residuals == [0, pairs, 2 * pairs]
 
 
+@pytest.mark.slow
 def test_checkpointing_and_small_passes_take_less(recipe_file: Path) -> None:
     long = "evaluation.batch_tokens=64"
 
@@ -85,6 +86,7 @@ def test_checkpointing_and_small_passes_take_less(recipe_file: Path) -> None:
     assert activations("training.micro_batch_tokens=32") < plain
 
 
+@pytest.mark.slow
 def test_the_smallest_change_is_one_by_which_it_fits(recipe_file: Path) -> None:
     words = ["model.name_or_path=Qwen/Qwen1.5-0.5B", "arms.full=null", "arms.chain3=null", "comparison.primary=null"]
     told = planned(recipe_file, *words, "--device", "rtx4090", "--device-memory", "7GB")
@@ -98,6 +100,7 @@ def test_the_smallest_change_is_one_by_which_it_fits(recipe_file: Path) -> None:
     assert again["peak_bytes"] == fit["then"]
 
 
+@pytest.mark.slow
 def test_no_change_is_named_where_none_would_do(recipe_file: Path) -> None:
     told = cola("plan", recipe_file, "model.name_or_path=Qwen/Qwen1.5-7B", "--device-memory", "1GB", "--device", "t4")
     assert told.exit_code == 1
@@ -105,12 +108,14 @@ def test_no_change_is_named_where_none_would_do(recipe_file: Path) -> None:
     assert "nor with one row a pass" in told.output
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_that_does_not_fit_is_told_what_would(recipe_file: Path) -> None:
     told = planned(recipe_file, "model.name_or_path=Qwen/Qwen1.5-1.8B", "--device", "rtx4090")
     assert not told["fits"]["full"]["fits"]
     assert any("method" in word for word in told["fits"]["full"]["change"])
 
 
+@pytest.mark.slow
 def test_every_kind_of_arm_is_planned(recipe_file: Path) -> None:
     pytest.importorskip("bitsandbytes")
     arms = (

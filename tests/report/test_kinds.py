@@ -69,6 +69,7 @@ def test_every_text_of_the_page_has_the_contrast_of_wcag_aa(pages: dict[str, Pat
         assert contrast_ratio(colours[ink], colours[ground]) >= 4.5, (ink, ground)
 
 
+@pytest.mark.slow
 def test_nine_arms_have_nine_colours_the_same_in_every_figure_and_the_base_is_grey() -> None:
     summary = many(11)
     look = looks_of(summary)

@@ -181,6 +181,7 @@ def test_the_same_results_give_the_same_bytes_without_torch(pages: dict[str, Pat
             assert path.read_bytes() == (again / path.relative_to(pages["quickstart"].parent)).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_figure_that_has_lost_its_data_goes_from_the_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", quickstart())
     write_report(folder)

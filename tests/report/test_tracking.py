@@ -12,6 +12,7 @@ from cola.report.tracking import Tracker, mode_of
 pytestmark = [pytest.mark.drawn, pytest.mark.usefixtures("one_thread")]
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_config_curves_and_final_gaps(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "tracking.wandb=offline")
     assert summary.tracking.mode == "offline"

@@ -118,6 +118,7 @@ def test_every_method_and_knot_and_code_of_ones_own_is_trained_by_two(recipe_tex
     assert said(tmp_path, 1) == ""
 
 
+@pytest.mark.slow
 def test_the_same_processes_again_give_the_same_bits_and_dropout_is_drawn_by_each_for_its_rows(
     recipe_text: str, tmp_path: Path
 ) -> None:

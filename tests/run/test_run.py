@@ -54,6 +54,7 @@ def test_a_run_leaves_everything_its_numbers_came_from(recipe_file: Path) -> Non
     assert summary.arms["lora"].test_loss.mean < summary.arms["base"].test_loss.mean
 
 
+@pytest.mark.slow
 def test_train_scored_on_a_sample_is_scored_on_the_same_rows_for_all_arms_and_seeds_and_says_so(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -309,6 +310,7 @@ def test_a_resumed_run_goes_on_with_the_recipe_it_began_with(recipe_file: Path) 
         open_run(folder.path)
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_multiple_choice_and_text_run_too(recipe_file: Path) -> None:
     choice = [
@@ -326,6 +328,7 @@ def test_multiple_choice_and_text_run_too(recipe_file: Path) -> None:
     assert f"{math.exp(summary.arms['lora'].test_loss.mean):.2f}" in write_report(folder).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_the_report_shows_foreign_text_as_text(recipe_file: Path) -> None:
     folder, summary = go(recipe_file, "arms.full=null", 'data.prompt="<script>alert(1)</script> {question}"')

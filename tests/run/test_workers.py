@@ -86,6 +86,7 @@ def test_two_workers_end_with_the_bits_of_one_process(recipe_file: Path, asked: 
         assert not (shared.path / f"workers/{number}/segments.json").exists()
 
 
+@pytest.mark.slow
 def test_workers_find_what_is_there_and_do_the_rest(recipe_file: Path) -> None:
     shared, _, _ = go_with_workers(recipe_file, *SHORT)
     before = {path: path.stat().st_mtime_ns for path in shared.path.rglob("result.json")}
@@ -97,6 +98,7 @@ def test_workers_find_what_is_there_and_do_the_rest(recipe_file: Path) -> None:
     assert summary.arms["chain3"].states == {0: "ok"}
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_fails_alone_and_once(recipe_file: Path) -> None:
     shared, summary, text = go_with_workers(recipe_file, *SHORT, "arms.lora.learning_rate=1e30")
     assert {name: arm.states for name, arm in summary.arms.items()} == {
@@ -109,6 +111,7 @@ def test_an_arm_that_fails_fails_alone_and_once(recipe_file: Path) -> None:
     assert (shared.path / "arms/lora/seed-0/traceback.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_points_of_an_ablation_are_shared_too(recipe_file: Path, tmp_path: Path) -> None:
     keys = ["arms.chain3.links=1,2", *SHORT, "arms.full=null", "arms.base=null", f"store={tmp_path / 'own'}"]
     points = points_of(recipe_file, keys, False)
@@ -187,6 +190,7 @@ def test_a_job_at_which_workers_die_again_and_again_fails(recipe_file: Path) -> 
     assert "2 workers have ended at it" in text.getvalue()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_all_workers_and_the_same_command_goes_on_to_the_same_bits(recipe_file: Path) -> None:
     asked = [*LONG, "arms.base=null", "arms.chain3=null", "comparison.primary=null"]
     alone, _ = go(recipe_file, *asked)
