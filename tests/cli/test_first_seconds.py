@@ -97,7 +97,7 @@ def test_every_sign_that_is_printed_has_one_in_ascii() -> None:
         documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in documents]
         signs |= {sign for node in texts if isinstance(node.value, str) for sign in node.value if not sign.isascii()}
-    surrogates = {"\ud800", "\udfff"}  # which are looked for, and never printed
+    surrogates = {chr(0xD800), chr(0xDFFF)}  # which are looked for, and never printed
     assert signs - surrogates <= ASCII.keys()
     assert showable("→", "ascii") == "->"
     assert all(text.isascii() for text in ASCII.values())
