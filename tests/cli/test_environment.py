@@ -117,6 +117,7 @@ def test_importing_cola_takes_away_what_the_libraries_would_read_as_they_load() 
     assert done.stdout.strip() == str(sorted(kept)), done.stderr
 
 
+@pytest.mark.slow
 def test_torchs_switches_are_what_they_are_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a torch that nothing has touched, in a process of its own."""
     backends = [

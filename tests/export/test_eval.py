@@ -32,6 +32,7 @@ def result(run: Path, arm: str) -> dict[str, Any]:
     return {key: value for key, value in evaluation.items() if key != "general"}
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_again_to_the_bit_arm_by_arm(many_arms: Path, tmp_path: Path) -> None:
     evaluation, said = evaluated(tmp_path, many_arms, "--data", many_arms)
     arms = sorted(path.name for path in (many_arms / "arms").iterdir())

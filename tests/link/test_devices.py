@@ -186,6 +186,7 @@ def test_answers_and_choices_from_the_cache_are_those_of_plain_passes(device: st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [

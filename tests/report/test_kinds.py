@@ -129,6 +129,7 @@ def test_the_lead_over_lora_is_the_difference_of_losses_at_the_same_step_and_see
     assert "chain3 +0.000" in told_of("minibatches", "", quickstart(), curves)["says"]
 
 
+@pytest.mark.slow
 def test_a_gap_against_chain_length_takes_three_lengths_and_a_map_two_cells() -> None:
     summary = quickstart()
     assert "gaps" not in figures_of(summary, {})
@@ -141,6 +142,7 @@ def test_a_gap_against_chain_length_takes_three_lengths_and_a_map_two_cells() ->
     assert not {"knots", "overlap"} & set(figures_of(alone, {}))
 
 
+@pytest.mark.slow
 def test_a_caption_tells_of_nothing_that_is_not_drawn() -> None:
     summary = quickstart()
     curves = curves_of(summary)

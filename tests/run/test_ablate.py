@@ -184,6 +184,7 @@ def test_a_difference_is_that_of_two_runs_paired_by_seed_and_example(recipe_file
     assert row[-1] == str(interval(second.difference))
 
 
+@pytest.mark.slow
 def test_a_key_of_all_arms_moves_all_of_them(recipe_file: Path) -> None:
     _, summary = run_points(
         recipe_file, "link.rank=2,4", "arms.chain3=null", "arms.full=null", "comparison.primary=null"

@@ -19,6 +19,7 @@ from cola.tree.store import Store
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_a_rank_that_no_matrix_has_is_told(recipe_file: Path) -> None:
     told = wide_cola("run", recipe_file, *LORA_ONLY, *SHORT, "arms.lora.rank=64")
     assert told.exit_code == 0, told.output

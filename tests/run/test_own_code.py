@@ -30,6 +30,7 @@ def arms(tmp_path: Path, recipe_text: str, **said: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_starts_and_an_optimizer_of_ones_own_are_trained_beside_colas(
     tmp_path: Path, mine: Path, recipe_text: str
 ) -> None:
@@ -73,6 +74,7 @@ def test_code_runs_only_where_the_command_allows_it(tmp_path: Path, mine: Path, 
     assert not (tmp_path / "has-run").exists()
 
 
+@pytest.mark.slow
 def test_the_name_of_a_state_holds_what_a_file_says_and_not_where_it_lies(
     tmp_path: Path, mine: Path, recipe_text: str
 ) -> None:

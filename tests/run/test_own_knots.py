@@ -135,6 +135,7 @@ def test_a_function_says_which_share_of_a_pair_a_knot_keeps(tmp_path: Path, mine
     assert "fraction" not in result(folder, "number")["train_info"]["knots"][0]
 
 
+@pytest.mark.slow
 def test_what_a_functions_knots_have_tied_is_found_again(tmp_path: Path, mine: Path, recipe_text: str) -> None:
     said = {"both": "{links: 3, knot: {merge_fraction: './mine.py:by_size', pair: './mine.py:half'}}"}
     steps = [one if one != "training.steps=4" else "training.steps=6" for one in SHORT]

@@ -158,6 +158,7 @@ def test_the_best_checkpoint_may_lie_before_the_last_knot(recipe_file: Path) -> 
     assert summary.checkpoint == "best"
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_on_validation_and_test_is_read_once(recipe_file: Path) -> None:
     grid = "training.learning_rate={search: [1e-5, 1e-2, 5.0]}"
     folder, summary = go(recipe_file, grid, "arms.full=null", "arms.base=null")
@@ -346,6 +347,7 @@ def test_the_report_shows_foreign_text_as_text(recipe_file: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_on_a_cpu(recipe_file: Path, dtype: str) -> None:
     folder, summary = go(recipe_file, f"model.dtype={dtype}", "arms.full=null")

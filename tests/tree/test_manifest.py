@@ -165,6 +165,7 @@ def test_what_is_damaged_is_named_wherever_it_is_read_and_comes_back_from_the_st
     is_mended(run, was, Path(name).name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "command"),
     [
