@@ -22,7 +22,7 @@ from cola.recipe.arms import Prune
 from cola.recipe.data_section import Data
 from cola.recipe.ideas import ADAMW, Idea, read_code
 from cola.recipe.methods import Adapter, Full, Lora, Settings, VirtualTokens
-from cola.recipe.plan import jobs_of, plan_arm, room_of, tuned_as_a_whole
+from cola.recipe.plan import Job, jobs_of, plan_arm, room_of, tuned_as_a_whole
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import SAMPLE, SPLITS, Search, is_remote
@@ -73,13 +73,7 @@ def check(recipe: Recipe, terminal: Terminal, network: bool = False, here: bool 
     free = f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
     terminal.table(plan_table(recipe, steps, parameters))
     jobs = jobs_of(recipe)
-    trials = sum(job.trial for job in jobs)
-    seeds = recipe.trial_seeds
-    on = f" (on seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
-    on = " (on each seed)" if trials and not seeds else on
-    terminal.say(
-        f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search{on}"
-    )
+    terminal.say(_jobs_text(recipe, jobs))
     for note in [*notes, *filter(None, [overlap_note(recipe)])]:
         terminal.say(note)
     if steps is not None:
@@ -97,6 +91,14 @@ def check(recipe: Recipe, terminal: Terminal, network: bool = False, here: bool 
     for part in unchecked:
         terminal.say(f"not checked without weights or network: {part}")
     return planned
+
+
+def _jobs_text(recipe: Recipe, jobs: list[Job]) -> str:
+    """How many runs and trials there are, and on which seeds."""
+    trials, seeds = sum(job.trial for job in jobs), recipe.trial_seeds
+    on = f" (on seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
+    on = " (on each seed)" if trials and not seeds else on
+    return f"seeds {', '.join(map(str, recipe.seeds))}: {len(jobs) - trials} runs and {trials} trials of a search{on}"
 
 
 def _check_data(recipe: Recipe) -> list[str]:
