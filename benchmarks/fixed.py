@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # no user compiles each module each time
 
 import torch
 from machine import made
@@ -80,21 +81,23 @@ def main(rounds: int) -> None:
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            log, run = folder / "log", folder / "run"
+            log = folder / "log"
             cola = [sys.executable, "-m", "cola"]
             small = [*cola, "run", str(QUICKSTART), *SMALL, f"output={folder / 'runs'}"]
-            report = [*cola, "report", str(run)]
             once = {
                 "cola --help": seconds_of([*cola, "--help"], log),
                 "cola run --dry-run": seconds_of([*small, "--dry-run"], log),
                 "to the first step": seconds_of(
-                    [*small, f"store={folder / 'other'}"], log, until="runs/*/arms/*/*/metrics.jsonl"
+                    [*small, f"output={folder / 'cut'}", f"store={folder / 'other'}"],
+                    log,
+                    until="cut/*/arms/*/*/metrics.jsonl",
                 ),
-                "a small run": seconds_of([*small, f"store={folder / 'store'}", "--run-folder", str(run)], log),
-                "the same again": seconds_of(
-                    [*small, f"store={folder / 'store'}", "--run-folder", str(folder / "again")], log
+                "a small run": seconds_of([*small, f"store={folder / 'store'}"], log),
+                "the same again": seconds_of([*small, f"store={folder / 'store'}"], log),
+                "in another folder": seconds_of(
+                    [*small, f"store={folder / 'store'}", "--run-folder", str(folder / "another")], log
                 ),
-                "cola report": seconds_of(report, log),
+                "cola report": seconds_of([*cola, "report", str(folder / "another")], log),
                 **knots(),
             }
         for name, seconds in once.items():

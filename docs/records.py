@@ -9,7 +9,8 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cola.compare.records import Ablation, Interval, Spread, Summary, TasksSummary
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import Interval, Spread, Summary, TasksSummary
 from cola.recipe.arms import OneLink
 from cola.recipe.recipe import Recipe
 from cola.recipe.resolved import Rules

@@ -15,8 +15,9 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from cola.compare import statistics
+from cola.compare.ablation_records import Ablation
 from cola.compare.contrasts import paired
-from cola.compare.records import Ablation, ArmSpectra, Contrast, Interval, Summary, TaskContrast, TasksSummary
+from cola.compare.records import ArmSpectra, Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.spectra import summarized
 from cola.compare.statistics import iqm
 from cola.compare.tasks import summarize_tasks

@@ -293,6 +293,23 @@ def many(arms: int = 30, seeds: int = 6) -> Summary:
         if links and name != "full":
             summary["spectra"][name] = spectrum(links)
     summary["spectra"]["full"] = full_spectrum()
+    parts = (
+        "weights",
+        "quantization",
+        "pairs",
+        "residual",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "allocator",
+    )
+    expected = {name: {part: int(4e8 * rng.random()) for part in [*parts, "libraries"]} for name in names}
+    summary["foreseen"] = {
+        "device": "cpu",
+        "times": None,
+        "arms": {name: {"memory": of, "peak": sum(of.values()), "seconds": None} for name, of in expected.items()},
+    }
     searches = [name for name in names if summary["arms"][name]["links"]][:9]
     for number, name in enumerate(searches):
         per = "seed" if number == 2 else "arm"

@@ -174,7 +174,8 @@ def run(
 ) -> None:
     """Train and compare every arm of a recipe, and report.
 
-    The same command goes on with a run that was stopped, and trains nothing that was trained before.
+    The same command goes on with a run that was stopped, and trains nothing that was trained before; of one that came
+    to its end it tells the results, unless something that it was given has changed.
 
     Exit code: 0 all arms are there, 1 some failed (the same command tries them again) or two gave the same outputs
     where they should differ, 2 the recipe, data or model cannot be used, 75 interrupted, at whatever

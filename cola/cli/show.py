@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cola.compare.ablation import read_ablation
-from cola.compare.records import Ablation, Summary, Tracked
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import Summary, Tracked
 from cola.compare.summary import summarize
 from cola.compare.tasks import summarize_tasks
 from cola.errors import RunFolderError
 from cola.files import make_new, need_package
-from cola.plan.tables import beside_table
+from cola.plan.beside import beside_table
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import Tracking
@@ -36,24 +37,29 @@ def need_new(path: Path | None, option: str) -> None:
         raise RunFolderError(f"{path} exists and is kept as it is; name another folder by {option}")
 
 
-def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> None:
-    """Write a run's page; print its tables and notes, and where all of it is."""
+def write_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> None:
+    """Write a run's page, then as `print_results`."""
     # Ctrl-C while the last files are written would leave them behind the results: it takes a second.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        page = write_report(folder)
+        write_report(folder)
     finally:
         signal.signal(signal.SIGINT, before)
+    print_results(folder, summary, terminal)
+
+
+def print_results(folder: RunFolder, summary: Summary, terminal: Terminal) -> None:
+    """Print a run's tables and notes, and where all of it is."""
     parts = (summary.meta.data, summary.meta.selfcheck) if summary.meta else ()
     told = [note for part in parts if part for note in part.notes]  # before the run
     lines = [*verdict(summary), *(note for note in summary.notes if note not in told)]
-    lines += [f"report   {page}", f"results  {folder.path / 'summary.json'}"]
+    lines += [f"report   {folder.page}", f"results  {folder.path / 'summary.json'}"]
     if store := summary.store:
         lines.append(f"store    {store.path}, {size(store.bytes)} on disk (cola store ls)")
     tables = [*named_tables(summary).values(), knots_table(summary, short=True)]
-    if (foreseen := folder.foreseen()) is not None:
+    if summary.foreseen is not None:
         done = [result for result in folder.results([]) if isinstance(result, Result)]
-        tables.append(beside_table(foreseen, done))
+        tables.append(beside_table(summary.foreseen, done))
     print_all(tables, lines, terminal)
 
 
@@ -78,7 +84,7 @@ def report_run(path: Path, later: list[tuple[str, str]], track: bool) -> None:
     summary = summarize(recipe, folder, later).model_copy(update={"tracking": kept})
     folder.write("summary.json", summary)
     terminal = Terminal()
-    print_results(folder, summary, terminal)
+    write_results(folder, summary, terminal)
     if track:
         track_run(recipe, folder, summary, terminal, publish=True)
     else:

@@ -5,15 +5,18 @@ from pathlib import Path
 
 from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
+from cola.compare.records import Summary
 from cola.environment import launched
-from cola.errors import ColaError, RunChanged
+from cola.errors import ColaError, RunChanged, RunFolderError
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
+from cola.run.inputs import inputs_of
 from cola.run.interrupt import RESUMABLE, Signals, stand_down
+from cola.tree.mend import said
 from cola.tree.run_folder import RunFolder
-from cola.tree.run_holder import lock_run, take_run, unfinished_run
+from cola.tree.run_holder import finished_run, lock_run, take_run, unfinished_run
 
 
 def run(
@@ -32,16 +35,46 @@ def run(
 
             check(recipe, Terminal())
         return 0
-    _warm_up(workers)
     return train(recipe, run_folder, allow_code, workers)[0]
 
 
+def _told_again(recipe: Recipe) -> tuple[int, Path] | None:
+    """Print the results of the last run of the recipe, and return what `train` does, where that came to its end and all
+    that it was given is as it was; else None. No torch: it is a matter of a second."""
+    if launched():
+        return None
+    folder = finished_run(dump_recipe(recipe), _named(recipe))
+    if folder is None:
+        return None
+    terminal = Terminal()
+    try:
+        meta, summary = folder.provenance(), folder.read("summary.json", Summary)
+        if meta is None or summary is None or meta.inputs is None or meta.inputs != inputs_of(recipe):
+            return None
+        with no_garbage():
+            from cola.cli.show import print_results, say_tracking
+        terminal.say(
+            f"{recipe.name}: {folder.path} is the run of this recipe, and nothing that it was given has changed: "
+            "there is nothing to train (one in a new folder: --run-folder NEW)"
+        )
+        print_results(folder, summary, terminal)
+    except RunFolderError as error:
+        terminal.warn(f"{said(error)}: a new run is started")
+        return None
+    say_tracking(summary.tracking, terminal)
+    return int(bool(summary.same_outputs)), folder.path
+
+
 def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False, workers: str = "1") -> tuple[int, Path]:
-    """Go on with the last run of the recipe, where it did not come to its end, or begin one; returns the exit code and
-    the run's folder. `allow_code`: the user's own that the recipe names may run; `workers`: how many processes train,
-    or `auto`."""
+    """Go on with the last run of the recipe, where it did not come to its end, tell its results, where it did and
+    nothing has changed since, or begin one; returns the exit code and the run's folder. `run_folder`: where a run is
+    begun, whatever there is elsewhere; `allow_code`: the user's own that the recipe names may run; `workers`: how many
+    processes train, or `auto`."""
+    if run_folder is None and (told := _told_again(recipe)) is not None:
+        return told
     _need_leave(recipe, allow_code)
-    text, named = dump_recipe(recipe), Path(recipe.output).expanduser() / recipe.name
+    _warm_up(workers)
+    text, named = dump_recipe(recipe), _named(recipe)
     if run_folder is None:
         with unfinished_run(text, named) as before:
             if before is not None:
@@ -51,6 +84,11 @@ def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False, wor
                     print(f"{changed}: a new run is started", file=sys.stderr)
     with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
         return _train(recipe, folder, fresh, workers), folder.path
+
+
+def _named(recipe: Recipe) -> Path:
+    """Where the runs of a recipe lie, but for the time in their folders' names."""
+    return Path(recipe.output).expanduser() / recipe.name
 
 
 def _need_leave(recipe: Recipe, allow_code: bool) -> None:
@@ -99,9 +137,9 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool, workers: str) -> int:
         places = places_for(workers, recipe, terminal)
         summary = run_recipe(recipe, folder, terminal, signals, places=places)
     # With what draws, for which no first step has to wait.
-    from cola.cli.show import print_results, say_tracking, track_run
+    from cola.cli.show import say_tracking, track_run, write_results
 
-    print_results(folder, summary, terminal)
+    write_results(folder, summary, terminal)
     stand_down()
     # One that stopped goes on later, and is compared then; a tracker that failed once would only be waited for again.
     if not summary.interrupted and summary.tracking and summary.tracking.mode != "off":

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from cola.compare import records
+from cola.compare import ablation_records, records
 from cola.compare.contrasts import METRICS, Comparer, across, interval_of
 from cola.compare.statistics import estimate
 from cola.errors import RecipeError, RunFolderError
@@ -31,7 +31,7 @@ from cola.tree.records import Result
 from cola.tree.run_folder import FORMAT, RunFolder
 from cola.tree.run_holder import last_unfinished, lock_run
 
-N = TypeVar("N", bound=records.AblationNote)
+N = TypeVar("N", bound=ablation_records.AblationNote)
 
 MOST_POINTS = 1_000  # each of them a run
 
@@ -121,12 +121,12 @@ def take_ablation(points: list[Point]) -> Iterator[Path]:
     except OSError as error:
         raise RunFolderError(f"{recipe.output}: the folder cannot be made: {error.strerror}") from None
     with lock_run(folder):  # before its note is there, by which others find it
-        note = records.AblationNote(format=FORMAT, causes=causes, finished=False)
+        note = ablation_records.AblationNote(format=FORMAT, causes=causes, finished=False)
         RunFolder(folder).begin("ablation.json", note)
         yield folder
 
 
-def read_ablation(folder: Path, shape: type[N] = records.AblationNote) -> N | None:
+def read_ablation(folder: Path, shape: type[N] = ablation_records.AblationNote) -> N | None:
     """What ablation.json holds; None where it is damaged, of another version, or has not so much in it yet."""
     try:
         note = RunFolder(folder).read("ablation.json", shape)
@@ -141,7 +141,7 @@ def _causes(points: list[Point]) -> str:
 
 def summarize_ablation(
     folder: Path, points: list[Point], errors: dict[str, str], interrupted: bool
-) -> records.Ablation:
+) -> ablation_records.Ablation:
     """Everything that the table and the figure show, from the runs of all points in the ablation's folder; `errors`:
     what kept a point from being run at all, by its folder's name."""
     rows, states, damaged = [], set(), []
@@ -167,9 +167,9 @@ def summarize_ablation(
                 own = {"values": point.values if mine else None, "label": point.label, "arm": arm, "seeds": seeds}
                 if mine and number and (table := across([runs[number], runs[0]], arm, by_loss=False)):
                     own["difference"] = interval_of(estimate((1, -1), [table]))
-                rows.append(records.AblationRow(**(about.given() | own)))
+                rows.append(ablation_records.AblationRow(**(about.given() | own)))
     training = points[0].recipe.training
-    return records.Ablation(
+    return ablation_records.Ablation(
         format=FORMAT,
         causes=_causes(points),
         finished=states == {"ok"} and not errors,
@@ -182,7 +182,7 @@ def summarize_ablation(
         matched=records.Matched(by=training.match, per_link=training.protocol == "grow"),
         train_sample=samples.pop() if len(samples) == 1 else None,  # of several it is one of the keys
         metric=METRICS[points[0].recipe.data.task],
-        points=[records.AblationPoint(label=p.label, values=p.values, folder=p.folder) for p in points],
+        points=[ablation_records.AblationPoint(label=p.label, values=p.values, folder=p.folder) for p in points],
         trained_steps=sum(steps - found for found, steps in reused.values()),
         recalled_steps=sum(found for found, _ in reused.values()),
         damaged=list(dict.fromkeys(damaged)),
@@ -190,10 +190,10 @@ def summarize_ablation(
     )
 
 
-def _of_seed(result: Result) -> records.AblationSeed:
+def _of_seed(result: Result) -> ablation_records.AblationSeed:
     """One seed's numbers for the figure's dots."""
     numbers, info = result.evaluation, result.train_info
-    return records.AblationSeed(
+    return ablation_records.AblationSeed(
         seed=result.run_info.seed,
         test_loss=numbers.test.loss,
         test_score=numbers.test.score,

@@ -17,6 +17,7 @@ from cola.errors import RunFolderError
 from cola.recipe.plan import trials_of
 from cola.recipe.recipe import Recipe
 from cola.recipe.schema import SPLITS
+from cola.tree.foreseen import Foreseen
 from cola.tree.made import Made
 from cola.tree.manifest import damaged_file
 from cola.tree.records import Chosen, Result, TrainInfo
@@ -67,6 +68,7 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
         rows=rows,
         train_sample=n_scored if rows and n_scored < rows["train"] else None,
         arms=arms,
+        foreseen=_foreseen(folder, damaged),
         spectra=spectra,
         contrasts=comparer.contrasts(later),
         unpaired=list(dict.fromkeys(comparer.unpaired)),
@@ -77,6 +79,14 @@ def summarize(recipe: Recipe, folder: RunFolder, later: Sequence[tuple[str, str]
             *dict.fromkeys([*damaged, *unread]),
         ],
     )
+
+
+def _foreseen(folder: RunFolder, damaged: list[str]) -> Foreseen | None:
+    try:
+        return folder.foreseen()
+    except RunFolderError as error:
+        damaged.append(str(error))
+        return None
 
 
 def _arm(comparer: Comparer, name: str) -> records.ArmSummary:

@@ -9,6 +9,7 @@ from cola.errors import ModelError
 from cola.files import file_digest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]  # beside the weights: config and tokenizer
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system that is in use
 
 

@@ -12,12 +12,11 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from cola.errors import ModelError, one_line
 from cola.files import cache_dir, package_file
 from cola.link import gguf_file
-from cola.link.checkpoint import content_digest, weight_names
+from cola.link.checkpoint import TEXTS, content_digest, weight_names
 from cola.link.model import Source
 from cola.recipe.schema import Model, is_remote
 
-HUB_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
-HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *HUB_TEXTS]
+HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", *TEXTS]
 
 
 def find_model(settings: Model, say: Callable[[str], None] = lambda text: None, quantized: bool = False) -> Source:
@@ -58,7 +57,7 @@ def find_tokenizer(settings: Model) -> tuple[PreTrainedTokenizerBase, list[int]]
     if path.suffix == ".gguf" and path.is_file():
         path = gguf_tokenizer(path)
     if not path.exists() and is_remote(name):
-        path = _from_hub(settings, HUB_TEXTS)
+        path = _from_hub(settings, TEXTS)
     elif not path.is_dir():
         raise ModelError(f"model.name_or_path: {name}: no such {'file' if path.suffix == '.gguf' else 'folder'}")
     source = Source(name, path, settings.trust_remote_code)

@@ -1,14 +1,12 @@
 """A plan in words and tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from cola.plan.fit import Fit
 from cola.plan.memory import Memory
 from cola.plan.plan import ArmPlan, LinkPlan, RecipePlan
-from cola.report.numbers import count, duration, number, size
+from cola.report.numbers import count, duration, duration_if_known, number, size
 from cola.report.table import NONE, Shown, Table
-from cola.tree.foreseen import Foreseen
-from cola.tree.records import Result
 
 HEADS = {"quantization": "codes' scales", "residual": "earlier pairs"}
 
@@ -20,7 +18,7 @@ def work_table(plan: RecipePlan) -> Table:
         base = arm.quantization or arm.dtype
         parts = [count(arm.parameters), count(arm.trainable), number(arm.trainable / arm.parameters, ".2%")]
         steps = str(sum(link.steps for link in arm.links))
-        times = [_time(arm.training_seconds), _time(arm.seconds)]
+        times = [duration_if_known(arm.training_seconds), duration_if_known(arm.seconds)]
         rows.append([name, base, *parts, steps, count(arm.flops), *times, size(arm.disk)])
         rows += [_link_row(name, n, len(arm.links), link) for n, link in enumerate(arm.links, 1) if len(arm.links) > 1]
     heads = ["arm", "base", "parameters", "trained", "share", "steps", "FLOPs", "training", "with scoring", "disk"]
@@ -29,11 +27,7 @@ def work_table(plan: RecipePlan) -> Table:
 
 def _link_row(arm: str, number_: int, n_links: int, link: LinkPlan) -> list[Shown]:
     trained = [NONE, count(link.parameters), NONE, str(link.steps), count(link.flops)]
-    return [f"{arm} {number_}/{n_links}", NONE, *trained, _time(link.seconds), NONE, NONE]
-
-
-def _time(seconds: float | None) -> Shown:
-    return "?" if seconds is None else duration(seconds)
+    return [f"{arm} {number_}/{n_links}", NONE, *trained, duration_if_known(link.seconds), NONE, NONE]
 
 
 def memory_table(plan: RecipePlan, checkpointed: Mapping[str, Memory | None]) -> Table:
@@ -84,30 +78,6 @@ def fit_lines(plan: RecipePlan, fits: Mapping[str, Fit]) -> list[str]:
 
 def _moment(memory: Memory) -> str:
     return {"training": "training", "knot": "tying a knot", "evaluation": "scoring", "loading": "loading"}[memory.when]
-
-
-def beside_table(foreseen: Foreseen, results: Iterable[Result]) -> Table:
-    """Predicted beside measured: the largest peak of an arm's seeds, and the mean seconds of its steps."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        if result.train_info.steps and not result.train_info.reused_steps:  # what was found was measured elsewhere
-            found.setdefault(result.run_info.arm, []).append(result)
-    rows: list[list[Shown]] = []
-    for arm, one in foreseen.arms.items():
-        infos = [result.train_info for result in found.get(arm, [])]
-        if not infos:
-            continue
-        key = "accelerator_memory_max" if foreseen.device == "cuda" else "process_memory_max"
-        peak = max((n for info in infos if (n := getattr(info, key)) is not None), default=None)
-        seconds = sum(info.train_seconds for info in infos) / len(infos)
-        times = [_time(one.seconds), duration(seconds), _off(one.seconds, seconds)]
-        rows.append([arm, size(one.peak), size(peak), _off(one.peak, peak), *times])
-    heads = ["arm", "peak memory, predicted", "measured", "off by", "training, predicted", "measured ", "off by "]
-    return Table("predicted beside measured", heads, rows)
-
-
-def _off(predicted: float | None, measured: float | None) -> Shown:
-    return NONE if not predicted or not measured else number(predicted / measured - 1, "+.0%")
 
 
 def total_lines(plan: RecipePlan) -> list[str]:

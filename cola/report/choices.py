@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from cola.compare.ablation import short
-from cola.compare.records import Ablation, AblationRow, Search, Summary
+from cola.compare.ablation_records import Ablation, AblationRow
+from cola.compare.records import Search, Summary
 from cola.report.drawing import (
     GREY,
     INK,

@@ -21,7 +21,8 @@ from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontMan
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 
-from cola.compare.records import Ablation, ArmSummary, Summary, TasksSummary
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import ArmSummary, Summary, TasksSummary
 from cola.files import file_digest, write_bytes
 from cola.report.marks import Drawing, belong, marked
 

@@ -11,7 +11,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cola.compare.records import Ablation, Summary, TasksSummary
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import Summary, TasksSummary
 from cola.report.charts import (
     PRICES,
     cost_figure,
@@ -29,7 +30,8 @@ from cola.report.curves import Curves, curves_figure, leads_over_lora, minibatch
 from cola.report.drawing import STYLE, gap_of, metric_of, scored_arms
 from cola.report.forest import contrasts_forest, p_text
 from cola.report.heatmaps import knots_figure, overlap_figure, spectra_figure
-from cola.report.numbers import interval, sample_text, values_text
+from cola.report.memory_figure import memory_figure, told_memory
+from cola.report.numbers import interval, sample_text, size, values_text
 from cola.report.verdict import ablation_headlines
 
 OF_CURVES = ("curves", "minibatches")  # drawn from the metric rows too
@@ -118,6 +120,14 @@ def _cost(kind: str, summary: Summary) -> str:
     price, points = PRICES[kind], costs_of(summary, kind)
     said = [f"{name} at {price.shown(points[name][0])}" for name in pareto(points)]
     return f"Test number against {price.label}. On the Pareto front, by their means, cheapest first: {_some(said)}."
+
+
+def _memory(summary: Summary) -> str:
+    said = [
+        f"{name} {size(expected.peak)}" + ("" if measured is None else f", measured {size(measured)}")
+        for name, (expected, measured) in told_memory(summary).items()
+    ]
+    return f"Memory that was expected at the largest moment: {_some(said)}."
 
 
 def _knots(summary: Summary) -> str:
@@ -247,6 +257,15 @@ FIGURES = {
         )
         for kind, price in PRICES.items()
     },
+    "memory": Kind(
+        "Memory, by part",
+        {
+            "": "What was expected before the run began, at the moment that holds most of it (`cola plan`).",
+            "measured": "The upright mark is the most that was measured, of all seeds.",
+        },
+        _memory,
+        memory_figure,
+    ),
     "knots": Kind(
         "Knot ledger",
         {

@@ -57,6 +57,11 @@ def duration(seconds: float) -> Cell:
     return Cell(f"{minutes // 60} h {minutes % 60} min", 60.0 * minutes)
 
 
+def duration_if_known(seconds: float | None) -> Cell:
+    """A duration, or ? where nobody knows it."""
+    return Cell("?") if seconds is None else duration(seconds)
+
+
 def p_value(value: float | None) -> Cell:
     """In two digits, or as many as it takes not to round across the level of a claim."""
     if value is None or value < 1e-4:

@@ -20,7 +20,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cola.compare.records import Ablation, Summary, TasksSummary
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import Summary, TasksSummary
 from cola.compare.scope import scope_sentence
 from cola.errors import RunFolderError
 from cola.files import write_text
@@ -57,7 +58,7 @@ def write_report(folder: RunFolder) -> Path:
     said = [contrast_sentence(one, summary.metric) for one in summary.contrasts if one.role == "primary"]
     whole = all(arm.n_seeds == len(summary.seeds) for arm in summary.arms.values())
     return _write_page(
-        folder.path / "report.html",
+        folder.page,
         "report.html.j2",
         summary,
         page_tables(summary, curves),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cola.compare import records
+from cola.compare import ablation_records, records
 from cola.compare.ablation import short
 from cola.recipe.schema import SPLITS
 from cola.report import numbers
@@ -90,7 +90,7 @@ def _work(arms: Iterable[records.ArmSummary]) -> Columns:
     }
 
 
-def _times(arms: Iterable[records.ArmSummary | records.AblationRow]) -> Columns:
+def _times(arms: Iterable[records.ArmSummary | ablation_records.AblationRow]) -> Columns:
     """Wall clock, and beside it the CPU time where it was noted of any arm."""
     columns: Columns = {"wall clock": lambda arm: numbers.duration(arm.total_seconds)}
     if any(arm.total_cpu_seconds is not None for arm in arms):
@@ -321,7 +321,7 @@ def task_tables(summary: records.TasksSummary) -> dict[str, Table]:
     return tables
 
 
-def ablation_table(summary: records.Ablation) -> Table:
+def ablation_table(summary: ablation_records.Ablation) -> Table:
     """Score, gap and cost of every point."""
     keys = [short(key) for key in summary.keys]
     columns: Columns = {
@@ -341,7 +341,7 @@ def ablation_table(summary: records.Ablation) -> Table:
     return table.without_empty()
 
 
-def ablation_notes(summary: records.Ablation) -> list[str]:
+def ablation_notes(summary: ablation_records.Ablation) -> list[str]:
     """What belongs beside the table."""
     if len(summary.points) == 1:
         lines = ["One point: nothing here says what another value would change."]

@@ -1,7 +1,8 @@
 """What a comparison found, in a sentence."""
 
+from cola.compare.ablation_records import Ablation
 from cola.compare.choice import SURE
-from cola.compare.records import Ablation, Contrast, Interval, Summary, TaskContrast, TasksSummary
+from cola.compare.records import Contrast, Interval, Summary, TaskContrast, TasksSummary
 from cola.compare.scope import scope_sentence
 from cola.compare.statistics import FEWEST_RUNS
 from cola.report.glossary import WORDS

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 
 from cola.compare.ablation import Point, summarize_ablation
-from cola.compare.records import Ablation
+from cola.compare.ablation_records import Ablation
 from cola.errors import ColaError
 from cola.recipe.write import dump_recipe
 from cola.report.numbers import duration

@@ -15,6 +15,7 @@ from cola.run.announce import say_cautions
 from cola.run.assignment import Bench
 from cola.run.code import admit_code
 from cola.run.foresee import foresee
+from cola.run.inputs import inputs_of
 from cola.run.interrupt import Signals
 from cola.run.materials import check_bases, check_folder, gather, heeding
 from cola.run.ranks import need_ranks, spread_of
@@ -42,10 +43,12 @@ def prepared(
     need_tracker(recipe.tracking)
     need_ranks(recipe)
     code = admit_code(recipe, folder)
+    inputs = inputs_of(recipe)  # before they are read: what changes meanwhile is not taken for what was read
     materials = replace(gather(recipe, terminal), code=code)
     store = Store(store_path(recipe.store), terminal.warn)
     with in_use(store.path, store.warn):
         meta, used = check_folder(materials, folder, store, terminal), folder.references()
+        meta = meta.model_copy(update={"inputs": inputs})
         selfcheck, ready = check_bases(materials, store, used, terminal)
         began, meta = (made.model_copy(update={"selfcheck": selfcheck}) for made in (folder.provenance() or meta, meta))
         if notes == NOTES:  # else it is a worker, and the command has written it

@@ -133,6 +133,12 @@ class Provenance(Record):
         description="of each split; of `train` under each seed", json_schema_extra={"key": "SPLIT"}
     )
     general_text: GeneralText
+    inputs: dict[str, Text] | None = Field(
+        default=None,
+        description="all that the run was given, by which the same command knows that there is nothing to do: SHA-256 "
+        "of each file that it read, and `cola` (its code), `libraries`, `cards`, `store`; null where the hub gave some",
+        json_schema_extra={"key": "INPUT"},
+    )
     selfcheck: SelfCheck | None = Field(default=None, description="null: of an earlier version")
 
 
@@ -140,10 +146,10 @@ def provenance() -> dict[str, Any]:
     """Where and with what a run was made; nothing of the environment, which may hold secrets."""
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cola": _version("chain-of-lora"),
+        "cola": version_of("chain-of-lora"),
         "commit": _commit(),
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "all_packages": _installed(),
         "machine": machine(),
     }
@@ -165,7 +171,8 @@ def machine() -> dict[str, Any]:
     return {"system": platform.platform(), "cpu": cpu, "cores": cores, "memory_bytes": memory}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of a package that is installed; None of one that is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -69,6 +69,11 @@ class RunFolder:
         """The resolved recipe, by which a command knows its run."""
         return self.path / "recipe.yaml"
 
+    @property
+    def page(self) -> Path:
+        """Where its results can be looked at, once they are there."""
+        return self.path / "report.html"
+
     def check_readable(self) -> None:
         """Raise a RunFolderError where another version wrote the results."""
         if not self.readable:
@@ -311,7 +316,7 @@ class RunFolder:
             return False  # going on writes it anew
         return (
             summary is not None
-            and (self.path / "report.html").is_file()
+            and self.page.is_file()
             and not summary.interrupted
             and not any(arm.errors for arm in summary.arms.values())
         )

@@ -72,13 +72,25 @@ def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[Run
 def unfinished_run(recipe: str, path: Path) -> Iterator[RunFolder | None]:
     """Hold the last run of exactly this recipe that no other process is at, if it did not come to its end: of the
     folders that `take_run` has given this name and a time."""
+    same = _runs_of(recipe, path)
+    with last_unfinished(same, lambda folder: RunFolder(folder).finished) as folder:
+        yield folder and RunFolder(folder)
+
+
+def finished_run(recipe: str, path: Path) -> RunFolder | None:
+    """The last run of exactly this recipe, of those of `unfinished_run`; None where it did not come to its end."""
+    last = max(_runs_of(recipe, path), key=_changed_at, default=None)
+    return RunFolder(last) if last is not None and RunFolder(last).finished else None
+
+
+def _runs_of(recipe: str, path: Path) -> list[Path]:
+    """The run folders of this name and a time that are of exactly this recipe, and of this version's format."""
     same = []
     for file in path.parent.glob(f"{path.name}-*/recipe.yaml"):
         with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
             if file.read_bytes() == recipe.encode() and RunFolder(file.parent).readable:
                 same.append(file.parent)
-    with last_unfinished(same, lambda folder: RunFolder(folder).finished) as folder:
-        yield folder and RunFolder(folder)
+    return same
 
 
 @contextmanager

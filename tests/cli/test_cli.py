@@ -87,12 +87,6 @@ def test_a_run_prints_the_table_and_where_everything_is(recipe_file: Path) -> No
     assert "gap_loss" in again.output
 
 
-def test_a_second_run_gets_a_folder_of_its_own(recipe_file: Path) -> None:
-    for _ in range(2):
-        assert cola("run", recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null").exit_code == 0
-    assert len(list((recipe_file.parent / "runs").iterdir())) == 2
-
-
 def test_an_existing_run_folder_is_kept_as_it_is(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runs import LORA_ONLY, cola, go, result
 
-from cola.plan.tables import beside_table
+from cola.plan.beside import beside_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

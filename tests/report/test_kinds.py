@@ -15,7 +15,8 @@ from test_page import structure, written
 from test_tasks import task, three_tasks
 
 from cola.clock import Clock, cpu_total
-from cola.compare.records import Ablation, Interval, Summary
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import Interval, Summary
 from cola.compare.tasks import summarize_tasks
 from cola.report.curves import curve_of, curves_figure, leads_over_lora
 from cola.report.drawing import COLOURS, GREY, looks_of, svg, window

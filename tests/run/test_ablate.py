@@ -10,7 +10,7 @@ from children import end, start
 from runs import cola, create_run, quiet, result
 
 from cola.compare.ablation import points_of, take_ablation
-from cola.compare.records import Ablation, AblationNote
+from cola.compare.ablation_records import Ablation, AblationNote
 from cola.errors import RecipeError
 from cola.recipe.plan import plan_arm
 from cola.recipe.read import read_recipe

@@ -10,7 +10,8 @@ import pytest
 from conftest import run_once
 from runs import read_jsonl
 
-from cola.compare.records import Ablation, Summary, TasksSummary
+from cola.compare.ablation_records import Ablation
+from cola.compare.records import Summary, TasksSummary
 from cola.recipe.arms import SEARCHABLE, LinkSettings
 from cola.recipe.resolved import Rules
 from cola.recipe.schema import SPLITS
@@ -38,7 +39,7 @@ STANDS_FOR = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, colours: Path, prose: Path) -> Path:
     """A run whose files have every key: links of two methods, a search, knots, looks at validation."""
-    return run_once(
+    path = run_once(
         tmp_path_factory.mktemp("format"),
         f"""
 name: format
@@ -60,6 +61,8 @@ tracking: {{wandb: off}}
 output: {tmp_path_factory.mktemp("runs")}
 """,
     )
+    STANDS_FOR["INPUT"] = set(json.loads((path / "provenance.json").read_text())["inputs"])
+    return path
 
 
 def documented(heading: str) -> set[str]:
