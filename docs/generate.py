@@ -15,6 +15,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from commands import page as commands_page
+from flagship import FLAGSHIP
+from flagship import page as flagship_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -539,6 +541,7 @@ def main() -> int:
         ROOT / "docs/performance.md": with_tables("performance.md", PERFORMANCE_BLOCKS),
         STUDY / "README.md": study_page(fill),
         SCOUT / "README.md": scout_page(fill),
+        FLAGSHIP / "README.md": flagship_page(fill),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
