@@ -44,7 +44,7 @@ def arms() -> str:
         )
     full = of["plan"]["fits"]["full"]
     words = (
-        f"Full fine-tuning was not run: {gb(full['peak_bytes'])} predicted, of {gb(full['room_bytes'])} that there are. "
+        f"Full fine-tuning was not run: {gb(full['peak_bytes'])} predicted, of {gb(full['room_bytes'])}. "
         f"`cola plan` offers `{' '.join(full['change'])}` in its place, {gb(full['then'])}."
     )
     return "\n".join([*rows, "", words])
