@@ -51,6 +51,13 @@ def make_accelerator(dtype: str) -> Accelerator:
     return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype], cpu=on_cpu)
 
 
+def device_said() -> str:
+    """What this process computes on, as a record has it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return f"cpu, threads: {torch.get_num_threads()}"  # whose number moves the last bits
+
+
 def _settle_torch() -> None:
     """Every switch of torch's that changes what is computed, as torch has it when it is imported: whoever has set one
     before (a sitecustomize, a notebook, a variable that torch read first) has changed what no name holds."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cola.files import digest, store_path
+from cola.link.accelerator import device_said
 from cola.link.model import Source
 from cola.link.text_part import text_config
 from cola.measure.cost import Meter
@@ -19,6 +20,7 @@ from cola.plan.memory import Circumstances, Looked, Memory, memory_of
 from cola.plan.models import Planned
 from cola.plan.passes import Shape
 from cola.plan.plan import ArmPlan, LinkPlan, RecipePlan, Totals, total
+from cola.plan.remembered import Remembered, remembered
 from cola.plan.rows import GENERAL, Passes, Rows, Scoring, passes_of, scoring_of
 from cola.plan.seconds import Rates
 from cola.plan.tree import Planner
@@ -62,9 +64,8 @@ class Forecast:
                 "an optimizer other than AdamW is counted as AdamW, whose two moments are as large as what is trained"
             )
         arms = {arm: self.arm(arm) for arm in self.recipe.arms}
-        said = self.rates.said if self.rates else None
         about = (self.recipe.name, self.recipe.model.name_or_path, self.planned.config, self.device, self.rows.said)
-        return RecipePlan(*about, said, arms, self._totals(arms), notes)
+        return RecipePlan(*about, self.times, arms, self._totals(arms), notes)
 
     def arm(self, name: str) -> ArmPlan:
         """One arm, its searched values the first that are tried."""
@@ -79,9 +80,9 @@ class Forecast:
                 len(link.learning_rates),
                 float(self._flops(link, seed).sum()),
                 memory,
-                self._step(looked, self._passes(link, seed)),
+                self._step(name, number, link, looked),
             )
-            for link, looked, memory in zip(links, found, memories, strict=False)
+            for number, (link, looked, memory) in enumerate(zip(links, found, memories, strict=False))
         ]
         last = found[-1] if links else self.looked(name, None)
         looks = len(looking_steps(recipe, links, self.n_train)) if links else 0
@@ -99,7 +100,7 @@ class Forecast:
         """Of all steps of an arm under one seed."""
         seed = self.recipe.seeds[0]
         links = self._links(Job(arm=name, seed=seed))
-        steps = [self._step(self.looked(name, link), self._passes(link, seed)) for link in links]
+        steps = [self._step(name, number, link, self.looked(name, link)) for number, link in enumerate(links)]
         return total([each and each * len(link.learning_rates) for each, link in zip(steps, links, strict=True)])
 
     def every_look(self, name: str) -> list[Looked]:
@@ -184,11 +185,37 @@ class Forecast:
 
     # Times
 
-    def _step(self, looked: Looked, passes: Passes) -> float | None:
+    def _step(self, arm: str, number: int, link: Link, looked: Looked) -> float | None:
+        seed = self.recipe.seeds[0]
+        if (seconds := self._remembered_step(arm, number, seed)) is not None:
+            return seconds
         if self.rates is None or looked.training is None:
             return None
+        passes = self._passes(link, seed)
         work = looked.training.work.scaled(passes.positions / passes.heaviest.positions)
         return passes.in_a_step * self.rates.of(work) + self.rates.step(looked.trained, looked.tensors)
+
+    @cached_property
+    def _remembered(self) -> Remembered:
+        return remembered(store_path(self.recipe.store), device_said())
+
+    def _remembered_step(self, arm: str, number: int, seed: int) -> float | None:
+        """Seconds that like steps took here before; None where the store knows of none."""
+        if not (self._in_store and self._named):
+            return None
+        lengths = [n for n, _ in self.rows.lengths(seed)]
+        tokens = self.recipe.training.batch_size * sum(lengths) / len(lengths)
+        job = Job(arm=arm, seed=seed, choice=self.recipe.choices_of(arm)[0])
+        seconds = self._remembered.seconds(self._tree.lineage(job), number, tokens)
+        if seconds is not None:
+            self._from_store.add(arm)
+        return seconds
+
+    @property
+    def times(self) -> str | None:
+        """Where the times are from that were asked for so far; None where none is known."""
+        store = f"{', '.join(sorted(self._from_store))}: like steps in the store" if self._from_store else None
+        return "; ".join(said for said in (store, self.rates and self.rates.said) if said) or None
 
     def _knots(self, looked: Looked, links: Sequence[Link]) -> float | None:
         pairs = sum(link.settings.is_pair for link in links)
@@ -236,6 +263,16 @@ class Forecast:
         return size <= READ_AT_ONCE and (store_path(self.recipe.store) / "format.json").is_file()
 
     @cached_property
+    def _named(self) -> bool:
+        """Whether the names of all steps are worked out."""
+        if self.recipe.own_code:
+            return False
+        seed = self.recipe.seeds[0]
+        links = {arm: self._links(Job(arm=arm, seed=seed)) for arm in self.recipe.arms}
+        steps = {arm: sum(len(link.learning_rates) for link in of) for arm, of in links.items()}
+        return sum(steps[job.arm] for job in candidates_of(self.recipe)) <= MOST_STEPS
+
+    @cached_property
     def _tree(self) -> Tree:
         return self.tree or self._planner.tree(self.recipe, self._meter)
 
@@ -262,6 +299,7 @@ class Forecast:
         return self._known[key]
 
     _known: dict[Any, np.ndarray] = field(default_factory=dict)
+    _from_store: set[str] = field(default_factory=set)  # arms whose steps' time the store knows
 
     def _totals(self, arms: dict[str, ArmPlan]) -> Totals:
         recipe, jobs = self.recipe, jobs_of(self.recipe)
@@ -273,7 +311,7 @@ class Forecast:
         per_job = {name: sum(link.steps for link in arm.links) for name, arm in arms.items()}
         asked = sum(per_job[job.arm] for job in jobs)
         ready = (len(jobs) - trials, trials, asked)
-        if sum(per_job[job.arm] for job in candidates_of(recipe)) > MOST_STEPS or recipe.own_code:
+        if not self._named:
             return Totals(*ready, None, None, None, None, disk)
         made: dict[str, tuple[float, float | None]] = {}
         rest = 0.0

@@ -44,7 +44,7 @@ def foresee(materials: Materials, meter: Meter, tree: Tree, store: Store, termin
             would = f"with {' '.join(fit.words)} it would take {size(fit.then)}" if fit.words else "no change would do"
             terminal.warn(f"{arm} takes about {size(fit.peak)} of memory and there are {size(fit.room)}: {would}")
     _warn_of_disk(recipe, materials, store, terminal)
-    return Foreseen(device=device.kind, times=rates and rates.said, arms=arms)
+    return Foreseen(device=device.kind, times=forecast.times, arms=arms)
 
 
 def _warn_of_disk(recipe: Recipe, materials: Materials, store: Store, terminal: Terminal) -> None:

@@ -13,7 +13,7 @@ from cola.data.splits import Splits, load_splits
 from cola.errors import ModelError, RunChanged
 from cola.files import digest, file_digest, need_package, need_room, without_home
 from cola.link import adapters, starts, targets, wires
-from cola.link.accelerator import dtype_warning, make_accelerator, quiet_libraries
+from cola.link.accelerator import device_said, dtype_warning, make_accelerator, quiet_libraries
 from cola.link.find import find_model
 from cola.link.model import Source, check_fit, check_tokens
 from cola.link.text_part import text_config
@@ -176,9 +176,7 @@ def check_folder(materials: Materials, folder: RunFolder, store: Store, terminal
     """What provenance.json will hold; RunChanged where a resumed run has not the recipe, the data and the base that it
     began with, a RunFolderError where another version wrote it, or the store's disk has no room for a new run."""
     recipe, source, splits, general = materials.recipe, materials.source, materials.splits, materials.general
-    device = f"cpu, threads: {torch.get_num_threads()}"  # whose number moves the last bits
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    device = device_said()
     if wires.count() > 1:
         device += f", processes: {wires.count()}" + (", the base in shards" if recipe.model.shard else "")
     meta = Provenance(
