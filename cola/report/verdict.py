@@ -140,7 +140,7 @@ def remarks(summary: Summary) -> list[str]:
                 "model.dtype: float32 keeps knots exact."
             )
         if lacking := arm.without_gradient:
-            lines.append(f"{name}: at every step {lacking} of its trained tensors got no gradient or more.")
+            lines.append(f"{name}: at every step at least {lacking} of its trained tensors got no gradient.")
         for key, seeds in arm.at_grid_edge.items():
             chosen = key.replace("_", " ")
             if len(seeds) < arm.n_seeds:
