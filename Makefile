@@ -28,6 +28,7 @@ bench: setup
 	$(BIN)/python benchmarks/evaluate.py
 	$(BIN)/python benchmarks/fixed.py
 	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python docs/generate.py
 
 # Tests and benchmarks that need an NVIDIA GPU, under 9 minutes (docs/performance.md): of PART, those that have time.

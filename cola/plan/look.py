@@ -6,7 +6,7 @@ It takes a few tenths of a second for each kind of link, so what was found is ke
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from cola.plan.passes import LARGE, PHASES, Seen, Shape, Work, scoring_pass, tra
 from cola.recipe.methods import Lora, Settings
 from cola.recipe.resolved import BaseFormat
 
-VERSION = 2  # part of the name of what is kept: raise it when a pass is looked at otherwise
+VERSION = 3  # part of the name of what is kept: raise it when a pass is looked at otherwise
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def look(skeleton: PreTrainedModel, asked: Asked) -> Looked:
     Raises:
         ModelError: it cannot be attached to the model.
     """
+    if asked.settings is None:  # nothing is trained, however that would be done
+        asked = replace(asked, training=None, checkpointing=False, accumulating=False)
     note = cache_dir() / "plan" / f"{asked.name(skeleton)}.json"
     try:
         return _read(load_json(note))
@@ -80,10 +82,14 @@ def _look(skeleton: PreTrainedModel, asked: Asked) -> Looked:
     if asked.training is not None and settings is not None:
         how = {"checkpointing": asked.checkpointing, "accumulating": asked.accumulating}
         training = training_pass(model, asked.training, dtype=getattr(torch, asked.base.dtype), **how)
-    scoring = {
-        name: scoring_pass(model, shape, dtype=getattr(torch, asked.base.dtype), cached=asked.cached)
-        for name, shape in asked.scoring.items()
-    }
+    if settings is not None and (settings.is_pair or settings.is_whole):
+        # What is tied is scored as the base is; a pair that stays beside a weight adds next to nothing to its pass.
+        scoring = look(skeleton, replace(asked, settings=None)).scoring
+    else:
+        scoring = {
+            name: scoring_pass(model, shape, dtype=getattr(torch, asked.base.dtype), cached=asked.cached)
+            for name, shape in asked.scoring.items()
+        }
     return Looked(
         sum(parameter.numel() for parameter in trained),
         len(trained),
