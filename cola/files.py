@@ -184,7 +184,7 @@ def store_path(own: str | None = None) -> Path:
 
 def remove_all(paths: Iterable[Path]) -> None:
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from cola.recipe.read import read_recipe
 from cola.report.numbers import size
 from cola.report.terminal import Terminal
 from cola.tree import manifest
+from cola.tree.links import need_inside
 from cola.tree.manifest import NAME, ROOT
 from cola.tree.mend import said
 from cola.tree.run_folder import TRACKER_NOTES, RunFolder, references_in
@@ -17,11 +18,13 @@ OTHERS = {"exports", "wandb", "mlflow", *TRACKER_NOTES.values()}  # what a run f
 
 def verify(path: Path, terminal: Terminal) -> int:
     """Check a run, or all points of an ablation; 0 if all is whole, 1 if something is not, or cannot be told. Raises
-    RunFolderError if it is neither."""
-    if (path / "recipe.yaml").is_file():
-        return _verify(path, terminal)
-    if not (path / "ablation.json").is_file():
+    RunFolderError if it is neither, or something in it leads elsewhere."""
+    is_run = (path / "recipe.yaml").is_file()
+    if not is_run and not (path / "ablation.json").is_file():
         raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
+    need_inside(path)
+    if is_run:
+        return _verify(path, terminal)
     points = sorted(file.parent for file in path.glob("points/*/recipe.yaml"))
     return max([_verify(one, terminal) for one in [path, *points]])
 

@@ -24,6 +24,8 @@ LEASE = ".lease"  # of a run folder
 def lock_run(path: Path) -> Iterator[None]:
     """Hold a run folder for one process, however that ends; a RunFolderError where another one is at work in it, and
     FolderGone where it is not there any more."""
+    if (path / LEASE).is_symlink():
+        raise RunFolderError(f"{path / LEASE} is a link, which is not followed; remove it")
     with ExitStack() as held:
         try:
             mine = held.enter_context(claimed(path / LEASE))
@@ -88,7 +90,7 @@ def _runs_of(recipe: str, path: Path) -> list[Path]:
     same = []
     for file in path.parent.glob(f"{path.name}-*/recipe.yaml"):
         with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
-            if file.read_bytes() == recipe.encode() and RunFolder(file.parent).readable:
+            if file.is_file() and file.read_bytes() == recipe.encode() and RunFolder(file.parent).readable:
                 same.append(file.parent)
     return same
 
