@@ -157,7 +157,8 @@ def lock(store: Path, key: str, on_wait: Callable[[], None] | None = None) -> It
 @contextmanager
 def in_use(store: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Held by every run, so that pruning waits for it; what dead ones were writing is cleared. `warn` is told if
-    pruning has to be waited for. A StoreError where the store's disk cannot create a file exclusively."""
+    pruning has to be waited for. A StoreError where the store cannot be written, or its disk cannot create a file
+    exclusively."""
     path, told = store / "leases" / IN_USE, False
     _need_exclusive(store)
     while True:
@@ -348,9 +349,11 @@ def _need_exclusive(store: Path) -> None:
         for _ in range(2):
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
-    finally:
         probe.unlink(missing_ok=True)
+        return
+    except OSError as error:
+        raise StoreError(f"store: {store} cannot be written: {error.strerror}; set store to another folder") from None
+    probe.unlink(missing_ok=True)
     raise StoreError(
         f"store: the disk of {store} creates one file twice, so runs cannot share it; set store to another"
     )
