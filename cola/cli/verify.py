@@ -13,7 +13,7 @@ from cola.tree.manifest import NAME, ROOT
 from cola.tree.mend import said
 from cola.tree.run_folder import TRACKER_NOTES, RunFolder, references_in
 
-OTHERS = {"exports", "wandb", "mlflow", *TRACKER_NOTES.values()}  # what a run folder holds beside a run
+OTHERS = {"exports", "wandb", "mlflow", "workers"}  # what a run folder holds beside a run: workers have logs there
 
 
 def verify(path: Path, terminal: Terminal) -> int:
@@ -112,7 +112,11 @@ def _others(path: Path) -> list[str]:
         known |= {(unit / key).as_posix() for key in found.files} if found else set()
     files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
     mine = [
-        file for file in files if not OTHERS & set(file.parts) and not any(part.startswith(".") for part in file.parts)
+        file
+        for file in files
+        if file.parts[0] not in OTHERS
+        and file.name not in TRACKER_NOTES.values()
+        and not any(part.startswith(".") for part in file.parts)
     ]
     points = "points" if (path / "ablation.json").is_file() else None
     return [file.as_posix() for file in mine if file.as_posix() not in known and file.parts[0] != points]

@@ -133,6 +133,20 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
 
 
+def holder_of(path: Path) -> str:
+    """Who holds the lease of a folder, in words; for who was not given it."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            content = _read(folder, str(_newest(_names(folder))[0]))
+        finally:
+            os.close(folder)
+        who = content and _told(content)[0]
+        if who and who.is_alive():
+            return f"process {who.pid}"
+    return "another process, perhaps of another machine,"
+
+
 def claim(store: Path, key: str) -> AbstractContextManager[bool]:
     """Hold a store's key for this process unless another one does; whether it is held now."""
     return claimed(store / "leases" / key)
