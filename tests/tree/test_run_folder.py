@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from children import command, end, processes, start
-from runs import LORA_ONLY, SHORT, go
+from runs import LORA_ONLY, SHORT, go, unsealed
 
 from cola.cli.app import app
 from cola.errors import RunFolderError
@@ -157,6 +157,7 @@ def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Pa
     words = ["ablate", str(recipe_file), *SMALL, "arms.lora.rank=1,2", f"output={tmp_path / 'out'}"]
     assert at_once(words, tmp_path, 1)[0] == [0]
     [folder] = (tmp_path / "out").iterdir()
+    unsealed(folder)
     first = sorted(folder.glob("points/*"))[0]
     record = json.loads((folder / "ablation.json").read_text())
     (folder / "ablation.json").write_text(json.dumps({**record, "finished": False}))
