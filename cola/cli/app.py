@@ -22,8 +22,7 @@ from cola.errors import ColaError, LeaseLost, RanksLost, plain
 from cola.files import NO_ROOM
 from cola.run.interrupt import RESUMABLE, Interrupted
 
-# What the system says of a user's disk or path.
-USERS_ERRORS = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+USERS_ERRORS = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}  # disk or path
 INTERRUPTED = 130
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is loaded
