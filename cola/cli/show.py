@@ -27,6 +27,7 @@ from cola.report.terminal import Terminal
 from cola.report.to_mlflow import URI
 from cola.report.tracking import TITLES, Tracker, command_after, need_tracker
 from cola.report.verdict import OF_P, contrast_sentence, verdict
+from cola.tree.links import need_inside
 from cola.tree.records import Result
 from cola.tree.run_folder import RunFolder
 
@@ -112,7 +113,8 @@ def print_ablation(folder: Path, summary: Ablation, terminal: Terminal) -> None:
 
 def report_ablation(path: Path, track: bool) -> None:
     """Print an ablation from its ablation.json, build its page anew, and send it. Raises RunFolderError if it holds no
-    results yet."""
+    results yet, or something in it leads elsewhere."""
+    need_inside(path)
     summary = read_ablation(path, Ablation)
     if summary is None:
         raise RunFolderError(f"{path} holds no results yet; go on with it by the command that began it")

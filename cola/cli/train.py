@@ -82,7 +82,7 @@ def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False, wor
                     return _train(recipe, before, False, workers), before.path
                 except RunChanged as changed:
                     print(f"{changed}: a new run is started", file=sys.stderr)
-    with take_run(text, run_folder or named, dated=run_folder is None) as (folder, fresh):
+    with take_run(text, run_folder or named, run_folder is None, _say_waiting) as (folder, fresh):
         return _train(recipe, folder, fresh, workers), folder.path
 
 
@@ -104,8 +104,12 @@ def resume(path: Path, allow_code: bool = False, workers: str = "1") -> int:
     recipe = read_recipe(folder.recipe_file)
     _need_leave(recipe, allow_code)
     _warm_up(workers)
-    with lock_run(path):
+    with lock_run(path, _say_waiting):
         return _train(recipe, folder, False, workers)
+
+
+def _say_waiting(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _warm_up(workers: str) -> None:

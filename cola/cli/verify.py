@@ -8,20 +8,23 @@ from cola.recipe.read import read_recipe
 from cola.report.numbers import size
 from cola.report.terminal import Terminal
 from cola.tree import manifest
+from cola.tree.links import need_inside
 from cola.tree.manifest import NAME, ROOT
 from cola.tree.mend import said
 from cola.tree.run_folder import TRACKER_NOTES, RunFolder, references_in
 
-OTHERS = {"exports", "wandb", "mlflow", *TRACKER_NOTES.values()}  # what a run folder holds beside a run
+OTHERS = {"exports", "wandb", "mlflow", "workers"}  # what a run folder holds beside a run: workers have logs there
 
 
 def verify(path: Path, terminal: Terminal) -> int:
     """Check a run, or all points of an ablation; 0 if all is whole, 1 if something is not, or cannot be told. Raises
-    RunFolderError if it is neither."""
-    if (path / "recipe.yaml").is_file():
-        return _verify(path, terminal)
-    if not (path / "ablation.json").is_file():
+    RunFolderError if it is neither, or something in it leads elsewhere."""
+    is_run = (path / "recipe.yaml").is_file()
+    if not is_run and not (path / "ablation.json").is_file():
         raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
+    need_inside(path)
+    if is_run:
+        return _verify(path, terminal)
     points = sorted(file.parent for file in path.glob("points/*/recipe.yaml"))
     return max([_verify(one, terminal) for one in [path, *points]])
 
@@ -109,7 +112,11 @@ def _others(path: Path) -> list[str]:
         known |= {(unit / key).as_posix() for key in found.files} if found else set()
     files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
     mine = [
-        file for file in files if not OTHERS & set(file.parts) and not any(part.startswith(".") for part in file.parts)
+        file
+        for file in files
+        if file.parts[0] not in OTHERS
+        and file.name not in TRACKER_NOTES.values()
+        and not any(part.startswith(".") for part in file.parts)
     ]
     points = "points" if (path / "ablation.json").is_file() else None
     return [file.as_posix() for file in mine if file.as_posix() not in known and file.parts[0] != points]

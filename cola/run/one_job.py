@@ -49,13 +49,25 @@ def do(bench: Bench, job: Job) -> None:
         if bench.recipe.model.shard and not isinstance(error, ColaError | OSError):
             record_end(bench, job, "interrupted", started)
             raise wires.lost_in_a_pass(error) from error
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFolderError(_disk_full(bench, Path(error.filename or bench.folder.path))) from error
-        reason = str(error) if isinstance(error, ColaError) else f"{type(error).__name__}: {error}{_in_own_code(error)}"
+        reason = _reason(error)
         record_end(bench, job, "failed", started, without_home(reason))
         trace = bench.folder.job(job).relative_to(bench.folder.path) / "traceback.txt"
         bench.folder.write_text(trace, without_home("".join(traceback.format_exception(error))))
         bench.progress.terminal.warn(f"{job.label} failed, the others go on: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """Why an arm failed, in one line."""
+    if isinstance(error, ColaError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{error.filename or 'a file'}: larger than a file may be here; raise the limit (`ulimit -f`)"
+    # As Python says it, and as torch does of a CPU.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"no memory is left; smaller passes need less, or raise the limit (`ulimit -v`){_in_own_code(error)}"
+    return f"{type(error).__name__}: {error}{_in_own_code(error)}"
 
 
 def _disk_full(bench: Bench, path: Path) -> str:

@@ -47,7 +47,7 @@ def hand_out(given: Assignment, scored_step: int) -> dict[str, Entry]:
         if full:
             given.evaluator.tokenizer.save_pretrained(folder)
             if (own := given.bench.materials.source.folder / "generation_config.json").is_file():
-                shutil.copy(own, folder)
+                shutil.copyfile(own, folder / own.name)  # readable for whom the user's other files are
     return entries
 
 

@@ -133,6 +133,20 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
 
 
+def holder_of(path: Path) -> str:
+    """Who holds the lease of a folder, in words; for who was not given it."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            content = _read(folder, str(_newest(_names(folder))[0]))
+        finally:
+            os.close(folder)
+        who = content and _told(content)[0]
+        if who and who.is_alive():
+            return f"process {who.pid}"
+    return "another process, perhaps of another machine,"
+
+
 def claim(store: Path, key: str) -> AbstractContextManager[bool]:
     """Hold a store's key for this process unless another one does; whether it is held now."""
     return claimed(store / "leases" / key)
@@ -157,7 +171,8 @@ def lock(store: Path, key: str, on_wait: Callable[[], None] | None = None) -> It
 @contextmanager
 def in_use(store: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Held by every run, so that pruning waits for it; what dead ones were writing is cleared. `warn` is told if
-    pruning has to be waited for. A StoreError where the store's disk cannot create a file exclusively."""
+    pruning has to be waited for. A StoreError where the store cannot be written, or its disk cannot create a file
+    exclusively."""
     path, told = store / "leases" / IN_USE, False
     _need_exclusive(store)
     while True:
@@ -348,9 +363,11 @@ def _need_exclusive(store: Path) -> None:
         for _ in range(2):
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
-    finally:
         probe.unlink(missing_ok=True)
+        return
+    except OSError as error:
+        raise StoreError(f"store: {store} cannot be written: {error.strerror}; set store to another folder") from None
+    probe.unlink(missing_ok=True)
     raise StoreError(
         f"store: the disk of {store} creates one file twice, so runs cannot share it; set store to another"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from cola.errors import RunFolderError
 from cola.files import remove_all
 from cola.tree import manifest
+from cola.tree.links import need_inside
 from cola.tree.made import Provenance
 from cola.tree.manifest import NAME, ROOT, Fault
 from cola.tree.records import Chosen, Result, TrialResult
@@ -22,8 +23,10 @@ Warn = Callable[[str], None]
 
 def mend(folder: RunFolder, warn: Warn) -> None:
     """Check every file of a run that this process holds; `warn` is told what was damaged or has gone, and what follows.
-    A RunFolderError where its recipe is not the one that it began with, which only the user can put back."""
+    A RunFolderError where its recipe is not the one that it began with, which only the user can put back, or where
+    something in it leads elsewhere."""
     path = folder.path
+    need_inside(path)
     remove_all([left for left in path.rglob(".*") if ASIDE.fullmatch(left.name) and left.is_file()])
     began = (path / NAME).is_file()
     try:

@@ -14,7 +14,6 @@ RUN/manifest.json          SHA-256 of the run's own files; one beside each resul
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -22,12 +21,13 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from cola.errors import FolderGone, RunFolderError, plain
-from cola.files import digest, each_once, load_json, parse_json, sha256, write_bytes
+from cola.files import digest, each_once, load_json, parse_json, remove_all, sha256, write_bytes
 from cola.recipe.plan import Job, choice_text
 from cola.recipe.schema import TrackerName
 from cola.tree import manifest, records
 from cola.tree.foreseen import Foreseen
 from cola.tree.leases import check_held
+from cola.tree.links import need_inside
 from cola.tree.made import Made, Provenance
 from cola.tree.manifest import Entry, damaged_file
 from cola.tree.shapes import Record, fault_of
@@ -55,10 +55,11 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path, to_mend: bool = False) -> "RunFolder":
         """An existing run; a RunFolderError where it is none, or another version's, or its recipe is not the one that
-        it began with. `to_mend`: it goes on, and `mend` says so."""
+        it began with, or something in it leads elsewhere. `to_mend`: it goes on, and `mend` says so."""
         folder = cls(path)
         if not folder.recipe_file.is_file():
             raise RunFolderError(f"{path} is no run folder: it has no recipe.yaml")
+        need_inside(path)
         folder.check_readable()
         if not to_mend:
             folder.bytes_of("recipe.yaml")
@@ -169,11 +170,7 @@ class RunFolder:
         self._need()
         path = self.job(job)
         path.mkdir(parents=True, exist_ok=True)
-        for left in path.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left.name not in TRACKER_NOTES.values():
-                left.unlink()
+        remove_all(left for left in path.iterdir() if left.name not in TRACKER_NOTES.values())
         return path
 
     def end_job(

@@ -14,31 +14,46 @@ from time import sleep
 
 from cola.errors import FolderGone, RunFolderError
 from cola.files import make_new
-from cola.tree.leases import claimed
+from cola.tree.leases import WAIT_SECONDS, claimed, holder_of
 from cola.tree.run_folder import RunFolder
 
 LEASE = ".lease"  # of a run folder
+Wait = Callable[[str], None]
 
 
 @contextmanager
-def lock_run(path: Path) -> Iterator[None]:
-    """Hold a run folder for one process, however that ends; a RunFolderError where another one is at work in it, and
-    FolderGone where it is not there any more."""
-    with ExitStack() as held:
-        try:
-            mine = held.enter_context(claimed(path / LEASE))
-        except FileNotFoundError:
-            raise FolderGone(f"{path} is not there any more") from None
-        if not mine:
-            raise RunFolderError(f"{path}: another process is at work in this run; wait for it to end")
-        yield
+def lock_run(path: Path, on_wait: Wait | None = None) -> Iterator[None]:
+    """Hold a run folder for one process, however that ends. Where another one is at work in it, `on_wait` is told so
+    once, and its end is waited for; without it, a RunFolderError. FolderGone where it is not there any more."""
+    if (path / LEASE).is_symlink():
+        raise RunFolderError(f"{path / LEASE} is a link, which is not followed; remove it")
+    told = False
+    while True:
+        with ExitStack() as held:
+            try:
+                mine = held.enter_context(claimed(path / LEASE))
+            except FileNotFoundError:
+                raise FolderGone(f"{path} is not there any more") from None
+            if mine:
+                yield
+                return
+        busy = f"{path}: {holder_of(path / LEASE)} is at work in this run"
+        if on_wait is None:
+            raise RunFolderError(f"{busy}; wait for it to end")
+        if not told:
+            on_wait(f"{busy}; waiting for it to end, to go on with what it leaves")
+        told = True
+        sleep(WAIT_SECONDS)
 
 
 @contextmanager
-def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[RunFolder, bool]]:
+def take_run(
+    recipe: str, path: Path, dated: bool = False, on_wait: Wait | None = None
+) -> Iterator[tuple[RunFolder, bool]]:
     """Hold a folder for a run of exactly this recipe, and say whether the run is new.
 
-    Several processes may ask for one folder at once: the first has it, and the others, refused, leave it alone.
+    Several processes may ask for one folder at once: the first has it, and the others, refused or waiting, leave it
+    alone.
     Nothing that exists is touched; what was made here is removed again, while it is held, if the caller fails
     before a job has begun, so that a mistake in a recipe leaves nothing behind. A RunFolderError where another process
     holds it, it is something else, or it cannot be made.
@@ -47,11 +62,12 @@ def take_run(recipe: str, path: Path, dated: bool = False) -> Iterator[tuple[Run
         recipe: The text of the resolved recipe, written into a new folder.
         path: The folder: this run's, or new or empty.
         dated: Whether to make one that has this name and the time.
+        on_wait: As of `lock_run`.
     """
     with ExitStack() as held:
         while True:
             try:
-                folder, made = _make_and_hold(recipe, path, dated, held)
+                folder, made = _make_and_hold(recipe, path, dated, held, on_wait)
                 break
             except FolderGone:  # its maker is at it, or failed and has removed it again
                 continue
@@ -88,7 +104,7 @@ def _runs_of(recipe: str, path: Path) -> list[Path]:
     same = []
     for file in path.parent.glob(f"{path.name}-*/recipe.yaml"):
         with suppress(FileNotFoundError):  # a process that fails takes its new folder away again
-            if file.read_bytes() == recipe.encode() and RunFolder(file.parent).readable:
+            if file.is_file() and file.read_bytes() == recipe.encode() and RunFolder(file.parent).readable:
                 same.append(file.parent)
     return same
 
@@ -118,7 +134,7 @@ def _changed_at(path: Path) -> float:
         return 0.0
 
 
-def _make_and_hold(recipe: str, path: Path, dated: bool, held: ExitStack) -> tuple[Path, bool]:
+def _make_and_hold(recipe: str, path: Path, dated: bool, held: ExitStack, on_wait: Wait | None) -> tuple[Path, bool]:
     """The folder, there now and locked, and whether it was not there before."""
     try:
         if dated:
@@ -133,7 +149,7 @@ def _make_and_hold(recipe: str, path: Path, dated: bool, held: ExitStack) -> tup
     except OSError as error:
         place = path.parent if dated else path
         raise RunFolderError(f"{place}: the run folder cannot be made: {error.strerror}") from None
-    held.enter_context(lock_run(path))
+    held.enter_context(lock_run(path, on_wait))
     return path, dated
 
 

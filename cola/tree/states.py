@@ -1,9 +1,9 @@
 """The states of one arm and seed: which are in the store, keeping one, putting one back into a model; and what is
 measured of them, each once: scores of examples, what a knot did, spectra of what was learned."""
 
-import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,8 +130,8 @@ class States:
         try:
             segment, new = self.store.put(kind, lineage.causes(step), lineage.root, notes, write)
         except SafetensorError as error:
-            if "os error 28" in str(error):  # safetensors writes without Python, and says it in its own way
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.store.path)) from error
+            if code := re.search(r"os error (\d+)", str(error)):  # safetensors writes without Python, and says it so
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(self.store.path)) from error
             raise
         self._verified[step] = segment
         if new:

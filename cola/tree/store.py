@@ -27,6 +27,7 @@ from typing import Any
 from cola.errors import StoreError, quoted
 from cola.files import digest, file_digest, load_json, sync, write_text, written_aside
 from cola.tree.leases import CHANGES, WAIT_SECONDS, check_held, lock
+from cola.tree.links import leads_out, need_shelves_inside
 from cola.tree.process import this_process
 from cola.tree.segments import Causes, state_name
 
@@ -86,6 +87,7 @@ class Store:
                 found = HELD
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"store: {path} cannot be used: {error}; set store to another folder") from None
+        need_shelves_inside(path)
         if found != HELD:
             raise StoreError(f"store: {path} is of format {found}, this version reads {HELD}; set store to another")
 
@@ -229,7 +231,9 @@ class Store:
         yield from sorted((self.path / "segments").glob("*/*/"))
 
     def record(self, folder: Path) -> dict[str, Any]:
-        """A segment's record unless it is damaged; the files are not looked at. Empty where it is."""
+        """A segment's record unless it is damaged; the files are not looked at. Empty where it is, or lies outside."""
+        if leads_out(folder / "segment.json", self.path / "segments"):
+            return {}
         try:
             return _unsealed(folder / "segment.json") or {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -296,6 +300,8 @@ def fault_of(path: Path) -> str | None:
     """What is wrong with a segment's folder or a measurement's file; None where every checksum and the name agree."""
     measured = path.suffix == ".json"
     file, called = (path, "it") if measured else (path / "segment.json", "segment.json")
+    if leads_out(file, path.parents[1]):
+        return f"{called} leads out of the store by a link"
     try:
         record = _unsealed(file)
         if record is None:
@@ -305,6 +311,8 @@ def fault_of(path: Path) -> str | None:
         if not record["name"] == path.name == state_name(record["causes"]):
             return "its causes do not hash to its name"
         for name, entry in record["files"].items():
+            if leads_out(path / name, path):
+                return f"{name} leads out of the store by a link"
             if not (path / name).is_file():
                 return f"{name} is missing"
             if (path / name).stat().st_size != entry["bytes"] or file_digest(path / name) != entry["sha256"]:

@@ -134,11 +134,13 @@ def plain_text(model: Any, prompt: list[int], n_tokens: int) -> str:
 def test_healthy_models_pass_and_are_asked_the_quick_way(dtype: torch.dtype) -> None:
     for name in QUICK:
         for task in ("answer", "multiple_choice"):
-            record = check(make(name, dtype), task, trains=True, full=dtype == torch.float32)
+            passes, model = [], make(name, dtype)
+            model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+            record = check(model, task, trains=True, full=dtype == torch.float32)
             assert record["ways"] == vars(Ways()), (name, record)
             assert record["notes"] == []
             assert record["later_token"] == 0.0
-            assert record["seconds"] < 2
+            assert len(passes) <= 30, (name, task, len(passes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -918,7 +918,7 @@ def test_aliases_that_stand_for_too_much_end_in_one_line_at_once(read: Read) -> 
     assert "values, aliases counted" in fault(read, PLAIN + bomb)
     assert "*loop is inside itself" in fault(read, PLAIN + "more: &loop [*loop]\n")
     assert "lists and mappings in another" in fault(read, PLAIN + f"more: {'[' * 2000}\n")
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 60  # of CPU, on any machine: written out, they are 10^11 values
 
 
 @pytest.mark.parametrize("override", ["evaluation.every=[epoch, epoch]", "seeds={}", "model=[]", "arms.lora=[[]]"])
@@ -963,7 +963,7 @@ def test_what_is_many_only_together_is_counted_before_it_is_made(read: Read, tmp
     grow = read(PLAIN, "training.protocol=grow", "training.steps=1000000")
     with pytest.raises(RecipeError, match=r"arms\.chain3: 3000000 optimizer steps; 1000000 are the most"):
         plan_arm(grow, "chain3", 0, 24)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 60  # of CPU, on any machine: nothing of it is made
 
 
 def test_a_value_in_a_message_is_cut_at_80_characters(read: Read) -> None:

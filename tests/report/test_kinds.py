@@ -256,7 +256,8 @@ def test_cpu_time_is_not_what_a_process_waits_for() -> None:
     clock = Clock()
     sleep(0.05)
     took = clock.read()
-    assert took.seconds >= 0.05 > 0.04 > took.cpu_seconds
+    assert took.seconds >= 0.05
+    assert took.cpu_seconds < took.seconds
     assert cpu_total([took._asdict(), {"seconds": 1.0}]) is None
     assert cpu_total([took._asdict()] * 2) == 2 * took.cpu_seconds
 

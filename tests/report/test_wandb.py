@@ -314,7 +314,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def test_a_server_that_is_down_or_silent_costs_a_bounded_wait_and_one_warning(server: None, run_folder: Path) -> None:
     began = time.monotonic()
     said = cola("report", run_folder, "--track")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60  # what it would wait of itself, to begin alone; here twice 2 s are waited
     assert said.exit_code == 0, said.output
     assert said.output.count("warning:") == 1
     assert "W&B failed and is off" in said.output

@@ -295,11 +295,13 @@ def test_two_processes_do_not_work_in_one_folder(recipe_file: Path) -> None:
     folder, _ = go(recipe_file, "arms.full=null", "arms.chain3=null", "comparison.primary=null")
     from runs import cola
 
+    command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
     with lock_run(folder.path):
-        command = [sys.executable, "-m", "cola", "run", "--resume", str(folder.path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "another process is at work in this run" in done.stderr
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert waiting.stderr is not None
+        assert "is at work in this run; waiting for it to end" in waiting.stderr.readline()
+    waiting.communicate(timeout=100)
+    assert waiting.returncode == 0
     assert cola("run", "--resume", folder.path).exit_code == 0
 
 

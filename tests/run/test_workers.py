@@ -84,6 +84,7 @@ def test_two_workers_end_with_the_bits_of_one_process(recipe_file: Path, asked: 
         assert f"worker {number}: " in text
         assert "seed" in (shared.path / f"workers/{number}/log.txt").read_text()
         assert not (shared.path / f"workers/{number}/segments.json").exists()
+    assert "in no manifest" not in cola("verify", shared.path).output
 
 
 @pytest.mark.slow

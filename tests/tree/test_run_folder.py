@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from children import command, processes
-from runs import LORA_ONLY, SHORT, go
+from children import command, end, processes, start
+from runs import LORA_ONLY, SHORT, go, unsealed
 
 from cola.cli.app import app
 from cola.errors import RunFolderError
@@ -56,16 +59,39 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def test_of_processes_that_ask_for_one_new_folder_at_once_one_works_and_the_others_leave_it_alone(
+def test_of_processes_that_ask_for_one_new_folder_at_once_one_works_and_the_others_wait_for_it(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "new/run"
     codes, said = at_once(["run", str(recipe_file), *SMALL, "--run-folder", str(folder)], tmp_path)
-    assert codes == [0, 2, 2], said
-    for line in said[1:]:
-        assert line.splitlines() == [f"error: {folder}: another process is at work in this run; wait for it to end"], (
-            line
-        )
+    assert codes == [0, 0, 0], said
+    assert sum("0 to be trained" in text for text in said) >= 2
+    assert is_whole(folder)
+
+
+@pytest.mark.slow
+def test_of_processes_that_go_on_with_one_run_the_others_say_who_has_it_wait_and_train_nothing(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    folder, said = tmp_path / "run", tmp_path / "said.txt"
+    words = ["run", str(recipe_file), *SMALL, "--run-folder", str(folder)]
+    assert end(start(words, said, "AdamW, stopped", 2)) == 75
+    again, told = ["run", "--resume", str(folder)], f"{folder}: process {os.getpid()} is at work in this run; waiting"
+    with lock_run(folder):  # until all of them have said that they wait
+        logs = [tmp_path / f"{number}.txt" for number in range(2)]
+        waiting = [start(again, log) for log in logs]
+        stopped = subprocess.Popen([sys.executable, "-m", "cola", *again], stderr=subprocess.PIPE, text=True)
+        assert stopped.stderr is not None
+        assert told in stopped.stderr.readline()
+        stopped.send_signal(signal.SIGTERM)
+        assert stopped.communicate(timeout=60)[1] == "interrupted; the same command goes on\n"
+        assert stopped.returncode == 75
+        for process, log in zip(waiting, logs, strict=True):
+            while not log.exists() or told not in log.read_text():
+                assert process.is_alive()
+                time.sleep(0.05)
+    assert [end(process) for process in waiting] == [0, 0]
+    assert sorted("0 to be trained" in log.read_text() for log in logs) == [False, True]
     assert is_whole(folder)
 
 
@@ -131,6 +157,7 @@ def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Pa
     words = ["ablate", str(recipe_file), *SMALL, "arms.lora.rank=1,2", f"output={tmp_path / 'out'}"]
     assert at_once(words, tmp_path, 1)[0] == [0]
     [folder] = (tmp_path / "out").iterdir()
+    unsealed(folder)
     first = sorted(folder.glob("points/*"))[0]
     record = json.loads((folder / "ablation.json").read_text())
     (folder / "ablation.json").write_text(json.dumps({**record, "finished": False}))
@@ -139,7 +166,7 @@ def test_a_point_that_another_process_goes_on_with_is_left_to_it(recipe_file: Pa
     with lock_run(first):
         codes, said = at_once(words, tmp_path, 1)
         assert codes == [1]
-        assert "another process is at work in this run" in said[0]
+        assert f"process {os.getpid()} is at work in this run; wait for it to end" in said[0]
         assert (first / "recipe.yaml").is_file()
 
 
