@@ -61,7 +61,8 @@ def prepared(
         meter, jobs = planner.meter(recipe), jobs_of(recipe)
         tree = planner.tree(recipe, meter, siblings)
         say_cautions(recipe, tree, jobs, meter, terminal, of_ablation=bool(siblings))
-        folder.write("plan.json", foresee(materials, meter, tree, store, terminal))
+        if notes == NOTES:
+            folder.write("plan.json", foresee(materials, meter, tree, store, terminal))
         off = mode_of(recipe.tracking) == "off"
         tracker = NoTracker() if off else Tracker(recipe.tracking, group, folder.path, terminal.warn)
         sent = set() if tracked is None else tracked
