@@ -4,8 +4,8 @@
     python tests/kills.py 1000 --seed 7        others
     python tests/kills.py 1000 --to FILE       writes what came of them as JSON too
 
-A round is one study in an empty store: `cola run` of a tiny model, killed some times and gone on with, by one process or
-by two workers; then `cola report`, `cola export` and `cola store prune`, killed likewise. Each command is in the end
+A round is one study in an empty store: `cola run` of a tiny model, killed some times and gone on with, by one process
+or by two workers; then `cola report`, `cola export` and `cola store prune`, killed likewise. Each command is in the end
 left in peace, and then everything must be what it is without kills: adapters, weights, scores, ledgers, spectra, the
 summary and the exports, but for times and provenance; checksums and manifests; and of files nothing may be there but
 what an undisturbed study leaves and docs/segments.md names. Commands are forked from a process that has imported all,
@@ -26,10 +26,6 @@ from functools import cached_property
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-for room in ("", "run"):
-    sys.path.append(str(Path(__file__).parent / room))
 
 from children import KILLED, PASSED, PRELOADED, end, processes
 from conftest import PROSE, SKY, recipe_of, tiny_model, tiny_tokenizer
@@ -143,7 +139,11 @@ class Study:
         """Have a command go to its end, or to its death; the exit code."""
         words = [*self.commands[name], *(["--workers", "2"] if n_workers > 1 and name == "run" else [])]
         passed = {key: os.environ[key] for key in PASSED if key in os.environ}
-        passed |= {"COLA_CACHE": str(self.folder / "cache"), "TMPDIR": str(self.folder / "tmp"), "NETRC": "/nonexistent"}
+        passed |= {
+            "COLA_CACHE": str(self.folder / "cache"),
+            "TMPDIR": str(self.folder / "tmp"),
+            "NETRC": "/nonexistent",
+        }
         passed["OMP_NUM_THREADS"] = "1"
         process = processes.Process(target=live, args=(words, self.said, passed, False, death, counts))
         process.start()
@@ -298,7 +298,9 @@ def record(came: Came, seed: int, seconds: float) -> dict[str, Any]:
         "made": {**made, "seed": seed, "seconds": round(seconds)},
         "kills": len(came.kills),
         "rounds": dict(came.rounds),
-        "by": {key: dict(Counter(str(kill[key]) for kill in came.kills)) for key in ("command", "kind", "stage", "who")},
+        "by": {
+            key: dict(Counter(str(kill[key]) for kill in came.kills)) for key in ("command", "kind", "stage", "who")
+        },
         "missed": sum(came.missed.values()),
         "left": dict(came.left),
         "faults": came.faults,

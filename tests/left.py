@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from offline import Curves, sent
 from runs import outcome
-from test_resume import Curves, sent
 
 # Of a summary: how long it took, where it lies, with what it was made.
 TIMES = re.compile(r"seconds|memory|bytes|per_second|reused|^meta$|^tracking$|^store$")
@@ -29,7 +29,9 @@ def of_curves(curves: Curves) -> dict[str, Any]:
     """Of all parts of one run at W&B: that it is one, has each step once, and the final numbers. A kill may lose the
     row that was on its way, so the steps' number is left out."""
     steps = curves.steps("train/loss")
-    final = {key: value for key, value in curves.final.items() if key.startswith(("final/", "gap/", "arm/", "contrast/"))}
+    final = {
+        key: value for key, value in curves.final.items() if key.startswith(("final/", "gap/", "arm/", "contrast/"))
+    }
     return {"runs": len(curves.ids), "each once": len(steps) == len(set(steps)), "final": untimed(final)}
 
 
@@ -53,8 +55,8 @@ NAMED = {
 
 
 def left_behind(folder: Path, whole: Path) -> tuple[set[str], set[str]]:
-    """Of a study that was killed: what it has left that the docs name, in words, and the other files and folders that an
-    undisturbed one does not have, or it has not."""
+    """Of a study that was killed: what it has left that the docs name, in words, and what else is in it or in
+    an undisturbed one alone."""
     mine, theirs = ({str(path.relative_to(place)) for path in place.rglob("*")} for place in (folder, whole))
     named, others = set(), set()
     for path in mine ^ theirs:

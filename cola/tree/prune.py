@@ -63,7 +63,9 @@ def garbage(store: Store) -> list[Path]:
         record = store.record(folder)
         towards = record.get("towards") or ""
         # A kill before its run has dropped it leaves a point that was outdone.
-        on_the_way = towards in unfinished if record.get("kind") == "point" else towards in kept and not store.has(towards)
+        on_the_way = (
+            towards in unfinished if record.get("kind") == "point" else towards in kept and not store.has(towards)
+        )
         if folder.name not in kept and not on_the_way:
             loose.append(folder)
         else:
