@@ -35,7 +35,7 @@ def a_row(ground: Ground, to: Path, mb: int) -> Command:
     rows = (ground.folder / "rows.jsonl").read_text().splitlines()
     long = json.loads(rows[0]) | {"id": "long", "question": "blue sky " * (mb * 1_000_000 // 9)}
     (to / "rows.jsonl").write_text("\n".join([*rows, json.dumps(long)]) + "\n")
-    return ["data", str(ground.recipe), f"data.files={to / 'rows.jsonl'}"]
+    return ["run", "--dry-run", str(ground.recipe), f"data.files={to / 'rows.jsonl'}"]
 
 
 def rows(ground: Ground, to: Path, n: int) -> Command:
@@ -92,7 +92,7 @@ def a_run(ground: Ground, to: Path) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Ground, Path, int], Command], int, str]] = {
-    "row": (a_row, 50, "MB in one row of a JSONL file, `cola data`"),
+    "row": (a_row, 50, "MB in one row of a JSONL file, `cola run --dry-run`"),
     "rows": (rows, 1_000_000, "rows of a CSV file, `cola data`"),
     "test rows": (test_rows, 100_000, "test rows of each of four arms, `cola report`"),
     "arms": (arms, 200, "arms of a run, `cola report`"),

@@ -12,15 +12,14 @@ WORDS = {"time": "a random moment", "create": "creating exclusively", "write": "
 def killed() -> str:
     """How many, where, and what came of them."""
     record: dict[str, Any] = json.loads(RECORD.read_text())
-    made, by = record["made"], record["by"]
-    of_workers = sum(n for who, n in by["who"].items() if who != "0")
+    made, by, left = record["made"], record["by"], record["left"]
     rows = [
         f"{made['started'][:10]}, seed {made['seed']}: {record['kills']} kills in {sum(record['rounds'].values())} "
-        f"rounds ({_counted(record['rounds'])}), {of_workers} of them of workers.\n",
+        f"rounds ({_counted(record['rounds'])}).\n",
         "| | kills |",
         "| :-- | :-- |",
-        *(f"| {title} | {_counted(by[key])} |" for key, title in KEYS.items()),
-        f"| left, in so many rounds | {_counted(record['left']) or 'nothing'} |",
+        *(f"| {title} | {_counted(by[key])} |" for key, title in KEYS.items() if key in by),
+        *([f"| left, in so many rounds | {_counted(left) or 'nothing'} |"] if left is not None else []),
         f"| differing bits, damage, files that are not named above | {len(record['faults']) or 'none'} |",
     ]
     return "\n".join(rows) + "\n"

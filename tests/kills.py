@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing import forkserver
@@ -254,7 +255,13 @@ class Round:
         self.came.faults.append(f"round {self.name}: {what}; {self.study.said}")
 
 
-def kill(n_kills: int, seed: int, folder: Path, variants: list[str], say: Any = print) -> Came:
+def kill(
+    n_kills: int,
+    seed: int,
+    folder: Path,
+    variants: list[str],
+    say: Callable[[Came, str], None] = lambda _, line: print(line),
+) -> Came:
     """So many kills, round after round of all variants; what came of them."""
     ground, rng, came = Ground(folder), random.Random(seed), Came()
     for variant in variants:
@@ -267,9 +274,9 @@ def kill(n_kills: int, seed: int, folder: Path, variants: list[str], say: Any = 
         one.go(n_kills - len(came.kills))
         came.rounds[variant] += 1
         say(
+            came,
             f"{len(came.kills)} of {n_kills} kills; round {number}, {variant}, workers {one.n_workers}, "
             f"{time.monotonic() - began:.0f} s: {'; '.join(came.faults[before:]) or 'the same'}",
-            flush=True,
         )
         if len(came.faults) == before:
             shutil.rmtree(one.study.folder)
@@ -316,10 +323,14 @@ def main() -> int:
     asked = parser.parse_args()
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="kills-"))
     began = time.monotonic()
-    came = kill(asked.kills, asked.seed, folder, list(VARIANTS))
+
+    def say(came: Came, line: str) -> None:
+        print(line, flush=True)
+        if asked.to is not None:  # as far as it has come, since it may be stopped
+            asked.to.write_text(json.dumps(record(came, asked.seed, time.monotonic() - began), indent=1) + "\n")
+
+    came = kill(asked.kills, asked.seed, folder, list(VARIANTS), say)
     print(table(came))
-    if asked.to is not None:
-        asked.to.write_text(json.dumps(record(came, asked.seed, time.monotonic() - began), indent=1) + "\n")
     if asked.keep is None and not came.faults:
         shutil.rmtree(folder)
     return 1 if came.faults else 0
