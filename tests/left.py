@@ -8,8 +8,8 @@ from typing import Any
 from offline import Curves, sent
 from runs import outcome
 
-# Of a summary: how long it took, where it lies, with what it was made.
-TIMES = re.compile(r"seconds|memory|bytes|per_second|reused|^meta$|^tracking$|^store$")
+# Of a summary: how long it took, where it lies, with what it was made, and what was expected (by the memory in use).
+TIMES = re.compile(r"seconds|memory|bytes|per_second|reused|^meta$|^tracking$|^store$|^foreseen$")
 
 
 def same_numbers(run: Path, export: Path) -> dict[str, Any]:
