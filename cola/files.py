@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,25 +103,6 @@ def written_aside(path: Path, aside: Path | None = None) -> Iterator[Path]:
         raise
     finally:
         new.unlink(missing_ok=True)
-
-
-@contextmanager
-def folder_aside(to: Path) -> Iterator[Path]:
-    """A new folder to write into that is there under its name as a whole or not at all. Whoever may read other new
-    files may read these too: mkdtemp and safetensors make theirs for the user alone."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
-    try:
-        any_other = aside / ".new"
-        any_other.touch()
-        readers = any_other.stat().st_mode & 0o444
-        any_other.unlink()
-        yield aside
-        for path in [aside, *aside.rglob("*")]:
-            path.chmod(path.stat().st_mode | (readers | readers >> 2 if path.is_dir() else readers))
-        aside.rename(to)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_json(path: Path) -> Any:

@@ -17,12 +17,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from commands import page as commands_page
 from flagship import FLAGSHIP
 from flagship import page as flagship_page
+from killed import killed
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from records import RECORDS, RESULTS, schemas, table
 from scout import SCOUT
 from scout import page as scout_page
+from sizes import sizes
 from study import STUDY, headline, sentence
 from study import page as study_page
 
@@ -475,6 +477,7 @@ PERFORMANCE_BLOCKS = {
     "scoring": scoring,
     "waiting": waiting,
     "growth": growth,
+    "size": sizes,
     "gpu": on_a_gpu,
 }
 
@@ -533,6 +536,7 @@ def main() -> int:
         ROOT / "docs/recipe.md": reference(),
         ROOT / "docs/commands.md": commands_page(),
         ROOT / "docs/intervals.md": with_tables("intervals.md", {"study": sentence}),
+        ROOT / "docs/segments.md": with_tables("segments.md", {"kills": killed}),
         RESULTS: results(),
         **schemas(),
         ROOT / "README.md": readme(),

@@ -26,12 +26,13 @@ from cola.data.passages import PASSAGE_TOKENS
 from cola.data.splits import load_splits
 from cola.errors import ModelError, one_line
 from cola.export import tensors
+from cola.export.aside import folder_aside
 from cola.export.card import model_card
 from cola.export.hub_scores import card_scores, check_benchmark, write_benchmark
 from cola.export.outcome import Outcome
 from cola.export.score import NOTE
 from cola.export.vllm import serving
-from cola.files import folder_aside, need_package, sha256
+from cola.files import need_package, sha256
 from cola.link import adapter_files
 from cola.link.accelerator import make_accelerator, quiet_libraries
 from cola.link.base import Base

@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from cola.errors import ModelError, listed
+from cola.export.aside import folder_aside
 from cola.export.outcome import Outcome
-from cola.files import folder_aside
 from cola.link import adapters
 from cola.recipe.ideas import ADAMW
 from cola.recipe.methods import Lora

@@ -292,4 +292,6 @@ def do_runs(runs: Sequence[Asked], places: Sequence[Place], logs: Path, progress
     for run in runs:
         run.bench.write_references()
         run.bench.folder.forget_workers()
+        for seed in run.bench.recipe.seeds:  # one that has died may have wanted weights until now
+            let_full_weights_go(run.bench, seed)
     return interrupted

@@ -358,7 +358,7 @@ def _unlink(folder: int, name: str) -> None:
 
 def _need_exclusive(store: Path) -> None:
     """Raise StoreError where a file can be created twice: there no process could keep another one out."""
-    probe = store / "leases" / f".{secrets.token_hex(4)}"
+    probe = store / "writing" / f".{secrets.token_hex(4)}"
     try:
         for _ in range(2):
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))

@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import Field
 
 from cola.errors import RunFolderError, plain
-from cola.files import digest, load_json, sha256, write_text
+from cola.files import digest, file_digest, load_json, sha256, write_text
 from cola.tree.shapes import Bytes, Count, Name, Record, Text, fault_of
 
 NAME = "manifest.json"
@@ -121,8 +121,18 @@ def note(run: Path, name: Path, data: bytes) -> None:
     key, new = name.relative_to(unit).as_posix(), sha256(data)
     old = manifest.files.get(key)
     if old is None or old.sha256 != new:
-        entry = entry_of(data).model_copy(update={"before": old and old.sha256})
+        entry = entry_of(data).model_copy(update={"before": old and _there(run / name, old)})
         write(run, unit, manifest.model_copy(update={"files": {**manifest.files, key: entry}}))
+
+
+def _there(path: Path, entry: Entry) -> str:
+    """Which of its two digests a file has that is about to be replaced: where it was about to be before, and that
+    process was killed, it is what it was."""
+    try:
+        found = file_digest(path)
+    except OSError:
+        return entry.sha256
+    return found if found == entry.before else entry.sha256
 
 
 def check(run: Path, name: Path, data: bytes) -> None:

@@ -75,6 +75,9 @@ def _mend_unit(folder: RunFolder, unit: Path, began: bool, warn: Warn) -> None:
 def _mend_provenance(folder: RunFolder, warn: Warn) -> None:
     """Every result has a copy of what the run was made with."""
     file = folder.path / "provenance.json"
+    if not file.exists() and not manifest.units(folder.path):
+        manifest.drop(folder.path, ROOT, file.name)  # killed as it began
+        return
     try:
         if folder.read(file, Provenance) is not None or not any(folder.path.glob(RESULTS)):
             return

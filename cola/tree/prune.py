@@ -8,7 +8,7 @@ from pathlib import Path
 from cola.errors import RunFolderError, StoreError
 from cola.files import digest, load_json, remove_all, write_text
 from cola.tree import leases
-from cola.tree.run_folder import references_in
+from cola.tree.run_folder import RunFolder, references_in
 from cola.tree.store import Store
 
 
@@ -55,12 +55,17 @@ def garbage(store: Store) -> list[Path]:
     A checkpoint is kept while a kept run still needs the end of its segment, and the best so far of a run that has not
     come to its end; and what was measured of any state that is kept.
     """
-    kept = set().union(*references(store).values())
+    needed = references(store)
+    kept = set().union(*needed.values())
+    unfinished = set().union(*(names for run, names in needed.items() if not RunFolder(run).finished))
     loose, states = [], set()
     for folder in store.segments():
         record = store.record(folder)
         towards = record.get("towards") or ""
-        on_the_way = towards in kept and (record.get("kind") == "point" or not store.has(towards))
+        # A kill before its run has dropped it leaves a point that was outdone.
+        on_the_way = (
+            towards in unfinished if record.get("kind") == "point" else towards in kept and not store.has(towards)
+        )
         if folder.name not in kept and not on_the_way:
             loose.append(folder)
         else:

@@ -83,7 +83,7 @@ class Store:
                 (path / name).mkdir(parents=True, exist_ok=True)
             note = path / "format.json"
             if not note.is_file() or (found := _format_of(note)) == 1:
-                write_text(note, json.dumps({"format": HELD}))
+                write_text(note, json.dumps({"format": HELD}), path / "writing")
                 found = HELD
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"store: {path} cannot be used: {error}; set store to another folder") from None

@@ -7,7 +7,6 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from children import KILLED, end, start
 from conftest import SKY
-from offline import records
+from offline import sent
 from rich.console import Console
 from runs import CHOICE, create_run, fresh, go, open_run, outcome, read_jsonl, result, write_recipe
 
@@ -205,33 +204,6 @@ def test_a_stop_while_validation_is_scored_keeps_the_step_before_it(recipe_text:
 
 # ---------------------------------------------------------------------------------------------------------
 # W&B
-
-
-@dataclass
-class Curves:
-    """What all offline runs of one arm and seed hold together."""
-
-    ids: set[str]
-    points: list[dict[str, Any]]
-    final: dict[str, Any]
-
-    def steps(self, metric: str) -> list[int]:
-        return [point["step"] for point in self.points if metric in point]
-
-
-def sent(folder: Path) -> dict[str, Curves]:
-    found: dict[str, Curves] = {}
-    # W&B's own process outlives a kill by a moment and may leave a folder whose file was never begun.
-    for path in sorted({file.parent for file in folder.glob("wandb/offline-run-*/*.wandb")}):
-        mine = records(path)
-        for head in [record["run"] for record in mine if record["type"] == "run"]:
-            curves = found.setdefault(head["display_name"], Curves(set(), [], {}))
-            curves.ids.add(head["run_id"])
-            curves.points += [record["history"]["item"] for record in mine if record["type"] == "history"]
-            for record in mine:
-                if record["type"] == "summary":
-                    curves.final |= record["summary"].get("update", {})
-    return found
 
 
 @pytest.mark.slow

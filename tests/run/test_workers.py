@@ -17,7 +17,7 @@ import pytest
 import torch
 from children import processes
 from rich.console import Console
-from runs import LORA_ONLY, SHORT, assert_one_line, cola, create_run, go
+from runs import FULL_ONLY, LORA_ONLY, SHORT, assert_one_line, cola, create_run, go
 
 from cola.compare.ablation import points_of
 from cola.compare.records import Summary
@@ -189,6 +189,20 @@ def test_a_job_at_which_workers_die_again_and_again_fails(recipe_file: Path) -> 
     assert killing.done
     assert summary.arms["lora"].states == {0: "failed"}
     assert "2 workers have ended at it" in text.getvalue()
+
+
+@pytest.mark.slow
+def test_weights_that_a_worker_wanted_that_has_died_are_let_go_all_the_same(recipe_file: Path) -> None:
+    asked = [*SHORT, *FULL_ONLY, "keep_full_weights=false"]
+    alone, _ = go(recipe_file, *asked)
+    state = json.loads((alone.path / "arms/full/seed-0/result.json").read_text())["train_info"]["final_state"]
+    recipe = read_recipe(recipe_file, [*asked, f"store={recipe_file.parent / 'own'}"])
+    folder = create_run(recipe)
+    wanted = {"segments": [], "measured": [], "weights": [state]}
+    wanting = Meanwhile(recipe_file.parent / "own", lambda: folder.write_references(wanted, "workers/9/segments.json"))
+    run(recipe, folder, spoken()[0], places=TWO[:1])
+    assert wanting.done
+    assert not list((recipe_file.parent / "own").glob("segments/*/*/model.safetensors"))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from runs import Outcome, assert_one_line, go, outcome, unsealed, wide_cola
 
 from cola.run import scoring
 from cola.tree import manifest
+from cola.tree.mend import mend
 from cola.tree.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,6 +240,23 @@ def test_a_kill_between_a_file_and_its_entry_leaves_what_is_whole(run: Path, was
     (run / SEED / "result.json").unlink()  # its manifest was written, and it was not yet
     assert RunFolder(run).path.joinpath(SEED, "manifest.json").is_file()
     is_mended(run, was)
+
+
+def test_kills_at_one_file_in_several_sessions_leave_what_was_there_before_all_of_them(run: Path) -> None:
+    for session in range(3):
+        manifest.note(run, Path("plan.json"), f"what session {session} was to write".encode())
+    assert RunFolder(run).foreseen() is not None
+    assert said("verify", run)[0] == 0
+    flipped(run / "plan.json")
+    manifest.note(run, Path("plan.json"), b"what is to be written")
+    assert said("verify", run)[0] == 1
+
+
+def test_a_run_that_was_killed_as_it_began_goes_on_without_a_word(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    shutil.copy(run / "recipe.yaml", tmp_path / "begun")
+    manifest.begin(tmp_path / "begun", {"provenance.json": b"what was to be written"})
+    mend(RunFolder(tmp_path / "begun"), pytest.fail)
 
 
 def test_what_a_kill_left_beside_a_file_is_removed(run: Path, was: Outcome) -> None:

@@ -677,6 +677,19 @@ def test_a_checkpoint_is_kept_until_the_end_of_its_segment_is_there(place: Path,
     assert store.has(end)
 
 
+def test_a_best_that_was_outdone_is_pruned_once_its_run_is_at_its_end(recipe_file: Path, place: Path) -> None:
+    folder, _ = go(recipe_file, *SHORT, *LORA_ONLY)
+    store, _ = opened(place)
+    end = result(folder, "lora")["train_info"]["final_state"]
+    outdone = keep(store, 0, "point", towards=end)  # as a kill leaves it
+    prune.prune(store, prune.garbage(store))
+    assert store.has(outdone)  # there is no page yet
+    assert cola("report", folder.path).exit_code == 0
+    prune.prune(store, prune.garbage(store))
+    assert not store.has(outdone)
+    assert store.has(end)
+
+
 def test_full_weights_that_were_let_go_leave_a_record_of_how_they_were_made(recipe_file: Path, place: Path) -> None:
     folder, _ = go(recipe_file, *SHORT, *FULL_ONLY, "keep_full_weights=false")
     store, said = opened(place)
