@@ -102,12 +102,22 @@ AllowCode = Annotated[
     Option("--allow-code", help="Let Python code of your own run that the recipe names (init: ./my_idea.py:name)."),
 ]
 
-Workers = Annotated[
-    str,
+Number = Annotated[
+    str | None,
     Option(
+        "--workers",
         metavar="N",
-        help="How many processes of this machine share the work, its threads and cards divided among them; auto: as "
-        "many as a measurement finds fastest.",
+        help="How many processes share the work, this machine's threads and cards divided among them; auto: as many "
+        "as a measurement finds fastest. Default: 1; with --on as many as there is room for.",
+    ),
+]
+
+On = Annotated[
+    str | None,
+    Option(
+        metavar="ray",
+        help="Where the workers are, if not on this machine alone: ray, the Ray cluster that it is part of, else one "
+        "begun here; ray://HOST:PORT, one that it is not part of.",
     ),
 ]
 
@@ -170,7 +180,8 @@ def run(
         Path | None, Option(help="Go on with the run in this folder: what it holds is not trained again.")
     ] = None,
     allow_code: AllowCode = False,
-    workers: Workers = "1",
+    workers: Number = None,
+    on: On = None,
 ) -> None:
     """Train and compare every arm of a recipe, and report.
 
@@ -183,15 +194,17 @@ def run(
     """
     with no_garbage():
         from cola.cli import train
+        from cola.run.start import Workers
 
+    who = Workers(workers, on)
     if resume is not None:
         if recipe is not None or run_folder is not None or dry_run:
             raise ColaError("--resume takes everything from the run's folder and stands alone")
-        code = train.resume(resume, allow_code, workers)
+        code = train.resume(resume, allow_code, who)
     elif recipe is None:
         raise ColaError("name a recipe, for example one that cola new has written: cola run mine.yaml")
     else:
-        code = train.run(recipe, overrides, run_folder, dry_run, allow_code, workers)
+        code = train.run(recipe, overrides, run_folder, dry_run, allow_code, who)
     raise typer.Exit(code)
 
 
@@ -209,7 +222,8 @@ def ablate(
         bool, Option("--dry-run", help="Check and show the plan of every point; train nothing.")
     ] = False,
     allow_code: AllowCode = False,
-    workers: Workers = "1",
+    workers: Number = None,
+    on: On = None,
 ) -> None:
     """Run a recipe at several values of some keys: one table and one figure of score, gap and cost.
 
@@ -217,8 +231,9 @@ def ablate(
     What the points share is trained once, and so is what an earlier run has trained. Exit codes as of `cola run`.
     """
     from cola.cli import train
+    from cola.run.start import Workers
 
-    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code, workers))
+    raise typer.Exit(train.ablate(recipe, keys, paired, dry_run, allow_code, Workers(workers, on)))
 
 
 def show_data(

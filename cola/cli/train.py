@@ -7,13 +7,14 @@ from cola.cli.imports import no_garbage
 from cola.compare.ablation import points_of, take_ablation
 from cola.compare.records import Summary
 from cola.environment import launched
-from cola.errors import ColaError, RunChanged, RunFolderError
+from cola.errors import RunChanged, RunFolderError
 from cola.recipe.read import read_recipe
 from cola.recipe.recipe import Recipe
 from cola.recipe.write import dump_recipe
 from cola.report.terminal import Terminal
 from cola.run.inputs import inputs_of
 from cola.run.interrupt import RESUMABLE, Signals, stand_down
+from cola.run.start import HERE, Workers, begin
 from cola.tree.mend import said
 from cola.tree.run_folder import RunFolder
 from cola.tree.run_holder import finished_run, lock_run, take_run, unfinished_run
@@ -25,7 +26,7 @@ def run(
     run_folder: Path | None,
     dry_run: bool,
     allow_code: bool = False,
-    workers: str = "1",
+    workers: Workers = HERE,
 ) -> int:
     """Train a recipe, or show its plan; returns the exit code."""
     recipe = read_recipe(path, overrides)
@@ -65,15 +66,17 @@ def _told_again(recipe: Recipe) -> tuple[int, Path] | None:
     return int(bool(summary.same_outputs)), folder.path
 
 
-def train(recipe: Recipe, run_folder: Path | None, allow_code: bool = False, workers: str = "1") -> tuple[int, Path]:
+def train(
+    recipe: Recipe, run_folder: Path | None, allow_code: bool = False, workers: Workers = HERE
+) -> tuple[int, Path]:
     """Go on with the last run of the recipe, where it did not come to its end, tell its results, where it did and
     nothing has changed since, or begin one; returns the exit code and the run's folder. `run_folder`: where a run is
-    begun, whatever there is elsewhere; `allow_code`: the user's own that the recipe names may run; `workers`: how many
-    processes train, or `auto`."""
+    begun, whatever there is elsewhere; `allow_code`: the user's own that the recipe names may run; `workers`: who
+    trains."""
     if run_folder is None and (told := _told_again(recipe)) is not None:
         return told
     _need_leave(recipe, allow_code)
-    _warm_up(workers)
+    begin(workers)
     text, named = dump_recipe(recipe), _named(recipe)
     if run_folder is None:
         with unfinished_run(text, named) as before:
@@ -98,12 +101,12 @@ def _need_leave(recipe: Recipe, allow_code: bool) -> None:
         need_leave(recipe, allow_code)
 
 
-def resume(path: Path, allow_code: bool = False, workers: str = "1") -> int:
+def resume(path: Path, allow_code: bool = False, workers: Workers = HERE) -> int:
     """Go on with the run in a folder; returns the exit code."""
     folder = RunFolder.open(path, to_mend=True)
     recipe = read_recipe(folder.recipe_file)
     _need_leave(recipe, allow_code)
-    _warm_up(workers)
+    begin(workers)
     with lock_run(path, _say_waiting):
         return _train(recipe, folder, False, workers)
 
@@ -112,21 +115,7 @@ def _say_waiting(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _warm_up(workers: str) -> None:
-    """Check how many workers are asked for, and begin to import what they need while this process does the same."""
-    if workers != "1" and launched():
-        raise ColaError(
-            "--workers gives each process a job of its own, and torchrun and accelerate launch share one among all of "
-            "theirs: take one of the two"
-        )
-    if workers != "1":
-        from cola.run.start import check, warm_up
-
-        check(workers)
-        warm_up()
-
-
-def _train(recipe: Recipe, folder: RunFolder, fresh: bool, workers: str) -> int:
+def _train(recipe: Recipe, folder: RunFolder, fresh: bool, workers: Workers) -> int:
     """Run a recipe in a folder that this process holds; returns the exit code."""
     terminal = Terminal()
     begun = "" if fresh else "going on with "
@@ -161,7 +150,7 @@ def _train(recipe: Recipe, folder: RunFolder, fresh: bool, workers: str) -> int:
 
 
 def ablate(
-    path: Path, keys: list[str], paired: bool, dry_run: bool, allow_code: bool = False, workers: str = "1"
+    path: Path, keys: list[str], paired: bool, dry_run: bool, allow_code: bool = False, workers: Workers = HERE
 ) -> int:
     """Go on with the last ablation of these points, where it did not come to its end, or begin one; returns the exit
     code."""
@@ -175,7 +164,7 @@ def ablate(
         return 0
     for point in points:
         _need_leave(point.recipe, allow_code)
-    _warm_up(workers)
+    begin(workers)
     with take_ablation(points) as folder:
         terminal.say(f"{len(points)} {'points' if len(points) > 1 else 'point'} → {folder}")
         with no_garbage():

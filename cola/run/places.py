@@ -8,18 +8,26 @@ import torch
 from cola.recipe.recipe import Recipe
 from cola.report.terminal import Terminal
 from cola.run.auto import fastest
-from cola.run.start import CORES
-from cola.run.worker import Place
+from cola.run.start import CORES, Workers
+from cola.run.worker import Place, RayPlace
 
 
-def places_for(workers: str, recipe: Recipe, terminal: Terminal) -> Sequence[Place]:
-    """The places of as many workers as are asked for, none of them for one; `auto`: as many as are fastest here."""
-    places = fastest(recipe, terminal, _ways()) if workers == "auto" else places_of(int(workers))
-    if len(places) == 1:
-        return []
+def places_for(workers: Workers, recipe: Recipe, terminal: Terminal) -> Sequence[Place]:
+    """The places of as many workers as are asked for, none of them for one; `auto`: as many as are fastest here; on a
+    cluster without a number: as many as it has room for."""
+    if workers.on is not None:
+        from cola.run.on_ray import places_on  # where Ray is installed
+
+        places = places_on(workers.number)
+    else:
+        places = fastest(recipe, terminal, _ways()) if workers.number == "auto" else places_of(int(workers.number or 1))
+        if len(places) == 1:
+            return []
     # So that what this process says it was made with is what the workers make it with.
     torch.set_num_threads(places[0].threads)
     cards = f", cards {', '.join(sorted({place.card for place in places if place.card}))}" if places[0].card else ""
+    if isinstance(places[0], RayPlace):
+        cards = ", a card each" if places[0].cards else ""
     terminal.say(f"workers: {len(places)}, threads of each: {places[0].threads}{cards}")
     return places
 

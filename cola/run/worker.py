@@ -1,5 +1,6 @@
 """One of several processes that do a run's jobs: it is told one after the other, and tells how far it is."""
 
+import contextlib
 import os
 import queue
 import signal
@@ -7,9 +8,8 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from rich.console import Console
@@ -39,6 +39,13 @@ class Place:
     number: int  # counted from 1
     threads: int
     card: str | None  # what CUDA_VISIBLE_DEVICES says; None without cards
+
+
+@dataclass(frozen=True)
+class RayPlace(Place):
+    """What a worker has of a Ray cluster: so many cores as it has threads, and a card or none."""
+
+    cards: int
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,17 @@ class Log(Terminal):
         super().say(without_home(text))
 
 
-def work(place: Place, log: Path, pipe: Connection) -> None:
+class Pipe(Protocol):
+    """The other end of what the command listens to; an OSError or EOFError where that has gone."""
+
+    def send(self, words: Any) -> None: ...
+    def recv(self) -> Any: ...
+
+
+def work(place: Place, log: Path, pipe: Pipe) -> None:
     """Do what the pipe orders until it is closed; SIGTERM ends it in a checkpoint and exit code 75."""
-    os.setsid()  # Ctrl-C reaches the command, which passes it on once
+    with contextlib.suppress(PermissionError):  # it leads a group of its own
+        os.setsid()  # Ctrl-C reaches the command, which passes it on once
     log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
@@ -126,14 +141,14 @@ def settle(place: Place) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.card
 
 
-def _tell(pipe: Connection, *words: Any) -> None:
+def _tell(pipe: Pipe, *words: Any) -> None:
     try:
         pipe.send(words)
     except OSError:  # the command was killed: what is done is kept, and this process ends
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _listen(pipe: Connection, orders: queue.SimpleQueue[Order]) -> None:
+def _listen(pipe: Pipe, orders: queue.SimpleQueue[Order]) -> None:
     try:
         while True:
             orders.put(pipe.recv())

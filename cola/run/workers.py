@@ -1,132 +1,36 @@
-"""`--workers N`: several processes of this machine do the jobs of one run, or of all points of an ablation.
+"""`--workers N` and `--on ray`: several processes do the jobs of one run, or of all points of an ablation.
 
 The command prepares, hands out the jobs one by one, shows how far each process is, and reports; it trains nothing.
 Each job is claimed in the store as any other command's is, so that several commands share the work all the same. A
-process that dies is said and another one takes its place; the store has what it had kept.
+process that dies is said and another one takes its place; the store has what it had kept. Where a process is begun, on
+this machine (`hands.py`) or on a cluster (`on_ray.py`), is all that differs.
 """
 
-import contextlib
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import connection
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 from cola.errors import LeaseLost, RunFolderError
-from cola.recipe.plan import Job, jobs_of, trials_of
 from cola.report.terminal import RunProgress
-from cola.run.announce import say_plan
-from cola.run.assignment import Bench
-from cola.run.ended import SpectrumFiles, let_full_weights_go, want_weights
+from cola.run.asked import Asked, Task
+from cola.run.hands import End, Hand
 from cola.run.interrupt import Interrupted
 from cola.run.one_job import record_end
-from cola.run.search import chosen_jobs, known_jobs
-from cola.run.worker import Order, Place, Point, work
+from cola.run.worker import Place, RayPlace
+
+Begin = Callable[[Place, Path, RunProgress], Hand]
 
 LOOK_AGAIN = 1.0  # seconds until a job is asked for again that another command was at
 DEATHS = 2  # of workers, at one job, until that has failed
 
 
-@dataclass(eq=False)
-class Asked:
-    """A run that is prepared, and what of it is to be done."""
-
-    point: Point
-    bench: Bench
-    left: list[Job] = field(default_factory=list)  # neither ended nor failed; those at hand among them
-    error: str | None = None  # what keeps all that is left from being done
-
-    def __post_init__(self) -> None:
-        self.jobs = jobs_of(self.bench.recipe)
-        self.files = SpectrumFiles(self.bench)
-        self.bench.ready.clear()  # the workers load their own
-
-    def begin(self) -> None:
-        """Say the plan, and note what is needed of the store."""
-        bench, self.left = self.bench, list(self.jobs)
-        known = known_jobs(bench, self.jobs)
-        want_weights(bench, self.jobs, self.files)
-        bench.folder.forget_workers()  # of an earlier session: what they have noted is noted here
-        say_plan(bench, known, self.left)
-        self.searching = len(known) < len(self.left)
-        for job in [job for job in self.jobs if bench.folder.status(job) == "ok"]:
-            bench.progress.skip(bench.tree.lineage(job).n_steps)
-            self.end(job)
-
-    def is_open(self, job: Job) -> bool:
-        """Whether the trials that a job chooses among have ended."""
-        return bool(job.trial) or not set(self.left).intersection(trials_of(self.bench.recipe, job.arm, job.seed))
-
-    def end(self, job: Job) -> None:
-        """What follows when a job has come to its end, whoever did it."""
-        bench = self.bench
-        self.left.remove(job)
-        self.files.update(chosen_jobs(bench, [mate for mate in self.jobs if mate.seed == job.seed and not mate.trial]))
-        known = known_jobs(bench, self.jobs)
-        want_weights(bench, self.jobs, self.files)
-        let_full_weights_go(bench, job.seed)
-        if self.searching and not any(other.trial for other in self.left):
-            say_plan(bench, known, known)
-            self.searching = False
-
-
-@dataclass(eq=False)
-class Task:
-    """A job of a run, until it has ended."""
-
-    run: Asked
-    job: Job
-    deaths: int = 0  # of workers that were at it
-    not_before: float = 0.0
-
-
-class Hand:
-    """A worker as the command sees it."""
-
-    def __init__(self, place: Place, log: Path, progress: RunProgress) -> None:
-        self.place, self.log, self.progress = place, log, progress
-        self.task: Task | None = None
-        self.ready = False
-        self.began = perf_counter()
-        mine, theirs = connection.Pipe()
-        self.pipe = mine
-        self.process = _context(place).Process(target=work, args=(place, log, theirs), name=f"worker-{place.number}")
-        self.process.start()
-        theirs.close()  # so that its death is the pipe's end
-
-    def order(self, task: Task, tracked: frozenset[tuple[str, int, str]]) -> None:
-        """Have it do a job."""
-        self.task = task
-        with contextlib.suppress(OSError):  # it has died, which is found when it is next listened to
-            self.pipe.send(Order(task.run.point, task.job, tracked))
-
-    def stop(self, number: signal.Signals) -> None:
-        """Send it a signal, if it lives."""
-        if self.process.pid and self.process.is_alive():
-            os.kill(self.process.pid, number)
-
-    def end(self) -> int | None:
-        """Its exit code, when its pipe has come to an end."""
-        self.pipe.close()
-        self.process.join(60)
-        return self.process.exitcode
-
-
-def _context(place: Place) -> Any:
-    """Forked from a server that has imported all and computed nothing; with cards each is begun anew, since a process
-    that was forked cannot use what its parent has asked of CUDA."""
-    return multiprocessing.get_context("spawn" if place.card is not None else "forkserver")
-
-
 @contextmanager
-def crew(places: Sequence[Place], logs: Path, progress: RunProgress) -> Iterator["Crew"]:
+def crew(begin: Begin, places: Sequence[Place], logs: Path, progress: RunProgress) -> Iterator["Crew"]:
     """Workers, begun now; whatever happens, none outlives the command."""
-    hands = Crew(places, logs, progress)
+    hands = Crew(begin, places, logs, progress)
     try:
         yield hands
     finally:
@@ -136,10 +40,10 @@ def crew(places: Sequence[Place], logs: Path, progress: RunProgress) -> Iterator
 class Crew:
     """Hands out jobs to workers, and hears what becomes of them."""
 
-    def __init__(self, places: Sequence[Place], logs: Path, progress: RunProgress) -> None:
-        self._logs, self._progress, self._tasks = logs, progress, list[Task]()
+    def __init__(self, begin: Begin, places: Sequence[Place], logs: Path, progress: RunProgress) -> None:
+        self._begin, self._logs, self._progress, self._tasks = begin, logs, progress, list[Task]()
         self._tracked: frozenset[tuple[str, int, str]] = frozenset()
-        self._hands = [Hand(place, self._log(place), progress.beside(f"worker {place.number}")) for place in places]
+        self._hands = [begin(place, self._log(place), progress.beside(f"worker {place.number}")) for place in places]
         self._unready = 0  # that died before they had begun, in a row
 
     def do(self, runs: Sequence[Asked]) -> bool:
@@ -159,10 +63,10 @@ class Crew:
         """End the workers, which have nothing at hand, or whose work nobody waits for."""
         for hand in self._hands:
             hand.pipe.close()
-            hand.stop(signal.SIGTERM)
+            hand.stop()
         for hand in self._hands:
-            hand.process.join(60)
-            hand.stop(signal.SIGKILL)
+            hand.wait()
+            hand.stop(at_once=True)
 
     def _log(self, place: Place) -> Path:
         return self._logs / "workers" / str(place.number) / "log.txt"
@@ -178,6 +82,14 @@ class Crew:
             if task is not None:
                 at_hand.add(id(task))
                 hand.order(task, self._tracked)
+        self._let_go(sum(id(task) not in at_hand for task in self._tasks))
+
+    def _let_go(self, n_left: int) -> None:
+        """End the workers for whom nothing can come to be left: what they have of a machine is of use to others."""
+        idle = sorted((hand for hand in self._hands if hand.task is None and not hand.spare), key=lambda one: one.ready)
+        for hand in idle[: max(len(idle) - n_left, 0)]:
+            hand.spare = True
+            hand.stop()
 
     def _listen(self, seconds: float) -> None:
         for pipe in connection.wait([hand.pipe for hand in self._hands], seconds):
@@ -223,7 +135,10 @@ class Crew:
         task.run.end(task.job)
 
     def _give_up(self, hand: Hand, message: str) -> None:
-        """What a worker cannot prepare, or no job can have (a base that is not there), none of them can."""
+        """What a worker cannot prepare, or no job can have (a base that is not there), none of them can; a
+        RunFolderError where it could not even begin."""
+        if not hand.ready:
+            raise RunFolderError(message)
         task, hand.task = hand.task, None
         hand.progress.close()
         if task is not None:
@@ -232,34 +147,37 @@ class Crew:
 
     def _take_over(self, hand: Hand) -> None:
         """A worker has ended: another one takes its place, and its job is handed out again."""
-        task, code = hand.task, hand.end()
+        task, end = hand.task, hand.end()
         hand.progress.again()
+        if hand.spare:
+            self._hands.remove(hand)
+            return
         if task is not None or not hand.ready:
-            self._say_death(hand, task, code)
+            self._say_death(hand, task, end)
         if not hand.ready:
             self._unready += 1
             if self._unready > len(self._hands) + 1:
-                raise RunFolderError(f"workers end before they have begun; {hand.log} says why")
+                raise RunFolderError(f"workers end before they have begun, {end.said}; {hand.log} may say why")
         if task is not None and task in self._tasks:
-            task.deaths += 1
+            task.deaths += end.by_its_job
             if task.deaths >= DEATHS:
-                reason = f"{DEATHS} workers have ended at it, the last one {_said(code)}; see {hand.log}"
+                reason = f"{DEATHS} workers have ended at it, the last one {end.said}; see {hand.log}"
                 record_end(task.run.bench, task.job, "failed", hand.began, reason)
                 self._progress.terminal.warn(f"{task.job.label} failed, the others go on: {reason}")
                 self._tasks.remove(task)
                 task.run.end(task.job)
-        self._hands[self._hands.index(hand)] = Hand(hand.place, hand.log, hand.progress)
+        self._hands[self._hands.index(hand)] = self._begin(hand.place, hand.log, hand.progress)
 
-    def _say_death(self, hand: Hand, task: Task | None, code: int | None) -> None:
+    def _say_death(self, hand: Hand, task: Task | None, end: End) -> None:
         at = f"; its work ({task.job.label}) is taken over" if task is not None else ""
-        self._progress.terminal.warn(f"{hand.progress.worker} has ended, {_said(code)}{at}; {hand.log} says more")
+        self._progress.terminal.warn(f"{hand.progress.worker} has ended, {end.said}{at}; {hand.log} says more")
 
     def _wind_down(self) -> None:
         """Have all workers keep a checkpoint and end; a second signal ends them at once."""
         self._progress.terminal.say("stopping: each worker keeps a checkpoint")
         try:
             for hand in self._hands:
-                hand.stop(signal.SIGTERM)
+                hand.stop()
             while self._hands:
                 for pipe in connection.wait([hand.pipe for hand in self._hands]):
                     hand = next(hand for hand in self._hands if hand.pipe is pipe)
@@ -270,22 +188,22 @@ class Crew:
                         self._hands.remove(hand)
         except KeyboardInterrupt:
             for hand in self._hands:
-                hand.stop(signal.SIGKILL)
+                hand.stop(at_once=True)
             raise
 
 
-def _said(code: int | None) -> str:
-    """An exit code in words."""
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (" (for memory, perhaps)" if name == "SIGKILL" else "")
-    return f"with exit code {code}" if code is not None else "for no reason that can be told"
+def _place_to_begin(runs: Sequence[Asked], places: Sequence[Place], logs: Path) -> AbstractContextManager[Begin]:
+    if not isinstance(places[0], RayPlace):
+        return nullcontext(Hand)
+    from cola.run.on_ray import office  # where Ray is installed
+
+    return office(runs, logs)
 
 
 def do_runs(runs: Sequence[Asked], places: Sequence[Place], logs: Path, progress: RunProgress) -> bool:
     """Do all jobs of some runs with workers; returns whether the user stopped it."""
     interrupted = False
-    with crew(places, logs, progress) as hands:
+    with _place_to_begin(runs, places, logs) as begin, crew(begin, places, logs, progress) as hands:
         for run in runs:
             run.begin()
         interrupted = hands.do(runs)

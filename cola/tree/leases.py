@@ -215,6 +215,20 @@ def alone(store: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[
         yield
 
 
+def sees(path: Path, owner: str) -> bool:
+    """Whether a folder has a lease that this process has taken, perhaps on another machine: then it is the same one."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        contents = [_read(folder, name) for name in _names(folder)]
+    finally:
+        os.close(folder)
+    holders = [_told(content)[0] for content in contents if content is not None]
+    return any(holder is not None and holder.owner == owner for holder in holders)
+
+
 def forget_free(store: Path) -> None:
     """Remove the folders of all keys that nobody holds; for who is alone."""
     for path in (store / "leases").iterdir():
