@@ -22,6 +22,7 @@ from cola.errors import ModelError, RankFailed, RanksLost, one_line
 
 LONGEST_WAIT = timedelta(days=365)  # for what rank 0 says next: it may score for hours, and who dies is heard of
 BUCKET = 1 << 24  # entries of gradients that are summed over the ranks in one go
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 TROUBLE = 512  # bytes of what a rank may say is wrong with it
 
 _lines: list[distributed.ProcessGroup] = []  # the one over which rank 0 speaks, once `join` was called
@@ -159,7 +160,8 @@ def check_alike(parameters: Sequence[nn.Parameter]) -> None:
     if count() == 1:
         return
     flat = (torch.cat([parameter.detach().flatten() for parameter in bucket]) for bucket in _buckets(parameters))
-    bits = torch.stack([values.view(torch.int32).sum(dtype=torch.int64) for values in flat])  # in no order, unrounded
+    # In no order, unrounded; by their own width, as an odd number of 16-bit weights fills no whole words of 32.
+    bits = torch.stack([values.view(_WHOLE[values.element_size()]).sum(dtype=torch.int64) for values in flat])
     most = torch.cat([bits, -bits])
     with _heard():
         distributed.all_reduce(most, distributed.ReduceOp.MAX)

@@ -90,6 +90,16 @@ def apart(rank: int) -> None:
     wires.check_alike(weights)
 
 
+def apart_in_half_words(rank: int) -> None:
+    """An odd number of 16-bit weights, of which one differs in its last bit."""
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))]
+        wires.check_alike(weights)
+        weights[1].detach().view(torch.int16)[1] += rank
+        with pytest.raises(ModelError, match="not the same on all ranks"):
+            wires.check_alike(weights)
+
+
 def left_alone(rank: int) -> None:
     if rank == 1:
         os._exit(0)
@@ -107,7 +117,7 @@ def child(task: Callable[[int], None], variables: dict[str, str], said: Path) ->
     os._exit(0)
 
 
-@pytest.mark.parametrize("task", [messages, sums, sums_in_pieces, one_in_trouble, apart, left_alone])
+@pytest.mark.parametrize("task", [messages, sums, sums_in_pieces, one_in_trouble, apart, apart_in_half_words, left_alone])
 def test_two_processes_agree_on(task: Callable[[int], None], tmp_path: Path) -> None:
     children = [
         processes.Process(target=child, args=(task, variables, tmp_path / f"said-{rank}.txt"))
