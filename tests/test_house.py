@@ -23,6 +23,7 @@ ROOMS = ["recipe", "data", "link", "chain", "measure", "tree", "compare", "repor
 # Foreign libraries that are imported in one place only.
 SEAMS = {
     "peft": {"link/from_peft.py", "link/ideas/riemannian.py"},
+    "ray": {"run/on_ray.py", "run/ray_task.py"},
     "pandas": {"cli/notebook.py"},
     "wandb": {"report/to_wandb.py"},
     "trackio": {"report/to_trackio.py"},
