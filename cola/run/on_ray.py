@@ -89,7 +89,7 @@ def places_on(asked: str | None) -> list[Place]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     own = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None  # the user's word
     n_cards = int(torch.cuda.is_available())
-    number, threads = divided(nodes, asked and int(asked), n_cards, own)
+    number, threads = divided(nodes, int(asked) if asked else None, n_cards, own)
     card = None if n_cards else ""  # where Ray gives none, none is to be found
     return [RayPlace(place, threads, card, n_cards) for place in range(1, number + 1)]
 

@@ -117,7 +117,9 @@ def child(task: Callable[[int], None], variables: dict[str, str], said: Path) ->
     os._exit(0)
 
 
-@pytest.mark.parametrize("task", [messages, sums, sums_in_pieces, one_in_trouble, apart, apart_in_half_words, left_alone])
+@pytest.mark.parametrize(
+    "task", [messages, sums, sums_in_pieces, one_in_trouble, apart, apart_in_half_words, left_alone]
+)
 def test_two_processes_agree_on(task: Callable[[int], None], tmp_path: Path) -> None:
     children = [
         processes.Process(target=child, args=(task, variables, tmp_path / f"said-{rank}.txt"))

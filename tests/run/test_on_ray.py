@@ -177,9 +177,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_a_command_from_outside_goes_on(
     until(lambda: has_states(Path(os.environ["COLA_CACHE"]) / "store"))
     running.send_signal(signal.SIGINT)
     assert running.wait(900) == 75
-    assert not (tmp_path / "run/arms/lora/seed-0/result.json").exists() or '"interrupted"' in (
-        tmp_path / "run/arms/lora/seed-0/result.json"
-    ).read_text()
+    assert (
+        not (tmp_path / "run/arms/lora/seed-0/result.json").exists()
+        or '"interrupted"' in (tmp_path / "run/arms/lora/seed-0/result.json").read_text()
+    )
     done = subprocess.run(
         [sys.executable, "-m", "cola", "run", "--resume", str(tmp_path / "run"), *on], env=cluster.variables
     )
