@@ -31,7 +31,6 @@ from cola.report.terminal import RunProgress
 from cola.run.asked import Asked
 from cola.run.hands import End, Hand, said_of
 from cola.run.ray_task import COMMAND, END, Post, Shared, serve
-from cola.run.start import CORES
 from cola.run.worker import Order, Place, RayPlace
 from cola.tree.foreseen import Foreseen
 from cola.tree.leases import IN_USE
@@ -47,8 +46,8 @@ CONNECT_SECONDS = 10
 # The cluster
 
 
-def join(on: str) -> None:
-    """Connect to the cluster, or begin one of this machine alone; a RecipeError where it is not reached."""
+def join(on: str, n_cores: int) -> None:
+    """Connect to the cluster, or begin one of so many cores of this machine; a RecipeError where it is not reached."""
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of one begun here: nothing is sent to anybody
@@ -64,7 +63,7 @@ def join(on: str) -> None:
         except ConnectionError:
             if "RAY_ADDRESS" in os.environ:
                 raise
-            ray.init("local", num_cpus=CORES, include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=n_cores, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, exceptions.RayError) as error:
         raise RecipeError(f"--on {plain(on)}: no Ray cluster is reached: {one_line(error)}") from error
     finally:

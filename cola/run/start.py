@@ -48,7 +48,7 @@ def begin(workers: Workers) -> None:
     need_package("ray", "--on ray", "ray")
     from cola.run.on_ray import join
 
-    join(workers.on)
+    join(workers.on, CORES)
 
 
 def _check_number(workers: Workers) -> None:
