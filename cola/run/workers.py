@@ -74,7 +74,7 @@ class Crew:
     def _hand_out(self) -> None:
         at_hand = {id(hand.task) for hand in self._hands}
         for hand in self._hands:
-            if hand.task is not None or not hand.ready:
+            if hand.task is not None or not hand.ready or hand.spare:
                 continue
             now = monotonic()
             free = [task for task in self._tasks if id(task) not in at_hand and task.not_before <= now]
