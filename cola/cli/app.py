@@ -3,27 +3,18 @@
 What a command needs is imported as it is called: `cola --help` loads typer alone.
 """
 
-import errno
 import os
-import sys
-from collections.abc import Callable
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
 from cola.cli.imports import no_garbage
 from cola.cli.models import Split, evaluate, export, inspect, ls, prune, verify
-from cola.environment import launched
-from cola.errors import ColaError, LeaseLost, RanksLost, plain
-from cola.files import NO_ROOM
-from cola.run.interrupt import RESUMABLE, Interrupted
-
-USERS_ERRORS = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}  # disk or path
-INTERRUPTED = 130
+from cola.cli.said import of_all_ranks, one_line_errors
+from cola.errors import ColaError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is loaded
 
@@ -345,71 +336,14 @@ def _pair(words: str) -> tuple[str, str]:
     return first, second
 
 
-def _one_line_errors(command: Callable[..., None], unsaid: str = "") -> Callable[..., None]:
-    """A command that says the user's mistakes in a line and without a traceback; defects of cola keep theirs.
-
-    `unsaid`: a recipe's key that messages name and that means nothing to whom names a model on the command line.
-    """
-
-    @wraps(command)
-    def run(*words: Any, **options: Any) -> None:
-        try:
-            command(*words, **options)
-        except (LeaseLost, RanksLost) as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = RESUMABLE
-        except ColaError as error:
-            for line in str(error).replace(unsaid, "").splitlines():
-                print(f"error: {line}", file=sys.stderr)
-            code = 2
-        except OSError as error:
-            if error.errno not in USERS_ERRORS:
-                raise
-            print(f"error: {plain(error.filename or 'a file', 300)}: {os.strerror(error.errno)}", file=sys.stderr)
-            code = 2
-        except (MemoryError, ImportError) as error:
-            if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # as a loader says it
-                raise
-            print("error: no memory is left; make some free, or raise the limit (`ulimit -v`)", file=sys.stderr)
-            code = 2
-        except Interrupted:
-            print("interrupted; the same command goes on", file=sys.stderr)
-            code = RESUMABLE
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            code = INTERRUPTED
-        else:
-            return
-        raise typer.Exit(code)
-
-    return run
-
-
-def _of_all_ranks(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that torchrun or accelerate launch may start several times: one of them does it, the others help."""
-
-    @wraps(command)
-    def run(*words: Any, **options: Any) -> None:
-        if not launched():
-            return command(*words, **options)
-        with no_garbage():
-            from cola.run import helper, ranks
-        with ranks.team() as leads:
-            if not leads:
-                raise typer.Exit(helper.help_along())
-            command(*words, **options)
-
-    return run
-
-
-app.command("new")(_one_line_errors(new, unsaid="model.name_or_path: "))
+app.command("new")(one_line_errors(new, unsaid="model.name_or_path: "))
 for name, command in {"run": run, "ablate": ablate}.items():
-    app.command(name)(_one_line_errors(_of_all_ranks(command)))
+    app.command(name)(one_line_errors(of_all_ranks(command)))
 for name, command in {"plan": plan, "data": show_data, "report": report, "compare": compare}.items():
-    app.command(name)(_one_line_errors(command))
+    app.command(name)(one_line_errors(command))
 for name, command in {"export": export, "eval": evaluate, "inspect": inspect}.items():
-    app.command(name)(_one_line_errors(command, unsaid="model.name_or_path: "))
-app.command("verify")(_one_line_errors(verify_run))
-app.command("doctor")(_one_line_errors(doctor))
+    app.command(name)(one_line_errors(command, unsaid="model.name_or_path: "))
+app.command("verify")(one_line_errors(verify_run))
+app.command("doctor")(one_line_errors(doctor))
 for command in (ls, verify, prune):
-    store_app.command(command.__name__)(_one_line_errors(command))
+    store_app.command(command.__name__)(one_line_errors(command))

@@ -16,6 +16,7 @@ from typing import Any
 from cola.errors import LeaseLost, RunFolderError
 from cola.report.terminal import RunProgress
 from cola.run.asked import Asked, Task
+from cola.run.ended import let_full_weights_go
 from cola.run.hands import End, Hand
 from cola.run.interrupt import Interrupted
 from cola.run.one_job import record_end
