@@ -30,7 +30,7 @@ SEAMS = {
     "mlflow": {"report/to_mlflow.py"},
     "wandb_workspaces": {"report/group_report.py"},
     "reasoning_gym": {"data/sources.py"},
-    "typer": {"cli/app.py", "cli/models.py", "cli/store.py"},
+    "typer": {"cli/app.py", "cli/models.py", "cli/said.py", "cli/store.py"},
 }
 WITHOUT_TORCH = ["recipe", "compare", "report"]
 # Who takes a whole recipe; the other rooms are given what they need of it.
